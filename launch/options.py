@@ -1,0 +1,95 @@
+"""The command line of a recipe: the plan's options, the recipe's own, and the run's, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import docstring_parser
+import tyro
+
+from launch.sources import NamedRecipe, entry_of
+from pipeline import Plan, Recipe
+
+__all__ = ["BenchOptions", "Parsed", "RunOptions", "parse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the run goes."""
+
+    runs: Path = Path("runs")
+    """Folder of the runs."""
+    name: str | None = None
+    """Name of the run; default: time, recipe and mode."""
+    json: Path | None = None
+    """Also write the result to this file."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(RunOptions):
+    """How to compare."""
+
+    rounds: int = 3
+    """Rounds; in each, every mode runs once."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What the user asked for."""
+
+    source: NamedRecipe
+    plan: Plan
+    run: Any
+
+
+def parse(recipe: str, arguments: Sequence[str], run_type: type[RunOptions], prog: str) -> Parsed:
+    """Parse the options behind a recipe's name. Exits with status 2 and one message when they are wrong.
+
+    Raises:
+        PlanError: no such recipe.
+    """
+    entry = entry_of(recipe)
+    own = _recipe_options(entry.make)
+    flat = tyro.conf.arg(name="")
+    combined = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("recipe", Annotated[own, flat] if dataclasses.fields(own) else tyro.conf.Fixed[Any], *_default(own)),
+            ("plan", Annotated[Plan, flat], dataclasses.field(default=entry.plan)),
+            ("run", Annotated[run_type, flat], dataclasses.field(default_factory=run_type)),
+        ],
+        kw_only=True,
+    )
+    options = tyro.cli(
+        combined,
+        prog=f"{prog} {recipe}",
+        description=(inspect.getdoc(entry.make) or "").partition("\n")[0],
+        args=list(arguments),
+    )
+    chosen = tuple((f.name, getattr(options.recipe, f.name)) for f in dataclasses.fields(own))
+    return Parsed(NamedRecipe(recipe, chosen), options.plan, options.run)
+
+
+def _recipe_options(make: Callable[..., Recipe]) -> type:
+    """A dataclass with the function's keyword parameters, its docstring as help."""
+    help_of = {param.arg_name: param.description for param in docstring_parser.parse(make.__doc__ or "").params}
+    fields: list[Any] = []
+    for name, parameter in inspect.signature(make, eval_str=True).parameters.items():
+        kind = Annotated[parameter.annotation, tyro.conf.arg(help=help_of.get(name))]
+        if parameter.default is inspect.Parameter.empty:
+            fields.append((name, kind))
+        else:
+            fields.append((name, kind, dataclasses.field(default=parameter.default)))
+    return dataclasses.make_dataclass("RecipeOptions", fields, frozen=True, kw_only=True)
+
+
+def _default(own: type) -> tuple[Any, ...]:
+    required = any(f.default is dataclasses.MISSING for f in dataclasses.fields(own))
+    return () if required else (dataclasses.field(default_factory=own),)

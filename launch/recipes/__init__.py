@@ -1,0 +1,36 @@
+"""The built-in recipes. Each is a function whose keyword parameters are its options on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from launch.recipes.chargpt import chargpt
+from launch.recipes.digits import digits
+from launch.recipes.mlp import mlp
+from launch.recipes.mnist import mnist
+from pipeline import OptimizerPlan, Plan, Recipe
+
+__all__ = ["BUILT_IN", "Entry"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way to make a recipe.
+
+    Attributes:
+        make: its keyword parameters are the recipe's options.
+        plan: the defaults of the plan's options with this recipe.
+    """
+
+    make: Callable[..., Recipe]
+    plan: Plan = Plan()
+
+
+BUILT_IN: dict[str, Entry] = {
+    "digits": Entry(digits),
+    "mnist": Entry(mnist),
+    "chargpt": Entry(chargpt),
+    "mlp": Entry(mlp, Plan(optimizer=OptimizerPlan(rule="sgd", lr=0.01))),
+}
+"""Recipes by name."""

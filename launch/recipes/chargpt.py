@@ -1,0 +1,152 @@
+"""chargpt: a small causal transformer that predicts the next character of a text file the user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import Batch, PlanError, Recipe, correct_predictions
+from pipeline.seeding import derived_seed
+
+__all__ = ["chargpt"]
+
+_HELD_OUT = 0.1  # the last tenth of the text
+_NUM_HELD_OUT_BATCHES = 10
+
+
+def chargpt(
+    data: Path,
+    width: int = 128,
+    blocks: int = 4,
+    heads: int = 4,
+    context: int = 64,
+    batch: int = 32,
+    dropout: float = 0.0,
+    data_seed: int = 0,
+) -> Recipe:
+    """A character transformer: embedding, causal blocks, head.
+
+    Args:
+        data: Text file; its last tenth is held out.
+        width: Width of the residual stream.
+        blocks: Transformer blocks.
+        heads: Attention heads; they divide the width.
+        context: Characters per row.
+        batch: Rows per batch.
+        dropout: Dropout after attention and MLP.
+        data_seed: Seed of the order of the data.
+    """
+    if width % heads:
+        raise PlanError(f"heads is {heads}: it must divide the width {width}.")
+    train, held_out, vocabulary = _text(Path(data))
+    if len(held_out) <= context * batch:
+        raise PlanError(f"{data} is too short for batches of {batch} x {context} characters: lower --context or --batch.")
+    return Recipe(
+        name="chargpt",
+        model=partial(_model, vocabulary, width, blocks, heads, context, dropout),
+        batches=_Windows(train, context, batch, data_seed),
+        loss=_loss,
+        evaluation=partial(_held_out_batches, Path(data), context, batch),
+        correct=correct_predictions,
+        steps=1000,
+    )
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Batch i: rows of ``context`` characters from places that follow from (seed, i)."""
+
+    text: Tensor
+    context: int
+    batch: int
+    seed: int
+
+    def __call__(self, index: int) -> Batch:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "windows", index))
+        starts = torch.randint(len(self.text) - self.context - 1, (self.batch, 1), generator=generator)
+        rows = self.text[starts + torch.arange(self.context + 1)]
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def _held_out_batches(data: Path, context: int, batch: int) -> Iterator[Batch]:
+    _, text, _ = _text(data)
+    windows = _Windows(text, context, batch, 0)
+    return (windows(index) for index in range(_NUM_HELD_OUT_BATCHES))
+
+
+@cache
+def _text(path: Path) -> tuple[Tensor, Tensor, int]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} cannot be read as text: {error}. Give a UTF-8 text file with --data.") from error
+    characters = sorted(set(text))
+    number = {character: index for index, character in enumerate(characters)}
+    codes = torch.tensor([number[character] for character in text], dtype=torch.int64)
+    border = int(len(codes) * (1 - _HELD_OUT))
+    return codes[:border], codes[border:], len(characters)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats; logits [batch, context, vocabulary], labels [batch, context]."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def _model(vocabulary: int, width: int, blocks: int, heads: int, context: int, dropout: float) -> nn.Sequential:
+    model = nn.Sequential(
+        Embedding(vocabulary, width, context),
+        *(Block(width, heads, dropout) for _ in range(blocks)),
+        nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary)),
+    )
+    model.apply(_initialise)
+    return model
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class Embedding(nn.Module):
+    """Characters and positions: [batch, time] -> [batch, time, width]."""
+
+    def __init__(self, vocabulary: int, width: int, context: int) -> None:
+        super().__init__()
+        self.characters = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(context, width)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Look both up and add them."""
+        positions: Tensor = self.positions(torch.arange(codes.shape[1], device=codes.device))
+        return self.characters(codes) + positions
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with causal attention: [batch, time, width] -> the same."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention_in, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention and MLP, each added to the residual stream."""
+        x = x + self.dropout(self._attention(self.norm1(x)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+    def _attention(self, x: Tensor) -> Tensor:
+        batch, time, width = x.shape
+        parts = self.attention_in(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True)
+        return self.attention_out(mixed.transpose(1, 2).reshape(batch, time, width))

@@ -1,0 +1,54 @@
+"""digits: the 1,797 handwritten digits of 8x8 pixels that scikit-learn carries (UCI ML repository). No download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from launch.recipes.perceptron import perceptron
+from pipeline import ArrayBatches, Batch, Recipe, correct_predictions
+
+__all__ = ["digits"]
+
+_NUM_TRAIN = 1347  # three quarters; the rest is held out
+_SPLIT_SEED = 0
+
+
+def digits(hidden: int = 128, layers: int = 4, batch: int = 64, data_seed: int = 0) -> Recipe:
+    """A perceptron on scikit-learn's digits.
+
+    Args:
+        hidden: Units per hidden layer.
+        layers: Layers, the last one included.
+        batch: Rows per batch.
+        data_seed: Seed of the order of the data.
+    """
+    inputs, labels = _data()
+    return Recipe(
+        name="digits",
+        model=partial(perceptron, inputs.shape[1], hidden, layers, 10),
+        batches=ArrayBatches(inputs[:_NUM_TRAIN], labels[:_NUM_TRAIN], batch, data_seed),
+        loss=F.cross_entropy,
+        evaluation=partial(_held_out, batch),
+        correct=correct_predictions,
+        steps=1000,
+    )
+
+
+def _held_out(batch: int) -> Iterable[Batch]:
+    inputs, labels = _data()
+    return zip(inputs[_NUM_TRAIN:].split(batch), labels[_NUM_TRAIN:].split(batch), strict=True)
+
+
+@cache
+def _data() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits  # slow to import
+
+    data = load_digits()
+    order = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    inputs = torch.tensor(data.data, dtype=torch.float32)[order] / 16.0
+    return inputs, torch.tensor(data.target, dtype=torch.int64)[order]

@@ -1,0 +1,84 @@
+"""mnist: the MNIST images from their original IDX files, read from a folder that the user gives."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterable
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from launch.recipes.perceptron import perceptron
+from pipeline import ArrayBatches, Batch, PlanError, Recipe, correct_predictions
+
+__all__ = ["mnist"]
+
+_MEAN, _STD = 0.1307, 0.3081  # of the training pixels
+
+
+def mnist(
+    data: Path,
+    hidden: int = 256,
+    layers: int = 6,
+    batch: int = 256,
+    batch_norm: bool = True,
+    data_seed: int = 0,
+) -> Recipe:
+    """A perceptron on MNIST.
+
+    Args:
+        data: Folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
+            t10k-labels-idx1-ubyte, each plain or .gz.
+        hidden: Units per hidden layer.
+        layers: Layers, the last one included.
+        batch: Rows per batch.
+        batch_norm: BatchNorm after every hidden linear layer.
+        data_seed: Seed of the order of the data.
+    """
+    inputs, labels = _data(Path(data), "train")
+    return Recipe(
+        name="mnist",
+        model=partial(perceptron, inputs.shape[1], hidden, layers, 10, batch_norm=batch_norm),
+        batches=ArrayBatches(inputs, labels, batch, data_seed),
+        loss=F.cross_entropy,
+        evaluation=partial(_held_out, Path(data), batch),
+        correct=correct_predictions,
+        steps=2000,
+    )
+
+
+def _held_out(data: Path, batch: int) -> Iterable[Batch]:
+    inputs, labels = _data(data, "t10k")
+    return zip(inputs.split(batch), labels.split(batch), strict=True)
+
+
+@cache
+def _data(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    images = _idx(folder, f"{part}-images-idx3-ubyte")
+    labels = _idx(folder, f"{part}-labels-idx1-ubyte")
+    if len(images) != len(labels):
+        raise PlanError(f"{folder} has {len(images)} {part} images and {len(labels)} labels: the files do not belong together.")
+    inputs = torch.from_numpy(images.reshape(len(images), -1)).float().div_(255.0).sub_(_MEAN).div_(_STD)
+    return inputs, torch.from_numpy(labels.astype(np.int64))
+
+
+def _idx(folder: Path, name: str) -> np.ndarray:
+    """An IDX file of unsigned bytes: 0 0 8 ndim, then each size as a big-endian int32, then the values."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise PlanError(f"no {name} (or {name}.gz) in {folder}: give the folder of the MNIST files with --data.")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise PlanError(f"{path} cannot be read: {error}.") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise PlanError(f"{path} is no IDX file of bytes: it begins with {content[:4].hex()}, not 000008.")
+    sizes = np.frombuffer(content, ">i4", count=content[3], offset=4)
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
+    if values.size != int(np.prod(sizes)):
+        raise PlanError(f"{path} is cut short: {values.size} values where its header says {int(np.prod(sizes))}.")
+    return values.reshape(sizes).copy()

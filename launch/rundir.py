@@ -1,0 +1,77 @@
+"""The folder of a run: its name, its plan, its metrics, its weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+from safetensors.torch import load_file, save_file
+
+from pipeline import PlanError
+from pipeline.resolve import Resolved
+
+__all__ = ["join_parts", "metrics_file", "new_run_dir", "write_metric", "write_plan"]
+
+
+def new_run_dir(runs: Path, name: str) -> Path:
+    """Make ``runs/<name>``, or ``runs/<name>-2`` ... when that exists: nothing is ever overwritten.
+
+    Raises:
+        PlanError: the folder cannot be made.
+    """
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 10_000):
+            path = runs / (name if attempt == 1 else f"{name}-{attempt}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return path
+    except OSError as error:
+        raise PlanError(f"cannot make a folder for the run in {runs}: {error.strerror}; choose another with --runs.") from error
+    raise PlanError(f"{runs} is full of runs called {name}: choose another name with --name.")
+
+
+def default_name(recipe: str, plan_mode: str) -> str:
+    """Time and what is run, e.g. ``2027-01-05T10-02-33-digits-unlocked``."""
+    return f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{recipe}-{plan_mode}"
+
+
+def write_plan(run_dir: Path, recipe_name: str, resolved: Resolved, command: Iterable[str]) -> None:
+    """Write plan.json: the resolved plan and what was decided, with reasons."""
+    content = {
+        "recipe": recipe_name,
+        "command": list(command),
+        "plan": resolved.plan.as_dict(),
+        "layers": list(resolved.layer_names),
+        "layer_parameters": list(resolved.layer_parameters),
+        "layer_seconds": list(resolved.layer_seconds) if resolved.layer_seconds else None,
+        "decided": [{"what": what, "value": value, "why": why} for what, value, why in resolved.reasons],
+    }
+    (run_dir / "plan.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def metrics_file(run_dir: Path) -> TextIO:
+    """Open metrics.jsonl, flushed line by line so that it can be followed."""
+    return (run_dir / "metrics.jsonl").open("w", buffering=1)
+
+
+def write_metric(file: TextIO, event: str, **values: Any) -> None:
+    """One line of metrics.jsonl."""
+    file.write(json.dumps({"event": event, **values}) + "\n")
+
+
+def join_parts(run_dir: Path, stages: int) -> None:
+    """Join the workers' parts into model.safetensors and optimizer.safetensors."""
+    parts = run_dir / "parts"
+    for what in ("model", "optimizer"):
+        paths = [parts / f"{what}-{k}.safetensors" for k in range(stages)]
+        tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+        save_file(tensors, run_dir / f"{what}.safetensors")
+        for path in paths:
+            path.unlink()
+    parts.rmdir()

@@ -1,0 +1,120 @@
+"""The yardstick: one process, a plain PyTorch loop, none of our machinery in the way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import msgspec
+import torch
+
+from pipeline.optimizers import build_optimizer
+from pipeline.partition import layers_of
+from pipeline.plan import Plan
+from pipeline.recipe import Recipe, build_model
+from pipeline.seeding import seeded
+from pipeline.stage import Scores
+
+__all__ = ["SingleRun", "run_single"]
+
+
+class SingleRun(msgspec.Struct, frozen=True):
+    """What the single process measured.
+
+    Attributes:
+        batches: training batches after the warm-up.
+        seconds: how long they took.
+        loss: held-out loss, or the last training loss without held-out data.
+        accuracy: held-out accuracy, if the recipe counts right answers.
+        peak_memory_bytes: peak resident memory.
+    """
+
+    batches: int
+    seconds: float
+    loss: float
+    accuracy: float | None
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Callable[[], Recipe]
+    plan: Plan
+    threads: int
+    warmup: int
+
+
+def run_single(
+    source: Callable[[], Recipe], plan: Plan, *, threads: int, warmup: int, within_s: float = 3600.0
+) -> SingleRun:
+    """Train the unsplit model in a fresh process with ``threads`` compute threads.
+
+    Args:
+        source: makes the recipe.
+        plan: steps, seed and optimizer.
+        threads: compute threads.
+        warmup: first batches that are not timed.
+        within_s: how long it may take.
+
+    Raises:
+        RuntimeError: the process failed or took too long.
+
+    Blocks:
+        until it is over, at most ``within_s``.
+    """
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_main, args=(_Job(source, plan, threads, warmup), theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not mine.poll(within_s):
+            raise RuntimeError(f"the single-process run did not end within {within_s:.0f} s")
+        return msgspec.msgpack.decode(mine.recv_bytes(), type=SingleRun)
+    except EOFError:
+        process.join(2.0)
+        raise RuntimeError(f"the single-process run ended with exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join(5.0)
+        mine.close()
+
+
+def _main(job: _Job, connection: Connection) -> None:
+    torch.set_num_threads(job.threads)
+    recipe, steps = job.source(), job.plan.steps or 0
+    modules = torch.nn.Sequential(*(layer.module for layer in layers_of(build_model(recipe, job.plan.seed)))).train()
+    optimizer = build_optimizer(job.plan.optimizer, [p for p in modules.parameters() if p.requires_grad])
+    assert optimizer is not None, "the recipe's model has parameters"
+    begin = time.perf_counter()
+    value = float("nan")
+    for step in range(steps):
+        if step == job.warmup:
+            begin = time.perf_counter()
+        with seeded(job.plan.seed, "batch", step):
+            inputs, labels = recipe.batch(step)
+        loss = recipe.loss(modules(inputs), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        value = float(loss.detach())
+    seconds = time.perf_counter() - begin
+    scores = _evaluate(recipe, modules)
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    run = SingleRun(
+        steps - job.warmup, seconds, scores.loss() if scores.rows else value, scores.accuracy(), peak_bytes
+    )
+    connection.send_bytes(msgspec.msgpack.encode(run))
+
+
+@torch.no_grad()
+def _evaluate(recipe: Recipe, modules: torch.nn.Sequential) -> Scores:
+    scores = Scores()
+    modules.eval()
+    for inputs, labels in recipe.evaluation() if recipe.evaluation else ():
+        scores.add(recipe, modules(inputs), labels)
+    return scores

@@ -1,0 +1,157 @@
+"""``train``: from a recipe and a plan to a result. The command line does the same."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from multiprocessing import current_process
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from launch import rundir
+from launch.console import Console
+from launch.measure import layer_seconds
+from launch.result import Result
+from launch.sources import GivenRecipe, check_travels
+from pipeline import Batch, Plan, PlanError, Recipe
+from pipeline.resolve import Resolved, resolve
+from workers import records
+from workers.assignment import Assignment, Names
+from workers.crew import Crew
+from workers.failures import RunFailed
+from workers.shared import needed_bytes, shared_memory
+from workers.shm import check_shared_memory, new_prefix
+
+__all__ = ["resolve_source", "run", "train"]
+
+
+def train(
+    *,
+    model: Callable[[], nn.Module],
+    batches: Callable[[int], Batch] | Sequence[Batch],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    plan: Plan,
+    evaluation: Callable[[], Iterable[Batch]] | None = None,
+    correct: Callable[[Tensor, Tensor], tuple[Tensor, int]] | None = None,
+    name: str = "train",
+    runs: str | Path = "runs",
+    quiet: bool = False,
+) -> Result:
+    """Train a network as a pipeline of processes on this host.
+
+    Call it under ``if __name__ == "__main__":`` and give functions defined at the top level of a module: every worker
+    process imports them.
+
+    Args:
+        model: builds the whole network (``nn.Sequential``, a list of modules, or a module whose children are a chain).
+        batches: batch i as a function of i, or a sequence of batches; pairs (inputs, labels) of one shape.
+        loss: (output, labels) -> mean over the rows.
+        plan: how to run; ``plan.steps`` must be given.
+        evaluation: the held-out batches, in a fixed order.
+        correct: counts right answers, e.g. ``pipeline.correct_predictions``.
+        name: name of the run.
+        runs: folder of the runs.
+        quiet: print nothing.
+
+    Returns:
+        The result; its files lie in ``runs/<name>``.
+
+    Raises:
+        PlanError: something cannot run; nothing was started.
+        RunFailed: a worker failed; everything was stopped and cleaned up.
+
+    Blocks:
+        until the training is over. A run without progress ends after ``plan.stall_after_s``.
+    """
+    if plan.steps is None:
+        raise PlanError("steps is not given: say how many batches to train on, Plan(steps=...).")
+    recipe = Recipe(
+        name=name, model=model, batches=batches, loss=loss, evaluation=evaluation, correct=correct
+    )
+    source = GivenRecipe(recipe)
+    return run(source, resolve_source(source, plan), Path(runs), name, Console(quiet=quiet))
+
+
+def resolve_source(source: Callable[[], Recipe], plan: Plan) -> Resolved:
+    """Everything that can be said before a process starts.
+
+    Raises:
+        PlanError: recipe and plan do not fit, or there is too little shared memory.
+    """
+    if getattr(current_process(), "_inheriting", False):
+        raise PlanError('a worker process came to train() again: put the call under if __name__ == "__main__":')
+    check_travels(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
+        resolved = resolve(source(), plan, partial(layer_seconds, threads=plan.threads))
+    check_shared_memory(needed_bytes(resolved))
+    return resolved
+
+
+def run(
+    source: Callable[[], Recipe], resolved: Resolved, runs: Path, name: str | None, console: Console
+) -> Result:
+    """Run a resolved plan on local processes and write its folder.
+
+    Raises:
+        RunFailed: a worker failed; its traceback or the stall report lies in ``failure.txt`` of the run.
+    """
+    recipe = source()
+    run_dir = rundir.new_run_dir(runs, name or rundir.default_name(recipe.name, resolved.plan.mode)).resolve()
+    rundir.write_plan(run_dir, recipe.name, resolved, sys.argv)
+    console.decided(recipe.name, resolved, run_dir)
+    result = Result(resolved, run_dir)
+    names = Names(new_prefix())
+    bare = replace(resolved, cuts=tuple(replace(cut, loss=_no_loss) for cut in resolved.cuts))
+    assignments = [
+        Assignment(k, bare, source, names, run_dir) for k in range(resolved.plan.stages)
+    ]
+    try:
+        with shared_memory(resolved, names) as board, Crew(assignments, board) as crew, console.training(result):
+            _follow(crew, result, console)
+    except RunFailed as failure:
+        (run_dir / "failure.txt").write_text(f"{failure}\n\n{failure.details}\n")
+        raise
+    rundir.join_parts(run_dir, resolved.plan.stages)
+    result.write(run_dir / "result.json")
+    return result
+
+
+def _follow(crew: Crew, result: Result, console: Console) -> None:
+    """Take in what the workers report."""
+    rows = result.resolved.batch_shape[0]
+    with rundir.metrics_file(result.run_dir) as metrics:
+        for record in crew.run():
+            if isinstance(record, records.Ready):
+                console.ready(record)
+            elif isinstance(record, records.Loss):
+                result.losses += record.losses
+                step = record.first_batch + len(record.losses)
+                mean = sum(record.losses) / len(record.losses)
+                rundir.write_metric(metrics, "train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
+                console.progress(step, mean)
+            elif isinstance(record, records.Scored):
+                result.scores.append(record)
+                rundir.write_metric(
+                    metrics,
+                    "evaluation",
+                    step=record.updates,
+                    samples=record.updates * rows,
+                    loss=record.loss,
+                    accuracy=record.accuracy,
+                    time_ns=record.time_ns,
+                )
+                console.scored(record)
+            elif isinstance(record, records.Finished):
+                result.finished[record.stage] = record
+    start_ns = min(int(spans.start_ns[0]) for spans in result.spans)
+    end_ns = max(int(spans.end_ns[-1]) for spans in result.spans)
+    result.seconds = (end_ns - start_ns) * 1e-9
+
+
+def _no_loss(output: Tensor, labels: Tensor) -> Tensor:
+    raise AssertionError("a cut on its way to a worker carries no loss; the worker's recipe gives it")

@@ -1,0 +1,85 @@
+"""A cut: the place between two stages, and everything that is known about it before anything starts.
+
+stage k  --h_k, labels-->  cut k  -->  stage k+1 ... --> output --loss(output, labels)-->
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Cut"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """What passes through the place between stage ``index`` and the stage above it.
+
+    All shapes are those of one whole batch, batch dimension first.
+
+    Attributes:
+        index: index of the stage below the cut; its activation passes here.
+        activation_shape: shape of that activation, [batch, *features].
+        activation_dtype: dtype of that activation.
+        label_shape: shape of the labels, [batch, ...].
+        label_dtype: dtype of the labels.
+        output_shape: shape of the whole network's output for such a batch.
+        loss: (output, labels) -> scalar, the mean over the rows: the user's own.
+    """
+
+    index: int
+    activation_shape: tuple[int, ...]
+    activation_dtype: torch.dtype
+    label_shape: tuple[int, ...]
+    label_dtype: torch.dtype
+    output_shape: tuple[int, ...]
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes of integer labels, read off the output; None: the labels are no class indices.
+
+        The output is [*labels, classes] (rows or tokens) or, as in image segmentation, [batch, classes, ...].
+        """
+        if (
+            self.label_dtype.is_floating_point
+            or self.label_dtype.is_complex
+            or self.label_dtype == torch.bool
+        ):
+            return None
+        labels, output = self.label_shape, self.output_shape
+        if len(output) != len(labels) + 1:
+            return None
+        if output[:-1] == labels:
+            return output[-1]
+        if output[0] == labels[0] and output[2:] == labels[1:]:
+            return output[1]
+        return None
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every position has its own label: labels [batch, time], activation [batch, time, width].
+
+        The rows of a DNI are then the batch * time positions; else the samples, all features in a line.
+        """
+        return len(self.label_shape) > 1 and self.activation_shape[:-1] == self.label_shape
+
+    @property
+    def features(self) -> int:
+        """Numbers in one row of the activation."""
+        return _product(self.activation_shape[-1:] if self.per_token else self.activation_shape[1:])
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of the DNI in one sample of the batch: its positions, or 1."""
+        return _product(self.label_shape[1:]) if self.per_token else 1
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product

@@ -1,0 +1,258 @@
+"""The Decoupled Neural Interface of a cut: predicts the gradient to come, and learns from it.
+
+    h, labels --> form --> clip to RMS 1 --> * sigma --> s            predict
+    g --> sigma,  g / sigma --> the form's objective --> Adam         learn
+
+Gradients are tiny and their scale drifts, so a form (dni_forms.py, loss_model.py) sees them in units of
+sigma, their running root mean square. Without that and the clip, unlocked training diverged in every trial.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from pipeline.cut import Cut
+from pipeline.dni_forms import MLP, Conv, Custom, Form, LabelResidual, Linear
+from pipeline.errors import PlanError, nearest
+from pipeline.loss_model import LossModel
+from pipeline.plan import DNI_FORMS, DNIPlan
+from pipeline.seeding import derived_seed, seeded
+
+__all__ = ["DNI", "build_dni", "describe_form"]
+
+_DECAY = 0.99  # of sigma: it averages over the last 100 targets or so
+_TINY = 1e-30
+
+
+class DNI(nn.Module):
+    """One form with what all forms share: the unit sigma, the clip, the choice of rows, the optimizer.
+
+    What it remembers is in its ``state_dict`` (weights, sigma, number of targets) and in ``optimizer``. The
+    only random numbers it draws after construction, the rows to train on, come from generators of its own.
+    Works in float32, or in float64 where the activation is float64.
+
+    Args:
+        form: what predicts, in units of sigma.
+        cut: where it works.
+        plan: how it trains.
+        seed: seed of the choice of rows.
+    """
+
+    mean_square: Tensor
+    weight: Tensor
+
+    def __init__(self, form: Form, cut: Cut, plan: DNIPlan, seed: int) -> None:
+        super().__init__()
+        self._dtype = torch.float64 if cut.activation_dtype == torch.float64 else torch.float32
+        self.form = form.to(self._dtype)
+        self._index, self._seed, self._every = cut.index, seed, plan.every
+        self._num_samples = _training_samples(form, cut, plan)
+        self._num_targets = 0
+        self.register_buffer("mean_square", torch.zeros((), dtype=self._dtype))
+        self.register_buffer("weight", torch.zeros((), dtype=self._dtype))
+        self._trained = [parameter for parameter in form.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(self._trained, lr=plan.lr, fused=True) if self._trained else None
+
+    @property
+    def sigma(self) -> Float[Tensor, ""]:
+        """Running root mean square of the true gradient, bias-corrected; 0 until the first target came."""
+        return (self.mean_square / self.weight.clamp(min=_TINY)).sqrt()
+
+    def predict(
+        self, h: Float[Tensor, " batch *features"], labels: Shaped[Tensor, " batch *rest"]
+    ) -> Float[Tensor, " batch *features"]:
+        """The synthetic gradient dL/dh of one batch: zeros until the first target came.
+
+        Args:
+            h: the stage's activation; neither differentiated nor changed.
+            labels: its labels.
+
+        Returns:
+            Detached, of the shape and dtype of ``h``; its root mean square is at most ``sigma``.
+
+        Raises:
+            FloatingPointError: the prediction is not finite.
+        """
+        if self._num_targets == 0:
+            return torch.zeros_like(h)
+        sigma = self.sigma
+        with torch.no_grad():
+            prediction = self.form.predict(h.detach().to(self._dtype), labels, sigma.clamp(min=_TINY))
+            rms = _rms(prediction)
+            if not torch.isfinite(rms):
+                raise FloatingPointError(self._not_finite("predicted a gradient", "lower the DNI's lr"))
+            return (prediction * (sigma / rms.clamp(min=1))).to(h.dtype)
+
+    def learn(
+        self,
+        h: Float[Tensor, " batch *features"],
+        labels: Shaped[Tensor, " batch *rest"],
+        g: Float[Tensor, " batch *features"],
+        batch: int,
+    ) -> Float[Tensor, ""] | None:
+        """Take the gradient that came back for a batch, true or bootstrapped, as the target of (h, labels).
+
+        Args:
+            h: the activation the stage sent for that batch.
+            labels: its labels.
+            g: the gradient that came back for it.
+            batch: its batch id; which samples are trained on follows from it.
+
+        Returns:
+            |s - g|^2 / |g|^2 over the samples trained on, on the device of ``g``, where s is the prediction
+            before this training step: 1 is no better than zeros. None when nothing was trained: this target
+            is not the ``every``-th, or it is all zeros and none came before (under bootstrap, the DNI above
+            knows nothing yet).
+
+        Raises:
+            FloatingPointError: the target is not finite; the DNI is then unchanged.
+        """
+        g = g.detach().to(self._dtype)
+        rms = _rms(g)
+        if not torch.isfinite(rms):
+            raise FloatingPointError(
+                self._not_finite(
+                    f"got a target for batch {batch}", "lower the learning rate, or look at the loss above"
+                )
+            )
+        if self._num_targets == 0 and not rms:
+            return None
+        self.mean_square.lerp_(rms.square(), 1 - _DECAY)
+        self.weight.lerp_(torch.ones_like(self.weight), 1 - _DECAY)
+        self._num_targets += 1
+        if (self._num_targets - 1) % self._every:
+            return None
+        return self._train(*self._chosen(batch, h.detach().to(self._dtype), labels, g))
+
+    def get_extra_state(self) -> Tensor:
+        """The number of targets so far, for ``state_dict``."""
+        return torch.tensor(self._num_targets)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the number of targets from a ``state_dict``."""
+        self._num_targets = int(state)
+
+    def _train(self, h: Tensor, labels: Tensor, g: Tensor) -> Tensor:
+        sigma = self.sigma.clamp(min=_TINY)
+        target = g / sigma
+        with torch.enable_grad():
+            objective, prediction = self.form.objective(h, labels, target, sigma)
+        if self.optimizer is not None:
+            gradients = torch.autograd.grad(objective, self._trained, allow_unused=True)
+            for parameter, gradient in zip(self._trained, gradients, strict=True):
+                parameter.grad = gradient
+            self.optimizer.step()
+        with torch.no_grad():
+            error = prediction / _rms(prediction).clamp(min=1) - target
+            return error.square().sum() / target.square().sum().clamp(min=_TINY)
+
+    def _chosen(self, batch: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same samples of each tensor, drawn from (seed, cut, batch)."""
+        size = len(tensors[0])
+        if self._num_samples >= size:
+            return tensors
+        seed = derived_seed(self._seed, "dni rows", self._index, batch)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+        samples = order[: self._num_samples].to(tensors[0].device)
+        return tuple(tensor.index_select(0, samples) for tensor in tensors)
+
+    def _not_finite(self, what: str, remedy: str) -> str:
+        where = f"the DNI at cut {self._index}, after {self._num_targets} targets,"
+        return f"{where} {what} that is not finite: {remedy}."
+
+
+def build_dni(cut: Cut, plan: DNIPlan, seed: int) -> DNI:
+    """The DNI of ``cut``; its weights depend on (seed, cut) alone, the global generator is left as it was.
+
+    Args:
+        cut: where it works.
+        plan: form, size and training.
+        seed: seed of the run.
+
+    Raises:
+        PlanError: the form is unknown or does not fit the cut.
+    """
+    form, _ = describe_form(cut, plan)
+    with seeded(seed, "dni", cut.index):
+        return DNI(_build_form(form, cut, plan), cut, plan, seed)
+
+
+def describe_form(cut: Cut, plan: DNIPlan) -> tuple[str, str]:
+    """The form the DNI of ``cut`` gets, and why, as half a sentence.
+
+    Raises:
+        PlanError: the form is unknown or does not fit the cut; the sentence says which to take.
+    """
+    if not cut.activation_dtype.is_floating_point:
+        raise PlanError(
+            f"the activation at cut {cut.index} is {cut.activation_dtype}: only floating-point numbers have a "
+            "gradient; cut the network after a later layer."
+        )
+    if plan.factory is not None:
+        return "factory", "the plan gives a factory"
+    if plan.form not in DNI_FORMS:
+        raise PlanError(nearest(plan.form, DNI_FORMS, "DNI form"))
+    if plan.form == "auto":
+        return _automatic(cut)
+    misfit = _misfit(cut, plan.form)
+    if misfit is not None:
+        raise PlanError(f"DNI form {plan.form} does not fit cut {cut.index}: {misfit}")
+    return plan.form, "the plan says so"
+
+
+def _automatic(cut: Cut) -> tuple[str, str]:
+    if cut.classes is None:
+        return "loss_model", "the labels are no class indices, and it takes any loss"
+    if cut.per_token:
+        return "loss_model", "every position has its own class label, where it is the most accurate"
+    if _misfit(cut, "label_residual") is not None:
+        return "loss_model", "there is more than one label per sample, and it takes any loss"
+    return "label_residual", "one class label per sample, where it is the most accurate and the cheapest"
+
+
+def _misfit(cut: Cut, form: str) -> str | None:
+    """Why a known form cannot work at this cut, with the remedy; None: it can."""
+    labels, shape = f"{list(cut.label_shape)} {cut.label_dtype}", list(cut.activation_shape)
+    if form == "label_residual" and cut.classes is None:
+        return f"labels {labels} are no classes of an output {list(cut.output_shape)}; choose loss_model."
+    if form == "label_residual" and len(cut.label_shape) > 1 and not cut.per_token:
+        return f"labels {labels} are not one class per row of the activation {shape}; choose loss_model."
+    if form == "conv" and len(shape) != 4:
+        return f"the activation is {shape}, not [batch, channels, height, width]; choose loss_model or mlp."
+    if form == "conv" and cut.classes is not None and len(cut.label_shape) > 1:
+        return f"labels {labels} are not one class per sample; choose loss_model."
+    return None
+
+
+def _build_form(form: str, cut: Cut, plan: DNIPlan) -> Form:
+    match form:
+        case "linear":
+            return Linear(cut)
+        case "mlp":
+            return MLP(cut, plan.hidden)
+        case "conv":
+            return Conv(cut, plan.hidden)
+        case "label_residual":
+            return LabelResidual(cut)
+        case "loss_model":
+            return LossModel(cut, plan.hidden, plan.beta)
+        case _:
+            assert plan.factory is not None, f"describe_form gave {form}"
+            return Custom(plan.factory(cut))
+
+
+def _training_samples(form: Form, cut: Cut, plan: DNIPlan) -> int:
+    """Samples of a batch to train on: the plan's fraction, no more rows than the form wants, at least one."""
+    num_samples = math.ceil(plan.rows * cut.activation_shape[0])
+    if form.most_rows is not None:
+        num_samples = min(num_samples, form.most_rows // cut.rows_per_sample)
+    return max(1, num_samples)
+
+
+def _rms(values: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values)
+    return norm / math.sqrt(max(1, values.numel()))

@@ -1,0 +1,249 @@
+"""The forms of a DNI that need nothing but (h, y): direct regressors, and the residual of a local classifier.
+
+    linear, mlp, conv    (h, y) --regressor--> s                  last layer zero
+    label_residual       u(h) * A (softmax(C h) - onehot(y))      A zero
+    a user's own module  (h, y) --module--> s
+
+Every form predicts in units of sigma, the running root mean square of the true gradient; ``DNI`` (dni.py)
+converts. A form that starts at zero asks for no update at first: no update is better than a random one.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from pipeline.cut import Cut
+
+__all__ = ["MLP", "Conv", "Custom", "Form", "LabelResidual", "Linear"]
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+class Form(nn.Module):
+    """What every form can do: predict, and say what it is trained on.
+
+    Attributes:
+        most_rows: rows of a batch it trains on at most, where all would cost too much; None: all.
+    """
+
+    most_rows: int | None = None
+
+    def predict(
+        self,
+        h: Float[Tensor, " batch *features"],
+        labels: Shaped[Tensor, " batch *rest"],
+        sigma: Float[Tensor, ""],
+    ) -> Float[Tensor, " batch *features"]:
+        """The gradient at ``h``, in units of ``sigma``."""
+        prediction: Tensor = self(h, labels)
+        return prediction
+
+    def objective(
+        self,
+        h: Float[Tensor, " rows *features"],
+        labels: Shaped[Tensor, " rows *rest"],
+        target: Float[Tensor, " rows *features"],
+        sigma: Float[Tensor, ""],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " rows *features"]]:
+        """The loss to train on, and the prediction it judges.
+
+        Args:
+            h: activations of the chosen samples, detached.
+            labels: their labels.
+            target: their true gradient, in units of ``sigma``.
+            sigma: running root mean square of the true gradient.
+        """
+        prediction = self.predict(h, labels, sigma)
+        return F.mse_loss(prediction, target), prediction
+
+
+class _Regressor(Form):
+    """A body on rows of (h, code of the labels)."""
+
+    body: nn.Module
+
+    def __init__(self, cut: Cut) -> None:
+        super().__init__()
+        self.features = cut.features
+        self.code = _LabelCode(cut)
+
+    def forward(
+        self, h: Float[Tensor, " batch *features"], labels: Shaped[Tensor, " batch *rest"]
+    ) -> Float[Tensor, " batch *features"]:
+        """The prediction, shaped like ``h``."""
+        rows = h.reshape(-1, self.features)
+        prediction: Tensor = self.body(torch.cat((rows, self.code(labels, len(rows), h.dtype)), dim=1))
+        return prediction.reshape(h.shape)
+
+
+class Linear(_Regressor):
+    """A linear map of (h, onehot(y)): the label-conditioned cDNI of Jaderberg et al. 2017.
+
+    Args:
+        cut: where it works.
+    """
+
+    def __init__(self, cut: Cut) -> None:
+        super().__init__(cut)
+        self.body = _zero(nn.Linear(cut.features + self.code.size, cut.features))
+
+
+class MLP(_Regressor):
+    """One hidden ReLU layer between (h, onehot(y)) and the gradient (Jaderberg et al. 2017, cDNI).
+
+    Differs from the paper: no batch normalisation, so that a prediction depends on its own row alone.
+
+    Args:
+        cut: where it works.
+        hidden: hidden units.
+    """
+
+    def __init__(self, cut: Cut, hidden: int) -> None:
+        super().__init__(cut)
+        first = nn.Linear(cut.features + self.code.size, hidden)
+        self.body = nn.Sequential(first, nn.ReLU(), _zero(nn.Linear(hidden, cut.features)))
+
+
+class Conv(Form):
+    """Two 3x3 convolutions over an image-shaped h, labels as constant planes (Jaderberg et al. 2017, cDNI).
+
+    Differs from the paper: the planes join after the first convolution, where they are one bias per sample
+    and channel.
+
+    Args:
+        cut: where it works; its activation is [batch, channels, height, width].
+        hidden: channels between the convolutions.
+    """
+
+    def __init__(self, cut: Cut, hidden: int) -> None:
+        super().__init__()
+        channels = cut.activation_shape[1]
+        self.code = _LabelCode(cut)
+        self.first = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.planes = nn.Linear(self.code.size, hidden, bias=False)
+        self.last = _zero(nn.Conv2d(hidden, channels, 3, padding=1))
+
+    def forward(
+        self, h: Float[Tensor, "batch channels height width"], labels: Shaped[Tensor, " batch *rest"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The prediction, shaped like ``h``."""
+        planes = self.planes(self.code(labels, len(h), h.dtype))[:, :, None, None]
+        prediction: Tensor = self.last(torch.relu(self.first(h) + planes))
+        return prediction
+
+
+class Custom(Form):
+    """A user's own module, trained by squared error.
+
+    Args:
+        module: (h, labels) -> prediction shaped like h, in units of the running RMS of the true gradient.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self, h: Float[Tensor, " batch *features"], labels: Shaped[Tensor, " batch *rest"]
+    ) -> Float[Tensor, " batch *features"]:
+        """The prediction.
+
+        Raises:
+            ValueError: the module's prediction is not shaped like ``h``.
+        """
+        prediction: Tensor = self.module(h, labels)
+        if prediction.shape != h.shape:
+            raise ValueError(
+                f"{type(self.module).__name__}, made by the plan's DNI factory, gave {list(prediction.shape)} for "
+                f"an activation {list(h.shape)}: it must return a prediction shaped like the activation."
+            )
+        return prediction
+
+
+class LabelResidual(Form):
+    """u(h) * A (softmax(C h) - onehot(y)): what a local classifier still gets wrong, mapped back to h.
+
+    C is trained by its own cross-entropy; A (starts at zero) and the gate u by squared error to the true
+    gradient. The gate u(h) = softplus(v h + c) is one number per row: how much of the local classifier's
+    error the whole network still has. Costs two thin products per row; trains on 512 rows of a batch at most,
+    which is plenty for so few weights.
+
+    Not in Jaderberg et al. 2017: for a linear top under cross-entropy this form is exact, with A the top's
+    weights.
+
+    Args:
+        cut: where it works; the labels are one class per row.
+    """
+
+    most_rows = 512
+
+    def __init__(self, cut: Cut) -> None:
+        super().__init__()
+        if cut.classes is None:
+            raise AssertionError("describe_form lets label_residual pass only with class labels")
+        self.features, self.classes = cut.features, cut.classes
+        self.classifier = nn.Linear(cut.features, cut.classes)
+        self.back = _zero(nn.Linear(cut.classes, cut.features, bias=False))
+        self.gate = _zero(nn.Linear(cut.features, 1))
+
+    def forward(
+        self, h: Float[Tensor, " batch *features"], labels: Shaped[Tensor, " batch *rest"]
+    ) -> Float[Tensor, " batch *features"]:
+        """The prediction, shaped like ``h``."""
+        rows = h.reshape(-1, self.features)
+        return self._residual_mapped_back(rows, self.classifier(rows), labels.reshape(-1)).reshape(h.shape)
+
+    def objective(
+        self,
+        h: Float[Tensor, " rows *features"],
+        labels: Shaped[Tensor, " rows *rest"],
+        target: Float[Tensor, " rows *features"],
+        sigma: Float[Tensor, ""],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " rows *features"]]:
+        """Cross-entropy of C plus squared error of u and A; the second does not reach C."""
+        rows, flat = h.reshape(-1, self.features), labels.reshape(-1)
+        logits = self.classifier(rows)
+        prediction = self._residual_mapped_back(rows, logits.detach(), flat).reshape(h.shape)
+        return F.cross_entropy(logits, flat.long()) + F.mse_loss(prediction, target), prediction
+
+    def _residual_mapped_back(self, rows: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        counted = (labels >= 0).unsqueeze(-1)
+        residual = (logits.softmax(dim=-1) - one_hot(labels, self.classes, logits.dtype)) * counted
+        # The gate scales the thin residual, not the wide product: the same number for a fraction of the work.
+        mapped: Tensor = self.back(F.softplus(self.gate(rows)) * residual)
+        return mapped
+
+
+def one_hot(
+    labels: Shaped[Tensor, " *rest"], classes: int, dtype: torch.dtype
+) -> Float[Tensor, "*rest classes"]:
+    """One-hot rows; a negative label, by convention one that the loss ignores, gives a row of zeros."""
+    return (labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)).to(dtype)
+
+
+class _LabelCode(nn.Module):
+    """Labels as numbers in a row: class indices one-hot, anything else as it is, flattened."""
+
+    def __init__(self, cut: Cut) -> None:
+        super().__init__()
+        self.classes = cut.classes
+        num_labels = 1 if cut.per_token else torch.Size(cut.label_shape[1:]).numel()
+        self.size = num_labels * (cut.classes or 1)
+
+    def forward(
+        self, labels: Shaped[Tensor, " batch *rest"], rows: int, dtype: torch.dtype
+    ) -> Float[Tensor, "rows size"]:
+        if self.classes is None:
+            return labels.reshape(rows, self.size).to(dtype)
+        return one_hot(labels, self.classes, dtype).reshape(rows, self.size)
+
+
+def _zero(layer: _Layer) -> _Layer:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

@@ -1,0 +1,59 @@
+"""What comes into stage 0, in order: training batches, passes over the held-out batches, and the END.
+
+    A0 A1 A2 ... A(n-1)  E0 E1 .. E(m-1) REPORT(n)  An ...  END        A = training batch, E = held-out batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from pipeline.messages import Kind, Message
+from pipeline.plan import Plan
+from pipeline.recipe import Batch, Recipe, same_shape
+from pipeline.seeding import seeded
+
+__all__ = ["SOURCE", "evaluation_steps", "inputs"]
+
+SOURCE = -1
+"""The ``stage`` of messages that come from the data."""
+
+
+def evaluation_steps(plan: Plan, steps: int) -> set[int]:
+    """After how many batches the held-out data is gone through: every ``evaluate_every``, and at the end."""
+    every = plan.evaluate_every
+    return {steps, *(range(every, steps, every) if every else ())}
+
+
+def inputs(recipe: Recipe, plan: Plan, steps: int) -> Iterator[Message]:
+    """The messages of a whole run.
+
+    Raises:
+        PlanError: a training batch of another shape than batch 0, on reaching it.
+    """
+    first: Batch | None = None
+    passes = evaluation_steps(plan, steps) if recipe.evaluation is not None else set()
+    for step in range(steps):
+        with seeded(plan.seed, "batch", step):
+            batch = recipe.batch(step)
+        first = first or batch
+        same_shape(step, batch, first)
+        yield Message(Kind.ACTIVATION, step, SOURCE, batch)
+        if step + 1 in passes and recipe.evaluation is not None:
+            for index, held_out in enumerate(recipe.evaluation()):
+                yield Message(Kind.EVALUATION, index, SOURCE, tuple(held_out))
+            yield Message(Kind.REPORT, step + 1, SOURCE)
+    yield Message(Kind.END, steps, SOURCE)
+
+
+def phantom_inputs(plan: Plan, steps: int, held_out_batches: int) -> Iterator[Message]:
+    """The same order of messages without any data: for planning."""
+    passes = evaluation_steps(plan, steps) if held_out_batches else set()
+    nothing = (torch.empty(0), torch.empty(0))
+    for step in range(steps):
+        yield Message(Kind.ACTIVATION, step, SOURCE, nothing)
+        if step + 1 in passes:
+            yield from (Message(Kind.EVALUATION, index, SOURCE, nothing) for index in range(held_out_batches))
+            yield Message(Kind.REPORT, step + 1, SOURCE)
+    yield Message(Kind.END, steps, SOURCE)

@@ -1,0 +1,153 @@
+"""What travels between stages: a typed record followed by raw tensor bytes. No pickle.
+
+    | header: kind generation stage batch count | per tensor: dtype ndim dims | pad | bytes | pad | bytes |
+                                                                              ^ every tensor starts on 64 bytes
+
+An activation carries (h, y): the output of the stage below and the labels. A gradient carries (g,).
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Kind", "Layout", "Message", "decode", "layout_of", "write_into"]
+
+ALIGNMENT_BYTES = 64
+_HEADER = struct.Struct("<BBHIq")  # kind, number of tensors, stage, generation, batch id
+_TENSOR = struct.Struct("<BB")  # dtype code, number of dimensions
+_DIMENSION = struct.Struct("<q")
+
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
+
+
+class Kind(enum.IntEnum):
+    """What a message is. All but GRADIENT flow down; END flows down and is echoed up."""
+
+    ACTIVATION = 1
+    GRADIENT = 2
+    EVALUATION = 3  # an activation of a held-out batch: no gradient comes back
+    REPORT = 4  # ends one pass over the held-out batches; `batch` is the number of updates before it
+    END = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message.
+
+    Attributes:
+        kind: what it is.
+        batch: the batch id it belongs to.
+        stage: index of the sender.
+        tensors: payload, CPU, any shapes; (h, y) or (g,) or nothing.
+        generation: counts restarts, so that a message from before a restart is recognised.
+    """
+
+    kind: Kind
+    batch: int
+    stage: int
+    tensors: tuple[Tensor, ...] = ()
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the parts of an encoded message lie.
+
+    Attributes:
+        header: the typed record.
+        offsets: byte offset of every tensor.
+        total_bytes: what a slot must hold.
+    """
+
+    header: bytes
+    offsets: tuple[int, ...]
+    total_bytes: int
+
+
+def layout_of(message: Message) -> Layout:
+    """Plan the bytes of a message: header, then each tensor at a multiple of 64 bytes.
+
+    Raises:
+        TypeError: a tensor's dtype is not one that travels.
+    """
+    parts = [_HEADER.pack(message.kind, len(message.tensors), message.stage, message.generation, message.batch)]
+    for tensor in message.tensors:
+        code = _CODE.get(tensor.dtype)
+        if code is None:
+            raise TypeError(f"cannot send dtype {tensor.dtype}: one of {', '.join(map(str, _DTYPES))} can travel")
+        parts.append(_TENSOR.pack(code, tensor.dim()))
+        parts.extend(_DIMENSION.pack(size) for size in tensor.shape)
+    header = b"".join(parts)
+    offsets, end = [], len(header)
+    for tensor in message.tensors:
+        start = _aligned(end)
+        offsets.append(start)
+        end = start + tensor.numel() * tensor.element_size()
+    return Layout(header, tuple(offsets), _aligned(end))
+
+
+def write_into(buffer: memoryview, message: Message, layout: Layout) -> None:
+    """Copy the message into ``buffer`` (at least ``layout.total_bytes`` long): one copy per tensor."""
+    buffer[: len(layout.header)] = layout.header
+    for tensor, offset in zip(message.tensors, layout.offsets, strict=True):
+        if tensor.numel():
+            _view(buffer, offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor.detach())
+
+
+def decode(buffer: memoryview) -> Message:
+    """Read a message in place: its tensors share the memory of ``buffer`` and are valid as long as that is.
+
+    Raises:
+        ValueError: the bytes are no message of ours, or are cut short.
+    """
+    try:
+        kind, count, stage, generation, batch = _HEADER.unpack_from(buffer, 0)
+        position, specs = _HEADER.size, []
+        for _ in range(count):
+            code, num_dims = _TENSOR.unpack_from(buffer, position)
+            position += _TENSOR.size
+            shape = tuple(
+                _DIMENSION.unpack_from(buffer, position + i * _DIMENSION.size)[0] for i in range(num_dims)
+            )
+            position += num_dims * _DIMENSION.size
+            specs.append((_DTYPES[code], shape))
+        tensors, end = [], position
+        for dtype, shape in specs:
+            start = _aligned(end)
+            tensors.append(_view(buffer, start, dtype, shape))
+            end = start + tensors[-1].numel() * dtype.itemsize
+        return Message(Kind(kind), batch, stage, tuple(tensors), generation)
+    except (struct.error, IndexError, ValueError) as error:
+        raise ValueError(f"not a message, or cut short ({len(buffer)} bytes): {error}") from error
+
+
+def _view(buffer: memoryview, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    count = 1
+    for size in shape:
+        if size < 0:
+            raise ValueError(f"negative size in shape {shape}")
+        count *= size
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+def _aligned(position: int) -> int:
+    return -(-position // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

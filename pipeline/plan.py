@@ -1,0 +1,221 @@
+"""The plan: one frozen tree of settings from which a run follows. Everything is validated before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from pipeline.errors import PlanError, nearest
+
+__all__ = ["DNI_FORMS", "MODES", "OPTIMIZERS", "TARGETS", "ChannelPlan", "DNIPlan", "OptimizerPlan", "Plan"]
+
+MODES = ("naive", "unlocked")
+TARGETS = ("bootstrap", "true", "mixed")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+DNI_FORMS = ("auto", "linear", "mlp", "conv", "label_residual", "loss_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerPlan:
+    """How every stage steps its own parameters. Each stage has its own optimizer of this kind."""
+
+    rule: str = "adam"
+    """The rule: sgd, adam or adamw (torch.optim)."""
+    lr: float = 1e-3
+    """Learning rate."""
+    momentum: float = 0.0
+    """Momentum of sgd; other optimizers refuse it."""
+    weight_decay: float = 0.0
+    """Weight decay (L2 for sgd and adam, decoupled for adamw)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DNIPlan:
+    """The synthetic gradient of every cut (design: Jaderberg et al. 2017, section 2, and label-aware forms)."""
+
+    form: str = "auto"
+    """What predicts the gradient: auto, linear, mlp, conv, label_residual or loss_model."""
+    hidden: int = 128
+    """Hidden units of the forms that have a hidden layer (mlp, conv, loss_model)."""
+    lr: float = 3e-3
+    """Learning rate of the DNI's own Adam."""
+    beta: float = 1.0
+    """loss_model: weight of the gradient matching term beside the loss term."""
+    rows: float = 1.0
+    """Fraction of a batch's rows the DNI trains on, in (0, 1]."""
+    every: int = 1
+    """The DNI trains on the targets of every n-th batch."""
+    factory: Callable[..., nn.Module] | None = None
+    """A user's own DNI: factory(cut) -> module, module(h, labels) -> prediction shaped like h. Python only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelPlan:
+    """The queues between stages."""
+
+    slots: int = 4
+    """Slots of every activation channel, the back-pressure: how many batches may wait at a cut."""
+    gradient_slots: int | None = None
+    """Slots of every gradient channel; None: as many as batches can be in flight, so that none is ever dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to run. Frozen; ``check()`` raises one PlanError with all mistakes.
+
+    The worker processes, the reference driver and torchrun all follow the same plan.
+    """
+
+    stages: int = 2
+    """Number of stages, one worker process each."""
+    mode: str = "unlocked"
+    """Who may update when: naive (locked, exact) or unlocked (from synthetic gradients)."""
+    steps: int | None = None
+    """Training batches; None: what the recipe suggests."""
+    seed: int = 0
+    """Seed of the weights, of the data order and of everything random in a layer."""
+    sizes: tuple[int, ...] | None = None
+    """Layers per stage, e.g. 1 3 2 2; None: balanced."""
+    cuts: tuple[str, ...] | None = None
+    """Name of the first layer of every stage but the first, instead of sizes."""
+    balance: Literal["time", "layers"] = "time"
+    """How to balance when neither sizes nor cuts are given: measured time per layer, or number of layers."""
+    targets: str = "true"
+    """What a stage sends down as target for the DNI below: bootstrap, true or mixed."""
+    mix: float = 0.5
+    """targets mixed: the lambda of BP(lambda), weight of the true gradient."""
+    true_every: int = 1
+    """targets true and mixed: the true gradient of one batch in n flows."""
+    optimizer: OptimizerPlan = field(default_factory=OptimizerPlan)
+    """How a stage steps."""
+    dni: DNIPlan = field(default_factory=DNIPlan)
+    """What predicts the gradient."""
+    channel: ChannelPlan = field(default_factory=ChannelPlan)
+    """The queues."""
+    deterministic: bool = False
+    """Unlocked: take each gradient at the step at which the reference driver takes it, so that runs repeat exactly."""
+    hop_steps: float = 0.0
+    """Delay of one hop in the reference driver (and in deterministic runs), in steps of a stage."""
+    evaluate_every: int | None = None
+    """Evaluate after every n batches; None: only at the end."""
+    threads: int = 1
+    """Compute threads of each worker."""
+    stall_after_s: float = 60.0
+    """Seconds without any progress after which a run ends with a report of who waits for whom."""
+
+    def check(self) -> Plan:
+        """Return self if it can run.
+
+        Raises:
+            PlanError: with one sentence per mistake.
+        """
+        problems = list(_problems(self))
+        if problems:
+            raise PlanError(*problems)
+        return self
+
+    @property
+    def unlocked(self) -> bool:
+        """Whether stages update from synthetic gradients."""
+        return self.mode == "unlocked"
+
+    def gradient_slots_at(self, cut: int) -> int:
+        """Slots of the gradient channel of a cut: as planned, or enough for every batch whose gradient is under way.
+
+        A gradient comes from as many stages above as its target travels through; each holds ``slots`` batches in its
+        activation channel and works on one more. One more slot takes the END.
+        """
+        if self.channel.gradient_slots is not None:
+            return self.channel.gradient_slots
+        stages_above = 1 if self.targets == "bootstrap" else self.stages - 1 - cut
+        return stages_above * (self.channel.slots + 1) + 2
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON-able values; a factory appears by its name."""
+        values = dataclasses.asdict(self)
+        factory = self.dni.factory
+        values["dni"]["factory"] = None if factory is None else getattr(factory, "__qualname__", repr(factory))
+        return values
+
+
+def _problems(plan: Plan) -> Iterator[str]:
+    yield from _unknown_names(plan)
+    yield from _out_of_range(plan)
+    if plan.sizes is not None and plan.cuts is not None:
+        yield "sizes and cuts both say where to split: give one of them."
+    if plan.sizes is not None and len(plan.sizes) != plan.stages:
+        yield f"sizes has {len(plan.sizes)} numbers for {plan.stages} stages: give one number of layers per stage."
+    if plan.sizes is not None and any(size < 1 for size in plan.sizes):
+        yield f"sizes {_spaced(plan.sizes)}: every stage needs at least one layer."
+    if plan.cuts is not None and len(plan.cuts) != plan.stages - 1:
+        yield f"{len(plan.cuts)} cuts for {plan.stages} stages: give the first layer of each stage but the first."
+    yield from _without_effect(plan)
+
+
+def _unknown_names(plan: Plan) -> Iterator[str]:
+    for value, valid, what in (
+        (plan.mode, MODES, "mode"),
+        (plan.targets, TARGETS, "targets"),
+        (plan.dni.form, DNI_FORMS, "DNI form"),
+        (plan.optimizer.rule, OPTIMIZERS, "optimizer"),
+        (plan.balance, ("time", "layers"), "balance"),
+    ):
+        if value not in valid:
+            yield nearest(value, valid, what)
+
+
+def _out_of_range(plan: Plan) -> Iterator[str]:
+    for name, value, least in (
+        ("stages", plan.stages, 1),
+        ("steps", plan.steps, 1),
+        ("true_every", plan.true_every, 1),
+        ("evaluate_every", plan.evaluate_every, 1),
+        ("threads", plan.threads, 1),
+        ("dni.hidden", plan.dni.hidden, 1),
+        ("dni.every", plan.dni.every, 1),
+        ("channel.slots", plan.channel.slots, 1),
+        ("channel.gradient_slots", plan.channel.gradient_slots, 1),
+        ("hop_steps", plan.hop_steps, 0),
+        ("seed", plan.seed, 0),
+    ):
+        if value is not None and not (math.isfinite(value) and value >= least):
+            yield f"{name} is {value}: it must be at least {least}."
+    for name, number in (
+        ("optimizer.lr", plan.optimizer.lr),
+        ("dni.lr", plan.dni.lr),
+        ("stall_after_s", plan.stall_after_s),
+    ):
+        if not (math.isfinite(number) and number > 0):
+            yield f"{name} is {number}: it must be a positive number."
+    if not 0 < plan.dni.rows <= 1:
+        yield f"dni.rows is {plan.dni.rows}: give the fraction of the rows to train on, in (0, 1]."
+    if not 0 <= plan.mix <= 1:
+        yield f"mix is {plan.mix}: it weighs the true gradient and must lie in [0, 1]."
+
+
+def _without_effect(plan: Plan) -> Iterator[str]:
+    """Nothing that is accepted is ignored."""
+    defaults = Plan()
+    if plan.mode in MODES and not plan.unlocked:
+        for name in ("targets", "mix", "true_every", "dni", "deterministic"):
+            if getattr(plan, name) != getattr(defaults, name):
+                yield f"{name} has no effect with mode {plan.mode}: leave it out, or choose mode unlocked."
+    elif plan.targets == "bootstrap" and plan.true_every != 1:
+        yield "true_every has no effect with targets bootstrap: leave it out, or choose targets true or mixed."
+    if plan.mix != defaults.mix and plan.targets != "mixed":
+        yield "mix has an effect with targets mixed only: leave it out, or choose targets mixed."
+    if plan.optimizer.momentum and plan.optimizer.rule != "sgd":
+        yield f"momentum has no effect with {plan.optimizer.rule}: leave it out, or choose sgd."
+    if plan.deterministic and plan.channel.gradient_slots is not None:
+        yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
+    if plan.dni.factory is not None and plan.dni.form != "auto":
+        yield f"both a DNI factory and the form {plan.dni.form} are given: leave one out."
+
+
+def _spaced(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers))

@@ -1,0 +1,142 @@
+"""A recipe: the model, the batches and the loss of one training problem, and what its batches look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import PlanError
+from pipeline.plan import Plan
+from pipeline.seeding import derived_seed, seeded
+
+__all__ = ["ArrayBatches", "Batch", "Recipe", "build_model", "check_batches", "correct_predictions"]
+
+Batch = tuple[Tensor, Tensor]
+"""One mini-batch: (inputs, labels), both with the batch dimension first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training problem.
+
+    Attributes:
+        name: how it is called in reports.
+        model: builds the whole, unsplit network; called once per process under the plan's seed.
+        batches: batch i of the training data, a function of i alone; or a sequence of batches, gone through in order
+            again and again. Every batch has the same shape.
+        loss: (output, labels) -> scalar, the mean over the rows.
+        evaluation: the held-out batches, in a fixed order; None: no evaluation. The last one may be smaller.
+        correct: (output, labels) -> number of right answers, as a tensor, and how many there could be; None: loss only.
+        steps: number of batches to train on when the plan does not say.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    batches: Callable[[int], Batch] | Sequence[Batch]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    evaluation: Callable[[], Iterable[Batch]] | None = None
+    correct: Callable[[Tensor, Tensor], tuple[Tensor, int]] | None = None
+    steps: int = 1000
+
+    def batch(self, index: int) -> Batch:
+        """Training batch ``index``."""
+        if callable(self.batches):
+            return self.batches(index)
+        return self.batches[index % len(self.batches)]
+
+
+@dataclass(frozen=True)
+class ArrayBatches:
+    """Batches drawn from arrays that fit in memory; each epoch is a new permutation from (seed, epoch).
+
+    What is left over at the end of an epoch is not used in it, so that every batch has the same size.
+
+    Args:
+        inputs: [num_rows, ...].
+        labels: [num_rows, ...].
+        batch_size: rows per batch.
+        seed: seed of the order.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    batch_size: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_size <= len(self.inputs):
+            raise PlanError(f"batch is {self.batch_size}: give 1 to {len(self.inputs)}, the rows of the data.")
+
+    def __call__(self, index: int) -> Batch:
+        """Batch ``index``: [batch_size, ...] inputs and labels."""
+        per_epoch = len(self.inputs) // self.batch_size
+        epoch, position = divmod(index, per_epoch)
+        order = _epoch_order(len(self.inputs), self.seed, epoch)
+        rows = order[position * self.batch_size : (position + 1) * self.batch_size]
+        return self.inputs[rows], self.labels[rows]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch))
+    return torch.randperm(num_rows, generator=generator)
+
+
+def build_model(recipe: Recipe, seed: int) -> nn.Module:
+    """The whole network with the weights that ``seed`` gives: the same in every process, however it is split."""
+    with seeded(seed, "weights"):
+        return recipe.model()
+
+
+def correct_predictions(output: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Right answers of a classifier: output [..., classes] against integer labels [...]."""
+    return (output.argmax(dim=-1) == labels).sum(), labels.numel()
+
+
+def check_batches(recipe: Recipe, plan: Plan) -> Batch:
+    """Look at the batches that can be looked at before the run, and return batch 0.
+
+    A sequence is checked whole; of a function, the first two batches and the last one (the loader checks the rest as
+    they come).
+
+    Raises:
+        PlanError: no batch, a batch of another size, labels that do not belong to the inputs.
+    """
+    steps = plan.steps or recipe.steps
+    if not callable(recipe.batches):
+        if not recipe.batches:
+            raise PlanError("batches is empty: give at least one (inputs, labels).")
+        indices: Iterable[int] = range(len(recipe.batches))
+    else:
+        indices = sorted({0, min(1, steps - 1), steps - 1})
+    first = _checked(recipe.batch(0), 0)
+    for index in indices:
+        same_shape(index, _checked(recipe.batch(index), index), first)
+    return first
+
+
+def same_shape(index: int, batch: Batch, first: Batch) -> None:
+    """Raise PlanError unless batch ``index`` has the shapes and dtypes of the first one."""
+    for what, mine, expected in zip(("inputs", "labels"), batch, first, strict=True):
+        if mine.shape != expected.shape or mine.dtype != expected.dtype:
+            raise PlanError(
+                f"batch {index} has {what} {list(mine.shape)} {mine.dtype}, batch 0 has {list(expected.shape)} "
+                f"{expected.dtype}: all training batches must be alike; drop or fill up the smaller one."
+            )
+
+
+def _checked(batch: Any, index: int) -> Batch:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
+        raise PlanError(f"batch {index} is a {type(batch).__name__}: give a pair of tensors (inputs, labels).")
+    inputs, labels = batch
+    if inputs.dim() == 0 or labels.dim() == 0 or len(inputs) == 0 or len(inputs) != len(labels):
+        raise PlanError(
+            f"batch {index} has inputs {list(inputs.shape)} and labels {list(labels.shape)}: both need the same, "
+            "non-zero number of rows."
+        )
+    return inputs, labels

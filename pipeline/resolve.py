@@ -1,0 +1,166 @@
+"""From a recipe and a plan to a run that can start: everything that can be wrong is found here."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.cut import Cut
+from pipeline.dni import describe_form
+from pipeline.errors import PlanError
+from pipeline.partition import Layer, balanced_sizes, check_partition, chosen_sizes, layers_of, split
+from pipeline.plan import Plan
+from pipeline.recipe import Batch, Recipe, build_model, check_batches
+
+__all__ = ["Resolved", "resolve", "stage_layers"]
+
+Measure = Callable[[Sequence[Layer], Sequence[Tensor]], list[float]]
+"""(layers, what goes into each of them) -> seconds of forward and backward of each."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run without open questions.
+
+    Attributes:
+        plan: the plan with ``steps`` and ``sizes`` filled in.
+        layer_names: of the whole network, in order.
+        layer_parameters: number of parameters of each layer.
+        layer_seconds: measured cost of each layer, or None when the plan fixed the sizes.
+        cuts: what is known at each cut; no loss inside, see ``cut``.
+        batch_shape: shape of the inputs of a batch.
+        output_shape: shape of the network's output for it.
+        held_out_batches: batches of one evaluation pass.
+        reasons: (what was decided, value, why), for the first screen.
+    """
+
+    plan: Plan
+    layer_names: tuple[str, ...]
+    layer_parameters: tuple[int, ...]
+    layer_seconds: tuple[float, ...] | None
+    cuts: tuple[Cut, ...]
+    batch_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    held_out_batches: int
+    reasons: tuple[tuple[str, str, str], ...]
+
+    @property
+    def steps(self) -> int:
+        """Training batches of the run."""
+        assert self.plan.steps is not None
+        return self.plan.steps
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Layers per stage."""
+        assert self.plan.sizes is not None
+        return self.plan.sizes
+
+
+def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None) -> Resolved:
+    """Check recipe and plan against each other and fill in what was left open.
+
+    Runs the model once on batch 0, in evaluation mode.
+
+    Args:
+        recipe: the problem.
+        plan: the wish.
+        measure: measures layers when the plan asks for a balance by time; without it layers count alike (the
+            reference driver has no clock).
+
+    Raises:
+        PlanError: see ``Plan.check``, ``check_batches``, ``check_partition``, and: a loss that does not take the output
+            and the labels, a DNI that does not fit the cut.
+    """
+    plan.check()
+    steps = plan.steps or recipe.steps
+    inputs, labels = check_batches(recipe, plan)
+    model = build_model(recipe, plan.seed)
+    layers = layers_of(model)
+    sizes = chosen_sizes(layers, plan)
+    outputs = check_partition(model, layers, split(layers, sizes or (len(layers),)), inputs)
+    seconds: tuple[float, ...] | None = None
+    why = "given" if plan.sizes or plan.cuts else "number of layers"
+    if sizes is None:
+        if measure is not None and plan.stages > 1:
+            seconds = tuple(measure(layers, [inputs, *outputs[:-1]]))
+            why = "measured time per layer"
+        sizes = balanced_sizes(seconds or [1.0] * len(layers), plan.stages)
+        check_partition(model, layers, split(layers, sizes), inputs)
+    _check_loss(recipe, outputs[-1], labels)
+    ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
+    _check_cuts(layers, ends, outputs)
+    cuts = tuple(_cut(k, outputs[end - 1], labels, outputs[-1], recipe) for k, end in enumerate(ends))
+    reasons = [("split", " | ".join(map(str, sizes)), why)]
+    if plan.unlocked and cuts:
+        form, reason = describe_form(cuts[0], plan.dni)
+        reasons.append(("DNI", form, reason))
+        for cut in cuts[1:]:
+            describe_form(cut, plan.dni)
+    return Resolved(
+        plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None),
+        layer_names=tuple(layer.name for layer in layers),
+        layer_parameters=tuple(sum(p.numel() for p in layer.module.parameters()) for layer in layers),
+        layer_seconds=seconds,
+        cuts=cuts,
+        batch_shape=tuple(inputs.shape),
+        output_shape=tuple(outputs[-1].shape),
+        held_out_batches=_count_held_out(recipe, (inputs, labels)),
+        reasons=tuple(reasons),
+    )
+
+
+def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
+    """The layers of one stage, freshly initialised from the seed; the rest of the model is dropped."""
+    assert plan.sizes is not None, "the plan is resolved"
+    return split(layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
+
+
+def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe: Recipe) -> Cut:
+    return Cut(
+        index=index,
+        activation_shape=tuple(activation.shape),
+        activation_dtype=activation.dtype,
+        label_shape=tuple(labels.shape),
+        label_dtype=labels.dtype,
+        output_shape=tuple(output.shape),
+        loss=recipe.loss,
+    )
+
+
+def _check_cuts(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Tensor]) -> None:
+    for end in ends:
+        if not outputs[end - 1].is_floating_point():
+            raise PlanError(
+                f"layer {layers[end - 1].name} gives {outputs[end - 1].dtype}, and no gradient can cross a cut behind it: "
+                "cut elsewhere (--sizes or --cuts)."
+            )
+
+
+def _check_loss(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
+    shapes = f"output {list(output.shape)} {output.dtype} and labels {list(labels.shape)} {labels.dtype}"
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")  # mse_loss only warns when it broadcasts
+            loss = recipe.loss(output, labels)
+    except Exception as error:
+        raise PlanError(f"the loss does not take {shapes}: give labels of the shape it needs ({error}).") from error
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise PlanError(f"the loss gives {getattr(loss, 'shape', type(loss).__name__)} for {shapes}: reduce it to one number.")
+
+
+def _count_held_out(recipe: Recipe, first: Batch) -> int:
+    count = 0
+    for count, (inputs, labels) in enumerate(recipe.evaluation() if recipe.evaluation else (), start=1):
+        rows = len(first[0])
+        if inputs.shape[1:] != first[0].shape[1:] or len(inputs) != len(labels) or not 0 < len(inputs) <= rows:
+            raise PlanError(
+                f"evaluation batch {count - 1} has inputs {list(inputs.shape)} and labels {list(labels.shape)}: it needs "
+                f"rows of shape {list(first[0].shape[1:])}, at most {rows} of them."
+            )
+    return count

@@ -1,0 +1,226 @@
+"""One stage and its policy, with the queues around them. Drivers only move messages and time.
+
+             below (activations) ->  +--------+  -> down (activations)
+                                     | Runner |
+             up (gradients)      <-  +--------+  <- above (gradients)
+
+The reference driver and the worker loop of a process drive the same Runner: ``poll`` looks into the queues, ``next``
+asks the policy, ``perform`` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from pipeline.errors import StageError
+from pipeline.messages import Kind, Message
+from pipeline.policies import Action, Policy, View
+from pipeline.spans import Recorder, Span, silent
+from pipeline.stage import Scores
+
+__all__ = ["Inlet", "Outlet", "Runner", "StageLike"]
+
+
+class Inlet(Protocol):
+    """The receiving end of a queue. ``take`` never blocks; the message it gives owns its memory."""
+
+    def take(self) -> Message | None:
+        """The oldest message, or None."""
+
+
+class Outlet(Protocol):
+    """The sending end of a queue."""
+
+    def room(self) -> bool:
+        """Whether ``put`` would not block."""
+
+    def put(self, message: Message) -> None:
+        """Send; called only when there is room."""
+
+
+class StageLike(Protocol):
+    """What a Runner needs of a stage; ``Stage`` computes, a phantom only counts."""
+
+    index: int
+    last: bool
+    scores: Scores
+
+    def forward(self, batch: int, x: Tensor, labels: Tensor) -> Tensor: ...
+    def predict(self, batch: int) -> Tensor | None: ...
+    def backward(self, batch: int, gradient: Tensor | None) -> Tensor | None: ...
+    def step(self, batch: int) -> None: ...
+    def learn(self, batch: int, gradient: Tensor) -> Tensor | None: ...
+    def evaluate(self, batch: int, x: Tensor, labels: Tensor) -> Tensor: ...
+    def loss_of(self, batch: int) -> float: ...
+
+
+@dataclass
+class Runner:
+    """Drives one stage by one policy.
+
+    Attributes:
+        stage: does the work.
+        policy: says what is next.
+        below: activations from the stage below, or the loader.
+        above: gradients from the stage above; None for the last stage.
+        down: activations to the stage above; None for the last stage.
+        up: gradients to the stage below; None for the first stage.
+        record: told what the worker turns to.
+        on_loss: last stage: called with (batch, training loss).
+        on_scores: last stage: called with (number of updates, scores of a pass over the held-out batches).
+        forwarded, updated, learned: counts of training batches.
+        dropped: targets that were dropped because a gradient channel shallower than the batches in flight was full.
+        done: nothing is left to do.
+    """
+
+    stage: StageLike
+    policy: Policy
+    below: Inlet
+    above: Inlet | None = None
+    down: Outlet | None = None
+    up: Outlet | None = None
+    record: Recorder = silent
+    on_loss: Callable[[int, float], None] = field(default=lambda batch, loss: None)
+    on_scores: Callable[[int, Scores], None] = field(default=lambda updates, scores: None)
+    forwarded: int = 0
+    updated: int = 0
+    learned: int = 0
+    dropped: int = 0
+    actions: int = 0
+    done: bool = False
+    _activation: Message | None = None
+    _gradient: Message | None = None
+    _unsent: list[Message] = field(default_factory=list)
+    _ended_below: bool = False
+
+    def poll(self) -> None:
+        """Look into the queues: at most one message of each is held."""
+        self._flush()
+        if self._gradient is None and self.above is not None:
+            self._gradient = self.above.take()
+            if self._gradient is not None and self._gradient.kind is Kind.END:
+                self._end(self._gradient)
+        if self._activation is None and not self._ended_below:
+            self._activation = self.below.take()
+
+    def next(self) -> Action:
+        """What to do now. Pure: does not look into the queues again."""
+        return self.policy(self.view())
+
+    def view(self) -> View:
+        """What the policy may know."""
+        return View(
+            last=self.stage.last,
+            forwarded=self.forwarded,
+            updated=self.updated,
+            activation=self._activation is not None,
+            gradient=self._gradient is not None,
+            room=self.down is None or self.down.room(),
+            actions=self.actions,
+        )
+
+    def perform(self, action: Action) -> None:
+        """Do it.
+
+        Raises:
+            StageError: the work failed, or a message is not the one whose turn it is.
+        """
+        self.actions += 1
+        if action is Action.FORWARD:
+            self._forward()
+        elif action is Action.UPDATE:
+            self._update(self.stage.predict(self.updated))
+        elif action is Action.BACKWARD:
+            self._update(None if self.stage.last else self._taken_gradient(self.updated).tensors[0])
+        elif action is Action.LEARN:
+            self._learn()
+        self.record(Span.OTHER, -1)
+
+    # ------------------------------------------------------------------ private
+
+    def _forward(self) -> None:
+        message, self._activation = self._activation, None
+        assert message is not None, "the policy took an activation that is not there"
+        kind, batch = message.kind, message.batch
+        if kind is Kind.ACTIVATION:
+            if batch != self.forwarded:
+                raise self._wrong_turn("activation", self.forwarded, message)
+            h = self.stage.forward(batch, *message.tensors)
+            self._send_down(Message(kind, batch, self.stage.index, (h, message.tensors[1])))
+            self.forwarded += 1
+        elif kind is Kind.EVALUATION:
+            h = self.stage.evaluate(batch, *message.tensors)
+            self._send_down(Message(kind, batch, self.stage.index, (h, message.tensors[1])))
+        elif kind is Kind.REPORT:
+            self._send_down(Message(kind, batch, self.stage.index))
+            if self.stage.last:
+                self.on_scores(batch, self.stage.scores)
+                self.stage.scores = Scores()
+        elif kind is Kind.END:
+            self._ended_below = True
+            self._send_down(Message(kind, batch, self.stage.index))
+            if self.stage.last:
+                self._end(message)
+
+    def _update(self, gradient: Tensor | None) -> None:
+        """Backpropagate, send up what is to be sent before stepping, step."""
+        batch = self.updated
+        below = self.stage.backward(batch, gradient)
+        if below is not None:
+            self._send_up(Message(Kind.GRADIENT, batch, self.stage.index, (below,)))
+        self.stage.step(batch)
+        self.updated += 1
+        if self.stage.last:
+            self.on_loss(batch, self.stage.loss_of(batch))
+
+    def _learn(self) -> None:
+        message = self._taken_gradient(None)
+        relayed = self.stage.learn(message.batch, message.tensors[0])
+        self.learned += 1
+        if relayed is not None:
+            self._send_up(Message(Kind.GRADIENT, message.batch, self.stage.index, (relayed,)))
+
+    def _taken_gradient(self, expected: int | None) -> Message:
+        message, self._gradient = self._gradient, None
+        assert message is not None, "the policy took a gradient that is not there"
+        if expected is not None and message.batch != expected:
+            raise self._wrong_turn("gradient", expected, message)
+        return message
+
+    def _wrong_turn(self, what: str, expected: int, message: Message) -> StageError:
+        return StageError(
+            f"expected the {what} of batch {expected}, got that of batch {message.batch} from stage {message.stage}",
+            stage=self.stage.index,
+            batch=expected,
+        )
+
+    def _end(self, message: Message) -> None:
+        """The END came back from above (or reached the last stage): echo it up; this stage is done."""
+        self._gradient = None
+        if self.up is not None:
+            self._unsent.append(Message(Kind.END, message.batch, self.stage.index))
+            self._flush()
+        self.done = not self._unsent
+
+    def _send_down(self, message: Message) -> None:
+        if self.down is not None:
+            self.record(Span.SEND, message.batch)
+            self.down.put(message)
+
+    def _send_up(self, message: Message) -> None:
+        """Never blocks: what finds no room waits, and of what waits only the newest is kept."""
+        if self.up is not None:
+            self.record(Span.SEND, message.batch)
+            self.dropped += len(self._unsent)
+            self._unsent = [message]
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._unsent and self.up is not None and self.up.room():
+            message = self._unsent.pop(0)
+            self.up.put(message)
+            self.done = message.kind is Kind.END

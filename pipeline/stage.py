@@ -1,0 +1,314 @@
+"""A stage: a consecutive group of layers, its optimizer and the DNI of the cut above it. It knows how, not when.
+
+What happens to one batch, unlocked, in a stage that is neither first nor last:
+
+    x (from below) -> forward -> h  sent down the pipeline at once
+    s = DNI(h, y)  -> backward -> dL/dW, dL/dx      dL/dx = J^T s is sent to the stage below under `bootstrap`
+                   -> step
+    g (from above) -> learn: DNI(h, y) -> g;        J^T g is sent to the stage below under `true` and `mixed`
+
+The relay J^T g comes after the weights have been stepped in place, which autograd rightly refuses. A stage that will
+relay therefore runs the forward pass on a copy of its weights and buffers (they are *stashed*, one copy per batch in
+flight) and keeps that graph; the gradients found there are applied to the real weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pipeline.cut import Cut
+from pipeline.dni import DNI, build_dni
+from pipeline.errors import StageError
+from pipeline.optimizers import build_optimizer
+from pipeline.partition import Layer
+from pipeline.plan import Plan
+from pipeline.recipe import Recipe
+from pipeline.seeding import seed_layer
+from pipeline.spans import Recorder, Span, silent
+from pipeline.targets import Flow
+
+__all__ = ["Stage"]
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What a stage keeps of a batch between its forward and its last use."""
+
+    x: Tensor  # the input the graph hangs on
+    h: Tensor  # the output, with its graph until the backward pass is over
+    labels: Tensor
+    leaves: list[Tensor]  # what the gradients are taken for: the parameters, or their stashed copies
+    synthetic: Tensor | None = None
+    loss: float = float("nan")
+
+
+@dataclass(slots=True)
+class Scores:
+    """Sums over the held-out batches of one pass."""
+
+    loss_sum: float = 0.0
+    rows: int = 0
+    correct: float = 0.0
+    answers: int = 0
+
+    def add(self, recipe: Recipe, output: Tensor, labels: Tensor) -> None:
+        """Take in the output of one batch."""
+        self.loss_sum += float(recipe.loss(output, labels)) * len(labels)
+        self.rows += len(labels)
+        if recipe.correct is not None:
+            correct, answers = recipe.correct(output, labels)
+            self.correct += float(correct)
+            self.answers += answers
+
+    def loss(self) -> float:
+        """Mean loss per row."""
+        return self.loss_sum / max(1, self.rows)
+
+    def accuracy(self) -> float | None:
+        """Share of right answers, or None for a recipe without."""
+        return self.correct / self.answers if self.answers else None
+
+
+@dataclass
+class Stage:
+    """One stage.
+
+    Args:
+        layers: its layers, in order, already initialised.
+        index: 0 is the stage that sees the data.
+        plan: the plan of the run.
+        recipe: gives the loss.
+        cut: what is known of the cut above; None for the last stage and in locked modes (no DNI is built then).
+        record: told what the stage turns to.
+    """
+
+    layers: Sequence[Layer]
+    index: int
+    plan: Plan
+    recipe: Recipe
+    cut: Cut | None = None
+    record: Recorder = silent
+    dni: DNI | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._flow = Flow(self.plan, self.index)
+        self.last = self._flow.last
+        self._modules = nn.ModuleList(layer.module for layer in self.layers)
+        self._parameters = [p for p in self._modules.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.plan.optimizer, self._parameters)
+        if self.cut is not None and self.plan.unlocked and not self.last:
+            self.dni = build_dni(self.cut, self.plan.dni, self.plan.seed)
+        self._modules.train()
+        first = self.layers[0].module
+        self._writes_to_input = any(getattr(module, "inplace", False) for module in first.modules())
+        self._kept: dict[int, _Kept] = {}
+        self.scores = Scores()
+
+    # ------------------------------------------------------------------ one training batch
+
+    def forward(self, batch: int, x: Tensor, labels: Tensor) -> Tensor:
+        """Compute the stage's output for a training batch and keep what the backward pass needs.
+
+        Args:
+            batch: batch id; with the seed and the layer it fixes every random number.
+            x: [rows, ...] output of the stage below, or the inputs.
+            labels: [rows, ...].
+
+        Returns:
+            [rows, ...] the output, detached.
+
+        Raises:
+            StageError: a layer failed; it is named.
+        """
+        self.record(Span.FORWARD, batch)
+        self._training(True)
+        x = x.detach()
+        if self.index > 0 and x.is_floating_point():
+            x.requires_grad_()
+        stash = self._flow.relays(batch)
+        h, leaves = self._run(batch, x, stash)
+        self._kept[batch] = _Kept(x, h, labels, leaves)
+        return h.detach()
+
+    def predict(self, batch: int) -> Tensor | None:
+        """The synthetic gradient of the batch; None in the last stage, which has the loss."""
+        if self.last:
+            return None
+        assert self.dni is not None, "an unlocked stage below another has a DNI"
+        self.record(Span.DNI, batch)
+        kept = self._kept[batch]
+        kept.synthetic = self.dni.predict(kept.h.detach(), kept.labels)
+        return kept.synthetic
+
+    def backward(self, batch: int, gradient: Tensor | None) -> Tensor | None:
+        """Backpropagate ``gradient`` (None: the loss) through the stage into its parameters' ``.grad``.
+
+        Returns:
+            What the stage below is to get now, shaped like its output: dL/dx, or None when nothing is sent at this
+            point (first stage; targets ``true`` and ``mixed`` below the last stage; not one of ``true_every``).
+        """
+        self.record(Span.BACKWARD, batch)
+        kept = self._kept[batch]
+        try:
+            output = kept.h
+            if self.last:
+                output = self.recipe.loss(kept.h, kept.labels)
+                kept.loss = float(output.detach())
+                if not math.isfinite(kept.loss):
+                    raise FloatingPointError(
+                        f"the loss is {kept.loss}: lower the learning rate, or look at the inputs of this batch"
+                    )
+            relays_later = self._flow.relays(batch)
+            sends_now = kept.x.requires_grad and self._flow.at_update(batch)
+            wanted = [*kept.leaves, kept.x] if sends_now else kept.leaves
+            found = (
+                torch.autograd.grad(output, wanted, gradient, retain_graph=relays_later, allow_unused=True)
+                if wanted and output.requires_grad
+                else [None] * len(wanted)
+            )
+        except Exception as error:
+            raise self._error(error, None, batch) from error
+        for parameter, grad in zip(self._parameters, found, strict=False):
+            parameter.grad = grad
+        self._keep_for_target(batch, kept, relays_later)
+        if not sends_now:
+            return None
+        return found[-1] if found[-1] is not None else torch.zeros_like(kept.x)
+
+    def step(self, batch: int) -> None:
+        """Step the optimizer with the gradients that ``backward`` left, and drop them."""
+        self.record(Span.STEP, batch)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
+        """Train the DNI on a target, and relay it.
+
+        Args:
+            batch: its batch id; what was kept of older batches (their targets were dropped) goes too.
+            gradient: like the stage's output.
+
+        Returns:
+            What the stage below is to get: J^T g (``true``), J^T (lambda g + (1 - lambda) s) (``mixed``; BP(lambda),
+            Pemberton et al. 2021, section 2), or None when nothing is relayed.
+        """
+        assert self.dni is not None, "a gradient came to a stage without a DNI"
+        self.record(Span.DNI_TRAIN, batch)
+        for older in [b for b in self._kept if b < batch]:
+            del self._kept[older]
+        kept = self._kept.pop(batch)
+        try:
+            self.dni.learn(kept.h.detach(), kept.labels, gradient, batch)
+        except Exception as error:
+            raise self._error(error, "DNI", batch) from error
+        if not self._flow.relays(batch):
+            return None
+        self.record(Span.RELAY, batch)
+        if self.plan.targets == "mixed":
+            assert kept.synthetic is not None
+            gradient = torch.lerp(kept.synthetic, gradient, self.plan.mix)
+        (relayed,) = torch.autograd.grad(kept.h, [kept.x], gradient, allow_unused=True)
+        return relayed if relayed is not None else torch.zeros_like(kept.x)
+
+    def loss_of(self, batch: int) -> float:
+        """The training loss of a batch whose backward is done, once; last stage only."""
+        return self._kept.pop(batch).loss
+
+    # ------------------------------------------------------------------ held-out batches
+
+    @torch.no_grad()
+    def evaluate(self, batch: int, x: Tensor, labels: Tensor) -> Tensor:
+        """Forward a held-out batch in evaluation mode; the last stage adds to ``scores``."""
+        self.record(Span.EVALUATE, batch)
+        self._training(False)
+        for layer in self.layers:
+            try:
+                x = layer.module(x)
+            except Exception as error:
+                raise self._error(error, layer.name, batch) from error
+        if self.last:
+            self.scores.add(self.recipe, x, labels)
+        return x
+
+    # ------------------------------------------------------------------ state
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers under the unsplit model's names: ``<layer>.<name>``."""
+        return {
+            f"{layer.name}.{name}": tensor
+            for layer in self.layers
+            for name, tensor in layer.module.state_dict(keep_vars=True).items()
+        }
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Optimizer state: ``<parameter name>.<key>``, e.g. ``0.weight.exp_avg``."""
+        if self.optimizer is None:
+            return {}
+        names = {id(tensor): name for name, tensor in self.state_tensors().items()}
+        return {
+            f"{names[id(parameter)]}.{key}": torch.as_tensor(value)
+            for parameter, state in self.optimizer.state.items()
+            for key, value in state.items()
+            if value is not None
+        }
+
+    # ------------------------------------------------------------------ private
+
+    def _run(self, batch: int, x: Tensor, stash: bool) -> tuple[Tensor, list[Tensor]]:
+        h = x.clone() if self._writes_to_input else x
+        copies = self._copies() if stash else {}
+        for layer in self.layers:
+            seed_layer(self.plan.seed, layer.index, batch)
+            try:
+                h = _on_copies(layer.module, h, copies) if stash else layer.module(h)
+            except Exception as error:
+                raise self._error(error, layer.name, batch) from error
+        if not stash:
+            return h, list(self._parameters)
+        with torch.no_grad():
+            for buffer in self._modules.buffers():
+                buffer.copy_(copies[id(buffer)])
+        return h, [copies[id(parameter)] for parameter in self._parameters]
+
+    def _training(self, mode: bool) -> None:
+        if self._modules.training is not mode:  # setting it walks through all modules
+            self._modules.train(mode)
+
+    def _copies(self) -> dict[int, Tensor]:
+        """A copy of every parameter and buffer, by the id of the original: tied ones within a stage stay tied."""
+        copies: dict[int, Tensor] = {
+            id(p): p.detach().clone().requires_grad_(p.requires_grad) for p in self._modules.parameters()
+        }
+        copies.update((id(b), b.clone()) for b in self._modules.buffers())
+        return copies
+
+    def _keep_for_target(self, batch: int, kept: _Kept, relays_later: bool) -> None:
+        """Keep of a batch only what is still needed: the loss, h and the labels, the graph too, or nothing."""
+        if self.last:
+            return
+        if not self._flow.wants_target(batch):
+            del self._kept[batch]
+        elif not relays_later:
+            kept.h, kept.x, kept.leaves, kept.synthetic = kept.h.detach(), kept.h.detach(), [], None
+
+    def _error(self, error: Exception, layer: str | None, batch: int) -> StageError:
+        if isinstance(error, StageError):
+            return error
+        return StageError(f"{type(error).__name__}: {error}", stage=self.index, layer=layer, batch=batch)
+
+
+def _on_copies(module: nn.Module, x: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    """Run a module with its parameters and buffers replaced by their copies."""
+    named = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
+    return cast(Tensor, functional_call(module, {name: copies[id(tensor)] for name, tensor in named}, (x,)))

@@ -1,0 +1,55 @@
+"""Which gradients flow to the stage below, and when: the `targets` of the plan.
+
+    bootstrap   J^T s at the update          the synthetic gradient, taken through the stage; the loss only reaches
+                                             the last DNI (Jaderberg et al. 2017, section 2.2)
+    true        J^T g when g comes           of one batch in `true_every`
+    mixed       J^T (lambda g + (1-lambda) s) when g comes
+
+The last stage has the true gradient at its update; in locked modes every stage has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.plan import Plan
+
+__all__ = ["Flow"]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What one stage sends to the stage below.
+
+    Args:
+        plan: the plan of the run.
+        index: the stage.
+    """
+
+    plan: Plan
+    index: int
+
+    @property
+    def last(self) -> bool:
+        """Whether this stage has the loss."""
+        return self.index == self.plan.stages - 1
+
+    def wants_target(self, batch: int) -> bool:
+        """Whether a target for this stage's own DNI will come for this batch."""
+        return self.plan.unlocked and not self.last and self._flows(batch)
+
+    def at_update(self, batch: int) -> bool:
+        """Whether the input gradient found at the update of this batch is sent down there and then."""
+        if self.index == 0:
+            return False
+        if not self.plan.unlocked:
+            return True
+        return self._flows(batch) and (self.last or self.plan.targets == "bootstrap")
+
+    def relays(self, batch: int) -> bool:
+        """Whether the true gradient of this batch will be taken through this stage after its update."""
+        between = 0 < self.index and not self.last
+        return between and self.plan.unlocked and self.plan.targets != "bootstrap" and self._flows(batch)
+
+    def _flows(self, batch: int) -> bool:
+        return batch % self.plan.true_every == 0

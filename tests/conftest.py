@@ -1,0 +1,52 @@
+"""What every test may rely on: one thread, data when it is there, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Workers compute with one thread; so does what they are compared with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No child process and no shared memory of ours outlives a test."""
+    yield
+    children = [child for child in psutil.Process().children(recursive=True) if not _is_tracker(child)]
+    assert not children, f"processes left behind: {children}"
+    assert not left_in_shared_memory(), f"shared memory left behind: {left_in_shared_memory()}"
+
+
+def left_in_shared_memory() -> list[str]:
+    """Names of ours in shared memory."""
+    folder = Path("/dev/shm")
+    return sorted(e.name for e in folder.iterdir() if "fw-" in e.name) if folder.is_dir() else []
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """multiprocessing keeps one resource tracker per program."""
+    try:
+        return "resource_tracker" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder with mnist/ and tinyshakespeare.txt: $FREEWHEEL_DATA, or shared/data beside the checkout."""
+    folder = Path(os.environ.get("FREEWHEEL_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no data in {folder}: set FREEWHEEL_DATA to a folder with mnist/ and tinyshakespeare.txt")
+    return folder

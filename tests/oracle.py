@@ -1,0 +1,46 @@
+"""Single-process training as anybody would write it: the truth that locked training has to equal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import Plan, Recipe
+from pipeline.recipe import build_model
+from pipeline.seeding import seed_layer
+
+
+def train_alone(recipe: Recipe, plan: Plan) -> tuple[nn.Sequential, torch.optim.Optimizer, list[float]]:
+    """A plain loop over the unsplit ``nn.Sequential``; dropout is seeded per layer and batch as in a stage."""
+    torch.manual_seed(0)
+    model = build_model(recipe, plan.seed)
+    assert isinstance(model, nn.Sequential)
+    optimizer = torch.optim.Adam(model.parameters(), lr=plan.optimizer.lr, fused=True)
+    losses = []
+    for step in range(plan.steps or 0):
+        x, labels = recipe.batch(step)
+        for index, layer in enumerate(model):
+            seed_layer(plan.seed, index, step)
+            x = layer(x)
+        loss = recipe.loss(x, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, optimizer, losses
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """``<parameter>.<key>`` -> state."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def assert_same(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """Every tensor is there and equal bit for bit."""
+    assert mine.keys() == truth.keys()
+    for name, tensor in truth.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")

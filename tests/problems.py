@@ -1,0 +1,141 @@
+"""Small problems that worker processes can import by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import Batch, Recipe, correct_predictions
+
+WIDTH, CLASSES, ROWS = 12, 5, 16
+
+
+def dropout_and_batch_norm() -> nn.Sequential:
+    """Eight layers with everything that could depend on the split: random numbers, buffers, running means."""
+    return nn.Sequential(
+        nn.Linear(WIDTH, 24),
+        nn.BatchNorm1d(24),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.3),
+        nn.Linear(24, 24),
+        nn.BatchNorm1d(24),
+        nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.2)),
+        nn.Linear(24, CLASSES),
+    )
+
+
+def eight_linear() -> nn.Sequential:
+    """Eight linear layers: gradients by hand are products of matrices."""
+    return nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(7)), nn.Linear(6, 3, bias=False))
+
+
+def wide(layers: int, width: int) -> nn.Sequential:
+    """A perceptron whose layers take a measurable time."""
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers - 1)), nn.Linear(width, CLASSES))
+
+
+def batch(index: int, width: int = WIDTH, rows: int = ROWS) -> Batch:
+    """Random rows with labels that can be learned: the largest of the first inputs."""
+    generator = torch.Generator().manual_seed(index)
+    inputs = torch.randn(rows, width, generator=generator)
+    return inputs, inputs[:, :CLASSES].argmax(1)
+
+
+def held_out(width: int = WIDTH) -> Iterator[Batch]:
+    """Three batches, the last one smaller."""
+    yield batch(1_000, width)
+    yield batch(1_001, width)
+    yield batch(1_002, width, rows=ROWS // 2)
+
+
+def recipe() -> Recipe:
+    """The network with dropout and BatchNorm."""
+    return Recipe(
+        name="problem",
+        model=dropout_and_batch_norm,
+        batches=batch,
+        loss=F.cross_entropy,
+        evaluation=held_out,
+        correct=correct_predictions,
+        steps=20,
+    )
+
+
+def wide_recipe(layers: int = 8, width: int = 256, rows: int = 64) -> Recipe:
+    """A network whose steps take milliseconds."""
+    return Recipe(
+        name="wide",
+        model=partial(wide, layers, width),
+        batches=partial(batch, width=width, rows=rows),
+        loss=F.cross_entropy,
+        steps=30,
+    )
+
+
+class FailsAt(nn.Module):
+    """An identity that raises when it sees its n-th training batch."""
+
+    def __init__(self, forwards: int) -> None:
+        super().__init__()
+        self.left = forwards
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Count down, then fail."""
+        if self.training:
+            self.left -= 1
+            if self.left < 0:
+                raise ZeroDivisionError("as planned")
+        return x
+
+
+def failing() -> nn.Sequential:
+    """Six layers; the fourth one of stage 1 (layer 5) fails on batch 5 when split 2 | 4."""
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)), nn.Linear(WIDTH, CLASSES), FailsAt(5))
+
+
+def failing_recipe() -> Recipe:
+    """A layer that raises on batch 5."""
+    return Recipe(name="failing", model=failing, batches=batch, loss=F.cross_entropy, steps=1_000)
+
+
+class Suicidal(nn.Module):
+    """An identity that sends its own process a signal when it sees its n-th training batch."""
+
+    def __init__(self, forwards: int, number: int) -> None:
+        super().__init__()
+        self.left, self.number = forwards, number
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Count down, then send the signal."""
+        import os
+
+        if self.training:
+            self.left -= 1
+            if self.left < 0:
+                os.kill(os.getpid(), self.number)
+        return x
+
+
+def suicidal(number: int) -> nn.Sequential:
+    """Four layers, split 2 | 2: stage 1 gets signal ``number`` in batch 5."""
+    return nn.Sequential(
+        nn.Linear(WIDTH, WIDTH), nn.ReLU(), Suicidal(5, number), nn.Linear(WIDTH, CLASSES)
+    )
+
+
+def suicidal_recipe(number: int) -> Recipe:
+    """A stage that is killed or stopped in the middle of batch 5."""
+    return Recipe(
+        name="suicidal", model=partial(suicidal, number), batches=batch, loss=F.cross_entropy, steps=100_000
+    )
+
+
+def endless_recipe() -> Recipe:
+    """A run that nobody waits for."""
+    return Recipe(
+        name="endless", model=dropout_and_batch_norm, batches=batch, loss=F.cross_entropy, steps=10_000_000
+    )

@@ -1,0 +1,106 @@
+"""What each policy does next, as diagrams: time runs to the right, one line per stage."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import Plan
+from pipeline.policies import Action, View, naive, scripted, unlocked
+from pipeline.reference import Costs, Event, _drive, _Phantom, schedule
+from pipeline.loader import phantom_inputs
+
+
+def _diagram(plan: Plan, costs: Costs) -> list[str]:
+    """Which action of which batch each stage does at each tick, with costs of one tick."""
+    assert plan.steps is not None
+    phantoms = [_Phantom(k, plan) for k in range(plan.stages)]
+    _, events = _drive(phantoms, plan, phantom_inputs(plan, plan.steps, 0), costs, None)
+    shown = [event for event in events if event.batch < plan.steps and event.end > event.start]
+    width = max(event.end for event in shown)
+    lines = []
+    for k in range(plan.stages):
+        cells = ["."] * width
+        for event in (event for event in shown if event.stage == k):
+            cells[event.start] = _cell(event)
+        lines.append(" ".join(f"{cell:<2}" for cell in cells).rstrip(" .") )
+    return lines
+
+
+def _cell(event: Event) -> str:
+    return f"{event.action.value}{event.batch}"
+
+
+def test_naive_keeps_one_batch_in_the_pipeline() -> None:
+    plan = Plan(mode="naive", stages=3, steps=2)
+    assert _diagram(plan, Costs(forward=1, backward=1)) == [
+        "F0 .  .  .  .  B0 F1 .  .  .  .  B1",
+        ".  F0 .  .  B0 .  .  F1 .  .  B1",
+        ".  .  F0 B0 .  .  .  .  F1 B1",
+    ]
+
+
+def test_unlocked_never_waits_for_a_gradient() -> None:
+    plan = Plan(mode="unlocked", stages=3, steps=4)
+    assert _diagram(plan, Costs(forward=1, backward=1)) == [
+        "F0 U0 F1 U1 F2 U2 F3 U3",
+        ".  F0 U0 F1 U1 F2 U2 F3 U3",
+        ".  .  F0 U0 F1 U1 F2 U2 F3 U3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("view", "action"),
+    [
+        (View(activation=True), Action.FORWARD),
+        (View(activation=True, room=False), Action.WAIT),
+        (View(), Action.WAIT),
+        (View(forwarded=1), Action.WAIT),
+        (View(forwarded=1, activation=True), Action.WAIT),
+        (View(forwarded=1, gradient=True), Action.BACKWARD),
+        (View(forwarded=1, last=True), Action.BACKWARD),
+    ],
+    ids=str,
+)
+def test_naive(view: View, action: Action) -> None:
+    assert naive(view) is action
+
+
+@pytest.mark.parametrize(
+    ("view", "action"),
+    [
+        (View(forwarded=1), Action.UPDATE),
+        (View(forwarded=1, gradient=True, activation=True), Action.UPDATE),
+        (View(forwarded=1, updated=1, gradient=True, activation=True), Action.LEARN),
+        (View(forwarded=1, updated=1, activation=True), Action.FORWARD),
+        (View(forwarded=1, updated=1, activation=True, room=False), Action.WAIT),
+        (View(forwarded=1, updated=1), Action.WAIT),
+    ],
+    ids=str,
+)
+def test_unlocked(view: View, action: Action) -> None:
+    assert unlocked(view) is action
+
+
+def test_scripted_waits_for_what_its_next_action_needs() -> None:
+    policy = scripted([Action.FORWARD, Action.UPDATE, Action.LEARN])
+    assert policy(View(gradient=True)) is Action.WAIT
+    assert policy(View(activation=True)) is Action.FORWARD
+    assert policy(View(actions=1, forwarded=1, activation=True)) is Action.UPDATE
+    assert policy(View(actions=2, forwarded=1, updated=1, activation=True)) is Action.WAIT
+    assert policy(View(actions=2, forwarded=1, updated=1, gradient=True)) is Action.LEARN
+    assert policy(View(actions=3, activation=True)) is Action.WAIT
+
+
+@pytest.mark.parametrize("targets", ["bootstrap", "true", "mixed"])
+@pytest.mark.parametrize("stages", [1, 2, 5])
+def test_every_target_that_flows_is_learned_exactly_once(targets: str, stages: int) -> None:
+    plan = Plan(stages=stages, steps=12, targets=targets)
+    for k, order in enumerate(schedule(plan, held_out_batches=0)):
+        assert order.count(Action.UPDATE) == 12
+        assert order.count(Action.LEARN) == (12 if k < stages - 1 else 0)
+
+
+def test_true_every_lets_one_gradient_in_n_flow() -> None:
+    plan = Plan(stages=3, steps=12, targets="true", true_every=4)
+    learned = [order.count(Action.LEARN) for order in schedule(plan, held_out_batches=0)]
+    assert learned == [3, 3, 0]

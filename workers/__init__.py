@@ -1,0 +1,1 @@
+"""One stage in one process: the loop, the channels, the supervision, the spans."""

@@ -1,0 +1,90 @@
+"""What one worker is told at its start, and the names under which it finds everybody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.cut import Cut
+from pipeline.messages import Kind, Message, layout_of
+from pipeline.plan import Plan
+from pipeline.recipe import Recipe
+from pipeline.resolve import Resolved
+
+__all__ = ["Assignment", "Names", "slot_bytes"]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of everything shared in one run; all begin with the run's prefix."""
+
+    prefix: str
+
+    @property
+    def board(self) -> str:
+        """The status board."""
+        return f"{self.prefix}-s"
+
+    def bell(self, stage: int) -> str:
+        """The bell of a worker."""
+        return f"{self.prefix}-b{stage}"
+
+    def activations(self, cut: int) -> str:
+        """The channel from stage ``cut`` to stage ``cut + 1``."""
+        return f"{self.prefix}-a{cut}"
+
+    def gradients(self, cut: int) -> str:
+        """The channel from stage ``cut + 1`` to stage ``cut``."""
+        return f"{self.prefix}-g{cut}"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One worker's part of a run. Travels from the driver to its own child at the start.
+
+    Attributes:
+        index: the stage.
+        resolved: the run; its cuts carry no loss here, the recipe gives it.
+        source: makes the recipe; importable by name, since every worker calls it for itself.
+        names: of the shared memory.
+        run_dir: where the worker writes its spans and its part of the weights.
+        attach_within_s: how long to look for the others.
+    """
+
+    index: int
+    resolved: Resolved
+    source: Callable[[], Recipe]
+    names: Names
+    run_dir: Path
+    attach_within_s: float = 60.0
+
+    @property
+    def plan(self) -> Plan:
+        """The resolved plan."""
+        return self.resolved.plan
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last stage."""
+        return self.index == self.plan.stages - 1
+
+    @property
+    def spans_path(self) -> Path:
+        """Where the spans go."""
+        return self.run_dir / "spans" / f"stage-{self.index}.npy"
+
+    def part_path(self, what: str) -> Path:
+        """Where this stage's tensors go: ``what`` is ``model`` or ``optimizer``."""
+        return self.run_dir / "parts" / f"{what}-{self.index}.safetensors"
+
+
+def slot_bytes(cut: Cut) -> tuple[int, int]:
+    """Bytes of one slot of the activation channel and of the gradient channel of a cut."""
+    h = torch.empty(cut.activation_shape, dtype=cut.activation_dtype, device="meta")
+    labels = torch.empty(cut.label_shape, dtype=cut.label_dtype, device="meta")
+    down = layout_of(Message(Kind.ACTIVATION, 0, 0, (h, labels))).total_bytes
+    up = layout_of(Message(Kind.GRADIENT, 0, 0, (h,))).total_bytes
+    return down, up

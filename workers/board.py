@@ -1,0 +1,100 @@
+"""The status board: what every worker is doing now, readable by the driver even when a worker can no longer speak.
+
+    | stop |  stage 0: span batch start_ns progress |  stage 1: ... |        one cache line each, one writer each
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import struct
+from dataclasses import dataclass
+from typing import Self
+
+import posix_ipc
+
+from pipeline.spans import Span
+from workers.clock import now_ns
+
+__all__ = ["Board", "Status"]
+
+_LINE_BYTES = 64
+_STATUS = struct.Struct("<qqqq")
+_IDLE = (int(Span.WAIT), int(Span.OTHER))
+
+
+@dataclass(frozen=True)
+class Status:
+    """One line of the board.
+
+    Attributes:
+        span: what the worker does.
+        batch: with which batch, or -1.
+        start_ns: since when, on the common clock; 0: it has not begun.
+        progress: how often it has turned to something that is work.
+    """
+
+    span: Span
+    batch: int
+    start_ns: int
+    progress: int
+
+    def age_s(self) -> float:
+        """Seconds since it began."""
+        return (now_ns() - self.start_ns) * 1e-9
+
+
+class Board:
+    """A few shared cache lines. Made by the driver, attached by the workers.
+
+    Args:
+        name: name of the shared memory, without a slash.
+        stages: number of lines.
+        create: make it (driver) rather than open it (worker).
+    """
+
+    def __init__(self, name: str, stages: int, *, create: bool = False) -> None:
+        self.name, self.stages = name, stages
+        size = _LINE_BYTES * (stages + 1)
+        flags = posix_ipc.O_CREX if create else 0
+        memory = posix_ipc.SharedMemory(f"/{name}", flags, size=size if create else 0)
+        self._map = mmap.mmap(memory.fd, size)
+        memory.close_fd()
+
+    def write(self, stage: int, span: Span, batch: int, start_ns: int, progress: int) -> None:
+        """Say what a stage does now; called by its worker only."""
+        _STATUS.pack_into(self._map, _LINE_BYTES * (stage + 1), span, batch, start_ns, progress)
+
+    def read(self, stage: int) -> Status:
+        """What a stage does now."""
+        span, batch, start_ns, progress = _STATUS.unpack_from(self._map, _LINE_BYTES * (stage + 1))
+        return Status(Span(span), batch, start_ns, progress)
+
+    def progress(self) -> int:
+        """A number that changes whenever any worker turns to new work."""
+        return sum(self.read(stage).progress for stage in range(self.stages))
+
+    def stop(self) -> None:
+        """Ask all workers to end; they look whenever they have nothing in hand."""
+        self._map[0] = 1
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody asked."""
+        return self._map[0] != 0
+
+    @staticmethod
+    def unlink_name(name: str) -> None:
+        """Remove the name; whoever has attached goes on. A name already removed is no error."""
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(f"/{name}")
+
+    def close(self) -> None:
+        """Give up this process's view."""
+        self._map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,159 @@
+"""The driver's side: start the workers of a run, listen to them, and end them all, whatever happens.
+
+    with Crew(...) as crew:          starts the processes; ends and reaps them on the way out
+        for record in crew.run():    yields what they report; raises RunFailed for the first real failure
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing import connection as mp_connection
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from types import TracebackType
+from typing import Self
+
+from workers import failures, records
+from workers.assignment import Assignment
+from workers.bell import Bell
+from workers.board import Board
+from workers.shared import unlink_all
+from workers.worker import worker_main
+
+__all__ = ["Crew"]
+
+_LOOK_EVERY_S = 0.2
+_GRACE_S = 2.0
+
+
+class Crew:
+    """The workers of one run.
+
+    Args:
+        assignments: one per stage.
+        board: the run's status board.
+        start_within_s: how long building and attaching may take.
+    """
+
+    def __init__(self, assignments: Sequence[Assignment], board: Board, start_within_s: float = 120.0) -> None:
+        self._assignments, self._board, self._start_within_s = assignments, board, start_within_s
+        self._processes: list[SpawnProcess] = []
+        self._pipes: list[Connection] = []
+        self._bells: list[Bell] = []
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, by stage."""
+        return [process.pid or 0 for process in self._processes]
+
+    def __enter__(self) -> Self:
+        context = multiprocessing.get_context("spawn")
+        try:
+            for assignment in self._assignments:
+                self._bells.append(Bell.attach(assignment.names.bell(assignment.index), 1.0))
+                mine, theirs = context.Pipe()
+                process = context.Process(
+                    target=worker_main, args=(assignment, theirs), name=f"stage-{assignment.index}"
+                )
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(mine)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def run(self) -> Iterator[records.Record]:
+        """Start the training and yield what the workers report, until all have finished.
+
+        Raises:
+            failures.RunFailed: a worker reported a failure, died, did not start in time, or nobody made progress.
+
+        Blocks:
+            until something is reported; a stalled run ends after the plan's ``stall_after_s``.
+        """
+        yield from self._until(records.Ready, self._start_within_s)
+        unlink_all(self._assignments[0].resolved, self._assignments[0].names)  # all have attached
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # a worker that is gone is found by the next look
+                records.send(pipe, records.Go())
+        yield from self._until(records.Finished, self._assignments[0].plan.stall_after_s)
+
+    def _until(self, last: type[records.Ready] | type[records.Finished], patience_s: float) -> Iterator[records.Record]:
+        """Yield records until every worker has sent one of type ``last``."""
+        awaited = set(range(len(self._pipes)))
+        progress, since = self._board.progress(), time.monotonic()
+        while awaited:
+            dead = [k for k in awaited if self._processes[k].exitcode is not None]  # they have said all they will
+            heard = self._hear(awaited)
+            if any(isinstance(record, records.Failure) for record in heard):
+                heard += self._drain(awaited)  # the cause was sent before its consequences, but maybe read after
+                failed = [record for record in heard if isinstance(record, records.Failure)]
+                raise failures.RunFailed.from_record(min(failed, key=lambda failure: failure.time_ns))
+            for record in heard:
+                if isinstance(record, last):
+                    awaited.discard(record.stage)
+                yield record
+            for k in awaited.intersection(dead):
+                process = self._processes[k]
+                raise failures.killed(k, process.pid or 0, process.exitcode or 0, self._board.read(k))
+            if heard or self._board.progress() != progress:
+                progress, since = self._board.progress(), time.monotonic()
+            elif time.monotonic() - since > patience_s:
+                raise self._stall(patience_s)
+
+    def _hear(self, stages: set[int]) -> list[records.Record]:
+        """What has been said; waits a moment for something to happen."""
+        watched = [item for k in stages for item in (self._pipes[k], self._processes[k].sentinel)]
+        mp_connection.wait(watched, _LOOK_EVERY_S)
+        return self._drain(stages)
+
+    def _drain(self, stages: set[int]) -> list[records.Record]:
+        heard: list[records.Record] = []
+        for k in stages:
+            with contextlib.suppress(EOFError, OSError):
+                while self._pipes[k].poll():
+                    heard.append(records.receive(self._pipes[k]))
+        return heard
+
+    def _stall(self, patience_s: float) -> failures.RunFailed:
+        run_dir = self._assignments[0].run_dir
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)  # faulthandler writes the stacks
+        return failures.stalled(self._board, self.pids, patience_s, str(run_dir / "stacks-*.txt"))
+
+    def _end(self) -> None:
+        """Ask, wait a little, then kill: each worker's whole process group, grandchildren included."""
+        self._board.stop()
+        for bell in self._bells:
+            bell.ring()
+        deadline = time.monotonic() + _GRACE_S
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in self._processes:
+            _kill_group(process)
+            process.join(_GRACE_S)
+            process.close()
+        for closable in (*self._pipes, *self._bells):
+            closable.close()
+        self._processes, self._pipes, self._bells = [], [], []
+
+
+def _kill_group(process: SpawnProcess) -> None:
+    """End a worker and whatever it started; what is gone already is fine."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    if process.is_alive():  # killed before it had a group of its own
+        process.kill()

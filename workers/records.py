@@ -1,0 +1,91 @@
+"""What workers and driver tell each other on the control pipe: typed records as MessagePack, never pickles."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+
+__all__ = ["Failure", "Finished", "Go", "Loss", "Ready", "Record", "Scored", "receive", "send"]
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """The worker has its stage and both ends of its channels."""
+
+    stage: int
+    pid: int
+    threads: int
+
+
+class Go(msgspec.Struct, tag=True, frozen=True):
+    """Driver to worker: everybody is ready."""
+
+
+class Loss(msgspec.Struct, tag=True, frozen=True):
+    """Training losses of batches ``first_batch`` on, from the last stage.
+
+    ``time_ns`` is on the common clock.
+    """
+
+    first_batch: int
+    losses: list[float]
+    time_ns: int
+
+
+class Scored(msgspec.Struct, tag=True, frozen=True):
+    """A pass over the held-out batches after ``updates`` training batches, from the last stage."""
+
+    updates: int
+    loss: float
+    accuracy: float | None
+    rows: int
+    time_ns: int
+
+
+class Finished(msgspec.Struct, tag=True, frozen=True):
+    """The worker did everything and wrote its files."""
+
+    stage: int
+    updated: int
+    learned: int
+    dropped: int
+    peak_memory_bytes: int
+
+
+class Failure(msgspec.Struct, tag=True, frozen=True):
+    """The worker cannot go on."""
+
+    stage: int
+    pid: int
+    message: str
+    traceback: str
+    time_ns: int
+    layer: str | None = None
+    batch: int | None = None
+
+
+Record = Ready | Go | Loss | Scored | Finished | Failure
+
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Record)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def send(connection: Connection, record: Record) -> None:
+    """Send one record; blocks only while the pipe is full.
+
+    Raises:
+        OSError: the other side is gone.
+    """
+    connection.send_bytes(_encoder.encode(record))
+
+
+def receive(connection: Connection) -> Record:
+    """Receive one record; blocks until there is one (poll the connection first).
+
+    Raises:
+        EOFError: the other side is gone.
+        msgspec.DecodeError: what came is no record.
+    """
+    record: Record = _decoder.decode(connection.recv_bytes())
+    return record

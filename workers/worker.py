@@ -1,0 +1,303 @@
+"""One stage in one process: attach to the others, run the loop, write what came out.
+
+    spawn -> build the stage -> attach channels -> Ready -> Go -> loop -> files -> Finished
+                                                                 any error -> Failure
+
+The loop only moves messages; what to do next is the policy's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import resource
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from multiprocessing import connection as mp_connection
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline.errors import StageError
+from pipeline.loader import inputs
+from pipeline.messages import Message
+from pipeline.policies import Action, policy_for, scripted
+from pipeline.recipe import Recipe
+from pipeline.reference import schedule
+from pipeline.resolve import stage_layers
+from pipeline.runner import Runner
+from pipeline.spans import Recorder, Span
+from pipeline.stage import Scores, Stage
+from workers import records
+from workers.assignment import Assignment
+from workers.bell import Bell
+from workers.board import Board
+from workers.channel import Receiver, Sender
+from workers.clock import now_ns
+from workers.recorder import SpanRecorder
+from workers.shared import unlink_all
+from workers.shm import ShmReceiver, ShmSender
+
+__all__ = ["worker_main"]
+
+LOOK_UP_EVERY_S = 1.0  # a waiting worker looks whether it is asked to stop
+LOSSES_EVERY_NS = 200_000_000
+
+
+class Stopped(Exception):  # noqa: N818
+    """The driver asked the worker to end."""
+
+
+def worker_main(assignment: Assignment, connection: Connection) -> None:
+    """The life of a worker process. Blocks until the run is over; exits non-zero after a failure.
+
+    Args:
+        assignment: its part of the run.
+        connection: the control pipe to the driver.
+    """
+    os.setsid()  # a group of its own: Ctrl-C reaches the driver only, and the driver can end us with our children
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_the_driver(assignment)
+    stacks = (assignment.run_dir / f"stacks-{assignment.index}.txt").open("w")
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    torch.set_num_threads(assignment.plan.threads)
+    try:
+        _work(assignment, connection)
+    except Stopped:
+        raise SystemExit(1) from None
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            records.send(connection, _failure(assignment, error))
+        raise SystemExit(1) from None
+
+
+def _work(assignment: Assignment, connection: Connection) -> None:
+    recipe = assignment.source()
+    with contextlib.ExitStack() as stack:
+        board = stack.enter_context(Board(assignment.names.board, assignment.plan.stages))
+        links = stack.enter_context(_attached(assignment))
+        depth = links.below.depth if links.below is not None else None
+        record = SpanRecorder(assignment.index, board, depth)
+        stage = _build(assignment, recipe, record)
+        runner = _runner(assignment, recipe, stage, links, record)
+        report = _Reporter(connection)
+        runner.on_loss, runner.on_scores = report.loss, report.scores
+        records.send(connection, records.Ready(assignment.index, os.getpid(), torch.get_num_threads()))
+        if not connection.poll(assignment.attach_within_s):
+            raise TimeoutError(f"no Go from the driver after {assignment.attach_within_s:.0f} s")
+        records.receive(connection)
+        try:
+            _loop(runner, links.bell, board, record, assignment.plan.stall_after_s)
+        finally:
+            record.save(assignment.spans_path)
+        report.flush()
+        _save(assignment, stage)
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        records.send(
+            connection,
+            records.Finished(assignment.index, runner.updated, runner.learned, runner.dropped, peak_bytes),
+        )
+
+
+def _loop(runner: Runner, bell: Bell, board: Board, record: Recorder, give_up_after_s: float) -> None:
+    """Until nothing is left to do: look, decide, do; when there is nothing to do, sleep on the bell."""
+    record(Span.OTHER, -1)
+    while True:
+        bell.clear()
+        runner.poll()
+        if runner.done:
+            return
+        action = runner.next()
+        if action is not Action.WAIT:
+            runner.perform(action)
+        else:
+            _wait(runner, bell, board, record, give_up_after_s)
+
+
+def _wait(runner: Runner, bell: Bell, board: Board, record: Recorder, give_up_after_s: float) -> None:
+    record(Span.WAIT, runner.forwarded)
+    # The driver ends a stalled run first, with a better report; this is for when the driver cannot.
+    deadline_ns = now_ns() + int(2 * give_up_after_s * 1e9)
+    while not bell.wait(LOOK_UP_EVERY_S):
+        if board.stopping:
+            raise Stopped
+        if now_ns() > deadline_ns:
+            raise TimeoutError(f"nothing came for {2 * give_up_after_s:.0f} s: {runner.view()}")
+    if board.stopping:
+        raise Stopped
+    record(Span.OTHER, -1)
+
+
+def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> Stage:
+    plan = assignment.plan
+    cut = None if assignment.last else replace(assignment.resolved.cuts[assignment.index], loss=recipe.loss)
+    return Stage(stage_layers(recipe, plan, assignment.index), assignment.index, plan, recipe, cut, record)
+
+
+@dataclass
+class _Links:
+    """A worker's ends of the channels around it; None where the pipeline ends."""
+
+    bell: Bell
+    below: Receiver | None
+    above: Receiver | None
+    down: Sender | None
+    up: Sender | None
+
+
+@contextlib.contextmanager
+def _attached(assignment: Assignment) -> Iterator[_Links]:
+    k, names, within_s = assignment.index, assignment.names, assignment.attach_within_s
+    with contextlib.ExitStack() as stack:
+
+        def bell(stage: int) -> Bell:
+            return stack.enter_context(Bell.attach(names.bell(stage), within_s))
+
+        def sender(name: str, label: str, to: int) -> Sender:
+            return stack.enter_context(
+                ShmSender.attach(name, label=label, deadline_s=within_s, receiver_bell=bell(to))
+            )
+
+        def receiver(name: str, label: str, source: int) -> ShmReceiver:
+            return stack.enter_context(
+                ShmReceiver.attach(name, label=label, deadline_s=within_s, sender_bell=bell(source))
+            )
+
+        first, last = k == 0, assignment.last
+        yield _Links(
+            bell=bell(k),
+            below=None if first else receiver(names.activations(k - 1), f"activations {k - 1}->{k}", k - 1),
+            above=None if last else receiver(names.gradients(k), f"gradients {k + 1}->{k}", k + 1),
+            down=None if last else sender(names.activations(k), f"activations {k}->{k + 1}", k + 1),
+            up=None if first else sender(names.gradients(k - 1), f"gradients {k}->{k - 1}", k - 1),
+        )
+
+
+def _runner(
+    assignment: Assignment, recipe: Recipe, stage: Stage, links: _Links, record: Recorder
+) -> Runner:
+    plan, deadline_s = assignment.plan, assignment.plan.stall_after_s
+    policy = policy_for(plan.mode)
+    if plan.deterministic:
+        policy = scripted(schedule(plan, assignment.resolved.held_out_batches)[assignment.index])
+    return Runner(
+        stage=stage,
+        policy=policy,
+        below=_Taking(links.below, record) if links.below else _Loading(recipe, assignment, record),
+        above=_Taking(links.above, record) if links.above else None,
+        down=_Putting(links.down, deadline_s) if links.down else None,
+        up=_Putting(links.up, deadline_s) if links.up else None,
+        record=record,
+    )
+
+
+@dataclass
+class _Taking:
+    """A receiver as the Runner's inlet."""
+
+    receiver: Receiver
+    record: Recorder
+
+    def take(self) -> Message | None:
+        message = self.receiver.poll()
+        if message is None:
+            return None
+        self.record(Span.RECEIVE, message.batch)
+        owned = replace(message, tensors=tuple(tensor.clone() for tensor in message.tensors))
+        self.receiver.release()
+        self.record(Span.OTHER, -1)
+        return owned
+
+
+@dataclass
+class _Putting:
+    """A sender as the Runner's outlet."""
+
+    sender: Sender
+    deadline_s: float
+
+    def room(self) -> bool:
+        return self.sender.room()
+
+    def put(self, message: Message) -> None:
+        self.sender.send(message, self.deadline_s)
+
+
+class _Loading:
+    """The data as the Runner's inlet."""
+
+    def __init__(self, recipe: Recipe, assignment: Assignment, record: Recorder) -> None:
+        self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps)
+        self._record = record
+
+    def take(self) -> Message | None:
+        self._record(Span.LOAD, -1)
+        message = next(self._messages, None)
+        self._record(Span.OTHER, -1)
+        return message
+
+
+class _Reporter:
+    """Sends training losses in groups, so that the pipe is not in the way, and scores at once."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._losses: list[float] = []
+        self._first, self._sent_ns = 0, now_ns()
+
+    def loss(self, batch: int, loss: float) -> None:
+        if not self._losses:
+            self._first = batch
+        self._losses.append(loss)
+        if now_ns() - self._sent_ns > LOSSES_EVERY_NS:
+            self.flush()
+
+    def scores(self, updates: int, scores: Scores) -> None:
+        self.flush()
+        scored = records.Scored(updates, scores.loss(), scores.accuracy(), scores.rows, now_ns())
+        records.send(self._connection, scored)
+
+    def flush(self) -> None:
+        if self._losses:
+            records.send(self._connection, records.Loss(self._first, self._losses, now_ns()))
+            self._losses, self._sent_ns = [], now_ns()
+
+
+def _save(assignment: Assignment, stage: Stage) -> None:
+    for what, tensors in (("model", stage.state_tensors()), ("optimizer", stage.optimizer_tensors())):
+        path = assignment.part_path(what)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, path)
+
+
+def _failure(assignment: Assignment, error: BaseException) -> records.Failure:
+    located = error if isinstance(error, StageError) else None
+    return records.Failure(
+        stage=assignment.index,
+        pid=os.getpid(),
+        message=str(error) if located else f"stage {assignment.index}: {type(error).__name__}: {error}",
+        traceback="".join(traceback.format_exception(error)),
+        time_ns=now_ns(),
+        layer=located.layer if located else None,
+        batch=located.batch if located else None,
+    )
+
+
+def _end_with_the_driver(assignment: Assignment) -> None:
+    """When the driver dies, this process has nobody to work for, and ends with everything it started."""
+    driver = parent_process()
+    if driver is None:  # not spawned: called directly, in a test
+        return
+
+    def watch() -> None:
+        mp_connection.wait([driver.sentinel])
+        unlink_all(assignment.resolved, assignment.names)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="driver-watch", daemon=True).start()
