@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import platform
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,34 +19,13 @@ from launch.console import Console, stage_table
 from launch.options import BenchOptions
 from launch.result import SCHEMA, Result
 from launch.single import SingleRun, run_single
+from launch.spread import Spread
 from launch.training import resolve_source, run
 from pipeline import DNIPlan, Plan, Recipe
 from pipeline.measurements import Measured
 from pipeline.resolve import Resolved
 
 __all__ = ["Report", "Row", "bench"]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, smallest and largest of the rounds."""
-
-    median: float
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of some figures."""
-        return cls(statistics.median(values), min(values), max(values))
-
-    def as_dict(self) -> dict[str, float]:
-        """JSON-able values."""
-        return {"median": self.median, "min": self.min, "max": self.max}
-
-    def times(self) -> str:
-        """As a ratio: ``1.85x (1.83 to 1.87)``."""
-        return f"{self.median:.2f}x ({self.min:.2f} to {self.max:.2f})"
 
 
 @dataclass

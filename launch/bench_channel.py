@@ -24,8 +24,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from launch.spread import Spread
 from pipeline.messages import Kind, Message, layout_of
 from workers.channel import Receiver, Sender
+from workers.processes import process_context
 from workers.shm import (
     ShmReceiver,
     ShmSender,
@@ -37,22 +39,13 @@ from workers.shm import (
     unlink_ring,
 )
 
-__all__ = ["SIZES", "ChannelRow", "Spread", "bench_channel", "print_rows"]
+__all__ = ["SIZES", "ChannelRow", "bench_channel", "print_rows"]
 
 SIZES = (4, 4 << 10, 256 << 10, 1 << 20, 8 << 20)
 _STEP_DEADLINE_S = 20.0  # for one message; the whole has a deadline of its own
 _NUM_WARM_UP = 20
 _NUM_PINGS = 300
 _STREAM_BYTES = 512 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A figure over several rounds."""
-
-    median: float
-    min: float
-    max: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +76,7 @@ class ChannelRow:
 def bench_channel(
     sizes: Sequence[int] = SIZES, rounds: int = 5, slots: int = 4, deadline_s: float = 180.0
 ) -> list[ChannelRow]:
-    """Measure the shared memory channel between two spawned processes with one thread each.
+    """Measure the shared memory channel between two fresh processes with one thread each.
 
     Args:
         sizes: bytes of each message, multiples of 4.
@@ -109,7 +102,7 @@ def bench_channel(
         )
     end = time.monotonic() + deadline_s
     prefix = new_prefix()
-    context = multiprocessing.get_context("spawn")
+    context = process_context(__name__)
     from_ping, to_us = context.Pipe(duplex=False)
     from_pong, to_us_too = context.Pipe(duplex=False)
     processes = [

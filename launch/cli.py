@@ -12,11 +12,12 @@ from types import FrameType
 
 from rich.console import Console as RichConsole
 
-from launch.bench import bench
-from launch.bench_channel import main as bench_channel
+from launch.bench import bench, environment
+from launch.bench_channel import bench_channel, print_rows
 from launch.console import Console
-from launch.options import BenchOptions, Parsed, RunOptions, parse
+from launch.options import BenchOptions, Parsed, RunOptions, parse, parse_channel
 from launch.recipes import BUILT_IN
+from launch.result import SCHEMA
 from launch.training import resolve_source, run
 from pipeline import PlanError, nearest
 from workers.failures import RunFailed
@@ -100,11 +101,26 @@ def _after_training(recipe: str, arguments: list[str], parsed: Parsed) -> tuple[
 
 def _bench(recipe: str, arguments: list[str]) -> int:
     if recipe == "channel":
-        return bench_channel(arguments)
+        return _bench_channel(arguments)
     parsed = parse(recipe, arguments, BenchOptions, "freewheel bench")
     plan = dataclasses.replace(parsed.plan, mode="unlocked")
     console = Console(quiet=parsed.run.quiet)
     report = bench(parsed.source, plan, parsed.run, ["freewheel", "bench", recipe, *arguments], console)
     if parsed.run.json is not None:
         parsed.run.json.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+    return 0
+
+
+def _bench_channel(arguments: list[str]) -> int:
+    options = parse_channel(arguments)
+    rows = bench_channel(rounds=options.rounds, slots=options.slots)
+    print_rows(rows)
+    if options.json is not None:
+        content = {
+            "schema": SCHEMA,
+            "command": ["freewheel", "bench", "channel", *arguments],
+            "environment": environment(),
+            "rows": [row.to_dict() for row in rows],
+        }
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
     return 0

@@ -15,7 +15,7 @@ import tyro
 from launch.sources import NamedRecipe, entry_of
 from pipeline import Plan, Recipe
 
-__all__ = ["BenchOptions", "Parsed", "RunOptions", "parse"]
+__all__ = ["BenchOptions", "ChannelOptions", "Parsed", "RunOptions", "parse", "parse_channel"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,18 @@ class BenchOptions(RunOptions):
 
     rounds: int = 3
     """Rounds; in each, every mode runs once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelOptions:
+    """How to measure the shared memory channel."""
+
+    rounds: int = 5
+    """Rounds; in each, every size is measured once."""
+    slots: int = 4
+    """Slots of the channel."""
+    json: Path | None = None
+    """Also write the rows to this file."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,11 @@ def parse(recipe: str, arguments: Sequence[str], run_type: type[RunOptions], pro
     )
     chosen = tuple((f.name, getattr(options.recipe, f.name)) for f in dataclasses.fields(own))
     return Parsed(NamedRecipe(recipe, chosen), options.plan, options.run)
+
+
+def parse_channel(arguments: Sequence[str]) -> ChannelOptions:
+    """Parse the options of ``freewheel bench channel``; exits with status 2 when they are wrong."""
+    return tyro.cli(ChannelOptions, prog="freewheel bench channel", args=list(arguments))
 
 
 def _recipe_options(make: Callable[..., Recipe]) -> type:

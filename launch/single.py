@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pipeline.plan import Plan
 from pipeline.recipe import Recipe, build_model
 from pipeline.seeding import seeded
 from pipeline.stage import Scores
+from workers.processes import process_context
 
 __all__ = ["SingleRun", "run_single"]
 
@@ -66,7 +66,7 @@ def run_single(
     Blocks:
         until it is over, at most ``within_s``.
     """
-    context = multiprocessing.get_context("spawn")
+    context = process_context(__name__)
     mine, theirs = context.Pipe()
     process = context.Process(target=_main, args=(_Job(source, plan, threads, warmup), theirs), daemon=True)
     process.start()

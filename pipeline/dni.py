@@ -32,7 +32,7 @@ class DNI(nn.Module):
     """One form with what all forms share: the unit sigma, the clip, the choice of rows, the optimizer.
 
     What it remembers is in its ``state_dict`` (weights, sigma, number of targets) and in ``optimizer``. The
-    only random numbers it draws after construction, the rows to train on, come from generators of its own.
+    only random numbers it draws after construction, the rows to train on, are a hash of (seed, cut, batch).
     Works in float32, or in float64 where the activation is float64.
 
     Args:
@@ -147,18 +147,22 @@ class DNI(nn.Module):
                 parameter.grad = gradient
             self.optimizer.step()
         with torch.no_grad():
-            error = prediction / _rms(prediction).clamp(min=1) - target
-            return error.square().sum() / target.square().sum().clamp(min=_TINY)
+            error = torch.linalg.vector_norm(prediction / _rms(prediction).clamp(min=1) - target)
+            relative: Tensor = (error / torch.linalg.vector_norm(target).clamp(min=_TINY)).square()
+            return relative
 
     def _chosen(self, batch: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The same samples of each tensor, drawn from (seed, cut, batch)."""
-        size = len(tensors[0])
-        if self._num_samples >= size:
+        """The same window of samples of each tensor, drawn from (seed, cut, batch).
+
+        A window, because it copies nothing; batches are in random order, so it is as good as a scattered choice.
+        """
+        size, num_samples = len(tensors[0]), self._num_samples
+        if num_samples >= size:
             return tensors
-        seed = derived_seed(self._seed, "dni rows", self._index, batch)
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-        samples = order[: self._num_samples].to(tensors[0].device)
-        return tuple(tensor.index_select(0, samples) for tensor in tensors)
+        windows = math.ceil(size / num_samples)
+        start = derived_seed(self._seed, "dni rows", self._index, batch) % windows * num_samples
+        start = min(start, size - num_samples)
+        return tuple(tensor[start : start + num_samples] for tensor in tensors)
 
     def _not_finite(self, what: str, remedy: str) -> str:
         where = f"the DNI at cut {self._index}, after {self._num_targets} targets,"
@@ -189,8 +193,8 @@ def describe_form(cut: Cut, plan: DNIPlan) -> tuple[str, str]:
     """
     if not cut.activation_dtype.is_floating_point:
         raise PlanError(
-            f"the activation at cut {cut.index} is {cut.activation_dtype}: only floating-point numbers have a "
-            "gradient; cut the network after a later layer."
+            f"the activation at cut {cut.index} is {cut.activation_dtype}: only floating-point numbers "
+            "have a gradient; cut the network after a later layer."
         )
     if plan.factory is not None:
         return "factory", "the plan gives a factory"

@@ -75,12 +75,12 @@ class LossModel(Form):
             (gradient,) = torch.autograd.grad(loss, leaf, create_graph=differentiable)
         if not differentiable:
             gradient = gradient.detach()
-        # A mean over fewer rows weighs each row more; undone here, so that a row gives what it gives in a batch.
+        # A mean over fewer rows weighs each row more; undone here, so a row gives what it gives in a batch.
         return loss, gradient * (len(h) / self.batch_size)
 
 
 def _head(cut: Cut, hidden: int) -> nn.Module:
-    """C: at every position alone where the output has the activation's positions, else from the whole sample."""
+    """C: position by position where the output has the positions of h, else from whole samples."""
     shape, output = cut.activation_shape, cut.output_shape
     if len(shape) == len(output) == 4:
         return _ImageHead(shape[1], hidden, output)

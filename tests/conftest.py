@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 def nothing_left_behind() -> Iterator[None]:
     """No child process and no shared memory of ours outlives a test."""
     yield
-    children = [child for child in psutil.Process().children(recursive=True) if not _is_tracker(child)]
+    children = [child for child in psutil.Process().children(recursive=True) if not _is_server(child)]
     assert not children, f"processes left behind: {children}"
     assert not left_in_shared_memory(), f"shared memory left behind: {left_in_shared_memory()}"
 
@@ -35,10 +35,12 @@ def left_in_shared_memory() -> list[str]:
     return sorted(e.name for e in folder.iterdir() if "fw-" in e.name) if folder.is_dir() else []
 
 
-def _is_tracker(process: psutil.Process) -> bool:
-    """multiprocessing keeps one resource tracker per program."""
+def _is_server(process: psutil.Process) -> bool:
+    """multiprocessing keeps one fork server and one resource tracker per program; they end with it."""
     try:
-        return "resource_tracker" in " ".join(process.cmdline())
+        command = " ".join(process.cmdline())
+        is_child_of_server = process.parent() is not None and process.ppid() != os.getpid()
+        return not is_child_of_server and ("forkserver" in command or "resource_tracker" in command)
     except psutil.NoSuchProcess:
         return True
 

@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection as mp_connection
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +21,7 @@ from workers import failures, records
 from workers.assignment import Assignment
 from workers.bell import Bell
 from workers.board import Board
+from workers.processes import process_context
 from workers.shared import unlink_all
 from workers.worker import worker_main
 
@@ -42,7 +42,7 @@ class Crew:
 
     def __init__(self, assignments: Sequence[Assignment], board: Board, start_within_s: float = 120.0) -> None:
         self._assignments, self._board, self._start_within_s = assignments, board, start_within_s
-        self._processes: list[SpawnProcess] = []
+        self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._bells: list[Bell] = []
 
@@ -52,7 +52,7 @@ class Crew:
         return [process.pid or 0 for process in self._processes]
 
     def __enter__(self) -> Self:
-        context = multiprocessing.get_context("spawn")
+        context = process_context(type(self._assignments[0].source).__module__)
         try:
             for assignment in self._assignments:
                 self._bells.append(Bell.attach(assignment.names.bell(assignment.index), 1.0))
@@ -151,7 +151,7 @@ class Crew:
         self._processes, self._pipes, self._bells = [], [], []
 
 
-def _kill_group(process: SpawnProcess) -> None:
+def _kill_group(process: BaseProcess) -> None:
     """End a worker and whatever it started; what is gone already is fine."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid or 0, signal.SIGKILL)

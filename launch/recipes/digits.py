@@ -14,6 +14,7 @@ from pipeline import ArrayBatches, Batch, Recipe, correct_predictions
 
 __all__ = ["digits"]
 
+_PIXELS = 64
 _NUM_TRAIN = 1347  # three quarters; the rest is held out
 _SPLIT_SEED = 0
 
@@ -27,16 +28,20 @@ def digits(hidden: int = 128, layers: int = 4, batch: int = 64, data_seed: int =
         batch: Rows per batch.
         data_seed: Seed of the order of the data.
     """
-    inputs, labels = _data()
     return Recipe(
         name="digits",
-        model=partial(perceptron, inputs.shape[1], hidden, layers, 10),
-        batches=ArrayBatches(inputs[:_NUM_TRAIN], labels[:_NUM_TRAIN], batch, data_seed),
+        model=partial(perceptron, _PIXELS, hidden, layers, 10),
+        batches=partial(_train, batch, data_seed),
         loss=F.cross_entropy,
         evaluation=partial(_held_out, batch),
         correct=correct_predictions,
         steps=1000,
     )
+
+
+def _train(batch: int, seed: int, index: int) -> Batch:
+    inputs, labels = _data()
+    return ArrayBatches(inputs[:_NUM_TRAIN], labels[:_NUM_TRAIN], batch, seed)(index)
 
 
 def _held_out(batch: int) -> Iterable[Batch]:

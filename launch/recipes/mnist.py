@@ -17,6 +17,7 @@ from pipeline import ArrayBatches, Batch, PlanError, Recipe, correct_predictions
 
 __all__ = ["mnist"]
 
+_PIXELS = 28 * 28
 _MEAN, _STD = 0.1307, 0.3081  # of the training pixels
 
 
@@ -39,16 +40,19 @@ def mnist(
         batch_norm: BatchNorm after every hidden linear layer.
         data_seed: Seed of the order of the data.
     """
-    inputs, labels = _data(Path(data), "train")
     return Recipe(
         name="mnist",
-        model=partial(perceptron, inputs.shape[1], hidden, layers, 10, batch_norm=batch_norm),
-        batches=ArrayBatches(inputs, labels, batch, data_seed),
+        model=partial(perceptron, _PIXELS, hidden, layers, 10, batch_norm=batch_norm),
+        batches=partial(_train, Path(data), batch, data_seed),
         loss=F.cross_entropy,
         evaluation=partial(_held_out, Path(data), batch),
         correct=correct_predictions,
         steps=2000,
     )
+
+
+def _train(data: Path, batch: int, seed: int, index: int) -> Batch:
+    return ArrayBatches(*_data(data, "train"), batch, seed)(index)
 
 
 def _held_out(data: Path, batch: int) -> Iterable[Batch]:

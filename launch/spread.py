@@ -1,0 +1,31 @@
+"""A figure measured several times: its median with the smallest and the largest value."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+__all__ = ["Spread"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Median, smallest and largest of the rounds."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of some figures."""
+        return cls(median=statistics.median(values), min=min(values), max=max(values))
+
+    def as_dict(self) -> dict[str, float]:
+        """JSON-able values."""
+        return asdict(self)
+
+    def times(self) -> str:
+        """As a ratio: ``1.85x (1.83 to 1.87)``."""
+        return f"{self.median:.2f}x ({self.min:.2f} to {self.max:.2f})"

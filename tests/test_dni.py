@@ -1,0 +1,395 @@
+"""The promises of a DNI: units, clip, what each form predicts, what is left alone, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.cut import Cut
+from pipeline.dni import DNI, build_dni, describe_form
+from pipeline.errors import PlanError
+from pipeline.plan import DNIPlan
+
+ROWS, WIDTH, CLASSES = 32, 12, 5
+
+CLASSIFIER = Cut(
+    index=1,
+    activation_shape=(ROWS, WIDTH),
+    activation_dtype=torch.float32,
+    label_shape=(ROWS,),
+    label_dtype=torch.int64,
+    output_shape=(ROWS, CLASSES),
+    loss=F.cross_entropy,
+)
+REGRESSION = replace(
+    CLASSIFIER, label_shape=(ROWS, 3), label_dtype=torch.float32, output_shape=(ROWS, 3), loss=F.mse_loss
+)
+TOKENS = replace(
+    CLASSIFIER,
+    activation_shape=(8, 6, WIDTH),
+    label_shape=(8, 6),
+    output_shape=(8, 6, CLASSES),
+    loss=lambda output, labels: F.cross_entropy(output.flatten(0, 1), labels.flatten()),
+)
+IMAGES = replace(CLASSIFIER, activation_shape=(ROWS, 3, 6, 6))
+PIXELS = replace(IMAGES, label_shape=(ROWS, 12, 12), output_shape=(ROWS, CLASSES, 12, 12))
+
+Batches = Callable[[], tuple[Tensor, Tensor, Tensor]]
+
+
+def problem(cut: Cut, scale: float = 1.0) -> Batches:
+    """Batches (h, labels, g) whose g is the gradient of ``cut.loss`` behind a fixed linear top."""
+    generator = torch.Generator().manual_seed(0)
+    rowwise = cut.activation_shape[:-1] == cut.output_shape[:-1]
+    width = cut.activation_shape[-1] if rowwise else torch.Size(cut.activation_shape[1:]).numel()
+    num_outputs = cut.output_shape[-1] if rowwise else torch.Size(cut.output_shape[1:]).numel()
+    top = torch.randn(width, num_outputs, generator=generator) / width**0.5
+    rule = torch.randn(width, num_outputs, generator=generator) * 2
+
+    def batch() -> tuple[Tensor, Tensor, Tensor]:
+        h = torch.randn(
+            cut.activation_shape, generator=generator, dtype=cut.activation_dtype
+        ).requires_grad_()
+        flat = (h if rowwise else h.flatten(1)).float()
+        right = (flat.detach() @ rule).reshape(cut.output_shape)
+        if cut.classes is not None:
+            labels = right.argmax(1 if cut.output_shape[:-1] != cut.label_shape else -1)
+        else:
+            labels = right / width**0.5
+        (g,) = torch.autograd.grad(scale * cut.loss((flat @ top).reshape(cut.output_shape), labels), h)
+        return h.detach(), labels, g
+
+    return batch
+
+
+def trained(cut: Cut, steps: int, scale: float = 1.0, **plan: Any) -> tuple[DNI, list[float]]:
+    dni, batch, errors = build_dni(cut, DNIPlan(**plan), seed=0), problem(cut, scale), []
+    for index in range(steps):
+        error = dni.learn(*batch(), batch=index)
+        errors += [] if error is None else [float(error)]
+    return dni, errors
+
+
+def rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+# Units
+
+
+@pytest.mark.parametrize("form", ["linear", "mlp", "label_residual", "loss_model"])
+def test_predicts_zeros_until_the_first_target_came(form: str) -> None:
+    dni = build_dni(CLASSIFIER, DNIPlan(form=form), seed=0)
+    h, labels, g = problem(CLASSIFIER)()
+    assert torch.equal(dni.predict(h, labels), torch.zeros_like(h))
+    dni.learn(h, labels, g, batch=0)
+    assert dni.predict(h, labels).any()
+
+
+def test_a_target_of_zeros_before_the_first_real_one_is_no_target() -> None:
+    """Under bootstrap the DNI above predicts zeros at first: an early version then divided by sigma 0."""
+    dni = build_dni(CLASSIFIER, DNIPlan(), seed=0)
+    h, labels, g = problem(CLASSIFIER)()
+    assert dni.learn(h, labels, torch.zeros_like(g), batch=0) is None
+    assert not dni.predict(h, labels).any()
+    dni.learn(h, labels, g, batch=1)
+    assert float(dni.sigma) == pytest.approx(rms(g), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["linear", "mlp", "label_residual"])
+def test_tiny_gradients_are_learned_like_large_ones(form: str) -> None:
+    one, _ = trained(CLASSIFIER, 20, form=form)
+    tiny, _ = trained(CLASSIFIER, 20, scale=1e-6, form=form)
+    h, labels, _ = problem(CLASSIFIER)()
+    torch.testing.assert_close(tiny.predict(h, labels) * 1e6, one.predict(h, labels), rtol=1e-2, atol=1e-5)
+
+
+def test_loss_model_is_never_larger_than_tiny_gradients() -> None:
+    dni, _ = trained(CLASSIFIER, 20, scale=1e-6, form="loss_model")
+    h, labels, _ = problem(CLASSIFIER)()
+    assert rms(dni.predict(h, labels)) <= float(dni.sigma) * 1.001
+
+
+def test_sigma_is_the_bias_corrected_running_rms() -> None:
+    dni, batch = build_dni(CLASSIFIER, DNIPlan(), seed=0), problem(CLASSIFIER)
+    targets = [batch() for _ in range(3)]
+    for index, (h, labels, g) in enumerate(targets):
+        dni.learn(h, labels, g * 10**index, batch=index)
+    weights = torch.tensor([0.99**2, 0.99, 1.0])
+    squares = torch.tensor([rms(g * 10**index) ** 2 for index, (_, _, g) in enumerate(targets)])
+    assert float(dni.sigma) == pytest.approx(
+        float((weights * squares).sum() / weights.sum()) ** 0.5, rel=1e-4
+    )
+
+
+def test_predictions_are_clipped_to_sigma() -> None:
+    class Loud(nn.Module):
+        def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+            return 100 * torch.ones_like(h)
+
+    dni = build_dni(CLASSIFIER, DNIPlan(factory=lambda cut: Loud()), seed=0)
+    h, labels, g = problem(CLASSIFIER)()
+    dni.learn(h, labels, g, batch=0)
+    assert rms(dni.predict(h, labels)) == pytest.approx(float(dni.sigma), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_predictions_have_the_dtype_of_the_activation(dtype: torch.dtype) -> None:
+    cut = replace(CLASSIFIER, activation_dtype=dtype)
+    dni, (h, labels, g) = build_dni(cut, DNIPlan(), seed=0), problem(cut)()
+    dni.learn(h, labels, g, batch=0)
+    prediction = dni.predict(h.requires_grad_(), labels)
+    assert prediction.dtype == dtype
+    assert not prediction.requires_grad
+
+
+# What each form predicts
+
+
+@pytest.mark.parametrize(
+    ("cut", "form", "bound"),
+    [
+        (CLASSIFIER, "linear", 0.5),
+        (CLASSIFIER, "mlp", 0.4),
+        (CLASSIFIER, "label_residual", 0.6),
+        (CLASSIFIER, "loss_model", 0.3),
+        (REGRESSION, "linear", 0.05),
+        (REGRESSION, "mlp", 0.3),
+        (REGRESSION, "loss_model", 0.9),
+        (TOKENS, "linear", 0.5),
+        (TOKENS, "mlp", 0.4),
+        (TOKENS, "label_residual", 0.6),
+        (TOKENS, "loss_model", 0.3),
+        (IMAGES, "conv", 0.9),
+        (IMAGES, "loss_model", 0.9),
+    ],
+)
+def test_error_falls(cut: Cut, form: str, bound: float) -> None:
+    _, errors = trained(cut, 250, form=form, hidden=32, lr=1e-2)
+    assert sum(errors[-10:]) / 10 < min(bound, errors[0])
+
+
+def test_error_is_that_of_the_prediction_before_the_step() -> None:
+    dni, _ = trained(CLASSIFIER, 30, form="label_residual")
+    h, labels, g = problem(CLASSIFIER)()
+    before = dni.predict(h, labels) / dni.sigma
+    error = dni.learn(h, labels, g, batch=30)
+    target = g / dni.sigma
+    assert error is not None
+    assert float(error) == pytest.approx(
+        float((before - target).square().sum() / target.square().sum()), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("cut", [CLASSIFIER, REGRESSION, TOKENS, IMAGES, PIXELS])
+def test_loss_model_is_the_gradient_of_its_own_loss(cut: Cut) -> None:
+    dni = build_dni(cut, DNIPlan(form="loss_model"), seed=0)
+    h, labels, _ = problem(cut)()
+    dni.learn(h, labels, torch.randn_like(h) * 1e3, batch=0)  # a large sigma: nothing is clipped
+    h.requires_grad_()
+    (expected,) = torch.autograd.grad(cut.loss(dni.form.head(h), labels), h)
+    torch.testing.assert_close(dni.predict(h, labels), expected)
+
+
+def test_label_residual_by_hand() -> None:
+    dni, _ = trained(CLASSIFIER, 50, form="label_residual")
+    h, labels, _ = problem(CLASSIFIER)()
+    weights = dni.form.state_dict()
+    local = h @ weights["local.weight"].T + weights["local.bias"]
+    residual = local[:, :-1].softmax(1) - F.one_hot(labels, CLASSES)
+    gate = 2 * torch.sigmoid(local[:, -1:])
+    expected = gate * (residual @ weights["back.weight"].T)
+    torch.testing.assert_close(dni.predict(h, labels), expected / max(1.0, rms(expected)) * dni.sigma)
+
+
+@pytest.mark.parametrize("form", ["linear", "label_residual"])
+def test_ignored_labels_teach_no_class(form: str) -> None:
+    dni, batch = build_dni(TOKENS, DNIPlan(form=form), seed=0), problem(TOKENS)
+    h, labels, g = batch()
+    dni.learn(h, torch.full_like(labels, -100), g, batch=0)
+    assert torch.isfinite(dni.predict(h, labels)).all()
+
+
+def test_a_users_own_module() -> None:
+    class Own(nn.Module):
+        def __init__(self, cut: Cut) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(cut.features))
+
+        def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+            return self.scale * h
+
+    _, errors = trained(REGRESSION, 100, factory=Own, lr=1e-2)
+    assert errors[0] == 1.0
+    assert errors[-1] < 1.0
+    assert describe_form(REGRESSION, DNIPlan(factory=Own))[0] == "factory"
+    wrong = build_dni(REGRESSION, DNIPlan(factory=lambda cut: Pick()), seed=0)
+    with pytest.raises(
+        ValueError, match=r"Pick, from the DNI factory, gave \[32\] for an activation \[32, 12\]"
+    ):
+        wrong.learn(*problem(REGRESSION)(), batch=0)
+
+
+class Pick(nn.Module):
+    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+        return h[:, 0]
+
+
+# Which rows, when, and what is left alone
+
+
+def test_trains_on_a_fraction_of_the_rows_that_follows_from_the_batch() -> None:
+    seen: list[Tensor] = []
+
+    class Spy(nn.Module):
+        def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+            seen.append(h[:, 0])
+            return torch.zeros_like(h)
+
+    plan = DNIPlan(factory=lambda cut: Spy(), rows=0.25)
+    sample = problem(CLASSIFIER)()
+    for batches in ((0, 2), (5, 2)):
+        dni = build_dni(CLASSIFIER, plan, seed=0)
+        for index in batches:
+            dni.learn(*sample, batch=index)
+    assert [len(rows) for rows in seen] == [ROWS // 4] * 4
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize(("form", "samples"), [("label_residual", 2), ("loss_model", 8)])
+def test_the_cheap_forms_train_on_some_rows_only(form: str, samples: int) -> None:
+    cut = replace(TOKENS, activation_shape=(32, 64, 4), label_shape=(32, 64), output_shape=(32, 64, CLASSES))
+    dni, seen = build_dni(cut, DNIPlan(form=form), seed=0), []
+    objective = dni.form.objective
+    dni.form.objective = lambda h, *rest: (seen.append(h.shape), objective(h, *rest))[1]
+    dni.learn(*problem(cut)(), batch=0)
+    assert seen == [(samples, 64, 4)]
+
+
+def test_trains_on_every_third_target_only_but_sigma_follows_all() -> None:
+    dni, batch = build_dni(CLASSIFIER, DNIPlan(form="linear", every=3), seed=0), problem(CLASSIFIER)
+    trained_on, sigmas = [], []
+    for index in range(7):
+        trained_on.append(dni.learn(*batch(), batch=index) is not None)
+        sigmas.append(float(dni.sigma))
+    assert trained_on == [True, False, False, True, False, False, True]
+    assert len(set(sigmas)) == 7
+
+
+@pytest.mark.parametrize("form", ["linear", "mlp", "label_residual", "loss_model"])
+def test_same_seed_same_numbers_and_the_global_generator_is_untouched(form: str) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one, errors = trained(CLASSIFIER, 5, form=form, rows=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    two, same_errors = trained(CLASSIFIER, 5, form=form, rows=0.5)
+    assert errors == same_errors
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
+
+
+def test_cuts_and_seeds_start_from_different_weights() -> None:
+    plan = DNIPlan(form="loss_model")
+    places = ((CLASSIFIER, 0), (CLASSIFIER, 1), (replace(CLASSIFIER, index=2), 0))
+    dnis = [build_dni(cut, plan, seed) for cut, seed in places]
+    firsts = {next(dni.form.parameters()).flatten()[0].item() for dni in dnis}
+    assert len(firsts) == 3
+
+
+def test_state_dict_carries_on() -> None:
+    one, _ = trained(CLASSIFIER, 20)
+    two = build_dni(CLASSIFIER, DNIPlan(), seed=7)
+    two.load_state_dict(one.state_dict())
+    h, labels, _ = problem(CLASSIFIER)()
+    assert torch.equal(two.predict(h, labels), one.predict(h, labels))
+    assert all(isinstance(value, Tensor) for value in one.state_dict().values())
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_target_that_is_not_finite_raises_and_changes_nothing(poison: float) -> None:
+    dni, _ = trained(CLASSIFIER, 3)
+    before = {name: value.clone() for name, value in dni.state_dict().items()}
+    h, labels, g = problem(CLASSIFIER)()
+    g[0, 0] = poison
+    with pytest.raises(FloatingPointError, match="cut 1, after 3 targets, got a target for batch 9 that is"):
+        dni.learn(h, labels, g, batch=9)
+    assert all(torch.equal(value, before[name]) for name, value in dni.state_dict().items())
+
+
+def test_a_prediction_that_is_not_finite_raises() -> None:
+    dni, _ = trained(CLASSIFIER, 3)
+    h, labels, _ = problem(CLASSIFIER)()
+    with pytest.raises(
+        FloatingPointError, match="cut 1, after 3 targets, predicted a gradient that is not finite"
+    ):
+        dni.predict(h * float("nan"), labels)
+
+
+@pytest.mark.parametrize(
+    ("cut", "form", "sentence"),
+    [
+        (
+            REGRESSION,
+            "label_residual",
+            "labels [32, 3] torch.float32 are no classes of an output [32, 3]; choose",
+        ),
+        (
+            PIXELS,
+            "label_residual",
+            "[32, 12, 12] torch.int64 are not one class per row of the activation",
+        ),
+        (
+            CLASSIFIER,
+            "conv",
+            "the activation is [32, 12], not [batch, channels, height, width]; choose",
+        ),
+        (PIXELS, "conv", "labels [32, 12, 12] torch.int64 are not one class per sample; choose loss_model."),
+        (CLASSIFIER, "linaer", "unknown DNI form 'linaer'; did you mean 'linear'?"),
+        (
+            replace(CLASSIFIER, activation_dtype=torch.int64),
+            "linear",
+            "the activation at cut 1 is torch.int64: only floating-point numbers have a gradient",
+        ),
+    ],
+)
+def test_a_form_that_does_not_fit_is_refused_with_the_remedy(cut: Cut, form: str, sentence: str) -> None:
+    for ask in (lambda plan: describe_form(cut, plan), lambda plan: build_dni(cut, plan, seed=0)):
+        with pytest.raises(PlanError) as refusal:
+            ask(DNIPlan(form=form))
+        assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("cut", "form"),
+    [
+        (CLASSIFIER, "label_residual"),
+        (IMAGES, "label_residual"),
+        (REGRESSION, "loss_model"),
+        (TOKENS, "loss_model"),
+        (PIXELS, "loss_model"),
+    ],
+)
+def test_auto_chooses_by_the_labels(cut: Cut, form: str) -> None:
+    chosen, reason = describe_form(cut, DNIPlan())
+    assert chosen == form
+    assert reason
+    assert isinstance(build_dni(cut, DNIPlan(), seed=0), DNI)
+
+
+def test_what_a_cut_knows() -> None:
+    assert (CLASSIFIER.classes, TOKENS.classes, PIXELS.classes, REGRESSION.classes) == (5, 5, 5, None)
+    assert (CLASSIFIER.per_token, TOKENS.per_token, PIXELS.per_token) == (False, True, False)
+    assert (IMAGES.features, TOKENS.features) == (3 * 6 * 6, WIDTH)
+    assert (IMAGES.rows_per_sample, TOKENS.rows_per_sample) == (1, 6)

@@ -1,0 +1,26 @@
+"""How processes are made: from a fork server that has imported the slow packages once.
+
+A fresh interpreter per worker spends seconds on ``import torch``; the fork server spends them once per program. It has
+one thread, has computed nothing and holds nothing of the driver's, so its children are as clean as spawned ones. Like
+with spawn, the functions a worker runs are imported by name.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.context import ForkServerContext
+
+__all__ = ["process_context"]
+
+
+def process_context(*modules: str) -> ForkServerContext:
+    """The context all our processes come from.
+
+    Args:
+        modules: what the first caller wants imported ahead, besides the worker; later callers' are imported by their
+            processes.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # torch imports _dynamo when the first optimizer is built, which takes seconds and would be paid by every worker.
+    context.set_forkserver_preload(["torch._dynamo", "workers.worker", *modules])
+    return context
