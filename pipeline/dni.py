@@ -54,8 +54,8 @@ class DNI(nn.Module):
         self._num_targets = 0
         self.register_buffer("mean_square", torch.zeros((), dtype=self._dtype))
         self.register_buffer("weight", torch.zeros((), dtype=self._dtype))
-        self._trained = [parameter for parameter in form.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(self._trained, lr=plan.lr, fused=True) if self._trained else None
+        trained = [parameter for parameter in form.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=plan.lr, fused=True) if trained else None
 
     @property
     def sigma(self) -> Float[Tensor, ""]:
@@ -139,22 +139,17 @@ class DNI(nn.Module):
     def _train(self, h: Tensor, labels: Tensor, g: Tensor) -> Tensor:
         sigma = self.sigma.clamp(min=_TINY)
         target = g / sigma
-        with torch.enable_grad():
-            objective, prediction = self.form.objective(h, labels, target, sigma)
+        prediction = self.form.gradients(h, labels, target, sigma)
         if self.optimizer is not None:
-            gradients = torch.autograd.grad(objective, self._trained, allow_unused=True)
-            for parameter, gradient in zip(self._trained, gradients, strict=True):
-                parameter.grad = gradient
             self.optimizer.step()
-        with torch.no_grad():
-            error = torch.linalg.vector_norm(prediction / _rms(prediction).clamp(min=1) - target)
-            relative: Tensor = (error / torch.linalg.vector_norm(target).clamp(min=_TINY)).square()
-            return relative
+        error = torch.linalg.vector_norm(prediction / _rms(prediction).clamp(min=1) - target)
+        relative: Tensor = (error / torch.linalg.vector_norm(target).clamp(min=_TINY)).square()
+        return relative
 
     def _chosen(self, batch: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The same window of samples of each tensor, drawn from (seed, cut, batch).
 
-        A window, because it copies nothing; batches are in random order, so it is as good as a scattered choice.
+        A window, because it copies nothing; rows come in random order, so it is as good as a scattered choice.
         """
         size, num_samples = len(tensors[0]), self._num_samples
         if num_samples >= size:

@@ -97,9 +97,10 @@ def failing() -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)), nn.Linear(WIDTH, CLASSES), FailsAt(5))
 
 
-def failing_recipe() -> Recipe:
-    """A layer that raises on batch 5."""
-    return Recipe(name="failing", model=failing, batches=batch, loss=F.cross_entropy, steps=1_000)
+def loss_that_explodes(output: Tensor, labels: Tensor) -> Tensor:
+    """Finite in the trial run, infinite in training (where there are gradients)."""
+    loss = F.cross_entropy(output, labels)
+    return loss / 0 if output.requires_grad else loss
 
 
 class Suicidal(nn.Module):
@@ -124,18 +125,4 @@ def suicidal(number: int) -> nn.Sequential:
     """Four layers, split 2 | 2: stage 1 gets signal ``number`` in batch 5."""
     return nn.Sequential(
         nn.Linear(WIDTH, WIDTH), nn.ReLU(), Suicidal(5, number), nn.Linear(WIDTH, CLASSES)
-    )
-
-
-def suicidal_recipe(number: int) -> Recipe:
-    """A stage that is killed or stopped in the middle of batch 5."""
-    return Recipe(
-        name="suicidal", model=partial(suicidal, number), batches=batch, loss=F.cross_entropy, steps=100_000
-    )
-
-
-def endless_recipe() -> Recipe:
-    """A run that nobody waits for."""
-    return Recipe(
-        name="endless", model=dropout_and_batch_norm, batches=batch, loss=F.cross_entropy, steps=10_000_000
     )

@@ -208,6 +208,28 @@ def test_label_residual_by_hand() -> None:
     torch.testing.assert_close(dni.predict(h, labels), expected / max(1.0, rms(expected)) * dni.sigma)
 
 
+@pytest.mark.parametrize("cut", [CLASSIFIER, TOKENS])
+def test_label_residual_has_the_gradients_autograd_gives(cut: Cut) -> None:
+    dni, _ = trained(cut, 30, form="label_residual")
+    h, labels, g = problem(cut)()
+    labels.view(-1)[:3] = -100
+    target, flat = torch.randn_like(g), labels.flatten()
+    prediction = dni.form.gradients(h, labels, target, dni.sigma)
+    by_hand = {name: parameter.grad.clone() for name, parameter in dni.form.named_parameters()}
+
+    weight, bias, back = (parameter.detach().requires_grad_() for parameter in dni.form.parameters())
+    local = h.flatten(0, -2) @ weight.T + bias
+    residual = (local[:, :-1].softmax(1).detach() - F.one_hot(flat.clamp(min=0), CLASSES)) * (flat >= 0)[
+        :, None
+    ]
+    expected = (2 * local[:, -1:].sigmoid() * (residual @ back.T)).reshape(h.shape)
+    own = F.cross_entropy(local[:, :-1], flat, reduction="sum") / len(flat)
+    gradients = torch.autograd.grad(own + F.mse_loss(expected, target), (weight, bias, back))
+    torch.testing.assert_close(prediction, expected.detach())
+    for found, right in zip(by_hand.values(), gradients, strict=True):
+        torch.testing.assert_close(found, right)
+
+
 @pytest.mark.parametrize("form", ["linear", "label_residual"])
 def test_ignored_labels_teach_no_class(form: str) -> None:
     dni, batch = build_dni(TOKENS, DNIPlan(form=form), seed=0), problem(TOKENS)
@@ -267,8 +289,8 @@ def test_trains_on_a_fraction_of_the_rows_that_follows_from_the_batch() -> None:
 def test_the_cheap_forms_train_on_some_rows_only(form: str, samples: int) -> None:
     cut = replace(TOKENS, activation_shape=(32, 64, 4), label_shape=(32, 64), output_shape=(32, 64, CLASSES))
     dni, seen = build_dni(cut, DNIPlan(form=form), seed=0), []
-    objective = dni.form.objective
-    dni.form.objective = lambda h, *rest: (seen.append(h.shape), objective(h, *rest))[1]
+    gradients = dni.form.gradients
+    dni.form.gradients = lambda h, *rest: (seen.append(h.shape), gradients(h, *rest))[1]
     dni.learn(*problem(cut)(), batch=0)
     assert seen == [(samples, 64, 4)]
 

@@ -67,42 +67,42 @@ def worker_main(assignment: Assignment, connection: Connection) -> None:
     stacks = (assignment.run_dir / f"stacks-{assignment.index}.txt").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(assignment.plan.threads)
-    try:
-        _work(assignment, connection)
-    except Stopped:
-        raise SystemExit(1) from None
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            records.send(connection, _failure(assignment, error))
-        raise SystemExit(1) from None
-
-
-def _work(assignment: Assignment, connection: Connection) -> None:
-    recipe = assignment.source()
-    with contextlib.ExitStack() as stack:
-        board = stack.enter_context(Board(assignment.names.board, assignment.plan.stages))
-        links = stack.enter_context(_attached(assignment))
-        depth = links.below.depth if links.below is not None else None
-        record = SpanRecorder(assignment.index, board, depth)
-        stage = _build(assignment, recipe, record)
-        runner = _runner(assignment, recipe, stage, links, record)
-        report = _Reporter(connection)
-        runner.on_loss, runner.on_scores = report.loss, report.scores
-        records.send(connection, records.Ready(assignment.index, os.getpid(), torch.get_num_threads()))
-        if not connection.poll(assignment.attach_within_s):
-            raise TimeoutError(f"no Go from the driver after {assignment.attach_within_s:.0f} s")
-        records.receive(connection)
+    with contextlib.ExitStack() as stack:  # the channels close after a failure is reported: it is the first to be seen
         try:
-            _loop(runner, links.bell, board, record, assignment.plan.stall_after_s)
-        finally:
-            record.save(assignment.spans_path)
-        report.flush()
-        _save(assignment, stage)
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        records.send(
-            connection,
-            records.Finished(assignment.index, runner.updated, runner.learned, runner.dropped, peak_bytes),
-        )
+            _work(assignment, connection, stack)
+        except Stopped:
+            raise SystemExit(1) from None
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                records.send(connection, _failure(assignment, error))
+            raise SystemExit(1) from None
+
+
+def _work(assignment: Assignment, connection: Connection, stack: contextlib.ExitStack) -> None:
+    recipe = assignment.source()
+    board = stack.enter_context(Board(assignment.names.board, assignment.plan.stages))
+    links = stack.enter_context(_attached(assignment))
+    depth = links.below.depth if links.below is not None else None
+    record = SpanRecorder(assignment.index, board, depth)
+    stage = _build(assignment, recipe, record)
+    runner = _runner(assignment, recipe, stage, links, record)
+    report = _Reporter(connection)
+    runner.on_loss, runner.on_scores = report.loss, report.scores
+    records.send(connection, records.Ready(assignment.index, os.getpid(), torch.get_num_threads()))
+    if not connection.poll(assignment.attach_within_s):
+        raise TimeoutError(f"no Go from the driver after {assignment.attach_within_s:.0f} s")
+    records.receive(connection)
+    try:
+        _loop(runner, links.bell, board, record, assignment.plan.stall_after_s)
+    finally:
+        record.save(assignment.spans_path)
+    report.flush()
+    _save(assignment, stage)
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    records.send(
+        connection,
+        records.Finished(assignment.index, runner.updated, runner.learned, runner.dropped, peak_bytes),
+    )
 
 
 def _loop(runner: Runner, bell: Bell, board: Board, record: Recorder, give_up_after_s: float) -> None:

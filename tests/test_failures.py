@@ -1,0 +1,163 @@
+"""When things go wrong: the run ends soon, names the stage, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import problems
+import psutil
+import pytest
+import torch.nn.functional as F
+from conftest import left_in_shared_memory
+
+from launch import RunFailed, train
+from pipeline import Plan
+
+pytestmark = pytest.mark.processes
+HERE = Path(__file__).parent
+
+
+def _seconds(call: Callable[[], object]) -> tuple[RunFailed, float]:
+    begin = time.monotonic()
+    with pytest.raises(RunFailed) as caught:
+        call()
+    return caught.value, time.monotonic() - begin
+
+
+def test_an_exception_in_layer_3_of_stage_1_travels_whole(tmp_path: Path) -> None:
+    """Batch 5, the fourth layer of stage 1: stage, layer, batch, pid and traceback arrive; the other stage stops."""
+    plan = Plan(mode="naive", stages=2, sizes=(2, 4), steps=1000)
+    run = partial(
+        train, model=problems.failing, batches=problems.batch, loss=F.cross_entropy, plan=plan, quiet=True
+    )
+    failure, seconds = _seconds(lambda: run(runs=tmp_path))
+    assert (failure.stage, failure.layer, failure.batch) == (1, "5", 5)
+    assert "stage 1, layer 5, batch 5: ZeroDivisionError: as planned (pid" in str(failure)
+    assert "raise ZeroDivisionError" in failure.details
+    assert seconds < 10
+    assert "as planned" in next(tmp_path.glob("*/failure.txt")).read_text()
+
+
+@pytest.mark.parametrize("mode", ["naive", "unlocked"])
+def test_a_killed_worker_ends_the_run(mode: str, tmp_path: Path) -> None:
+    plan = Plan(mode=mode, stages=2, sizes=(2, 2), steps=100_000)
+    failure, seconds = _seconds(
+        lambda: train(
+            model=partial(problems.suicidal, int(signal.SIGKILL)),
+            batches=problems.batch,
+            loss=F.cross_entropy,
+            plan=plan,
+            runs=tmp_path,
+            quiet=True,
+        )
+    )
+    assert (failure.stage, failure.batch) == (1, 5)
+    assert "was killed by SIGKILL, forward of batch 5" in str(failure)
+    assert seconds < 10
+
+
+@pytest.mark.parametrize("mode", ["naive", "unlocked"])
+def test_a_stopped_worker_is_reported_after_the_stall_limit(mode: str, tmp_path: Path) -> None:
+    plan = Plan(mode=mode, stages=2, sizes=(2, 2), steps=100_000, stall_after_s=1.5)
+    failure, seconds = _seconds(
+        lambda: train(
+            model=partial(problems.suicidal, int(signal.SIGSTOP)),
+            batches=problems.batch,
+            loss=F.cross_entropy,
+            plan=plan,
+            runs=tmp_path,
+            quiet=True,
+        )
+    )
+    assert (failure.stage, failure.batch) == (1, 5)
+    assert "no progress for 1.5 s: stage 1" in str(failure)
+    assert "the process is stopped" in str(failure)
+    assert "stage 0  waits" in failure.details
+    assert seconds < 1.5 + 10
+
+
+def test_a_loss_that_is_not_finite_is_reported_where_it_appears(tmp_path: Path) -> None:
+    failure, _ = _seconds(
+        lambda: train(
+            model=problems.dropout_and_batch_norm,
+            batches=problems.batch,
+            loss=problems.loss_that_explodes,
+            plan=Plan(stages=2, sizes=(4, 4), steps=50),
+            runs=tmp_path,
+            quiet=True,
+        )
+    )
+    assert failure.stage == 1
+    assert "the loss is inf" in str(failure)
+
+
+# ---------------------------------------------------------------- the driver itself, as a program
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """An endless run from the command line, ended whatever happens."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch", "train", str(HERE / "endless.py"), "--runs", str(tmp_path), "--name", "r"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        for child in _family(process.pid):
+            child.kill()
+        process.communicate(timeout=10)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _until(condition: Callable[[], bool], what: str, within_s: float = 40.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+
+
+def _training(tmp_path: Path) -> Callable[[], bool]:
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    return lambda: metrics.is_file() and '"train"' in metrics.read_text()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_an_interrupted_driver_stops_its_workers(
+    number: signal.Signals, status: int, driver: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    _until(_training(tmp_path), "the run trains")
+    family = _family(driver.pid)
+    os.killpg(driver.pid, number)
+    _, errors = driver.communicate(timeout=10)
+    assert driver.returncode == status
+    assert "Traceback" not in errors
+    assert "interrupted" in errors
+    _until(lambda: not any(p.is_running() for p in family), "all processes are gone", 10)
+    assert not left_in_shared_memory()
+
+
+def test_workers_of_a_killed_driver_end_by_themselves(driver: subprocess.Popen[str], tmp_path: Path) -> None:
+    _until(_training(tmp_path), "the run trains")
+    family = _family(driver.pid)
+    assert len(family) >= 3, "driver and two workers"
+    driver.kill()
+    _until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family), "all are gone", 10)
+    assert not left_in_shared_memory()
