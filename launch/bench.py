@@ -1,6 +1,6 @@
 """``freewheel bench``: the same training in several modes, interleaved over rounds, and what the comparison says.
 
-    round 1: single, naive, unlocked    round 2: single, naive, unlocked    ...    ratios are taken within a round
+round 1: single, naive, unlocked    round 2: single, naive, unlocked    ...    ratios are taken within a round
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def bench(
                 _once(row, wanted, source, resolved, folder, number)
     rows = [row for row, _ in modes]
     rows_per_batch = resolved.batch_shape[0]
-    report = Report(_verdict(*rows, resolved.steps), command, environment(), rows, rows_per_batch)
+    report = Report(_verdict(rows[0], rows[1], rows[2], resolved.steps), command, environment(), rows, rows_per_batch)
     _show(report, console)
     return report
 
@@ -195,9 +195,8 @@ def _verdict(single: Row, locked: Row, unlocked: Row, steps: int) -> str:
         f"{against_single.times()} the speed of one process"
     )
     if unlocked.last.accuracy is not None and locked.last.accuracy is not None:
-        text += (
-            f"; after the same {steps:,} batches {unlocked.last.accuracy:.1%} right against {locked.last.accuracy:.1%} locked"
-        )
+        text += f"; after the same {steps:,} batches {unlocked.last.accuracy:.1%} right"
+        text += f" against {locked.last.accuracy:.1%} locked"
     text += "."
     if against_single.median < 1:
         text += " One process alone is faster here: these stages are too small to pay for the messages between them."
@@ -209,27 +208,25 @@ def _ledger(measured: Measured, batch_rows: int) -> dict[str, float | None]:
     samples = measured.batches * batch_rows
     names = ("forward", "backward", "dni", "relay", "communication", "waiting")
     seconds = {
-        f"{name}_s": sum(stage.shares[name] for stage in measured.stages) * measured.seconds / samples
-        for name in names
+        f"{name}_s": sum(stage.shares[name] for stage in measured.stages) * measured.seconds / samples for name in names
     }
     return {**seconds, **{f"{name}_flop": None for name in names}}
 
 
 def _show(report: Report, console: Console) -> None:
     console.rich.print(f"\n[bold]{report.verdict}[/bold]\n")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("mode")
-    for name in ("stages", "samples/s", "x one process", "update latency", "busy", "dni", "loss", "accuracy"):
-        table.add_column(name, justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("mode", no_wrap=True)
+    for name in ("samples/s", "x one process", "update ms", "busy %", "dni %", "loss", "accuracy"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
         entry = row.as_dict(report.rows[0], report.batch_rows)
-        rate, latency = entry["samples_per_s"], entry["update_latency_s"]
+        latency, speedup = entry["update_latency_s"], row.speedup(report.rows[0])
         table.add_row(
             "one process" if row.engine == "single" else row.mode,
-            str(row.stages),
-            f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})",
-            row.speedup(report.rows[0]).times(),
-            f"{latency['p50'] * 1e3:.2f} ms" if latency else "-",
+            f"{entry['samples_per_s']['median']:,.0f}",
+            f"{speedup.median:.2f} ({speedup.min:.2f}-{speedup.max:.2f})",
+            f"{latency['p50'] * 1e3:.2f}" if latency else "-",
             _percentages(entry["busy_share"]),
             _percentages(entry["dni_share"]),
             f"{entry['loss']:.4f}",
@@ -243,7 +240,7 @@ def _show(report: Report, console: Console) -> None:
 
 
 def _percentages(shares: Sequence[float] | None) -> str:
-    return "-" if not shares else " ".join(f"{share:.0%}" for share in shares)
+    return "-" if not shares else " ".join(f"{100 * share:.0f}" for share in shares)
 
 
 def environment() -> dict[str, Any]:

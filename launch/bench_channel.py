@@ -9,7 +9,6 @@ Sizes and rounds are interleaved, so that a slow minute of the machine hits ever
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import signal
 import statistics
 import time
@@ -97,9 +96,7 @@ def bench_channel(
         until measured, at most ``deadline_s``. It leaves no process and no shared memory.
     """
     if rounds < 1 or not sizes or any(size < 4 or size % 4 for size in sizes):
-        raise ValueError(
-            f"sizes must be positive multiples of 4 and rounds at least 1, not {sizes}, {rounds}"
-        )
+        raise ValueError(f"sizes must be positive multiples of 4 and rounds at least 1, not {sizes}, {rounds}")
     end = time.monotonic() + deadline_s
     prefix = new_prefix()
     context = process_context(__name__)
@@ -175,9 +172,7 @@ def _report(connection: Connection, processes: Sequence[BaseProcess], end: float
             raise TimeoutError("the channel benchmark did not finish before its deadline")
         for process in processes:
             if process.exitcode:
-                raise RuntimeError(
-                    f"process {process.pid} of the benchmark died, exit code {process.exitcode}"
-                )
+                raise RuntimeError(f"process {process.pid} of the benchmark died, exit code {process.exitcode}")
     return connection.recv()
 
 
@@ -265,9 +260,7 @@ def _row(size: int, samples: Sequence[tuple[float, float, float]]) -> ChannelRow
 
 
 def _spread(spread: Spread) -> str:
-    median, low, high = (
-        f"{x:,.0f}" if x >= 100 else f"{x:.2g}" for x in (spread.median, spread.min, spread.max)
-    )
+    median, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.2g}" for x in (spread.median, spread.min, spread.max))
     return f"{median} ({low} to {high})"
 
 

@@ -94,7 +94,9 @@ def _train(recipe: str, arguments: list[str]) -> int:
 
 
 def _after_training(recipe: str, arguments: list[str], parsed: Parsed) -> tuple[str, str]:
-    kept = [a for i, a in enumerate(arguments) if not ({a, arguments[i - 1] if i else ""} & {"--mode", "--name", "--json"})]
+    kept = [
+        a for i, a in enumerate(arguments) if not ({a, arguments[i - 1] if i else ""} & {"--mode", "--name", "--json"})
+    ]
     command = shlex.join(["freewheel", "bench", recipe, *kept])
     return command, f"how {parsed.plan.mode} compares with the other modes here"
 

@@ -105,18 +105,19 @@ class Console:
 
 def stage_table(measured: Measured) -> Table:
     """Where the time of every stage went."""
-    table = Table(title="where the time went (% of wall time)", title_justify="left", box=None, pad_edge=False)
-    table.add_column("stage")
+    table = Table(title="where the time went, %", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("stage", no_wrap=True)
     shown = [name for name in _COLUMNS if any(stage.shares[name] >= 5e-4 for stage in measured.stages)]
-    for name in (*shown, "update latency", "gradient age"):
-        table.add_column(name, justify="right")
+    for name in (*(_SHORT.get(name, name) for name in shown), "update ms", "age"):
+        table.add_column(name, justify="right", no_wrap=True)
     for index, stage in enumerate(measured.stages):
-        latency = "-" if stage.update_latency_s is None else f"{stage.update_latency_s[0] * 1e3:.2f} ms"
-        age = "-" if stage.gradient_age_updates is None else f"{stage.gradient_age_updates[0]:.0f} updates"
+        latency = "-" if stage.update_latency_s is None else f"{stage.update_latency_s[0] * 1e3:.2f}"
+        age = "-" if stage.gradient_age_updates is None else f"{stage.gradient_age_updates[0]:.0f}"
         table.add_row(str(index), *(f"{100 * stage.shares[name]:.1f}" for name in shown), latency, age)
     return table
 
 
+_SHORT = {"communication": "send+recv", "waiting": "wait", "backward": "back+step"}
 _TARGETS = {
     "bootstrap": "a DNI learns from the synthetic gradient above it",
     "true": "every DNI learns from the true gradient, late",

@@ -1,9 +1,12 @@
-"""How long each layer takes: what the balance of the stages rests on."""
+"""How long each layer takes: what the balance of the stages rests on.
+
+Noise only ever adds time, so the fastest round counts; and layers that look alike (the same modules, the same input)
+cost alike, so the fastest of them counts for all.
+"""
 
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Sequence
 
@@ -15,11 +18,11 @@ from pipeline.partition import Layer
 __all__ = ["layer_seconds"]
 
 _ROUNDS = 5
-_ENOUGH_S = 2.0  # a round more is not worth it after this long
+_ENOUGH_S = 3.0  # a round more is not worth it after this long
 
 
 def layer_seconds(layers: Sequence[Layer], inputs: Sequence[Tensor], threads: int = 1) -> list[float]:
-    """Median seconds of forward and backward of each layer, measured in rounds over all layers.
+    """Seconds of forward and backward of each layer, measured in rounds over all of them.
 
     Works on copies: buffers and gradients of the model stay as they are.
 
@@ -29,7 +32,7 @@ def layer_seconds(layers: Sequence[Layer], inputs: Sequence[Tensor], threads: in
         threads: compute threads, as many as a worker will have.
 
     Blocks:
-        for six passes over the network, fewer when those take seconds.
+        for six passes over the network, three when those take seconds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -41,11 +44,20 @@ def layer_seconds(layers: Sequence[Layer], inputs: Sequence[Tensor], threads: in
             for _ in range(1 + _ROUNDS):
                 for index, (module, x) in enumerate(zip(modules, inputs, strict=True)):
                     seconds[index].append(_once(module, x, is_first=index == 0))
-                if time.perf_counter() - begin > _ENOUGH_S and len(seconds[0]) > 1:
+                if time.perf_counter() - begin > _ENOUGH_S and len(seconds[0]) > 2:
                     break
     finally:
         torch.set_num_threads(before)
-    return [statistics.median(rounds[1:]) for rounds in seconds]  # the first one warms up
+    fastest: dict[tuple[object, ...], float] = {}
+    kinds = [_kind(layer, x) for layer, x in zip(layers, inputs, strict=True)]
+    for kind, rounds in zip(kinds, seconds, strict=True):
+        fastest[kind] = min(fastest.get(kind, float("inf")), *rounds[1:])  # the first round warms up
+    return [fastest[kind] for kind in kinds]
+
+
+def _kind(layer: Layer, x: Tensor) -> tuple[object, ...]:
+    """Layers of one kind do the same work; the first layer has no input gradient to compute."""
+    return repr(layer.module), sum(p.numel() for p in layer.module.parameters()), x.shape, layer.index == 0
 
 
 def _once(module: torch.nn.Module, x: Tensor, *, is_first: bool) -> float:

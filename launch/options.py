@@ -17,6 +17,8 @@ from pipeline import Plan, Recipe
 
 __all__ = ["BenchOptions", "ChannelOptions", "Parsed", "RunOptions", "parse", "parse_channel"]
 
+_SEED = "seed"  # a recipe's parameter of this name gets the plan's seed
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -69,24 +71,23 @@ def parse(recipe: str, arguments: Sequence[str], run_type: type[RunOptions], pro
     """
     entry = entry_of(recipe)
     own = _recipe_options(entry.make)
-    flat = tyro.conf.arg(name="")
-    combined = dataclasses.make_dataclass(
-        "Options",
-        [
-            ("recipe", Annotated[own, flat] if dataclasses.fields(own) else tyro.conf.Fixed[Any], *_default(own)),
-            ("plan", Annotated[Plan, flat], dataclasses.field(default=entry.plan)),
-            ("run", Annotated[run_type, flat], dataclasses.field(default_factory=run_type)),
-        ],
-        kw_only=True,
-    )
-    options = tyro.cli(
-        combined,
+    fields: list[Any] = [
+        ("plan", _flat(Plan), dataclasses.field(default=entry.plan)),
+        ("run", _flat(run_type), dataclasses.field(default_factory=run_type)),
+    ]
+    if dataclasses.fields(own):
+        fields.insert(0, ("recipe", _flat(own), *_default(own)))
+    options: Any = tyro.cli(
+        dataclasses.make_dataclass("Options", fields, kw_only=True),
         prog=f"{prog} {recipe}",
         description=(inspect.getdoc(entry.make) or "").partition("\n")[0],
         args=list(arguments),
+        config=(tyro.conf.SuppressFixed,),
     )
-    chosen = tuple((f.name, getattr(options.recipe, f.name)) for f in dataclasses.fields(own))
-    return Parsed(NamedRecipe(recipe, chosen), options.plan, options.run)
+    chosen = {f.name: getattr(options.recipe, f.name) for f in dataclasses.fields(own)}
+    if _SEED in inspect.signature(entry.make).parameters:
+        chosen[_SEED] = options.plan.seed
+    return Parsed(NamedRecipe(recipe, tuple(chosen.items())), options.plan, options.run)
 
 
 def parse_channel(arguments: Sequence[str]) -> ChannelOptions:
@@ -99,7 +100,9 @@ def _recipe_options(make: Callable[..., Recipe]) -> type:
     help_of = {param.arg_name: param.description for param in docstring_parser.parse(make.__doc__ or "").params}
     fields: list[Any] = []
     for name, parameter in inspect.signature(make, eval_str=True).parameters.items():
-        kind = Annotated[parameter.annotation, tyro.conf.arg(help=help_of.get(name))]
+        if name == _SEED:
+            continue
+        kind = _annotated(parameter.annotation, tyro.conf.arg(help=help_of.get(name)))
         if parameter.default is inspect.Parameter.empty:
             fields.append((name, kind))
         else:
@@ -110,3 +113,13 @@ def _recipe_options(make: Callable[..., Recipe]) -> type:
 def _default(own: type) -> tuple[Any, ...]:
     required = any(f.default is dataclasses.MISSING for f in dataclasses.fields(own))
     return () if required else (dataclasses.field(default_factory=own),)
+
+
+def _flat(kind: type) -> Any:
+    """Options of a nested dataclass without its own name in front."""
+    return _annotated(kind, tyro.conf.arg(name=""))
+
+
+def _annotated(kind: Any, note: Any) -> Any:
+    made: Any = Annotated  # types that are only known at run time
+    return made[kind, note]

@@ -32,7 +32,9 @@ def new_run_dir(runs: Path, name: str) -> Path:
                 continue
             return path
     except OSError as error:
-        raise PlanError(f"cannot make a folder for the run in {runs}: {error.strerror}; choose another with --runs.") from error
+        raise PlanError(
+            f"cannot make a folder for the run in {runs}: {error.strerror}; choose another with --runs."
+        ) from error
     raise PlanError(f"{runs} is full of runs called {name}: choose another name with --name.")
 
 

@@ -105,9 +105,7 @@ def _main(job: _Job, connection: Connection) -> None:
     seconds = time.perf_counter() - begin
     scores = _evaluate(recipe, modules)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    run = SingleRun(
-        steps - job.warmup, seconds, scores.loss() if scores.rows else value, scores.accuracy(), peak_bytes
-    )
+    run = SingleRun(steps - job.warmup, seconds, scores.loss() if scores.rows else value, scores.accuracy(), peak_bytes)
     connection.send_bytes(msgspec.msgpack.encode(run))
 
 

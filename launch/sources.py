@@ -78,8 +78,8 @@ def check_travels(source: Callable[[], Recipe]) -> None:
         pickle.dumps(source)
     except Exception as error:
         raise PlanError(
-            f"model, batches and loss must be functions at the top level of a module, so that each worker can import them "
-            f"({error})."
+            f"model, batches and loss must be functions at the top level of a module, so that each worker can "
+            f"import them ({error})."
         ) from error
 
 
@@ -94,13 +94,19 @@ def _file_entry(path: Path) -> Entry:
     missing = [name for name in ("model", "batches", "loss") if not hasattr(module, name)]
     if missing:
         raise PlanError(
-            f"{path} defines no {', '.join(missing)}: a recipe file needs model(), batches(step) and loss(output, labels), "
-            "or recipe() -> Recipe."
+            f"{path} defines no {', '.join(missing)}: a recipe file needs model(), batches(step) and "
+            "loss(output, labels), or recipe() -> Recipe."
         )
-    parts = {name: getattr(module, name, None) for name in ("evaluation", "correct")}
 
     def recipe() -> Recipe:
-        return Recipe(name=path.stem, model=module.model, batches=module.batches, loss=module.loss, **parts)
+        return Recipe(
+            name=path.stem,
+            model=module.model,
+            batches=module.batches,
+            loss=module.loss,
+            evaluation=getattr(module, "evaluation", None),
+            correct=getattr(module, "correct", None),
+        )
 
     return Entry(recipe, plan)
 
@@ -108,7 +114,8 @@ def _file_entry(path: Path) -> Entry:
 def _imported(path: Path) -> ModuleType:
     name = f"freewheel_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    assert spec is not None, "a .py file has a spec"
+    assert spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     sys.path.insert(0, str(path.parent))  # a recipe may import what lies beside it

@@ -69,9 +69,7 @@ def train(
     """
     if plan.steps is None:
         raise PlanError("steps is not given: say how many batches to train on, Plan(steps=...).")
-    recipe = Recipe(
-        name=name, model=model, batches=batches, loss=loss, evaluation=evaluation, correct=correct
-    )
+    recipe = Recipe(name=name, model=model, batches=batches, loss=loss, evaluation=evaluation, correct=correct)
     source = GivenRecipe(recipe)
     return run(source, resolve_source(source, plan), Path(runs), name, Console(quiet=quiet))
 
@@ -92,9 +90,7 @@ def resolve_source(source: Callable[[], Recipe], plan: Plan) -> Resolved:
     return resolved
 
 
-def run(
-    source: Callable[[], Recipe], resolved: Resolved, runs: Path, name: str | None, console: Console
-) -> Result:
+def run(source: Callable[[], Recipe], resolved: Resolved, runs: Path, name: str | None, console: Console) -> Result:
     """Run a resolved plan on local processes and write its folder.
 
     Raises:
@@ -107,9 +103,7 @@ def run(
     result = Result(resolved, run_dir)
     names = Names(new_prefix())
     bare = replace(resolved, cuts=tuple(replace(cut, loss=_no_loss) for cut in resolved.cuts))
-    assignments = [
-        Assignment(k, bare, source, names, run_dir) for k in range(resolved.plan.stages)
-    ]
+    assignments = [Assignment(k, bare, source, names, run_dir) for k in range(resolved.plan.stages)]
     try:
         with shared_memory(resolved, names) as board, Crew(assignments, board) as crew, console.training(result):
             _follow(crew, result, console)

@@ -44,11 +44,8 @@ class Cut:
 
         The output is [*labels, classes] (rows or tokens) or, as in image segmentation, [batch, classes, ...].
         """
-        if (
-            self.label_dtype.is_floating_point
-            or self.label_dtype.is_complex
-            or self.label_dtype == torch.bool
-        ):
+        dtype = self.label_dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
             return None
         labels, output = self.label_shape, self.output_shape
         if len(output) != len(labels) + 1:

@@ -67,6 +67,8 @@ class DNI(nn.Module):
     ) -> Float[Tensor, " batch *features"]:
         """The synthetic gradient dL/dh of one batch: zeros until the first target came.
 
+        Waits for the device once, to see that the prediction is finite.
+
         Args:
             h: the stage's activation; neither differentiated nor changed.
             labels: its labels.
@@ -95,6 +97,8 @@ class DNI(nn.Module):
         batch: int,
     ) -> Float[Tensor, ""] | None:
         """Take the gradient that came back for a batch, true or bootstrapped, as the target of (h, labels).
+
+        Waits for the device once, to see that the target is finite.
 
         Args:
             h: the activation the stage sent for that batch.
@@ -149,7 +153,7 @@ class DNI(nn.Module):
     def _chosen(self, batch: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The same window of samples of each tensor, drawn from (seed, cut, batch).
 
-        A window, because it copies nothing; rows come in random order, so it is as good as a scattered choice.
+        A window, because it copies nothing; rows come in random order, so it is as good as any other choice.
         """
         size, num_samples = len(tensors[0]), self._num_samples
         if num_samples >= size:

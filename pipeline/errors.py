@@ -30,9 +30,7 @@ class StageError(RuntimeError):
         batch: id of the batch, or None when no batch was in work.
     """
 
-    def __init__(
-        self, message: str, *, stage: int, layer: str | None = None, batch: int | None = None
-    ) -> None:
+    def __init__(self, message: str, *, stage: int, layer: str | None = None, batch: int | None = None) -> None:
         self.stage, self.layer, self.batch = stage, layer, batch
         where = f"stage {stage}"
         if layer is not None:

@@ -1,6 +1,6 @@
 """What comes into stage 0, in order: training batches, passes over the held-out batches, and the END.
 
-    A0 A1 A2 ... A(n-1)  E0 E1 .. E(m-1) REPORT(n)  An ...  END        A = training batch, E = held-out batch
+A0 A1 A2 ... A(n-1)  E0 E1 .. E(m-1) REPORT(n)  An ...  END        A = training batch, E = held-out batch
 """
 
 from __future__ import annotations

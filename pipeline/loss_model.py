@@ -116,7 +116,5 @@ class _ImageHead(nn.Module):
         self.body = nn.Sequential(first, nn.ReLU(), nn.Conv2d(hidden, output[1], 1))
         self.size = output[2:]
 
-    def forward(
-        self, h: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch out rows columns"]:
+    def forward(self, h: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out rows columns"]:
         return F.interpolate(self.body(h), size=self.size)

@@ -76,8 +76,8 @@ class Measured:
 def measure(stages: Sequence[Spans], warmup: int) -> Measured:
     """Measure a run.
 
-    The window reaches from the end of the last stage's step of batch ``warmup - 1`` to the end of its last step: in that
-    time exactly the batches from ``warmup`` on came out of the pipeline. No stage can be ahead by more than its queue.
+    The window reaches from the end of the last stage's step of batch ``warmup - 1`` to the end of its last step: in
+    that time exactly the batches from ``warmup`` on came out of the pipeline. No stage is ahead by more than its queue.
 
     Args:
         stages: the spans of every stage.
@@ -99,7 +99,7 @@ def measure(stages: Sequence[Spans], warmup: int) -> Measured:
 
 
 def _stage(whole: Spans, window: Spans, warmup: int) -> StageMeasured:
-    updates, seconds = whole.gradient_ages()
+    updates, seconds = whole.gradient_ages(first_batch=warmup)
     latencies = whole.update_latencies_s()[warmup:]
     queue = window.queue[(window.span == Span.FORWARD) & (window.queue >= 0)]
     return StageMeasured(

@@ -123,9 +123,7 @@ def decode(buffer: memoryview) -> Message:
         for _ in range(count):
             code, num_dims = _TENSOR.unpack_from(buffer, position)
             position += _TENSOR.size
-            shape = tuple(
-                _DIMENSION.unpack_from(buffer, position + i * _DIMENSION.size)[0] for i in range(num_dims)
-            )
+            shape = tuple(_DIMENSION.unpack_from(buffer, position + i * _DIMENSION.size)[0] for i in range(num_dims))
             position += num_dims * _DIMENSION.size
             specs.append((_DTYPES[code], shape))
         tensors, end = [], position
@@ -134,7 +132,7 @@ def decode(buffer: memoryview) -> Message:
             tensors.append(_view(buffer, start, dtype, shape))
             end = start + tensors[-1].numel() * dtype.itemsize
         return Message(Kind(kind), batch, stage, tuple(tensors), generation)
-    except (struct.error, IndexError, ValueError) as error:
+    except (struct.error, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"not a message, or cut short ({len(buffer)} bytes): {error}") from error
 
 
@@ -146,6 +144,8 @@ def _view(buffer: memoryview, offset: int, dtype: torch.dtype, shape: tuple[int,
         count *= size
     if count == 0:
         return torch.empty(shape, dtype=dtype)
+    if count * dtype.itemsize > len(buffer) - offset:  # torch's own check overflows with absurd sizes
+        raise ValueError(f"{list(shape)} {dtype} at byte {offset} does not fit")
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
 
 

@@ -20,5 +20,5 @@ def build_optimizer(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> 
         return torch.optim.SGD(
             parameters, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay, fused=True
         )
-    rule = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[plan.rule]
+    rule: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[plan.rule]
     return rule(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)

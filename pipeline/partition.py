@@ -1,6 +1,6 @@
 """From a model to stages: a chain of named layers, cut into consecutive groups.
 
-    model  ->  layers (name, module) in order  ->  sizes, e.g. (1, 3, 2, 2)  ->  one list of layers per stage
+model  ->  layers (name, module) in order  ->  sizes, e.g. (1, 3, 2, 2)  ->  one list of layers per stage
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +45,15 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
         PlanError: no layer at all.
     """
     if isinstance(model, nn.Sequential | nn.ModuleList):
-        named = list(model.named_children())
+        named = _children(model)
     elif isinstance(model, nn.Module):
-        named = [item for name, child in model.named_children() for item in _opened(name, child)]
+        named = [item for name, child in _children(model) for item in _opened(name, child)]
     else:
         named = [(str(index), module) for index, module in enumerate(model)]
     if not named:
-        raise PlanError("the model has no layers to split: give an nn.Sequential, a list of modules, or a chain of children.")
+        raise PlanError(
+            "the model has no layers to split: give an nn.Sequential, a list of modules, or a chain of children."
+        )
     return [Layer(index, name, module) for index, (name, module) in enumerate(named)]
 
 
@@ -63,7 +65,8 @@ def chosen_sizes(layers: Sequence[Layer], plan: Plan) -> tuple[int, ...] | None:
     """
     if plan.stages > len(layers):
         raise PlanError(
-            f"{plan.stages} stages for {len(layers)} layers: every stage needs a layer; use --stages {len(layers)} or fewer."
+            f"{plan.stages} stages for {len(layers)} layers: every stage needs a layer; "
+            f"use --stages {len(layers)} or fewer."
         )
     if plan.sizes is not None:
         if sum(plan.sizes) != len(layers):
@@ -100,7 +103,7 @@ def balanced_sizes(costs: Sequence[float], stages: int) -> tuple[int, ...]:
         ends.append(choice[ends[-1]])
     ends.append(0)
     ends.reverse()
-    return tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return tuple(b - a for a, b in pairwise(ends))
 
 
 def split(layers: Sequence[Layer], sizes: Sequence[int]) -> list[list[Layer]]:
@@ -128,10 +131,10 @@ def check_partition(
     if isinstance(model, nn.Module):
         _nothing_lost(model, layers)
     outputs = _run_chain(layers, inputs)
-    if isinstance(model, nn.Module) and not isinstance(model, nn.Sequential | nn.ModuleList):
+    if isinstance(model, nn.Module) and _has_a_forward_of_its_own(model):
         whole = copy.deepcopy(model).eval()
         with torch.no_grad():
-            expected = whole(inputs)
+            expected = whole(inputs.clone())
         if not (isinstance(expected, Tensor) and torch.equal(expected, outputs[-1])):
             raise PlanError(
                 f"{type(model).__name__}.forward does not compute the chain of its children "
@@ -140,8 +143,13 @@ def check_partition(
     return outputs
 
 
+def _has_a_forward_of_its_own(model: nn.Module) -> bool:
+    """Whether it may compute something else than its children in a row; an nn.ModuleList has no forward at all."""
+    return type(model).forward not in (nn.Sequential.forward, nn.ModuleList.forward)
+
+
 def _run_chain(layers: Sequence[Layer], inputs: Tensor) -> list[Tensor]:
-    outputs, value = [], inputs
+    outputs, value = [], inputs.clone()  # a layer may work in place
     for layer in layers:
         module = copy.deepcopy(layer.module).eval()
         try:
@@ -149,10 +157,13 @@ def _run_chain(layers: Sequence[Layer], inputs: Tensor) -> list[Tensor]:
                 value = module(value)
         except Exception as error:
             raise PlanError(
-                f"layer {layer.name} cannot take what the layer before it gives, {list(value.shape)} {value.dtype}: {error}"
+                f"layer {layer.name} cannot take what the layer before it gives, {list(value.shape)} {value.dtype}: "
+                f"{error}"
             ) from error
         if not isinstance(value, Tensor):
-            raise PlanError(f"layer {layer.name} gives a {type(value).__name__}: a layer gives one tensor; merge it with the next.")
+            raise PlanError(
+                f"layer {layer.name} gives a {type(value).__name__}: a layer gives one tensor; merge it with the next."
+            )
         outputs.append(value)
     return outputs
 
@@ -167,15 +178,13 @@ def _no_ties(stages: Sequence[Sequence[Layer]]) -> None:
                 owner, first = seen.setdefault(id(tensor), (index, full))
                 if owner != index:
                     raise PlanError(
-                        f"{first} (stage {owner}) and {full} (stage {index}) are the same tensor: tied weights cannot be "
-                        "split over stages; put both into one stage, or untie them."
+                        f"{first} (stage {owner}) and {full} (stage {index}) are the same tensor: tied weights cannot "
+                        "be split over stages; put both into one stage, or untie them."
                     )
 
 
 def _nothing_lost(model: nn.Module, layers: Sequence[Layer]) -> None:
-    inside = {
-        id(tensor) for layer in layers for tensor in (*layer.module.parameters(), *layer.module.buffers())
-    }
+    inside = {id(tensor) for layer in layers for tensor in (*layer.module.parameters(), *layer.module.buffers())}
     lost = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if id(tensor) not in inside]
     if lost:
         raise PlanError(f"{', '.join(lost)} belong to no layer and would be lost: move them into one of the layers.")
@@ -187,7 +196,7 @@ def _sizes_from_cuts(layers: Sequence[Layer], cuts: Sequence[str]) -> tuple[int,
         if cut not in names:
             raise PlanError(nearest(cut, names, "layer in cuts"))
     starts = [0, *(names.index(cut) for cut in cuts), len(names)]
-    sizes = tuple(b - a for a, b in zip(starts, starts[1:], strict=False))
+    sizes = tuple(b - a for a, b in pairwise(starts))
     if min(sizes) < 1:
         raise PlanError(f"cuts {' '.join(cuts)} leave a stage without layers: name layers in order, not the first one.")
     return sizes
@@ -195,5 +204,11 @@ def _sizes_from_cuts(layers: Sequence[Layer], cuts: Sequence[str]) -> tuple[int,
 
 def _opened(name: str, child: nn.Module) -> list[tuple[str, nn.Module]]:
     if isinstance(child, nn.ModuleList | nn.Sequential):
-        return [(f"{name}.{inner}", module) for inner, module in child.named_children()]
+        return [(f"{name}.{inner}", module) for inner, module in _children(child)]
     return [(name, child)]
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All children in order. ``named_children`` leaves out the second place of one that stands in two (an nn.ReLU)."""
+    named = module.named_modules(remove_duplicate=False)
+    return [(name, child) for name, child in named if name and "." not in name]

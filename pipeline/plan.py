@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from torch import nn
@@ -152,7 +153,7 @@ def _problems(plan: Plan) -> Iterator[str]:
         yield f"sizes has {len(plan.sizes)} numbers for {plan.stages} stages: give one number of layers per stage."
     if plan.sizes is not None and any(size < 1 for size in plan.sizes):
         yield f"sizes {_spaced(plan.sizes)}: every stage needs at least one layer."
-    if plan.cuts is not None and len(plan.cuts) != plan.stages - 1:
+    if plan.cuts is not None and len(plan.cuts) + 1 != plan.stages:
         yield f"{len(plan.cuts)} cuts for {plan.stages} stages: give the first layer of each stage but the first."
     yield from _without_effect(plan)
 
@@ -166,7 +167,7 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
         (plan.balance, ("time", "layers"), "balance"),
     ):
         if value not in valid:
-            yield nearest(value, valid, what)
+            yield nearest(str(value), valid, what)
 
 
 def _out_of_range(plan: Plan) -> Iterator[str]:
@@ -180,22 +181,33 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
         ("dni.every", plan.dni.every, 1),
         ("channel.slots", plan.channel.slots, 1),
         ("channel.gradient_slots", plan.channel.gradient_slots, 1),
-        ("hop_steps", plan.hop_steps, 0),
         ("seed", plan.seed, 0),
     ):
-        if value is not None and not (math.isfinite(value) and value >= least):
-            yield f"{name} is {value}: it must be at least {least}."
+        if value is not None and not (isinstance(value, Integral) and value >= least):
+            yield f"{name} is {value}: it must be a whole number, at least {least}."
+    for name, number in (
+        ("hop_steps", plan.hop_steps),
+        ("optimizer.momentum", plan.optimizer.momentum),
+        ("optimizer.weight_decay", plan.optimizer.weight_decay),
+        ("dni.beta", plan.dni.beta),
+    ):
+        if not (_is_number(number) and number >= 0):
+            yield f"{name} is {number}: it must be a number, at least 0."
     for name, number in (
         ("optimizer.lr", plan.optimizer.lr),
         ("dni.lr", plan.dni.lr),
         ("stall_after_s", plan.stall_after_s),
     ):
-        if not (math.isfinite(number) and number > 0):
+        if not (_is_number(number) and number > 0):
             yield f"{name} is {number}: it must be a positive number."
-    if not 0 < plan.dni.rows <= 1:
+    if not (_is_number(plan.dni.rows) and 0 < plan.dni.rows <= 1):
         yield f"dni.rows is {plan.dni.rows}: give the fraction of the rows to train on, in (0, 1]."
-    if not 0 <= plan.mix <= 1:
+    if not (_is_number(plan.mix) and 0 <= plan.mix <= 1):
         yield f"mix is {plan.mix}: it weighs the true gradient and must lie in [0, 1]."
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _without_effect(plan: Plan) -> Iterator[str]:
@@ -207,7 +219,7 @@ def _without_effect(plan: Plan) -> Iterator[str]:
                 yield f"{name} has no effect with mode {plan.mode}: leave it out, or choose mode unlocked."
     elif plan.targets == "bootstrap" and plan.true_every != 1:
         yield "true_every has no effect with targets bootstrap: leave it out, or choose targets true or mixed."
-    if plan.mix != defaults.mix and plan.targets != "mixed":
+    if plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
         yield "mix has an effect with targets mixed only: leave it out, or choose targets mixed."
     if plan.optimizer.momentum and plan.optimizer.rule != "sgd":
         yield f"momentum has no effect with {plan.optimizer.rule}: leave it out, or choose sgd."

@@ -1,12 +1,12 @@
 """What next? A policy is a pure function from what lies in a stage's queues to the stage's next action.
 
-    time ->            F = forward, B = backward and step, U = update from the synthetic gradient, L = learn
-    naive              k=0  F0 .  .  .  B0 F1 .  .  .  B1
-                       k=1  .  F0 .  B0 .  .  F1 .  B1
-                       k=2  .  .  F0B0  .  .  .  F1B1
-    unlocked           k=0  F0U0 F1U1 L0 F2U2 L1 F3U3 ...       nobody waits for a gradient
-                       k=1  .    F0U0 F1U1 L0 F2U2 L1 ...
-                       k=2  .    .    F0U0 F1U1 F2U2 ...        the last stage has the loss
+time ->            F = forward, B = backward and step, U = update from the synthetic gradient, L = learn
+naive              k=0  F0 .  .  .  B0 F1 .  .  .  B1
+                   k=1  .  F0 .  B0 .  .  F1 .  B1
+                   k=2  .  .  F0B0  .  .  .  F1B1
+unlocked           k=0  F0U0 F1U1 L0 F2U2 L1 F3U3 ...       nobody waits for a gradient
+                   k=1  .    F0U0 F1U1 L0 F2U2 L1 ...
+                   k=2  .    .    F0U0 F1U1 F2U2 ...        the last stage has the loss
 """
 
 from __future__ import annotations

@@ -69,6 +69,10 @@ class ArrayBatches:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.labels):
+            raise PlanError(
+                f"{len(self.inputs)} rows of inputs and {len(self.labels)} of labels: give a label for every row."
+            )
         if not 1 <= self.batch_size <= len(self.inputs):
             raise PlanError(f"batch is {self.batch_size}: give 1 to {len(self.inputs)}, the rows of the data.")
 

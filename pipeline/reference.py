@@ -105,7 +105,7 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
         for k in range(plan.stages)
     ]
     result = Reference(resolved, stages)
-    runners, result.events = _drive(
+    result.events = _drive(
         cast(list[StageLike], stages), plan, inputs(recipe, plan, resolved.steps), costs or Costs(), result
     )
     return result
@@ -116,7 +116,7 @@ def schedule(plan: Plan, held_out_batches: int, costs: Costs | None = None) -> l
     assert plan.steps is not None, "the plan is resolved"
     phantoms: list[StageLike] = [_Phantom(k, plan) for k in range(plan.stages)]
     source = phantom_inputs(plan, plan.steps, held_out_batches)
-    _, events = _drive(phantoms, plan, source, costs or Costs(), None)
+    events = _drive(phantoms, plan, source, costs or Costs(), None)
     return [[event.action for event in events if event.stage == k] for k in range(plan.stages)]
 
 
@@ -164,7 +164,7 @@ class _Source:
 
 def _drive(
     stages: list[StageLike], plan: Plan, source: Iterator[Message], costs: Costs, result: Reference | None
-) -> tuple[list[Runner], list[Event]]:
+) -> list[Event]:
     clock = _Clock()
     runners = _connect(stages, plan, source, costs, clock)
     if result is not None:
@@ -191,7 +191,7 @@ def _drive(
             moved = True
         if not moved:
             _advance(clock, runners)
-    return runners, events
+    return events
 
 
 def _advance(clock: _Clock, runners: list[Runner]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.cut import Cut
 from pipeline.dni import describe_form
@@ -78,6 +78,8 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None) -> Resol
             and the labels, a DNI that does not fit the cut.
     """
     plan.check()
+    if plan.evaluate_every is not None and recipe.evaluation is None:
+        raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
     steps = plan.steps or recipe.steps
     inputs, labels = check_batches(recipe, plan)
     model = build_model(recipe, plan.seed)
@@ -137,8 +139,8 @@ def _check_cuts(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[
     for end in ends:
         if not outputs[end - 1].is_floating_point():
             raise PlanError(
-                f"layer {layers[end - 1].name} gives {outputs[end - 1].dtype}, and no gradient can cross a cut behind it: "
-                "cut elsewhere (--sizes or --cuts)."
+                f"layer {layers[end - 1].name} gives {outputs[end - 1].dtype}, and no gradient can cross a cut behind "
+                "it: cut elsewhere (--sizes or --cuts)."
             )
 
 
@@ -151,16 +153,21 @@ def _check_loss(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
     except Exception as error:
         raise PlanError(f"the loss does not take {shapes}: give labels of the shape it needs ({error}).") from error
     if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise PlanError(f"the loss gives {getattr(loss, 'shape', type(loss).__name__)} for {shapes}: reduce it to one number.")
+        raise PlanError(
+            f"the loss gives {getattr(loss, 'shape', type(loss).__name__)} for {shapes}: reduce it to one number."
+        )
 
 
 def _count_held_out(recipe: Recipe, first: Batch) -> int:
     count = 0
     for count, (inputs, labels) in enumerate(recipe.evaluation() if recipe.evaluation else (), start=1):
         rows = len(first[0])
-        if inputs.shape[1:] != first[0].shape[1:] or len(inputs) != len(labels) or not 0 < len(inputs) <= rows:
+        fits = inputs.shape[1:] == first[0].shape[1:] and inputs.dtype == first[0].dtype
+        if not fits or len(inputs) != len(labels) or not 0 < len(inputs) <= rows or labels.nbytes > first[1].nbytes:
             raise PlanError(
-                f"evaluation batch {count - 1} has inputs {list(inputs.shape)} and labels {list(labels.shape)}: it needs "
-                f"rows of shape {list(first[0].shape[1:])}, at most {rows} of them."
+                f"evaluation batch {count - 1} has inputs {list(inputs.shape)} {inputs.dtype} and labels "
+                f"{list(labels.shape)} {labels.dtype}: it needs 1 to {rows} rows, the inputs {first[0].dtype} of shape "
+                f"{list(first[0].shape[1:])}, the labels no larger than in training, {list(first[1].shape)} "
+                f"{first[1].dtype}."
             )
     return count

@@ -42,7 +42,7 @@ def seeded(seed: int, *purpose: int | str) -> Iterator[None]:
 
 
 def _seed_all(seed: int) -> None:
-    """``torch.manual_seed`` without its 2 ms: on a host without a GPU it formats a stack trace for a later CUDA start."""
+    """``torch.manual_seed`` without its 2 ms: before CUDA has started it formats a stack trace for later."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)

@@ -95,14 +95,14 @@ class Spans:
         forward, step = self.last_end(Span.FORWARD), self.last_end(Span.STEP)
         return np.array([(step[b] - forward[b]) * 1e-9 for b in sorted(step) if b in forward])
 
-    def gradient_ages(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    def gradient_ages(self, first_batch: int = 0) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Per batch whose true gradient arrived: updates made, and seconds passed, since the end of its forward.
 
         Arrival is the start of the span in which the stage trains its DNI on that gradient.
         """
         forward, learned = self.last_end(Span.FORWARD), self.first_start(Span.DNI_TRAIN)
         steps = np.sort(self.end_ns[self.span == Span.STEP])
-        batches = [b for b in sorted(learned) if b in forward]
+        batches = [b for b in sorted(learned) if b in forward and b >= first_batch]
         begin = np.array([forward[b] for b in batches], dtype=np.int64)
         arrive = np.array([learned[b] for b in batches], dtype=np.int64)
         updates = np.searchsorted(steps, arrive, "right") - np.searchsorted(steps, begin, "right")

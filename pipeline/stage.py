@@ -229,6 +229,7 @@ class Stage:
         """Forward a held-out batch in evaluation mode; the last stage adds to ``scores``."""
         self.record(Span.EVALUATE, batch)
         self._training(False)
+        x = x.clone() if self._writes_to_input else x
         for layer in self.layers:
             try:
                 x = layer.module(x)
@@ -252,7 +253,7 @@ class Stage:
         """Optimizer state: ``<parameter name>.<key>``, e.g. ``0.weight.exp_avg``."""
         if self.optimizer is None:
             return {}
-        names = {id(tensor): name for name, tensor in self.state_tensors().items()}
+        names = {id(tensor): name for name, tensor in reversed(self.state_tensors().items())}  # tied: the first
         return {
             f"{names[id(parameter)]}.{key}": torch.as_tensor(value)
             for parameter, state in self.optimizer.state.items()

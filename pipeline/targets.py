@@ -48,7 +48,7 @@ class Flow:
 
     def relays(self, batch: int) -> bool:
         """Whether the true gradient of this batch will be taken through this stage after its update."""
-        between = 0 < self.index and not self.last
+        between = self.index > 0 and not self.last
         return between and self.plan.unlocked and self.plan.targets != "bootstrap" and self._flows(batch)
 
     def _flows(self, batch: int) -> bool:

@@ -123,6 +123,4 @@ class Suicidal(nn.Module):
 
 def suicidal(number: int) -> nn.Sequential:
     """Four layers, split 2 | 2: stage 1 gets signal ``number`` in batch 5."""
-    return nn.Sequential(
-        nn.Linear(WIDTH, WIDTH), nn.ReLU(), Suicidal(5, number), nn.Linear(WIDTH, CLASSES)
-    )
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), Suicidal(5, number), nn.Linear(WIDTH, CLASSES))

@@ -222,9 +222,7 @@ def test_a_full_channel_refuses_within_the_deadline_and_says_who_waited_for_whom
     assert not sender.room()
     assert sender.depth() == sender.capacity == 3
     start = time.monotonic()
-    with pytest.raises(
-        ChannelTimeout, match=r"activations 0->1: the sender waited 0\.05 s .*receiver.*3/3 slots full"
-    ):
+    with pytest.raises(ChannelTimeout, match=r"activations 0->1: the sender waited 0\.05 s .*receiver.*3/3 slots full"):
         sender.send(numbered(3), SOON_S)
     assert SOON_S <= time.monotonic() - start < DEADLINE_S
     assert receiver.take_within(DEADLINE_S).batch == 0
@@ -234,9 +232,7 @@ def test_a_full_channel_refuses_within_the_deadline_and_says_who_waited_for_whom
 
 def test_an_empty_channel_gives_up_at_the_deadline(bench: Workbench) -> None:
     _, receiver = bench.ends()
-    with pytest.raises(
-        ChannelTimeout, match=r"activations 0->1: the receiver waited 0\.05 s .*sender.*0/3 slots full"
-    ):
+    with pytest.raises(ChannelTimeout, match=r"activations 0->1: the receiver waited 0\.05 s .*sender.*0/3 slots full"):
         receiver.receive(SOON_S)
     with pytest.raises(ChannelTimeout):
         receiver.take_within(0)
@@ -431,9 +427,7 @@ def _echo_and_hang(there: Edge, back: Edge, count: int) -> None:
 @pytest.mark.processes
 def test_a_spawned_process_attaches_by_name_and_when_it_is_killed_waits_end_in_time(bench: Workbench) -> None:
     there, back = bench.edge(slots=2), bench.edge(slots=2)
-    messages = [
-        Message(Kind.ACTIVATION, batch, 0, payload) for batch, payload in enumerate(PAYLOADS.values())
-    ]
+    messages = [Message(Kind.ACTIVATION, batch, 0, payload) for batch, payload in enumerate(PAYLOADS.values())]
     process = bench.process(_echo_and_hang, there, back, len(messages))
     with there.sender() as sender, back.receiver() as receiver:
         for message in messages:

@@ -34,9 +34,7 @@ def _seconds(call: Callable[[], object]) -> tuple[RunFailed, float]:
 def test_an_exception_in_layer_3_of_stage_1_travels_whole(tmp_path: Path) -> None:
     """Batch 5, the fourth layer of stage 1: stage, layer, batch, pid and traceback arrive; the other stage stops."""
     plan = Plan(mode="naive", stages=2, sizes=(2, 4), steps=1000)
-    run = partial(
-        train, model=problems.failing, batches=problems.batch, loss=F.cross_entropy, plan=plan, quiet=True
-    )
+    run = partial(train, model=problems.failing, batches=problems.batch, loss=F.cross_entropy, plan=plan, quiet=True)
     failure, seconds = _seconds(lambda: run(runs=tmp_path))
     assert (failure.stage, failure.layer, failure.batch) == (1, "5", 5)
     assert "stage 1, layer 5, batch 5: ZeroDivisionError: as planned (pid" in str(failure)

@@ -62,8 +62,6 @@ def test_processes_equal_single_process(sizes: tuple[int, ...], tmp_path: Path) 
 def test_recurring_evaluation_does_not_change_training() -> None:
     """A pass over the held-out batches leaves no trace in weights, running means or random numbers."""
     plain = run_reference(problems.recipe(), _plan((4, 4)))
-    evaluated = run_reference(
-        problems.recipe(), Plan(mode="naive", steps=20, stages=2, sizes=(4, 4), evaluate_every=3)
-    )
+    evaluated = run_reference(problems.recipe(), Plan(mode="naive", steps=20, stages=2, sizes=(4, 4), evaluate_every=3))
     assert [updates for updates, _ in evaluated.scores] == [3, 6, 9, 12, 15, 18, 20]
     assert_same(evaluated.state_tensors(), plain.state_tensors())

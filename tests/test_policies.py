@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from pipeline import Plan
+from pipeline.loader import phantom_inputs
 from pipeline.policies import Action, View, naive, scripted, unlocked
 from pipeline.reference import Costs, Event, _drive, _Phantom, schedule
-from pipeline.loader import phantom_inputs
 
 
 def _diagram(plan: Plan, costs: Costs) -> list[str]:
     """Which action of which batch each stage does at each tick, with costs of one tick."""
     assert plan.steps is not None
     phantoms = [_Phantom(k, plan) for k in range(plan.stages)]
-    _, events = _drive(phantoms, plan, phantom_inputs(plan, plan.steps, 0), costs, None)
+    events = _drive(phantoms, plan, phantom_inputs(plan, plan.steps, 0), costs, None)
     shown = [event for event in events if event.batch < plan.steps and event.end > event.start]
     width = max(event.end for event in shown)
     lines = []
@@ -22,7 +22,7 @@ def _diagram(plan: Plan, costs: Costs) -> list[str]:
         cells = ["."] * width
         for event in (event for event in shown if event.stage == k):
             cells[event.start] = _cell(event)
-        lines.append(" ".join(f"{cell:<2}" for cell in cells).rstrip(" .") )
+        lines.append(" ".join(f"{cell:<2}" for cell in cells).rstrip(" ."))
     return lines
 
 

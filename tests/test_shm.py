@@ -100,9 +100,7 @@ def test_each_end_is_attached_once(name: str) -> None:
 
 
 def test_attaching_to_nothing_says_so(name: str) -> None:
-    with pytest.raises(
-        ChannelTimeout, match=rf"activations 0->1: no shared memory ring '{name}' after 0\.01 s"
-    ):
+    with pytest.raises(ChannelTimeout, match=rf"activations 0->1: no shared memory ring '{name}' after 0\.01 s"):
         ShmReceiver.attach(name, label=LABEL, deadline_s=0.01)
 
 
@@ -117,9 +115,7 @@ def test_a_message_larger_than_its_slot_gets_both_sizes_and_the_remedy(name: str
     create_ring(name, 1, 1000)
     sender, receiver = ends(name)
     with sender, receiver:
-        with pytest.raises(
-            ValueError, match=r"4,096 bytes does not fit its slot of 1,024 bytes; make"
-        ) as caught:
+        with pytest.raises(ValueError, match=r"4,096 bytes does not fit its slot of 1,024 bytes; make") as caught:
             sender.send(message(torch.zeros(1000)), DEADLINE_S)
         assert caught.value.__notes__ == ["while sending on activations 0->1"]
         assert sender.room()
@@ -137,9 +133,7 @@ def test_too_little_shared_memory_is_refused_in_one_sentence(name: str) -> None:
         create_ring(name, 0, 64)
 
 
-def test_memory_that_somebody_else_took_meanwhile_is_refused_too(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_somebody_else_took_meanwhile_is_refused_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -34,9 +34,7 @@ def _train(plan: Plan, runs: Path, **recipe: Any) -> Result:
 def test_a_deterministic_run_of_processes_equals_the_reference_driver_bit_for_bit(
     targets: str, sizes: tuple[int, ...], tmp_path: Path
 ) -> None:
-    plan = Plan(
-        stages=len(sizes), sizes=sizes, steps=30, targets=targets, deterministic=True, evaluate_every=10
-    )
+    plan = Plan(stages=len(sizes), sizes=sizes, steps=30, targets=targets, deterministic=True, evaluate_every=10)
     truth = run_reference(problems.recipe(), plan)
     mine = _train(plan, tmp_path)
     assert_same(mine.state_tensors(), truth.state_tensors())
@@ -48,9 +46,7 @@ def test_a_deterministic_run_of_processes_equals_the_reference_driver_bit_for_bi
 @pytest.mark.processes
 def test_a_deterministic_run_repeats_with_a_delay_and_every_form(tmp_path: Path) -> None:
     for form in ("linear", "mlp", "label_residual", "loss_model"):
-        plan = Plan(
-            stages=3, sizes=(3, 3, 2), steps=15, dni=DNIPlan(form=form), deterministic=True, hop_steps=1.5
-        )
+        plan = Plan(stages=3, sizes=(3, 3, 2), steps=15, dni=DNIPlan(form=form), deterministic=True, hop_steps=1.5)
         assert_same(_train(plan, tmp_path).state_tensors(), run_reference(problems.recipe(), plan).state_tensors())
 
 

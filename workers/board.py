@@ -1,6 +1,6 @@
 """The status board: what every worker is doing now, readable by the driver even when a worker can no longer speak.
 
-    | stop |  stage 0: span batch start_ns progress |  stage 1: ... |        one cache line each, one writer each
+| stop |  stage 0: span batch start_ns progress |  stage 1: ... |        one cache line each, one writer each
 """
 
 from __future__ import annotations

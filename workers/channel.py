@@ -20,11 +20,11 @@ from pipeline.messages import Message
 __all__ = ["ChannelClosed", "ChannelTimeout", "End", "Receiver", "Sender"]
 
 
-class ChannelTimeout(TimeoutError):  # noqa: N818
+class ChannelTimeout(TimeoutError):
     """A wait on a channel reached its deadline; nothing was sent or received, and it may be tried again."""
 
 
-class ChannelClosed(ConnectionError):  # noqa: N818
+class ChannelClosed(ConnectionError):
     """One of the ends was closed; nothing will travel on this channel any more."""
 
 
@@ -91,8 +91,7 @@ class Sender(End):
 
     def _give_up(self, waited_s: float) -> NoReturn:
         raise ChannelTimeout(
-            f"{self.label}: the sender waited {waited_s:.3g} s for the receiver to free a slot"
-            f" ({self._fullness()})"
+            f"{self.label}: the sender waited {waited_s:.3g} s for the receiver to free a slot ({self._fullness()})"
         )
 
 
@@ -168,9 +167,7 @@ class Receiver(End):
 
     def _require_none_held(self) -> None:
         if self.held:  # release frees the oldest slot, which would not be the one just copied
-            raise RuntimeError(
-                f"{self.label}: {self.held} messages are held in place; release them before a take"
-            )
+            raise RuntimeError(f"{self.label}: {self.held} messages are held in place; release them before a take")
 
     def _copied(self, message: Message) -> Message:
         try:
@@ -181,6 +178,5 @@ class Receiver(End):
 
     def _give_up(self, waited_s: float) -> NoReturn:
         raise ChannelTimeout(
-            f"{self.label}: the receiver waited {waited_s:.3g} s for the sender's next message"
-            f" ({self._fullness()})"
+            f"{self.label}: the receiver waited {waited_s:.3g} s for the sender's next message ({self._fullness()})"
         )

@@ -1,7 +1,7 @@
 """The driver's side: start the workers of a run, listen to them, and end them all, whatever happens.
 
-    with Crew(...) as crew:          starts the processes; ends and reaps them on the way out
-        for record in crew.run():    yields what they report; raises RunFailed for the first real failure
+with Crew(...) as crew:          starts the processes; ends and reaps them on the way out
+    for record in crew.run():    yields what they report; raises RunFailed for the first real failure
 """
 
 from __future__ import annotations
@@ -146,8 +146,10 @@ class Crew:
             _kill_group(process)
             process.join(_GRACE_S)
             process.close()
-        for closable in (*self._pipes, *self._bells):
-            closable.close()
+        for pipe in self._pipes:
+            pipe.close()
+        for bell in self._bells:
+            bell.close()
         self._processes, self._pipes, self._bells = [], [], []
 
 

@@ -107,8 +107,7 @@ class _ShmEnd(End):
             segment = posix_ipc.SharedMemory(f"/{name}")
         except (TimeoutError, posix_ipc.ExistentialError) as error:
             raise ChannelTimeout(
-                f"{label}: no shared memory ring '{name}' after {deadline_s:.3g} s:"
-                " was it made, and not yet unlinked?"
+                f"{label}: no shared memory ring '{name}' after {deadline_s:.3g} s: was it made, and not yet unlinked?"
             ) from error
         try:
             populate = getattr(mmap, "MAP_POPULATE", 0)  # page faults now, not in the first messages
@@ -127,9 +126,7 @@ class _ShmEnd(End):
         self._closed = False
         self._peer_bell = peer_bell
         if self._header[attached_flag]:
-            raise ValueError(
-                f"{label}: this end of '{name}' is attached already; a channel has one of each end"
-            )
+            raise ValueError(f"{label}: this end of '{name}' is attached already; a channel has one of each end")
         self._header[attached_flag] = 1
 
     @property
@@ -157,9 +154,7 @@ class ShmSender(_ShmEnd, Sender):
     """The sending end of a ring; see `Sender`. Use `attach`."""
 
     @classmethod
-    def attach(
-        cls, name: str, *, label: str, deadline_s: float, receiver_bell: Bell | None = None
-    ) -> ShmSender:
+    def attach(cls, name: str, *, label: str, deadline_s: float, receiver_bell: Bell | None = None) -> ShmSender:
         """Open the sending end of a ring that any process makes with `create_ring`.
 
         Args:
@@ -216,9 +211,7 @@ class ShmReceiver(_ShmEnd, Receiver):
     _drained = False
 
     @classmethod
-    def attach(
-        cls, name: str, *, label: str, deadline_s: float, sender_bell: Bell | None = None
-    ) -> ShmReceiver:
+    def attach(cls, name: str, *, label: str, deadline_s: float, sender_bell: Bell | None = None) -> ShmReceiver:
         """Open the receiving end; as `ShmSender.attach`. ``sender_bell`` is rung by releases and at close."""
         return cls(name, label, deadline_s, _RECEIVER_ATTACHED, sender_bell)
 
@@ -237,10 +230,7 @@ class ShmReceiver(_ShmEnd, Receiver):
             self._refuse("the sender")
         if not acquire_within(self._filled, deadline_s):
             self._give_up(deadline_s)
-        if (
-            self._header[_SENDER_CLOSED]
-            and self._next == _NUM_SENT.unpack_from(self._header, _NUM_SENT_AT)[0]
-        ):
+        if self._header[_SENDER_CLOSED] and self._next == _NUM_SENT.unpack_from(self._header, _NUM_SENT_AT)[0]:
             self._drained = True
             self._refuse("the sender")
         slot = self._slots[self._next % self.capacity]

@@ -57,9 +57,7 @@ class Slot:
         else:
             self._lay_out(message)
             self._specs = specs
-        _RECORD.pack_into(
-            self._record, 0, self._serial, message.kind, message.stage, message.generation, message.batch
-        )
+        _RECORD.pack_into(self._record, 0, self._serial, message.kind, message.stage, message.generation, message.batch)
 
     def read(self) -> Message:
         """The message in place: its tensors share the slot's memory."""

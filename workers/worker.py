@@ -50,7 +50,7 @@ LOOK_UP_EVERY_S = 1.0  # a waiting worker looks whether it is asked to stop
 LOSSES_EVERY_NS = 200_000_000
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """The driver asked the worker to end."""
 
 
@@ -67,7 +67,7 @@ def worker_main(assignment: Assignment, connection: Connection) -> None:
     stacks = (assignment.run_dir / f"stacks-{assignment.index}.txt").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(assignment.plan.threads)
-    with contextlib.ExitStack() as stack:  # the channels close after a failure is reported: it is the first to be seen
+    with contextlib.ExitStack() as stack:  # a failure is reported before the channels close: it is seen first
         try:
             _work(assignment, connection, stack)
         except Stopped:
@@ -160,9 +160,7 @@ def _attached(assignment: Assignment) -> Iterator[_Links]:
             return stack.enter_context(Bell.attach(names.bell(stage), within_s))
 
         def sender(name: str, label: str, to: int) -> Sender:
-            return stack.enter_context(
-                ShmSender.attach(name, label=label, deadline_s=within_s, receiver_bell=bell(to))
-            )
+            return stack.enter_context(ShmSender.attach(name, label=label, deadline_s=within_s, receiver_bell=bell(to)))
 
         def receiver(name: str, label: str, source: int) -> ShmReceiver:
             return stack.enter_context(
@@ -179,9 +177,7 @@ def _attached(assignment: Assignment) -> Iterator[_Links]:
         )
 
 
-def _runner(
-    assignment: Assignment, recipe: Recipe, stage: Stage, links: _Links, record: Recorder
-) -> Runner:
+def _runner(assignment: Assignment, recipe: Recipe, stage: Stage, links: _Links, record: Recorder) -> Runner:
     plan, deadline_s = assignment.plan, assignment.plan.stall_after_s
     policy = policy_for(plan.mode)
     if plan.deterministic:

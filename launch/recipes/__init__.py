@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launch.recipes.chargpt import chargpt
 from launch.recipes.digits import digits
@@ -24,7 +24,7 @@ class Entry:
     """
 
     make: Callable[..., Recipe]
-    plan: Plan = Plan()
+    plan: Plan = field(default_factory=Plan)
 
 
 BUILT_IN: dict[str, Entry] = {

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def chargpt(
     context: int = 64,
     batch: int = 32,
     dropout: float = 0.0,
-    data_seed: int = 0,
+    seed: int = 0,
 ) -> Recipe:
     """A character transformer: embedding, causal blocks, head.
 
@@ -40,17 +41,19 @@ def chargpt(
         context: Characters per row.
         batch: Rows per batch.
         dropout: Dropout after attention and MLP.
-        data_seed: Seed of the order of the data.
+        seed: Seed of the order of the data; on the command line the seed of the plan.
     """
     if width % heads:
         raise PlanError(f"heads is {heads}: it must divide the width {width}.")
     train, held_out, vocabulary = _text(Path(data))
     if len(held_out) <= context * batch:
-        raise PlanError(f"{data} is too short for batches of {batch} x {context} characters: lower --context or --batch.")
+        raise PlanError(
+            f"{data} is too short for batches of {batch} x {context} characters: lower --context or --batch."
+        )
     return Recipe(
         name="chargpt",
         model=partial(_model, vocabulary, width, blocks, heads, context, dropout),
-        batches=_Windows(train, context, batch, data_seed),
+        batches=_Windows(train, context, batch, seed),
         loss=_loss,
         evaluation=partial(_held_out_batches, Path(data), context, batch),
         correct=correct_predictions,
@@ -126,7 +129,8 @@ class Embedding(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Look both up and add them."""
         positions: Tensor = self.positions(torch.arange(codes.shape[1], device=codes.device))
-        return self.characters(codes) + positions
+        characters: Tensor = self.characters(codes)
+        return characters + positions
 
 
 class Block(nn.Module):
@@ -143,10 +147,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attention and MLP, each added to the residual stream."""
         x = x + self.dropout(self._attention(self.norm1(x)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        return x + cast(Tensor, self.dropout(self.mlp(self.norm2(x))))
 
     def _attention(self, x: Tensor) -> Tensor:
         batch, time, width = x.shape
         parts = self.attention_in(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True)
-        return self.attention_out(mixed.transpose(1, 2).reshape(batch, time, width))
+        return cast(Tensor, self.attention_out(mixed.transpose(1, 2).reshape(batch, time, width)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launch.recipes.perceptron import perceptron
-from pipeline import ArrayBatches, Batch, Recipe, correct_predictions
+from pipeline import ArrayBatches, Batch, PlanError, Recipe, correct_predictions
 
 __all__ = ["digits"]
 
@@ -19,19 +19,19 @@ _NUM_TRAIN = 1347  # three quarters; the rest is held out
 _SPLIT_SEED = 0
 
 
-def digits(hidden: int = 128, layers: int = 4, batch: int = 64, data_seed: int = 0) -> Recipe:
+def digits(hidden: int = 128, layers: int = 4, batch: int = 64, seed: int = 0) -> Recipe:
     """A perceptron on scikit-learn's digits.
 
     Args:
         hidden: Units per hidden layer.
         layers: Layers, the last one included.
         batch: Rows per batch.
-        data_seed: Seed of the order of the data.
+        seed: Seed of the order of the data; on the command line the seed of the plan.
     """
     return Recipe(
         name="digits",
         model=partial(perceptron, _PIXELS, hidden, layers, 10),
-        batches=partial(_train, batch, data_seed),
+        batches=partial(_train, batch, seed),
         loss=F.cross_entropy,
         evaluation=partial(_held_out, batch),
         correct=correct_predictions,
@@ -51,8 +51,12 @@ def _held_out(batch: int) -> Iterable[Batch]:
 
 @cache
 def _data() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits  # slow to import
-
+    try:
+        from sklearn.datasets import load_digits  # slow to import, and an extra
+    except ImportError as error:
+        raise PlanError(
+            f"the digits come with scikit-learn, which is not installed ({error}): pip install 'freewheel[digits]'."
+        ) from error
     data = load_digits()
     order = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     inputs = torch.tensor(data.data, dtype=torch.float32)[order] / 16.0

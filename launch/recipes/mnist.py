@@ -27,7 +27,7 @@ def mnist(
     layers: int = 6,
     batch: int = 256,
     batch_norm: bool = True,
-    data_seed: int = 0,
+    seed: int = 0,
 ) -> Recipe:
     """A perceptron on MNIST.
 
@@ -38,12 +38,12 @@ def mnist(
         layers: Layers, the last one included.
         batch: Rows per batch.
         batch_norm: BatchNorm after every hidden linear layer.
-        data_seed: Seed of the order of the data.
+        seed: Seed of the order of the data; on the command line the seed of the plan.
     """
     return Recipe(
         name="mnist",
         model=partial(perceptron, _PIXELS, hidden, layers, 10, batch_norm=batch_norm),
-        batches=partial(_train, Path(data), batch, data_seed),
+        batches=partial(_train, Path(data), batch, seed),
         loss=F.cross_entropy,
         evaluation=partial(_held_out, Path(data), batch),
         correct=correct_predictions,
@@ -65,7 +65,9 @@ def _data(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     images = _idx(folder, f"{part}-images-idx3-ubyte")
     labels = _idx(folder, f"{part}-labels-idx1-ubyte")
     if len(images) != len(labels):
-        raise PlanError(f"{folder} has {len(images)} {part} images and {len(labels)} labels: the files do not belong together.")
+        raise PlanError(
+            f"{folder} has {len(images)} {part} images and {len(labels)} labels: the files do not belong together."
+        )
     inputs = torch.from_numpy(images.reshape(len(images), -1)).float().div_(255.0).sub_(_MEAN).div_(_STD)
     return inputs, torch.from_numpy(labels.astype(np.int64))
 

@@ -1,0 +1,224 @@
+"""What travels arrives, every dtype and shape, bit for bit, on 64 bytes each; what is no message is refused."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.messages import Kind, Message, decode, layout_of, write_into
+
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+ALIGNMENT = 64
+CUT_SHORT = r"not a message, or cut short \(\d+ bytes\): "
+
+
+def _tensor(dtype: torch.dtype, shape: list[int], seed: int) -> Tensor:
+    """Random bits, so infinities and NaNs come along."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.randint(2, shape, generator=generator).bool()
+    size = torch.Size(shape).numel() * dtype.itemsize
+    bits = torch.randint(256, (size,), dtype=torch.uint8, generator=generator)
+    return bits.view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+
+
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+tensors = st.builds(
+    _tensor,
+    dtype=st.sampled_from(DTYPES),
+    shape=st.lists(st.integers(0, 5), max_size=4),
+    seed=st.integers(0, 1 << 30),
+)
+messages = st.builds(
+    Message,
+    kind=st.sampled_from(Kind),
+    batch=st.integers(0, 2**63 - 1),
+    stage=st.integers(0, 2**16 - 1),
+    tensors=st.lists(tensors, max_size=3).map(tuple),
+    generation=st.integers(0, 2**32 - 1),
+)
+
+
+def _encoded(message: Message, spare: int = 0) -> bytearray:
+    layout = layout_of(message)
+    buffer = bytearray(layout.total_bytes + spare)
+    write_into(memoryview(buffer), message, layout)
+    return buffer
+
+
+def _decoded(content: bytes | bytearray) -> Message:
+    return decode(memoryview(bytearray(content)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(message=messages, spare=st.integers(0, 200))
+def test_a_message_arrives_as_it_was_sent(message: Message, spare: int) -> None:
+    arrived = _decoded(_encoded(message, spare))
+    names = ("kind", "batch", "stage", "generation")
+    assert [getattr(arrived, name) for name in names] == [getattr(message, name) for name in names]
+    assert isinstance(arrived.kind, Kind)
+    for mine, sent in zip(arrived.tensors, message.tensors, strict=True):
+        assert (mine.dtype, mine.shape) == (sent.dtype, sent.shape)
+        assert _bits(mine) == _bits(sent)
+
+
+@settings(deadline=None, max_examples=100)
+@given(message=messages)
+def test_every_tensor_begins_on_64_bytes_behind_the_one_before(message: Message) -> None:
+    layout = layout_of(message)
+    end = len(layout.header)
+    for tensor, offset in zip(message.tensors, layout.offsets, strict=True):
+        assert offset % ALIGNMENT == 0
+        assert end <= offset < end + ALIGNMENT
+        end = offset + tensor.numel() * tensor.element_size()
+    assert end <= layout.total_bytes < end + ALIGNMENT
+    assert layout.total_bytes % ALIGNMENT == 0
+
+
+def test_a_message_is_read_in_place() -> None:
+    """The tensors of a decoded message are the bytes of the buffer, not a copy."""
+    buffer = _encoded(Message(Kind.GRADIENT, 3, 1, (torch.zeros(4),)))
+    message = decode(memoryview(buffer))
+    message.tensors[0][2] = 1.0
+    assert struct.unpack_from("<4f", buffer, ALIGNMENT) == (0.0, 0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(12.0).view(3, 4).t(),
+        torch.arange(12.0)[::3],
+        torch.ones(1).expand(3, 4),
+        torch.nn.Parameter(torch.ones(3)),
+        torch.tensor(7),
+        torch.empty(0, 3),
+    ],
+    ids=["transposed", "every third", "expanded", "with gradient", "0-dim", "empty"],
+)
+def test_a_tensor_may_lie_in_memory_as_it_likes(tensor: Tensor) -> None:
+    (arrived,) = _decoded(_encoded(Message(Kind.ACTIVATION, 0, 0, (tensor,)))).tensors
+    assert not arrived.requires_grad
+    assert arrived.is_contiguous()
+    assert torch.equal(arrived, tensor.detach())
+
+
+def test_writing_touches_nothing_behind_the_message() -> None:
+    message = Message(Kind.ACTIVATION, 1, 2, (torch.ones(3), torch.ones(5, dtype=torch.int8)))
+    layout = layout_of(message)
+    buffer = bytearray(b"\xaa" * (layout.total_bytes + 40))
+    write_into(memoryview(buffer), message, layout)
+    assert buffer[layout.total_bytes :] == b"\xaa" * 40
+
+
+# ---------------------------------------------------------------- what is no message
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e5m2], ids=str)
+def test_a_dtype_that_cannot_travel_is_named(dtype: torch.dtype) -> None:
+    message = Message(Kind.GRADIENT, 0, 0, (torch.ones(2), torch.zeros(2).to(dtype)))
+    with pytest.raises(TypeError, match=f"cannot send dtype {dtype}: one of torch.float32, .*torch.bool can travel"):
+        layout_of(message)
+
+
+def _bytes_of_tensors(content: bytes | bytearray) -> int:
+    """Bytes that a decoded message gives access to; 0 when it is refused."""
+    try:
+        return sum(tensor.numel() * tensor.element_size() for tensor in _decoded(content).tensors)
+    except ValueError:
+        return 0
+
+
+@settings(deadline=None, max_examples=300)
+@given(content=st.binary(max_size=200))
+def test_garbage_is_no_message(content: bytes) -> None:
+    """Whatever the bytes say: a ValueError, or a message whose tensors lie within them."""
+    assert _bytes_of_tensors(content) <= len(content)
+
+
+def test_every_cut_of_a_message_is_refused() -> None:
+    message = Message(Kind.ACTIVATION, 5, 1, (torch.ones(2, 3), torch.ones(40, dtype=torch.int64)))
+    content = bytes(_encoded(message))
+    end = layout_of(message).offsets[-1] + 40 * 8  # what follows only fills up the 64 bytes
+    for length in range(end):
+        with pytest.raises(ValueError, match=CUT_SHORT):
+            _decoded(content[:length])
+    assert torch.equal(_decoded(content[:end]).tensors[0], torch.ones(2, 3))
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_damaged_header_is_refused_or_harmless(data: st.DataObject) -> None:
+    message = Message(Kind.ACTIVATION, 5, 1, (torch.ones(2, 3), torch.ones(4, dtype=torch.int64)))
+    content = _encoded(message)
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(layout_of(message).header) - 1))] = data.draw(st.integers(0, 255))
+    assert _bytes_of_tensors(content) <= len(content)
+
+
+def _with_shape(*shape: int, dtype_code: int = 0, kind: int = Kind.GRADIENT) -> bytes:
+    """A message of one tensor that claims this shape, followed by a kilobyte."""
+    dims = b"".join(struct.pack("<q", size) for size in shape)
+    return struct.pack("<BBHIq", kind, 1, 0, 0, 0) + struct.pack("<BB", dtype_code, len(shape)) + dims + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _with_shape(1 << 62),
+        _with_shape(1 << 61),
+        _with_shape(1 << 62, 1 << 62),
+        _with_shape(0, 1 << 62, 1 << 62),
+        _with_shape(1 << 40),
+        _with_shape(-1),
+        _with_shape(-2, -3),
+        _with_shape(-1, 0),
+        _with_shape(2, dtype_code=len(DTYPES)),
+        _with_shape(2, kind=0),
+        _with_shape(2, kind=len(Kind) + 1),
+    ],
+    ids=[
+        "overflow of the size",
+        "overflow of the bytes",
+        "overflow of the product",
+        "overflow of the strides",
+        "larger than the buffer",
+        "negative",
+        "negative twice",
+        "negative and empty",
+        "dtype",
+        "kind 0",
+        "kind 6",
+    ],
+)
+def test_absurd_headers_are_refused(content: bytes) -> None:
+    """A size of 2**62 floats once gave a tensor far beyond the buffer: torch's own check overflows."""
+    with pytest.raises(ValueError, match=CUT_SHORT):
+        _decoded(content)
+
+
+@pytest.mark.parametrize(
+    "field", [{"batch": 1 << 63}, {"stage": -1}, {"stage": 1 << 16}, {"generation": 1 << 32}], ids=str
+)
+def test_numbers_that_do_not_fit_are_not_cut(field: dict[str, Any]) -> None:
+    with pytest.raises(struct.error):
+        layout_of(Message(**{"kind": Kind.END, "batch": 0, "stage": 0, **field}))

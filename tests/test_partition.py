@@ -1,0 +1,426 @@
+"""From a model to stages: nothing is lost, and what cannot be split is refused with names."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_same, optimizer_tensors, train_alone
+from torch import Tensor, nn
+
+from pipeline import Batch, OptimizerPlan, Plan, PlanError, Recipe, run_reference
+from pipeline.partition import balanced_sizes, layers_of
+from pipeline.recipe import build_model
+from pipeline.resolve import Resolved, resolve, stage_layers
+from pipeline.stage import Stage
+
+WIDTH, CLASSES, ROWS = 6, 3, 8
+
+
+def _batch(index: int) -> Batch:
+    inputs = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(index))
+    return inputs, inputs[:, :CLASSES].argmax(1)
+
+
+def _recipe(model: Callable[[], Any], **parts: Any) -> Recipe:
+    return Recipe(**{"name": "chain", "model": model, "batches": _batch, "loss": F.cross_entropy, **parts})
+
+
+def _resolve(model: Callable[[], Any], **plan: Any) -> Resolved:
+    return resolve(_recipe(model), Plan(**plan))
+
+
+def _refused(model: Callable[[], Any], **plan: Any) -> str:
+    with pytest.raises(PlanError) as caught:
+        _resolve(model, **plan)
+    (problem,) = caught.value.problems
+    return problem
+
+
+# ---------------------------------------------------------------- balance
+
+
+def _best(costs: list[int], stages: int) -> int:
+    """Cost of the most expensive group in the best of all splits, by trying them all."""
+    cuts = combinations(range(1, len(costs)), stages - 1)
+    return min(max(sum(costs[a:b]) for a, b in _spans(cut, len(costs))) for cut in cuts)
+
+
+def _spans(cuts: tuple[int, ...], end: int) -> list[tuple[int, int]]:
+    return list(zip((0, *cuts), (*cuts, end), strict=True))
+
+
+@settings(deadline=None, max_examples=150)
+@given(costs=st.lists(st.integers(0, 50), min_size=1, max_size=9), data=st.data())
+def test_the_balance_is_the_best_of_all_splits(costs: list[int], data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, len(costs)))
+    sizes = balanced_sizes([float(cost) for cost in costs], stages)
+    assert len(sizes) == stages
+    assert min(sizes) >= 1
+    assert sum(sizes) == len(costs)
+    ends = [sum(sizes[: k + 1]) for k in range(stages)]
+    assert max(sum(costs[end - size : end]) for size, end in zip(sizes, ends, strict=True)) == _best(costs, stages)
+
+
+@pytest.mark.parametrize(
+    ("costs", "sizes"),
+    [
+        ([1, 1, 1, 1, 1, 1, 1, 1], (2, 2, 2, 2)),
+        ([1, 1, 1, 9], (3, 1)),
+        ([9, 1, 1, 1], (1, 3)),
+        ([1, 2, 3, 4, 5], (3, 2)),
+        ([1, 1, 1, 1, 1], (2, 3)),  # among equals the earlier cut
+        ([5], (1,)),
+    ],
+    ids=str,
+)
+def test_balanced_by_hand(costs: list[float], sizes: tuple[int, ...]) -> None:
+    assert balanced_sizes(costs, len(sizes)) == sizes
+
+
+# ---------------------------------------------------------------- what a model may be
+
+
+class Chain(nn.Module):
+    """Children in a row, some of them in a ModuleList: names to cut at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)) for _ in range(3))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In the order of registration."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def sequential() -> nn.Sequential:
+    """An activation, used twice, that is one object, as many people write it."""
+    relu = nn.ReLU()
+    return nn.Sequential(
+        nn.Linear(WIDTH, WIDTH), relu, nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH), relu, nn.Linear(WIDTH, CLASSES)
+    )
+
+
+def named_sequential() -> nn.Sequential:
+    """Layers with names of their own."""
+    layers = OrderedDict(inner=nn.Linear(WIDTH, WIDTH), act=nn.Tanh(), outer=nn.Linear(WIDTH, CLASSES))
+    return nn.Sequential(layers)
+
+
+def module_list() -> nn.ModuleList:
+    """No forward at all."""
+    return nn.ModuleList(sequential())
+
+
+def tied_inside() -> nn.Sequential:
+    """Layers 1 and 3 share one weight, and keep a bias each."""
+    model = nn.Sequential(
+        nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+    )
+    model[3].weight = model[1].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (sequential, ["0", "1", "2", "3", "4", "5"]),
+        (named_sequential, ["inner", "act", "outer"]),
+        (module_list, ["0", "1", "2", "3", "4", "5"]),
+        (lambda: list(sequential()), ["0", "1", "2", "3", "4", "5"]),
+        (Chain, ["stem", "blocks.0", "blocks.1", "blocks.2", "head"]),
+    ],
+    ids=["Sequential", "named Sequential", "ModuleList", "list", "children"],
+)
+def test_layers_by_name(model: Callable[[], Any], names: list[str]) -> None:
+    assert [layer.name for layer in layers_of(model())] == names
+    assert [layer.index for layer in layers_of(model())] == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        (sequential, (6,)),
+        (sequential, (1, 2, 3)),
+        (named_sequential, (1, 1, 1)),
+        (module_list, (2, 4)),
+        (Chain, (1, 2, 2)),
+        (tied_inside, (1, 3, 1)),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_the_stages_partition_the_state_of_the_model_exactly(model: Callable[[], Any], sizes: tuple[int, ...]) -> None:
+    """Every parameter and buffer belongs to one stage, under the unsplit model's name and with its value."""
+    recipe = _recipe(model)
+    plan = resolve(recipe, Plan(mode="naive", stages=len(sizes), sizes=sizes)).plan
+    parts = [Stage(stage_layers(recipe, plan, k), k, plan, recipe).state_tensors() for k in range(plan.stages)]
+    together = {name: tensor.detach() for part in parts for name, tensor in part.items()}
+    assert len(together) == sum(map(len, parts)), "no name stands in two stages"
+    assert_same(together, dict(build_model(recipe, plan.seed).state_dict()))
+
+
+def test_cuts_by_name() -> None:
+    assert _resolve(Chain, stages=3, cuts=("blocks.1", "head")).sizes == (2, 2, 1)
+    assert _resolve(named_sequential, stages=2, cuts=("act",)).sizes == (1, 2)
+
+
+def test_without_a_clock_layers_count_alike() -> None:
+    assert _resolve(Chain, stages=2).sizes == (2, 3)
+    assert _resolve(Chain, stages=2, balance="layers").sizes == (2, 3)
+
+
+def test_measured_layers_decide_the_balance() -> None:
+    resolved = resolve(_recipe(Chain), Plan(stages=2), measure=lambda layers, inputs: [1.0, 1.0, 1.0, 1.0, 4.0])
+    assert resolved.sizes == (4, 1)
+    assert resolved.layer_seconds == (1.0, 1.0, 1.0, 1.0, 4.0)
+    assert resolved.reasons[0] == ("split", "4 | 1", "measured time per layer")
+
+
+@pytest.mark.parametrize("model", [module_list, lambda: list(sequential())], ids=["ModuleList", "list"])
+def test_a_model_without_a_forward_trains_as_the_chain_of_its_items(model: Callable[[], Any]) -> None:
+    plan = Plan(mode="naive", stages=2, sizes=(2, 4), steps=5)
+    assert_same(
+        run_reference(_recipe(model), plan).state_tensors(), run_reference(_recipe(sequential), plan).state_tensors()
+    )
+
+
+# ---------------------------------------------------------------- where it cannot be split
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        (
+            {"stages": 6, "balance": "layers"},
+            "6 stages for 5 layers: every stage needs a layer; use --stages 5 or fewer.",
+        ),
+        (
+            {"sizes": (1, 2)},
+            "sizes 1 2 add up to 3, but the model has 5 layers: stem, blocks.0, blocks.1, blocks.2, head.",
+        ),
+        (
+            {"cuts": ("block.1",)},
+            "unknown layer in cuts 'block.1'; did you mean 'blocks.1'? "
+            "Valid: stem, blocks.0, blocks.1, blocks.2, head.",
+        ),
+        (
+            {"stages": 3, "cuts": ("head", "blocks.0")},
+            "cuts head blocks.0 leave a stage without layers: name layers in order, not the first one.",
+        ),
+        ({"cuts": ("stem",)}, "cuts stem leave a stage without layers: name layers in order, not the first one."),
+    ],
+    ids=["too many stages", "sizes", "unknown cut", "order of cuts", "first layer"],
+)
+def test_a_split_that_does_not_fit_the_model_is_refused(plan: dict[str, Any], sentence: str) -> None:
+    assert _refused(Chain, **plan) == sentence
+
+
+@pytest.mark.parametrize("model", [nn.Sequential, nn.ModuleList, list, nn.ReLU], ids=lambda model: model.__name__)
+def test_a_model_without_layers_is_refused(model: Callable[[], Any]) -> None:
+    assert _refused(model, stages=1).startswith("the model has no layers to split: give an nn.Sequential")
+
+
+# ---------------------------------------------------------------- tied weights
+
+
+def test_weights_tied_across_stages_are_refused_with_both_names() -> None:
+    assert _refused(tied_inside, stages=2, sizes=(2, 3)) == (
+        "1.weight (stage 0) and 3.weight (stage 1) are the same tensor: tied weights cannot be split over stages; "
+        "put both into one stage, or untie them."
+    )
+
+
+def test_a_layer_that_stands_in_two_stages_is_refused() -> None:
+    def model() -> nn.Sequential:
+        twice = nn.Linear(WIDTH, WIDTH)
+        return nn.Sequential(twice, nn.Tanh(), twice, nn.Linear(WIDTH, CLASSES))
+
+    assert _refused(model, stages=2, sizes=(2, 2)).startswith("0.weight (stage 0) and 2.weight (stage 1) are the same")
+    assert _resolve(model, stages=2, sizes=(3, 1)).sizes == (3, 1)
+
+
+def test_running_means_shared_across_stages_are_refused() -> None:
+    def model() -> nn.Sequential:
+        norm = nn.BatchNorm1d(WIDTH, affine=False)
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), norm, nn.Linear(WIDTH, WIDTH), norm, nn.Linear(WIDTH, CLASSES))
+
+    assert _refused(model, stages=2, sizes=(3, 2)).startswith("1.running_mean (stage 0) and 3.running_mean (stage 1)")
+
+
+def test_an_automatic_balance_may_not_cut_a_tie_either() -> None:
+    assert "are the same tensor" in _refused(tied_inside, stages=2, balance="layers")
+    assert "are the same tensor" in _refused(tied_inside, stages=2)
+
+
+@pytest.mark.parametrize("sizes", [(5,), (1, 3, 1)], ids=str)
+def test_weights_tied_inside_a_stage_train_as_in_one_process(sizes: tuple[int, ...]) -> None:
+    plan = Plan(mode="naive", stages=len(sizes), sizes=sizes, steps=10)
+    model, optimizer, losses = train_alone(_recipe(tied_inside), plan)
+    mine = run_reference(_recipe(tied_inside), plan)
+    assert_same(mine.state_tensors(), dict(model.state_dict()))
+    assert_same(mine.optimizer_tensors(), optimizer_tensors(model, optimizer))
+    assert mine.losses == losses
+
+
+def test_weights_tied_inside_a_stage_that_stashes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets true, three stages: the middle one runs on copies of its weights. Both uses of the tied one count, in the
+    update and in the relay, and it stays one tensor."""
+    targets: dict[int, Tensor] = {}
+    learn = Stage.learn
+
+    def ones(self: Stage, batch: int) -> Tensor | None:
+        return None if self.last else torch.ones_like(self._kept[batch].h)
+
+    def logged_learn(self: Stage, batch: int, gradient: Tensor) -> Tensor | None:
+        targets[self.index] = gradient.clone()
+        return learn(self, batch, gradient)
+
+    monkeypatch.setattr(Stage, "predict", ones)
+    monkeypatch.setattr(Stage, "learn", logged_learn)
+    recipe, sgd = _recipe(tied_inside), OptimizerPlan(rule="sgd", lr=0.1)
+    mine = run_reference(recipe, Plan(stages=3, sizes=(1, 3, 1), steps=1, optimizer=sgd))
+
+    model = build_model(recipe, seed=0)
+    assert isinstance(model, nn.Sequential)
+    x, labels = _batch(0)
+    below = model[:1](x).detach().requires_grad_()
+    h = model[1:4](below)
+    (update,) = torch.autograd.grad(h.sum(), model[1].weight, retain_graph=True)
+    (true,) = torch.autograd.grad(F.cross_entropy(model[4:](h), labels), below)
+    after = mine.state_tensors()
+    torch.testing.assert_close(after["1.weight"], model[1].weight.detach() - 0.1 * update)
+    torch.testing.assert_close(targets[0], true)
+    middle = mine.stages[1].layers
+    assert middle[0].module.weight is middle[2].module.weight
+    assert torch.equal(after["1.weight"], after["3.weight"])
+
+
+# ---------------------------------------------------------------- layers that would be lost, or that are no chain
+
+
+class Scaled(Chain):
+    """Has a parameter of its own beside its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("offset", torch.zeros(()))
+
+
+class Doubled(Chain):
+    """Does something between its children."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Twice what the chain gives."""
+        return 2 * super().forward(x)
+
+
+class Flattening(nn.Sequential):
+    """The popular short cut: a Sequential with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Twice the inputs first."""
+        result: Tensor = super().forward(2 * x)
+        return result
+
+
+def test_a_parameter_outside_every_layer_would_be_lost() -> None:
+    sentence = "scale, offset belong to no layer and would be lost: move them into one of the layers."
+    assert _refused(Scaled, stages=2) == sentence
+
+
+def test_a_forward_that_is_not_the_chain_is_refused() -> None:
+    assert _refused(Doubled, stages=2) == (
+        "Doubled.forward does not compute the chain of its children (stem, blocks.0, blocks.1, blocks.2, head): "
+        "put everything its forward does into layers, in order."
+    )
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_checked_too() -> None:
+    """It once passed as a plain nn.Sequential, and trained without what its forward adds."""
+
+    def model() -> nn.Sequential:
+        return Flattening(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES))
+
+    assert _refused(model, stages=2).startswith("Flattening.forward does not compute the chain of its children (0, 1)")
+
+
+def test_a_module_that_stands_in_two_places_runs_in_both() -> None:
+    """One nn.ReLU object in two places once lost the second: ``named_children`` gives every object once."""
+    plan = Plan(mode="naive", stages=3, sizes=(2, 2, 2), steps=5)
+    model, _, losses = train_alone(_recipe(sequential), plan)
+    mine = run_reference(_recipe(sequential), plan)
+    assert_same(mine.state_tensors(), dict(model.state_dict()))
+    assert mine.losses == losses
+
+
+class InPlace(nn.Module):
+    """Writes to its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Twice as much."""
+        return x.mul_(2)
+
+
+def test_the_check_leaves_the_users_batch_as_it_is() -> None:
+    """A first layer that works in place once doubled batch 0 before the training had begun."""
+    batches = [_batch(0)]
+    before = batches[0][0].clone()
+    recipe = _recipe(lambda: nn.Sequential(InPlace(), nn.Linear(WIDTH, CLASSES)), batches=batches)
+    resolve(recipe, Plan(stages=2, sizes=(1, 1)))
+    assert torch.equal(batches[0][0], before)
+
+
+def test_a_layer_that_gives_a_tuple_is_refused_by_name() -> None:
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GRU(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES))
+
+    assert _refused(model, stages=2) == "layer 1 gives a tuple: a layer gives one tensor; merge it with the next."
+
+
+def test_a_layer_that_does_not_fit_the_one_before_is_named_with_shapes() -> None:
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(WIDTH, 4), nn.Linear(WIDTH, CLASSES))
+
+    assert _refused(model, stages=2).startswith(
+        "layer 1 cannot take what the layer before it gives, [8, 4] torch.float32: "
+    )
+
+
+# ---------------------------------------------------------------- what can cross a cut
+
+
+def _tokens(index: int) -> Batch:
+    codes = torch.randint(CLASSES, (ROWS, 4), generator=torch.Generator().manual_seed(index))
+    return codes, codes
+
+
+def _reader() -> nn.Sequential:
+    return nn.Sequential(nn.Identity(), nn.Embedding(CLASSES, WIDTH), nn.Linear(WIDTH, CLASSES))
+
+
+def _token_loss(output: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, 1), labels.flatten())
+
+
+def test_no_cut_where_no_gradient_can_cross() -> None:
+    recipe = _recipe(_reader, batches=_tokens, loss=_token_loss)
+    with pytest.raises(PlanError) as caught:
+        resolve(recipe, Plan(stages=2, sizes=(1, 2)))
+    assert str(caught.value) == (
+        "layer 0 gives torch.int64, and no gradient can cross a cut behind it: cut elsewhere (--sizes or --cuts)."
+    )
+    assert len(run_reference(recipe, Plan(stages=2, sizes=(2, 1), steps=3)).losses) == 3

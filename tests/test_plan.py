@@ -1,0 +1,245 @@
+"""A plan says all that is wrong with it, at once, before anything starts; and what it accepts has an effect."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+from torch import nn
+
+from pipeline import ChannelPlan, DNIPlan, OptimizerPlan, Plan, PlanError, nearest
+
+
+def _problems(plan: Plan) -> tuple[str, ...]:
+    with pytest.raises(PlanError) as caught:
+        plan.check()
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return caught.value.problems
+
+
+def _problem(plan: Plan) -> str:
+    (problem,) = _problems(plan)
+    return problem
+
+
+# ---------------------------------------------------------------- unknown names
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        (Plan(mode="unloked"), "unknown mode 'unloked'; did you mean 'unlocked'? Valid: "),
+        (Plan(targets="boostrap"), "unknown targets 'boostrap'; did you mean 'bootstrap'? Valid: "),
+        (Plan(dni=DNIPlan(form="lossmodel")), "unknown DNI form 'lossmodel'; did you mean 'loss_model'? Valid: "),
+        (Plan(optimizer=OptimizerPlan(rule="addam")), "unknown optimizer 'addam'; did you mean 'adam'? Valid: "),
+        (Plan(balance="tyme"), "unknown balance 'tyme'; did you mean 'time'? Valid: "),  # type: ignore[arg-type]
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_unknown_name_is_answered_with_the_nearest_valid_one(plan: Plan, sentence: str) -> None:
+    assert _problem(plan).startswith(sentence)
+
+
+def test_a_name_like_no_other_gets_all_valid_ones() -> None:
+    assert nearest("xyzzy", ("naive", "unlocked"), "mode") == "unknown mode 'xyzzy'; Valid: naive, unlocked."
+
+
+def test_a_name_that_is_no_text_is_unknown_too() -> None:
+    assert _problem(Plan(mode=3)).startswith("unknown mode '3'")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- ranges
+
+
+@pytest.mark.parametrize("bad", [-1, 1.5, math.nan, math.inf, "2"])
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("stages", 1),
+        ("steps", 1),
+        ("true_every", 1),
+        ("evaluate_every", 1),
+        ("threads", 1),
+        ("seed", 0),
+        ("dni.hidden", 1),
+        ("dni.every", 1),
+        ("channel.slots", 1),
+        ("channel.gradient_slots", 1),
+    ],
+)
+def test_counts_are_whole_numbers_and_not_too_small(name: str, least: int, bad: Any) -> None:
+    assert f"{name} is {bad}: it must be a whole number, at least {least}." in _problems(_with(name, bad))
+    assert f"{name} is {least - 1}: it must be a whole number, at least {least}." in _problems(_with(name, least - 1))
+    _with(name, least).check()
+
+
+@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, "much"])
+@pytest.mark.parametrize("name", ["hop_steps", "optimizer.momentum", "optimizer.weight_decay", "dni.beta"])
+def test_what_may_be_zero_may_not_be_less(name: str, bad: Any) -> None:
+    assert f"{name} is {bad}: it must be a number, at least 0." in _problems(_with(name, bad))
+    _with(name, 0).check()
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, "fast"])
+@pytest.mark.parametrize("name", ["optimizer.lr", "dni.lr", "stall_after_s"])
+def test_rates_and_limits_are_positive(name: str, bad: Any) -> None:
+    assert _problem(_with(name, bad)) == f"{name} is {bad}: it must be a positive number."
+
+
+@pytest.mark.parametrize("bad", [0.0, 1.01, -0.5, math.nan, "all"])
+def test_the_share_of_rows_lies_in_0_to_1(bad: Any) -> None:
+    sentence = f"dni.rows is {bad}: give the fraction of the rows to train on, in (0, 1]."
+    assert _problem(_with("dni.rows", bad)) == sentence
+    _with("dni.rows", 1.0).check()
+
+
+@pytest.mark.parametrize("bad", [-0.01, 1.01, math.nan, "half"])
+def test_the_mix_lies_in_0_to_1(bad: Any) -> None:
+    sentence = f"mix is {bad}: it weighs the true gradient and must lie in [0, 1]."
+    assert _problem(Plan(targets="mixed", mix=bad)) == sentence
+    for good in (0.0, 1.0):
+        Plan(targets="mixed", mix=good).check()
+
+
+# ---------------------------------------------------------------- where to split
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        (Plan(stages=3, sizes=(1, 2)), "sizes has 2 numbers for 3 stages: give one number of layers per stage."),
+        (Plan(sizes=(0, 3)), "sizes 0 3: every stage needs at least one layer."),
+        (
+            Plan(stages=3, cuts=("2",)),
+            "1 cuts for 3 stages: give the first layer of each stage but the first.",
+        ),
+        (Plan(sizes=(1, 2), cuts=("2",)), "sizes and cuts both say where to split: give one of them."),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_sizes_and_cuts_agree_with_the_number_of_stages(plan: Plan, sentence: str) -> None:
+    assert _problem(plan) == sentence
+
+
+# ---------------------------------------------------------------- nothing accepted is ignored
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"targets": "mixed"}, {"mix": 0.3}, {"true_every": 2}, {"dni": DNIPlan(lr=1e-2)}, {"deterministic": True}],
+    ids=lambda option: next(iter(option)),
+)
+def test_a_locked_mode_refuses_what_only_unlocking_uses(option: dict[str, Any]) -> None:
+    (name,) = option
+    sentence = f"{name} has no effect with mode naive: leave it out, or choose mode unlocked."
+    assert _problem(Plan(mode="naive", **option)) == sentence
+    Plan(mode="unlocked", **{"targets": "mixed", **option}).check()
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        (
+            Plan(targets="bootstrap", true_every=4),
+            "true_every has no effect with targets bootstrap: leave it out, or choose targets true or mixed.",
+        ),
+        (
+            Plan(targets="true", mix=0.25),
+            "mix has an effect with targets mixed only: leave it out, or choose targets mixed.",
+        ),
+        (
+            Plan(optimizer=OptimizerPlan(rule="adam", momentum=0.9)),
+            "momentum has no effect with adam: leave it out, or choose sgd.",
+        ),
+        (
+            Plan(deterministic=True, channel=ChannelPlan(gradient_slots=3)),
+            "deterministic runs may not drop targets: leave channel.gradient_slots out.",
+        ),
+        (
+            Plan(dni=DNIPlan(form="linear", factory=nn.Identity)),
+            "both a DNI factory and the form linear are given: leave one out.",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_options_that_contradict_each_other_are_refused(plan: Plan, sentence: str) -> None:
+    assert _problem(plan) == sentence
+
+
+def test_all_mistakes_come_at_once() -> None:
+    plan = Plan(mode="unloked", stages=0, optimizer=OptimizerPlan(lr=-1.0), dni=DNIPlan(form="liner", rows=2.0))
+    problems = _problems(plan)
+    assert [problem.split(":")[0].split(";")[0] for problem in problems] == [
+        "unknown mode 'unloked'",
+        "unknown DNI form 'liner'",
+        "stages is 0",
+        "optimizer.lr is -1.0",
+        "dni.rows is 2.0",
+    ]
+
+
+# ---------------------------------------------------------------- a value like any other
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(),
+        Plan(mode="naive", stages=1, steps=3),
+        Plan(targets="mixed", mix=0.9, true_every=2, dni=DNIPlan(form="loss_model", beta=0.0, rows=0.5, every=3)),
+        Plan(optimizer=OptimizerPlan(rule="sgd", momentum=0.9, weight_decay=1e-4), sizes=(1, 3)),
+        Plan(stages=3, cuts=("blocks.1", "head"), dni=DNIPlan(factory=nn.Identity)),
+    ],
+    ids=["default", "locked", "mixed", "sgd", "cuts"],
+)
+def test_a_good_plan_is_returned_and_can_be_written_as_json(plan: Plan) -> None:
+    assert plan.check() is plan
+    values = json.loads(json.dumps(plan.as_dict()))
+    assert values["stages"] == plan.stages
+    assert values["optimizer"]["rule"] == plan.optimizer.rule
+    assert values.keys() == {field.name for field in dataclasses.fields(Plan)}
+
+
+def test_a_factory_is_written_by_its_name() -> None:
+    def my_dni(cut: object, width: int = 3) -> nn.Module:
+        return nn.Identity()
+
+    assert Plan(dni=DNIPlan(factory=my_dni)).as_dict()["dni"]["factory"].endswith("my_dni")
+    assert "my_dni" in Plan(dni=DNIPlan(factory=partial(my_dni, width=4))).as_dict()["dni"]["factory"]
+
+
+@pytest.mark.parametrize("kind", [Plan, OptimizerPlan, DNIPlan, ChannelPlan])
+def test_plans_are_frozen_keyword_only_and_comparable(kind: Any) -> None:
+    plan = kind()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(plan, dataclasses.fields(kind)[0].name, 3)
+    with pytest.raises(TypeError):
+        kind(3)
+    assert plan == kind()
+    assert hash(plan) == hash(kind())
+
+
+@pytest.mark.parametrize(
+    ("plan", "slots"),
+    [
+        (Plan(stages=4), [17, 12, 7]),  # 5 batches in each of the stages above, and the END, and the one in hand
+        (Plan(stages=4, targets="bootstrap"), [7, 7, 7]),
+        (Plan(stages=3, channel=ChannelPlan(slots=1)), [6, 4]),
+        (Plan(stages=3, channel=ChannelPlan(gradient_slots=1)), [1, 1]),
+    ],
+    ids=["true", "bootstrap", "one slot", "given"],
+)
+def test_by_default_every_gradient_under_way_finds_a_slot(plan: Plan, slots: list[int]) -> None:
+    assert [plan.gradient_slots_at(cut) for cut in range(plan.stages - 1)] == slots
+
+
+def _with(name: str, value: Any) -> Plan:
+    """The default plan with one option changed; ``a.b`` reaches into a part of it."""
+    part, _, option = name.rpartition(".")
+    if not part:
+        return dataclasses.replace(Plan(), **{option: value})
+    return dataclasses.replace(Plan(), **{part: dataclasses.replace(getattr(Plan(), part), **{option: value})})
