@@ -39,7 +39,8 @@ def inputs(recipe: Recipe, plan: Plan, steps: int) -> Iterator[Message]:
             batch = recipe.batch(step)
         first = first or batch
         same_shape(step, batch, first)
-        yield Message(Kind.ACTIVATION, step, SOURCE, batch)
+        for index, part in enumerate(_cut(batch, plan.microbatches)):
+            yield Message(Kind.ACTIVATION, step, SOURCE, part, microbatch=index)
         if step + 1 in passes and recipe.evaluation is not None:
             for index, held_out in enumerate(recipe.evaluation()):
                 yield Message(Kind.EVALUATION, index, SOURCE, tuple(held_out))
@@ -52,8 +53,13 @@ def phantom_inputs(plan: Plan, steps: int, held_out_batches: int) -> Iterator[Me
     passes = evaluation_steps(plan, steps) if held_out_batches else set()
     nothing = (torch.empty(0), torch.empty(0))
     for step in range(steps):
-        yield Message(Kind.ACTIVATION, step, SOURCE, nothing)
+        for index in range(plan.microbatches):
+            yield Message(Kind.ACTIVATION, step, SOURCE, nothing, microbatch=index)
         if step + 1 in passes:
             yield from (Message(Kind.EVALUATION, index, SOURCE, nothing) for index in range(held_out_batches))
             yield Message(Kind.REPORT, step + 1, SOURCE)
     yield Message(Kind.END, steps, SOURCE)
+
+
+def _cut(batch: Batch, parts: int) -> Iterator[Batch]:
+    return zip(batch[0].chunk(parts), batch[1].chunk(parts), strict=True)

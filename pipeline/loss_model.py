@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.cut import Cut
 from pipeline.dni_forms import Form
 
-__all__ = ["LossModel"]
+__all__ = ["LossModel", "head_for"]
 
 _POOLED = 4
 """An image-shaped activation is pooled to 4 x 4 before a head with a flat output."""
@@ -43,7 +43,7 @@ class LossModel(Form):
         super().__init__()
         self.loss, self.beta = cut.loss, beta
         self.batch_size = cut.activation_shape[0]
-        self.head = _head(cut, hidden)
+        self.head = head_for(cut, hidden)
 
     def predict(
         self,
@@ -79,7 +79,7 @@ class LossModel(Form):
         return loss, gradient * (len(h) / self.batch_size)
 
 
-def _head(cut: Cut, hidden: int) -> nn.Module:
+def head_for(cut: Cut, hidden: int) -> nn.Module:
     """C: position by position where the output has the positions of h, else from whole samples."""
     shape, output = cut.activation_shape, cut.output_shape
     if len(shape) == len(output) == 4:

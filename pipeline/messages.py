@@ -1,6 +1,6 @@
 """What travels between stages: a typed record followed by raw tensor bytes. No pickle.
 
-    | header: kind generation stage batch count | per tensor: dtype ndim dims | pad | bytes | pad | bytes |
+    | header: kind count stage generation batch microbatch | per tensor: dtype ndim dims | pad | bytes | pad | bytes |
                                                                               ^ every tensor starts on 64 bytes
 
 An activation carries (h, y): the output of the stage below and the labels. A gradient carries (g,).
@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["Kind", "Layout", "Message", "decode", "layout_of", "write_into"]
 
 ALIGNMENT_BYTES = 64
-_HEADER = struct.Struct("<BBHIq")  # kind, number of tensors, stage, generation, batch id
+_HEADER = struct.Struct("<BBHIqH")  # kind, number of tensors, stage, generation, batch id, microbatch
 _TENSOR = struct.Struct("<BB")  # dtype code, number of dimensions
 _DIMENSION = struct.Struct("<q")
 
@@ -57,6 +57,7 @@ class Message:
         stage: index of the sender.
         tensors: payload, CPU, any shapes; (h, y) or (g,) or nothing.
         generation: counts restarts, so that a message from before a restart is recognised.
+        microbatch: which part of the batch, in modes that cut batches.
     """
 
     kind: Kind
@@ -64,6 +65,7 @@ class Message:
     stage: int
     tensors: tuple[Tensor, ...] = ()
     generation: int = 0
+    microbatch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ def layout_of(message: Message) -> Layout:
     Raises:
         TypeError: a tensor's dtype is not one that travels.
     """
-    parts = [_HEADER.pack(message.kind, len(message.tensors), message.stage, message.generation, message.batch)]
+    m = message
+    parts = [_HEADER.pack(m.kind, len(m.tensors), m.stage, m.generation, m.batch, m.microbatch)]
     for tensor in message.tensors:
         code = _CODE.get(tensor.dtype)
         if code is None:
@@ -118,7 +121,7 @@ def decode(buffer: memoryview) -> Message:
         ValueError: the bytes are no message of ours, or are cut short.
     """
     try:
-        kind, count, stage, generation, batch = _HEADER.unpack_from(buffer, 0)
+        kind, count, stage, generation, batch, microbatch = _HEADER.unpack_from(buffer, 0)
         position, specs = _HEADER.size, []
         for _ in range(count):
             code, num_dims = _TENSOR.unpack_from(buffer, position)
@@ -131,7 +134,7 @@ def decode(buffer: memoryview) -> Message:
             start = _aligned(end)
             tensors.append(_view(buffer, start, dtype, shape))
             end = start + tensors[-1].numel() * dtype.itemsize
-        return Message(Kind(kind), batch, stage, tuple(tensors), generation)
+        return Message(Kind(kind), batch, stage, tuple(tensors), generation, microbatch)
     except (struct.error, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"not a message, or cut short ({len(buffer)} bytes): {error}") from error
 

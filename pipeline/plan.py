@@ -12,10 +12,10 @@ from typing import Any, Literal
 from torch import nn
 
 from pipeline.errors import PlanError, nearest
+from pipeline.modes import MODES
 
-__all__ = ["DNI_FORMS", "MODES", "OPTIMIZERS", "TARGETS", "ChannelPlan", "DNIPlan", "OptimizerPlan", "Plan"]
+__all__ = ["DNI_FORMS", "OPTIMIZERS", "TARGETS", "ChannelPlan", "DNIPlan", "OptimizerPlan", "Plan"]
 
-MODES = ("naive", "unlocked")
 TARGETS = ("bootstrap", "true", "mixed")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 DNI_FORMS = ("auto", "linear", "mlp", "conv", "label_residual", "loss_model")
@@ -75,7 +75,9 @@ class Plan:
     stages: int = 2
     """Number of stages, one worker process each."""
     mode: str = "unlocked"
-    """Who may update when: naive (locked, exact) or unlocked (from synthetic gradients)."""
+    """Who may update when: naive, gpipe, 1f1b (locked, exact), async-1f1b, local, or unlocked."""
+    microbatches: int = 1
+    """Modes gpipe and 1f1b: into how many microbatches a batch is cut."""
     steps: int | None = None
     """Training batches; None: what the recipe suggests."""
     seed: int = 0
@@ -123,7 +125,7 @@ class Plan:
     @property
     def unlocked(self) -> bool:
         """Whether stages update from synthetic gradients."""
-        return self.mode == "unlocked"
+        return MODES[self.mode].gradient == "synthetic"
 
     def gradient_slots_at(self, cut: int) -> int:
         """Slots of the gradient channel of a cut: as planned, or enough for every batch whose gradient is under way.
@@ -134,7 +136,7 @@ class Plan:
         if self.channel.gradient_slots is not None:
             return self.channel.gradient_slots
         stages_above = 1 if self.targets == "bootstrap" else self.stages - 1 - cut
-        return stages_above * (self.channel.slots + 1) + 2
+        return max(stages_above * (self.channel.slots + 1), self.microbatches) + 2
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values; a factory appears by its name."""
@@ -173,6 +175,7 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
 def _out_of_range(plan: Plan) -> Iterator[str]:
     for name, value, least in (
         ("stages", plan.stages, 1),
+        ("microbatches", plan.microbatches, 1),
         ("steps", plan.steps, 1),
         ("true_every", plan.true_every, 1),
         ("evaluate_every", plan.evaluate_every, 1),
@@ -213,13 +216,16 @@ def _is_number(value: object) -> bool:
 def _without_effect(plan: Plan) -> Iterator[str]:
     """Nothing that is accepted is ignored."""
     defaults = Plan()
-    if plan.mode in MODES and not plan.unlocked:
-        for name in ("targets", "mix", "true_every", "dni", "deterministic"):
+    mode = MODES.get(plan.mode)
+    if mode is not None and not mode.cuts_batches and plan.microbatches != 1:
+        yield f"microbatches has no effect with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b."
+    if mode is not None and mode.gradient != "synthetic":
+        for name in ("targets", "mix", "true_every", "deterministic", *(["dni"] if mode.gradient == "true" else [])):
             if getattr(plan, name) != getattr(defaults, name):
                 yield f"{name} has no effect with mode {plan.mode}: leave it out, or choose mode unlocked."
     elif plan.targets == "bootstrap" and plan.true_every != 1:
         yield "true_every has no effect with targets bootstrap: leave it out, or choose targets true or mixed."
-    if plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
+    if mode is not None and plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
         yield "mix has an effect with targets mixed only: leave it out, or choose targets mixed."
     if plan.optimizer.momentum and plan.optimizer.rule != "sgd":
         yield f"momentum has no effect with {plan.optimizer.rule}: leave it out, or choose sgd."

@@ -1,12 +1,23 @@
 """What next? A policy is a pure function from what lies in a stage's queues to the stage's next action.
 
-time ->            F = forward, B = backward and step, U = update from the synthetic gradient, L = learn
-naive              k=0  F0 .  .  .  B0 F1 .  .  .  B1
-                   k=1  .  F0 .  B0 .  .  F1 .  B1
-                   k=2  .  .  F0B0  .  .  .  F1B1
-unlocked           k=0  F0U0 F1U1 L0 F2U2 L1 F3U3 ...       nobody waits for a gradient
-                   k=1  .    F0U0 F1U1 L0 F2U2 L1 ...
-                   k=2  .    .    F0U0 F1U1 F2U2 ...        the last stage has the loss
+Locked: a stage steps only after the true gradients of the whole batch came back.
+
+    time ->     F = forward, B = backward (and step after the batch's last one), k = stage, one tick each
+    naive       k=0  F0 .  .  .  .  B0 F1             one batch in the whole pipeline
+                k=1  .  F0 .  .  B0 .  .  F1
+                k=2  .  .  F0 B0 .  .  .  .  F1
+    gpipe       k=0  F0 F1 F2 F3 .  .  B0 B1 B2 B3    one batch in four microbatches: all forward, all backward
+                k=1  .  F0 F1 F2 F3 B0 B1 B2 B3
+    1f1b        k=0  F0 F1 .  B0 F2 B1 F3 B2 .  B3    no more than K - k microbatches open, so less is kept
+                k=1  .  F0 B0 F1 B1 F2 B2 F3 B3
+
+Not locked: a stage steps as soon as it can, batch after batch.
+
+    async-1f1b  k=0  F0 F1 .  B0 F2 B1 F3 B2 F4 B3    whole batches; the step of b lands after the forwards of b + 1 ...
+                k=1  .  F0 B0 F1 B1 F2 B2 F3 B3 F4
+    unlocked    k=0  F0 U0 F1 U1 L0 F2 U2 L1 F3 U3    U = update from the synthetic gradient, L = learn
+                k=1  .  F0 U0 F1 U1 F2 U2 F3 U3       the last stage has the loss
+    local       the same without L: no gradient crosses a cut
 """
 
 from __future__ import annotations
@@ -15,59 +26,95 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Action", "Policy", "View", "naive", "policy_for", "scripted", "unlocked"]
+__all__ = ["Action", "Policy", "View", "async_1f1b", "gpipe", "naive", "one_f_one_b", "scripted", "unlocked"]
 
 
 class Action(enum.Enum):
     """What a stage can do."""
 
     FORWARD = "F"  # take what is next from below, compute, send it on
-    BACKWARD = "B"  # take the true gradient of the oldest open batch (the last stage: the loss), backpropagate, step
-    UPDATE = "U"  # update from the synthetic gradient of the oldest open batch (the last stage: from the loss)
+    BACKWARD = "B"  # backpropagate the true gradient (the last stage: the loss) of the oldest open microbatch
+    UPDATE = "U"  # backpropagate the synthetic gradient (the last stage: the loss) of the oldest open batch, step
     LEARN = "L"  # take a true gradient: train the DNI, relay
     WAIT = "."  # until something changes
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All a policy may know.
+    """All a policy may know. Whole batches count as one microbatch each in modes that do not cut them.
 
     Attributes:
-        last: whether this stage has the loss.
-        forwarded: training batches whose forward is done.
-        updated: training batches whose update is done.
+        stages_above: stages between this one and the loss; 0 for the last stage.
+        microbatches: microbatches per batch.
+        forwarded: microbatches whose forward is done.
+        backwarded: microbatches whose backward (or update) is done.
         activation: something waits to be taken from below (stage 0: from the loader).
         gradient: a gradient waits to be taken from above.
         room: a send to the stage above would not block.
+        ended: nothing more will come from below.
         actions: actions taken so far.
     """
 
-    last: bool = False
+    stages_above: int = 1
+    microbatches: int = 1
     forwarded: int = 0
-    updated: int = 0
+    backwarded: int = 0
     activation: bool = False
     gradient: bool = False
     room: bool = True
+    ended: bool = False
     actions: int = 0
+
+    @property
+    def open(self) -> int:
+        """Microbatches between their forward and their backward."""
+        return self.forwarded - self.backwarded
+
+    @property
+    def forward_if_possible(self) -> Action:
+        """Forward, or wait until that is possible."""
+        return Action.FORWARD if self.activation and self.room else Action.WAIT
+
+    @property
+    def backward_if_possible(self) -> Action:
+        """Backward, or wait for the gradient; the last stage has the loss."""
+        return Action.BACKWARD if self.gradient or not self.stages_above else Action.WAIT
 
 
 Policy = Callable[[View], Action]
 
 
 def naive(view: View) -> Action:
-    """Locked, one batch at a time: forward through all stages, then backward through all stages."""
-    if view.updated < view.forwarded:
-        return Action.BACKWARD if view.last or view.gradient else Action.WAIT
-    return Action.FORWARD if view.activation and view.room else Action.WAIT
+    """Locked, one batch in the whole pipeline."""
+    return view.backward_if_possible if view.open else view.forward_if_possible
+
+
+def gpipe(view: View) -> Action:
+    """Locked: all microbatches of a batch forward, then all backward (Huang et al. 2019, GPipe, section 2.3)."""
+    batches = view.backwarded // view.microbatches
+    all_forwarded = view.forwarded == (batches + 1) * view.microbatches
+    return view.backward_if_possible if all_forwarded else view.forward_if_possible
+
+
+def one_f_one_b(view: View) -> Action:
+    """Locked: at most K - k open microbatches (PipeDream-flush; Narayanan et al. 2021, section 2.2)."""
+    batches = view.backwarded // view.microbatches
+    all_forwarded = view.forwarded == (batches + 1) * view.microbatches
+    full = view.open > view.stages_above
+    return view.backward_if_possible if all_forwarded or full else view.forward_if_possible
+
+
+def async_1f1b(view: View) -> Action:
+    """Not locked: at most K - k open batches, no flush between them (Narayanan et al. 2019, PipeDream, section 3)."""
+    full = view.open > view.stages_above
+    return view.backward_if_possible if full or (view.ended and view.open) else view.forward_if_possible
 
 
 def unlocked(view: View) -> Action:
     """Update at once; learn from a true gradient as soon as there is one; otherwise take the next batch."""
-    if view.updated < view.forwarded:
+    if view.open:
         return Action.UPDATE
-    if view.gradient:
-        return Action.LEARN
-    return Action.FORWARD if view.activation and view.room else Action.WAIT
+    return Action.LEARN if view.gradient else view.forward_if_possible
 
 
 def scripted(order: Sequence[Action]) -> Policy:
@@ -82,19 +129,11 @@ def scripted(order: Sequence[Action]) -> Policy:
             return Action.WAIT
         action = order[view.actions]
         ready = {
-            Action.FORWARD: view.activation and view.room,
-            Action.BACKWARD: view.last or view.gradient,
-            Action.UPDATE: view.updated < view.forwarded,
+            Action.FORWARD: view.forward_if_possible is Action.FORWARD,
+            Action.BACKWARD: view.backward_if_possible is Action.BACKWARD,
+            Action.UPDATE: view.open > 0,
             Action.LEARN: view.gradient,
         }
         return action if ready[action] else Action.WAIT
 
     return policy
-
-
-POLICIES: dict[str, Policy] = {"naive": naive, "unlocked": unlocked}
-
-
-def policy_for(mode: str) -> Policy:
-    """The policy of a mode of the plan."""
-    return POLICIES[mode]

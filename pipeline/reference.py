@@ -17,8 +17,9 @@ from torch import Tensor
 
 from pipeline.loader import inputs, phantom_inputs
 from pipeline.messages import Message
+from pipeline.modes import MODES
 from pipeline.plan import Plan
-from pipeline.policies import Action, policy_for
+from pipeline.policies import Action
 from pipeline.recipe import Recipe
 from pipeline.resolve import Resolved, resolve, stage_layers
 from pipeline.runner import Runner, StageLike
@@ -216,7 +217,9 @@ def _connect(
     return [
         Runner(
             stage=stage,
-            policy=policy_for(plan.mode),
+            policy=MODES[plan.mode].policy,
+            stages=plan.stages,
+            microbatches=plan.microbatches,
             below=_Source(source) if k == 0 else downs[k - 1],
             above=None if stage.last else ups[k],
             down=None if stage.last else downs[k],
@@ -235,15 +238,16 @@ class _Phantom:
         self._flow = Flow(plan, index)
         self.index, self.last, self.scores = index, self._flow.last, Scores()
 
-    def forward(self, batch: int, x: Any = None, labels: Any = None) -> Tensor:
+    def forward(self, batch: int, x: Any, labels: Any, microbatch: int = 0) -> Tensor:
         return self._EMPTY
 
-    evaluate = forward
+    def evaluate(self, batch: int, x: Any, labels: Any) -> Tensor:
+        return self._EMPTY
 
     def predict(self, batch: int) -> Tensor | None:
         return None
 
-    def backward(self, batch: int, gradient: Tensor | None) -> Tensor | None:
+    def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
         return self._EMPTY if self._flow.at_update(batch) else None
 
     def step(self, batch: int) -> None: ...

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.cut import Cut
 from pipeline.dni import describe_form
 from pipeline.errors import PlanError
+from pipeline.modes import MODES
 from pipeline.partition import Layer, balanced_sizes, check_partition, chosen_sizes, layers_of, split
 from pipeline.plan import Plan
 from pipeline.recipe import Batch, Recipe, build_model, check_batches
@@ -82,6 +83,10 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None) -> Resol
         raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
     steps = plan.steps or recipe.steps
     inputs, labels = check_batches(recipe, plan)
+    if len(inputs) % plan.microbatches:
+        raise PlanError(
+            f"{plan.microbatches} microbatches for batches of {len(inputs)} rows: give a number that divides the rows."
+        )
     model = build_model(recipe, plan.seed)
     layers = layers_of(model)
     sizes = chosen_sizes(layers, plan)
@@ -99,6 +104,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None) -> Resol
     _check_cuts(layers, ends, outputs)
     cuts = tuple(_cut(k, outputs[end - 1], labels, outputs[-1], recipe) for k, end in enumerate(ends))
     reasons = [("split", " | ".join(map(str, sizes)), why)]
+    reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
     if plan.unlocked and cuts:
         form, reason = describe_form(cuts[0], plan.dni)
         reasons.append(("DNI", form, reason))

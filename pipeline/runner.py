@@ -49,9 +49,9 @@ class StageLike(Protocol):
     last: bool
     scores: Scores
 
-    def forward(self, batch: int, x: Tensor, labels: Tensor) -> Tensor: ...
+    def forward(self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0) -> Tensor: ...
     def predict(self, batch: int) -> Tensor | None: ...
-    def backward(self, batch: int, gradient: Tensor | None) -> Tensor | None: ...
+    def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None: ...
     def step(self, batch: int) -> None: ...
     def learn(self, batch: int, gradient: Tensor) -> Tensor | None: ...
     def evaluate(self, batch: int, x: Tensor, labels: Tensor) -> Tensor: ...
@@ -72,7 +72,10 @@ class Runner:
         record: told what the worker turns to.
         on_loss: last stage: called with (batch, training loss).
         on_scores: last stage: called with (number of updates, scores of a pass over the held-out batches).
-        forwarded, updated, learned: counts of training batches.
+        stages: number of stages of the pipeline.
+        microbatches: microbatches per batch.
+        forwarded, backwarded: counts of training microbatches.
+        updated, learned: counts of training batches.
         dropped: targets that were dropped because a gradient channel shallower than the batches in flight was full.
         done: nothing is left to do.
     """
@@ -86,7 +89,10 @@ class Runner:
     record: Recorder = silent
     on_loss: Callable[[int, float], None] = field(default=lambda batch, loss: None)
     on_scores: Callable[[int, Scores], None] = field(default=lambda updates, scores: None)
+    stages: int = 1
+    microbatches: int = 1
     forwarded: int = 0
+    backwarded: int = 0
     updated: int = 0
     learned: int = 0
     dropped: int = 0
@@ -114,12 +120,14 @@ class Runner:
     def view(self) -> View:
         """What the policy may know."""
         return View(
-            last=self.stage.last,
+            stages_above=self.stages - 1 - self.stage.index,
+            microbatches=self.microbatches,
             forwarded=self.forwarded,
-            updated=self.updated,
+            backwarded=self.backwarded,
             activation=self._activation is not None,
             gradient=self._gradient is not None,
             room=self.down is None or self.down.room(),
+            ended=self._ended_below,
             actions=self.actions,
         )
 
@@ -135,7 +143,7 @@ class Runner:
         elif action is Action.UPDATE:
             self._update(self.stage.predict(self.updated))
         elif action is Action.BACKWARD:
-            self._update(None if self.stage.last else self._taken_gradient(self.updated).tensors[0])
+            self._update(None if self.stage.last else self._taken_gradient(self.backwarded).tensors[0])
         elif action is Action.LEARN:
             self._learn()
         self.record(Span.OTHER, -1)
@@ -147,10 +155,10 @@ class Runner:
         assert message is not None, "the policy took an activation that is not there"
         kind, batch = message.kind, message.batch
         if kind is Kind.ACTIVATION:
-            if batch != self.forwarded:
-                raise self._wrong_turn("activation", self.forwarded, message)
-            h = self.stage.forward(batch, *message.tensors)
-            self._send_down(Message(kind, batch, self.stage.index, (h, message.tensors[1])))
+            part = self._in_turn("activation", self.forwarded, message)
+            x, labels = message.tensors
+            h = self.stage.forward(batch, x, labels, microbatch=part)
+            self._send_down(Message(kind, batch, self.stage.index, (h, labels), microbatch=part))
             self.forwarded += 1
         elif kind is Kind.EVALUATION:
             h = self.stage.evaluate(batch, *message.tensors)
@@ -167,11 +175,14 @@ class Runner:
                 self._end(message)
 
     def _update(self, gradient: Tensor | None) -> None:
-        """Backpropagate, send up what is to be sent before stepping, step."""
-        batch = self.updated
-        below = self.stage.backward(batch, gradient)
+        """Backpropagate the next microbatch, send up what is to be sent; step after the last one of its batch."""
+        batch, part = divmod(self.backwarded, self.microbatches)
+        below = self.stage.backward(batch, gradient, microbatch=part)
+        self.backwarded += 1
         if below is not None:
-            self._send_up(Message(Kind.GRADIENT, batch, self.stage.index, (below,)))
+            self._send_up(Message(Kind.GRADIENT, batch, self.stage.index, (below,), microbatch=part))
+        if part < self.microbatches - 1:
+            return
         self.stage.step(batch)
         self.updated += 1
         if self.stage.last:
@@ -187,16 +198,21 @@ class Runner:
     def _taken_gradient(self, expected: int | None) -> Message:
         message, self._gradient = self._gradient, None
         assert message is not None, "the policy took a gradient that is not there"
-        if expected is not None and message.batch != expected:
-            raise self._wrong_turn("gradient", expected, message)
+        if expected is not None:
+            self._in_turn("gradient", expected, message)
         return message
 
-    def _wrong_turn(self, what: str, expected: int, message: Message) -> StageError:
-        return StageError(
-            f"expected the {what} of batch {expected}, got that of batch {message.batch} from stage {message.stage}",
-            stage=self.stage.index,
-            batch=expected,
-        )
+    def _in_turn(self, what: str, expected: int, message: Message) -> int:
+        """The microbatch of a message, which must be number ``expected`` of all."""
+        batch, part = divmod(expected, self.microbatches)
+        if (message.batch, message.microbatch) != (batch, part):
+            raise StageError(
+                f"expected the {what} of batch {batch}.{part}, got that of batch {message.batch}.{message.microbatch} "
+                f"from stage {message.stage}",
+                stage=self.stage.index,
+                batch=batch,
+            )
+        return part
 
     def _end(self, message: Message) -> None:
         """The END came back from above (or reached the last stage): echo it up; this stage is done."""

@@ -26,6 +26,7 @@ from torch.func import functional_call
 from pipeline.cut import Cut
 from pipeline.dni import DNI, build_dni
 from pipeline.errors import StageError
+from pipeline.local_loss import LocalLoss
 from pipeline.optimizers import build_optimizer
 from pipeline.partition import Layer
 from pipeline.plan import Plan
@@ -96,6 +97,7 @@ class Stage:
     cut: Cut | None = None
     record: Recorder = silent
     dni: DNI | None = field(init=False, default=None)
+    local: LocalLoss | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._flow = Flow(self.plan, self.index)
@@ -103,23 +105,26 @@ class Stage:
         self._modules = nn.ModuleList(layer.module for layer in self.layers)
         self._parameters = [p for p in self._modules.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.plan.optimizer, self._parameters)
-        if self.cut is not None and self.plan.unlocked and not self.last:
+        if self.cut is not None and self._flow.mode.gradient == "synthetic":
             self.dni = build_dni(self.cut, self.plan.dni, self.plan.seed)
+        if self.cut is not None and self._flow.mode.gradient == "local":
+            self.local = LocalLoss(self.cut, self.plan.dni, self.plan.seed)
         self._modules.train()
         first = self.layers[0].module
         self._writes_to_input = any(getattr(module, "inplace", False) for module in first.modules())
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[tuple[int, int], _Kept] = {}
         self.scores = Scores()
 
     # ------------------------------------------------------------------ one training batch
 
-    def forward(self, batch: int, x: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0) -> Tensor:
         """Compute the stage's output for a training batch and keep what the backward pass needs.
 
         Args:
             batch: batch id; with the seed and the layer it fixes every random number.
             x: [rows, ...] output of the stage below, or the inputs.
             labels: [rows, ...].
+            microbatch: which part of the batch.
 
         Returns:
             [rows, ...] the output, detached.
@@ -132,34 +137,36 @@ class Stage:
         x = x.detach()
         if self.index > 0 and x.is_floating_point():
             x.requires_grad_()
-        stash = self._flow.relays(batch)
-        h, leaves = self._run(batch, x, stash)
-        self._kept[batch] = _Kept(x, h, labels, leaves)
+        stash = self._flow.stashes(batch)
+        h, leaves = self._run(batch * self.plan.microbatches + microbatch, x, stash)
+        self._kept[batch, microbatch] = _Kept(x, h, labels, leaves)
         return h.detach()
 
     def predict(self, batch: int) -> Tensor | None:
-        """The synthetic gradient of the batch; None in the last stage, which has the loss."""
+        """The synthetic (or local) gradient of the batch; None in the last stage, which has the loss."""
         if self.last:
             return None
-        assert self.dni is not None, "an unlocked stage below another has a DNI"
         self.record(Span.DNI, batch)
-        kept = self._kept[batch]
-        kept.synthetic = self.dni.predict(kept.h.detach(), kept.labels)
+        kept, source = self._kept[batch, 0], self.dni or self.local
+        assert source is not None, "a stage that updates at once has something to update from"
+        kept.synthetic = source.predict(kept.h.detach(), kept.labels)
         return kept.synthetic
 
-    def backward(self, batch: int, gradient: Tensor | None) -> Tensor | None:
-        """Backpropagate ``gradient`` (None: the loss) through the stage into its parameters' ``.grad``.
+    def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
+        """Backpropagate ``gradient`` (None: the loss) through the stage; add to its parameters' ``.grad``.
+
+        The loss of one of n microbatches counts 1/n, so that the parts add up to the mean over the batch.
 
         Returns:
             What the stage below is to get now, shaped like its output: dL/dx, or None when nothing is sent at this
             point (first stage; targets ``true`` and ``mixed`` below the last stage; not one of ``true_every``).
         """
         self.record(Span.BACKWARD, batch)
-        kept = self._kept[batch]
+        kept = self._kept[batch, microbatch]
         try:
             output = kept.h
             if self.last:
-                output = self.recipe.loss(kept.h, kept.labels)
+                output = self.recipe.loss(kept.h, kept.labels) / self.plan.microbatches
                 kept.loss = float(output.detach())
                 if not math.isfinite(kept.loss):
                     raise FloatingPointError(
@@ -176,8 +183,8 @@ class Stage:
         except Exception as error:
             raise self._error(error, None, batch) from error
         for parameter, grad in zip(self._parameters, found, strict=False):
-            parameter.grad = grad
-        self._keep_for_target(batch, kept, relays_later)
+            parameter.grad = grad if parameter.grad is None or grad is None else parameter.grad.add_(grad)
+        self._keep_for_target(batch, microbatch, relays_later)
         if not sends_now:
             return None
         return found[-1] if found[-1] is not None else torch.zeros_like(kept.x)
@@ -202,9 +209,9 @@ class Stage:
         """
         assert self.dni is not None, "a gradient came to a stage without a DNI"
         self.record(Span.DNI_TRAIN, batch)
-        for older in [b for b in self._kept if b < batch]:
+        for older in [key for key in self._kept if key[0] < batch]:
             del self._kept[older]
-        kept = self._kept.pop(batch)
+        kept = self._kept.pop((batch, 0))
         try:
             self.dni.learn(kept.h.detach(), kept.labels, gradient, batch)
         except Exception as error:
@@ -220,7 +227,7 @@ class Stage:
 
     def loss_of(self, batch: int) -> float:
         """The training loss of a batch whose backward is done, once; last stage only."""
-        return self._kept.pop(batch).loss
+        return sum(self._kept.pop((batch, part)).loss for part in range(self.plan.microbatches))
 
     # ------------------------------------------------------------------ held-out batches
 
@@ -291,13 +298,14 @@ class Stage:
         copies.update((id(b), b.clone()) for b in self._modules.buffers())
         return copies
 
-    def _keep_for_target(self, batch: int, kept: _Kept, relays_later: bool) -> None:
+    def _keep_for_target(self, batch: int, microbatch: int, relays_later: bool) -> None:
         """Keep of a batch only what is still needed: the loss, h and the labels, the graph too, or nothing."""
         if self.last:
             return
         if not self._flow.wants_target(batch):
-            del self._kept[batch]
+            del self._kept[batch, microbatch]
         elif not relays_later:
+            kept = self._kept[batch, microbatch]
             kept.h, kept.x, kept.leaves, kept.synthetic = kept.h.detach(), kept.h.detach(), [], None
 
     def _error(self, error: Exception, layer: str | None, batch: int) -> StageError:

@@ -5,13 +5,15 @@
     true        J^T g when g comes           of one batch in `true_every`
     mixed       J^T (lambda g + (1-lambda) s) when g comes
 
-The last stage has the true gradient at its update; in locked modes every stage has.
+The last stage has the true gradient at its update; in modes that work with true gradients every stage has. In the mode
+`local` nothing flows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.modes import MODES, Mode
 from pipeline.plan import Plan
 
 __all__ = ["Flow"]
@@ -34,6 +36,11 @@ class Flow:
         """Whether this stage has the loss."""
         return self.index == self.plan.stages - 1
 
+    @property
+    def mode(self) -> Mode:
+        """The plan's mode."""
+        return MODES[self.plan.mode]
+
     def wants_target(self, batch: int) -> bool:
         """Whether a target for this stage's own DNI will come for this batch."""
         return self.plan.unlocked and not self.last and self._flows(batch)
@@ -42,14 +49,18 @@ class Flow:
         """Whether the input gradient found at the update of this batch is sent down there and then."""
         if self.index == 0:
             return False
-        if not self.plan.unlocked:
-            return True
+        if self.mode.gradient != "synthetic":
+            return self.mode.gradient == "true"
         return self._flows(batch) and (self.last or self.plan.targets == "bootstrap")
 
     def relays(self, batch: int) -> bool:
         """Whether the true gradient of this batch will be taken through this stage after its update."""
         between = self.index > 0 and not self.last
         return between and self.plan.unlocked and self.plan.targets != "bootstrap" and self._flows(batch)
+
+    def stashes(self, batch: int) -> bool:
+        """Whether the weights will change between the forward of this batch and the last backward through it."""
+        return self.relays(batch) or (self.mode.stashes and not self.last)
 
     def _flows(self, batch: int) -> bool:
         return batch % self.plan.true_every == 0

@@ -29,10 +29,10 @@ def nothing_left_behind() -> Iterator[None]:
     assert not left_in_shared_memory(), f"shared memory left behind: {left_in_shared_memory()}"
 
 
-def left_in_shared_memory() -> list[str]:
-    """Names of ours in shared memory."""
+def left_in_shared_memory(pid: int | None = None) -> list[str]:
+    """Names in shared memory that belong to runs of this process, or of process ``pid``."""
     folder = Path("/dev/shm")
-    return sorted(e.name for e in folder.iterdir() if "fw-" in e.name) if folder.is_dir() else []
+    return sorted(e.name for e in folder.iterdir() if f"fw-{pid or os.getpid()}-" in e.name) if folder.is_dir() else []
 
 
 def _is_server(process: psutil.Process) -> bool:

@@ -11,22 +11,25 @@ from pipeline.seeding import seed_layer
 
 
 def train_alone(recipe: Recipe, plan: Plan) -> tuple[nn.Sequential, torch.optim.Optimizer, list[float]]:
-    """A plain loop over the unsplit ``nn.Sequential``; dropout is seeded per layer and batch as in a stage."""
+    """A plain loop over the unsplit ``nn.Sequential``; dropout is seeded per layer and (micro)batch as in a stage."""
     torch.manual_seed(0)
     model = build_model(recipe, plan.seed)
     assert isinstance(model, nn.Sequential)
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.optimizer.lr, fused=True)
-    losses = []
+    losses, parts = [], plan.microbatches
     for step in range(plan.steps or 0):
-        x, labels = recipe.batch(step)
-        for index, layer in enumerate(model):
-            seed_layer(plan.seed, index, step)
-            x = layer(x)
-        loss = recipe.loss(x, labels)
+        inputs, labels = recipe.batch(step)
         optimizer.zero_grad()
-        loss.backward()
+        total = 0.0
+        for part, (x, y) in enumerate(zip(inputs.chunk(parts), labels.chunk(parts), strict=True)):
+            for index, layer in enumerate(model):
+                seed_layer(plan.seed, index, step * parts + part)
+                x = layer(x)
+            loss = recipe.loss(x, y) / parts
+            loss.backward()
+            total += loss.item()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(total)
     return model, optimizer, losses
 
 

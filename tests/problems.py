@@ -33,6 +33,16 @@ def eight_linear() -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(7)), nn.Linear(6, 3, bias=False))
 
 
+def two_linear() -> nn.Sequential:
+    """Two linear layers, for steps by hand."""
+    return nn.Sequential(nn.Linear(WIDTH, 8, bias=False), nn.Linear(8, CLASSES, bias=False))
+
+
+def two_linear_recipe() -> Recipe:
+    """Two linear layers under cross-entropy."""
+    return Recipe(name="two", model=two_linear, batches=batch, loss=F.cross_entropy)
+
+
 def wide(layers: int, width: int) -> nn.Sequential:
     """A perceptron whose layers take a measurable time."""
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers - 1)), nn.Linear(width, CLASSES))

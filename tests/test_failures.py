@@ -149,7 +149,7 @@ def test_an_interrupted_driver_stops_its_workers(
     assert "Traceback" not in errors
     assert "interrupted" in errors
     _until(lambda: not any(p.is_running() for p in family), "all processes are gone", 10)
-    assert not left_in_shared_memory()
+    assert not left_in_shared_memory(driver.pid)
 
 
 def test_workers_of_a_killed_driver_end_by_themselves(driver: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -158,4 +158,4 @@ def test_workers_of_a_killed_driver_end_by_themselves(driver: subprocess.Popen[s
     assert len(family) >= 3, "driver and two workers"
     driver.kill()
     _until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family), "all are gone", 10)
-    assert not left_in_shared_memory()
+    assert not left_in_shared_memory(driver.pid)

@@ -60,6 +60,7 @@ def test_a_name_that_is_no_text_is_unknown_too() -> None:
     ("name", "least"),
     [
         ("stages", 1),
+        ("microbatches", 1),
         ("steps", 1),
         ("true_every", 1),
         ("evaluate_every", 1),
@@ -143,6 +144,10 @@ def test_a_locked_mode_refuses_what_only_unlocking_uses(option: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("plan", "sentence"),
     [
+        (
+            Plan(mode="naive", microbatches=4),
+            "microbatches has no effect with mode naive: leave it out, or choose mode gpipe or 1f1b.",
+        ),
         (
             Plan(targets="bootstrap", true_every=4),
             "true_every has no effect with targets bootstrap: leave it out, or choose targets true or mixed.",

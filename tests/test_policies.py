@@ -15,7 +15,7 @@ def _diagram(plan: Plan, costs: Costs) -> list[str]:
     assert plan.steps is not None
     phantoms = [_Phantom(k, plan) for k in range(plan.stages)]
     events = _drive(phantoms, plan, phantom_inputs(plan, plan.steps, 0), costs, None)
-    shown = [event for event in events if event.batch < plan.steps and event.end > event.start]
+    shown = [event for event in events if event.batch < plan.steps * plan.microbatches and event.end > event.start]
     width = max(event.end for event in shown)
     lines = []
     for k in range(plan.stages):
@@ -48,6 +48,33 @@ def test_unlocked_never_waits_for_a_gradient() -> None:
     ]
 
 
+def test_gpipe_forwards_all_microbatches_then_backwards_all() -> None:
+    plan = Plan(mode="gpipe", stages=3, steps=1, microbatches=4)
+    assert _diagram(plan, Costs(forward=1, backward=1)) == [
+        "F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3",
+        ".  F0 F1 F2 F3 .  .  B0 B1 B2 B3",
+        ".  .  F0 F1 F2 F3 B0 B1 B2 B3",
+    ]
+
+
+def test_1f1b_keeps_no_more_than_one_microbatch_open_per_stage_above_and_itself() -> None:
+    plan = Plan(mode="1f1b", stages=3, steps=1, microbatches=4)
+    assert _diagram(plan, Costs(forward=1, backward=1)) == [
+        "F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3",
+        ".  F0 F1 .  B0 F2 B1 F3 B2 .  B3",
+        ".  .  F0 B0 F1 B1 F2 B2 F3 B3",
+    ]
+
+
+def test_async_1f1b_goes_on_without_a_flush() -> None:
+    plan = Plan(mode="async-1f1b", stages=3, steps=5)
+    assert _diagram(plan, Costs(forward=1, backward=1)) == [
+        "F0 F1 F2 .  .  B0 F3 B1 F4 B2 .  B3 .  B4",
+        ".  F0 F1 .  B0 F2 B1 F3 B2 F4 B3 .  B4",
+        ".  .  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4",
+    ]
+
+
 @pytest.mark.parametrize(
     ("view", "action"),
     [
@@ -57,7 +84,7 @@ def test_unlocked_never_waits_for_a_gradient() -> None:
         (View(forwarded=1), Action.WAIT),
         (View(forwarded=1, activation=True), Action.WAIT),
         (View(forwarded=1, gradient=True), Action.BACKWARD),
-        (View(forwarded=1, last=True), Action.BACKWARD),
+        (View(forwarded=1, stages_above=0), Action.BACKWARD),
     ],
     ids=str,
 )
@@ -70,10 +97,10 @@ def test_naive(view: View, action: Action) -> None:
     [
         (View(forwarded=1), Action.UPDATE),
         (View(forwarded=1, gradient=True, activation=True), Action.UPDATE),
-        (View(forwarded=1, updated=1, gradient=True, activation=True), Action.LEARN),
-        (View(forwarded=1, updated=1, activation=True), Action.FORWARD),
-        (View(forwarded=1, updated=1, activation=True, room=False), Action.WAIT),
-        (View(forwarded=1, updated=1), Action.WAIT),
+        (View(forwarded=1, backwarded=1, gradient=True, activation=True), Action.LEARN),
+        (View(forwarded=1, backwarded=1, activation=True), Action.FORWARD),
+        (View(forwarded=1, backwarded=1, activation=True, room=False), Action.WAIT),
+        (View(forwarded=1, backwarded=1), Action.WAIT),
     ],
     ids=str,
 )
@@ -86,8 +113,8 @@ def test_scripted_waits_for_what_its_next_action_needs() -> None:
     assert policy(View(gradient=True)) is Action.WAIT
     assert policy(View(activation=True)) is Action.FORWARD
     assert policy(View(actions=1, forwarded=1, activation=True)) is Action.UPDATE
-    assert policy(View(actions=2, forwarded=1, updated=1, activation=True)) is Action.WAIT
-    assert policy(View(actions=2, forwarded=1, updated=1, gradient=True)) is Action.LEARN
+    assert policy(View(actions=2, forwarded=1, backwarded=1, activation=True)) is Action.WAIT
+    assert policy(View(actions=2, forwarded=1, backwarded=1, gradient=True)) is Action.LEARN
     assert policy(View(actions=3, activation=True)) is Action.WAIT
 
 

@@ -12,6 +12,7 @@ waited for whom, for how long, and how full the channel was. An end belongs to o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -174,7 +175,7 @@ class Receiver(End):
             tensors = tuple(tensor.clone() for tensor in message.tensors)
         finally:
             self.release()
-        return Message(message.kind, message.batch, message.stage, tensors, message.generation)
+        return replace(message, tensors=tensors)
 
     def _give_up(self, waited_s: float) -> NoReturn:
         raise ChannelTimeout(

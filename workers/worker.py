@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from pipeline.errors import StageError
 from pipeline.loader import inputs
 from pipeline.messages import Message
-from pipeline.policies import Action, policy_for, scripted
+from pipeline.modes import MODES
+from pipeline.policies import Action, scripted
 from pipeline.recipe import Recipe
 from pipeline.reference import schedule
 from pipeline.resolve import stage_layers
@@ -179,12 +180,14 @@ def _attached(assignment: Assignment) -> Iterator[_Links]:
 
 def _runner(assignment: Assignment, recipe: Recipe, stage: Stage, links: _Links, record: Recorder) -> Runner:
     plan, deadline_s = assignment.plan, assignment.plan.stall_after_s
-    policy = policy_for(plan.mode)
+    policy = MODES[plan.mode].policy
     if plan.deterministic:
         policy = scripted(schedule(plan, assignment.resolved.held_out_batches)[assignment.index])
     return Runner(
         stage=stage,
         policy=policy,
+        stages=plan.stages,
+        microbatches=plan.microbatches,
         below=_Taking(links.below, record) if links.below else _Loading(recipe, assignment, record),
         above=_Taking(links.above, record) if links.above else None,
         down=_Putting(links.down, deadline_s) if links.down else None,

@@ -1,0 +1,553 @@
+"""The command line: what is wrong is said in one message before anything starts; what is written can be relied on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from launch import cli
+from launch.options import BenchOptions, parse
+from launch.recipes import BUILT_IN
+from launch.recipes.digits import digits
+from launch.rundir import new_run_dir
+from pipeline.recipe import build_model
+from pipeline.spans import SPAN_DTYPE, Spans
+from workers.failures import RunFailed
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def refusals(self) -> list[str]:
+        """The messages of a wrong use: nothing on stdout, no traceback, and no process was started."""
+        assert self.status == 2, self.err
+        assert self.out == ""
+        assert "Traceback" not in self.err
+        return self.err.splitlines()
+
+
+def freewheel(*arguments: str | Path) -> Ended:
+    """Run the command in this process, on a wide terminal."""
+    out, err = io.StringIO(), io.StringIO()
+    handler = signal.getsignal(signal.SIGTERM)
+    wide = mock.patch.dict(os.environ, {"COLUMNS": "250"})
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), wide, pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return Ended(ended.value.code or 0, out.getvalue(), err.getvalue())  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every command runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def starts_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker is started, and no process to compare with."""
+
+    def run(*arguments: object, **options: object) -> None:
+        raise AssertionError("a run was started")
+
+    for place in ("launch.cli.run", "launch.bench.run", "launch.bench.run_single"):
+        monkeypatch.setattr(place, run)
+
+
+@pytest.fixture
+def starts_nothing(starts_no_run: None, empty_folder: Path) -> Iterator[None]:
+    """No folder is made either."""
+    yield
+    assert not (empty_folder / "runs").exists()
+
+
+# ---------------------------------------------------------------- wrong use
+
+
+def test_without_arguments_the_usage_is_shown() -> None:
+    ended = freewheel()
+    assert ended.status == 2
+    assert "usage: freewheel COMMAND RECIPE [options]" in ended.out + ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("train", "--help"), ("bench", "-h")], ids=" ".join)
+def test_help_names_commands_and_recipes(arguments: tuple[str, ...]) -> None:
+    ended = freewheel(*arguments)
+    assert (ended.status, ended.err) == (0, "")
+    assert all(word in ended.out for word in ("train", "bench", *BUILT_IN))
+
+
+@pytest.mark.usefixtures("starts_nothing")
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("trian digits", "freewheel: unknown command 'trian'; did you mean 'train'? Valid: train, bench."),
+        ("train", f"freewheel: train needs a recipe: {', '.join(BUILT_IN)}, or the path of a .py file."),
+        ("bench --steps 3", f"freewheel: bench needs a recipe: {', '.join(BUILT_IN)}, or the path of a .py file."),
+        (
+            "train digts",
+            f"freewheel: unknown recipe 'digts'; did you mean 'digits'? Valid: {', '.join(BUILT_IN)}, "
+            "or the path of a .py file.",
+        ),
+        ("train digits --mode unloked", "freewheel: unknown mode 'unloked'; did you mean 'unlocked'? Valid: "),
+        ("train digits --targets boostrap", "freewheel: unknown targets 'boostrap'; did you mean 'bootstrap'? Valid: "),
+        ("train digits --dni.form linaer", "freewheel: unknown DNI form 'linaer'; did you mean 'linear'? Valid: "),
+        ("bench digits --optimizer.rule sdg", "freewheel: unknown optimizer 'sdg'; did you mean 'sgd'? Valid: "),
+        (
+            "train digits --sizes 1 2",
+            "freewheel: sizes 1 2 add up to 3, but the model has 4 layers: 0, 1, 2, 3.",
+        ),
+        (
+            "train digits --sizes 1 2 1",
+            "freewheel: sizes has 3 numbers for 2 stages: give one number of layers per stage.",
+        ),
+        ("train digits --sizes 0 4", "freewheel: sizes 0 4: every stage needs at least one layer."),
+        ("train digits --cuts 7", "freewheel: unknown layer in cuts '7'; Valid: 0, 1, 2, 3."),
+        (
+            "train digits --stages 9",
+            "freewheel: 9 stages for 4 layers: every stage needs a layer; use --stages 4 or fewer.",
+        ),
+        ("train digits --batch 2000", "freewheel: batch is 2000: give 1 to 1347, the rows of the data."),
+        ("train missing.py", "freewheel: no recipe file "),
+        ("train mnist --data nowhere", "freewheel: no train-images-idx3-ubyte (or train-images-idx3-ubyte.gz) in "),
+        ("train chargpt --data nowhere", "freewheel: nowhere cannot be read as text: "),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_the_remedy(command: str, message: str) -> None:
+    (line,) = freewheel(*command.split()).refusals
+    assert line.startswith(message)
+    assert line.endswith((".", "--data."))
+
+
+@pytest.mark.usefixtures("starts_nothing")
+def test_all_mistakes_of_a_plan_come_at_once() -> None:
+    command = "train digits --mode naive --targets bootstrap --stages 0 --optimizer.momentum 0.9"
+    assert freewheel(*command.split()).refusals == [
+        "freewheel: stages is 0: it must be a whole number, at least 1.",
+        "freewheel: targets has no effect with mode naive: leave it out, or choose mode unlocked.",
+        "freewheel: momentum has no effect with adam: leave it out, or choose sgd.",
+    ]
+
+
+@pytest.mark.usefixtures("starts_nothing")
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train digits --mdoe naive", ["--mdoe", "--mode", "naive (locked, exact)"]),
+        ("train digits --hiden 3", ["--hiden", "--hidden", "Units per hidden layer"]),
+        ("bench digits --round 2", ["--round", "--rounds"]),
+        ("train digits extra", ["extra"]),
+        ("train digits --steps many", ["--steps", "many"]),
+        ("train digits --steps", ["--steps"]),
+        ("train digits --balance tme", ["--balance", "tme", "time", "layers"]),
+        ("train mnist", ["--data", "train-images-idx3-ubyte"]),
+        ("bench channel --sizes 3", ["--sizes"]),
+    ],
+)
+def test_an_option_that_is_wrong_is_named_with_what_would_be_right(command: str, words: list[str]) -> None:
+    message = "\n".join(freewheel(*command.split()).refusals)
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.usefixtures("starts_nothing")
+def test_too_little_shared_memory_is_said_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.devshm.os.statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=4096))
+    (line,) = freewheel("train", "digits", "--stages", "2").refusals
+    assert re.fullmatch(
+        r"freewheel: too little shared memory: the channels need [\d.]+ MiB \([\d,]+ bytes\), "
+        r"0\.0 MiB \(12,288 bytes\) are free in /dev/shm\. Use fewer slots, a smaller batch, "
+        r"or a bigger /dev/shm \(.*\)\.",
+        line,
+    )
+
+
+@pytest.mark.usefixtures("starts_nothing")
+def test_a_folder_that_cannot_be_made_is_refused(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (empty_folder / "file").write_text("no folder")
+    monkeypatch.setattr(cli, "run", lambda source, resolved, runs, name, console: new_run_dir(runs, name or "r"))
+    (line,) = freewheel("train", "digits", "--runs", "file/runs", "--quiet").refusals
+    assert line == (
+        "freewheel: cannot make a folder for the run in file/runs: Not a directory; choose another with --runs."
+    )
+
+
+@pytest.mark.usefixtures("starts_no_run")
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param("train digits --json nowhere/result.json", id="json"),
+        pytest.param("bench digits --json nowhere/bench.json", id="bench json"),
+        pytest.param("bench digits --rounds 0", id="rounds"),
+        pytest.param("bench digits --steps 1", id="steps"),
+        pytest.param("bench digits --mode naive", id="mode"),
+        pytest.param("train digits --hop-steps 2", id="hop"),
+    ],
+)
+@pytest.mark.xfail(strict=True, raises=(AssertionError, ValueError), reason="not looked at before the start")
+def test_what_can_be_known_before_a_run_is_said_before_it(command: str) -> None:
+    """Otherwise it is found after the last batch, or never."""
+    assert len(freewheel(*command.split()).refusals) == 1
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_help_of_a_recipe_lists_its_own_options_and_those_of_the_plan(name: str) -> None:
+    ended = freewheel("train", name, "--help")
+    assert (ended.status, ended.err) == (0, "")
+    own = {"digits": "--hidden", "mnist": "--batch-norm", "chargpt": "--context", "mlp": "--layers"}
+    plan = ("--stages", "--mode", "--steps", "--seed", "--optimizer.lr", "--dni.form", "--channel.slots", "--sizes")
+    run = ("--runs", "--name", "--json", "--quiet")
+    assert [option for option in (own[name], *plan, *run) if option not in ended.out] == []
+    assert "Seconds without any progress" in ended.out, "with an explanation"
+    assert "--rounds" not in ended.out
+    assert "--rounds" in freewheel("bench", name, "--help").out
+
+
+def test_help_of_a_users_file_lists_its_options_with_their_explanation(empty_folder: Path) -> None:
+    (empty_folder / "mine.py").write_text(MINE)
+    ended = freewheel("train", "mine.py", "--help")
+    assert ended.status == 0
+    assert "A recipe of my own." in ended.out
+    assert "--width" in ended.out
+    assert "How wide it is." in ended.out
+    assert "(default: 3)" in next(line for line in ended.out.splitlines() if "Number of stages" in line)
+
+
+MINE = '''
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from pipeline import Plan, Recipe
+
+plan = Plan(stages=3, steps=12)
+
+def _model():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+
+def _batches(step):
+    rows = 8 if step != 7 else 5
+    return torch.ones(rows, 4), torch.zeros(rows, dtype=torch.int64)
+
+def recipe(width: int = 4) -> Recipe:
+    """A recipe of my own.
+
+    Args:
+        width: How wide it is.
+    """
+    return Recipe(name="mine", model=_model, batches=_batches, loss=cross_entropy)
+'''
+
+
+# ---------------------------------------------------------------- runs that end badly
+
+
+def test_an_interrupted_run_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", run)
+    ended = freewheel("train", "digits", "--quiet")
+    assert (ended.status, ended.err) == (130, "freewheel: interrupted; all workers were stopped\n")
+
+
+def test_a_failed_run_ends_with_1_and_shows_the_cause_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: object) -> None:
+        raise RunFailed("stage 1, layer 5, batch 3: as planned (pid 7)", stage=1, details="Traceback [of] the worker\n")
+
+    monkeypatch.setattr(cli, "run", run)
+    ended = freewheel("train", "digits", "--quiet")
+    assert ended.status == 1
+    assert ended.err == "Traceback [of] the worker\nfreewheel: stage 1, layer 5, batch 3: as planned (pid 7)\n"
+
+
+@pytest.mark.processes
+def test_a_batch_of_another_size_in_the_middle_ends_the_run_with_its_id(empty_folder: Path) -> None:
+    """The file's own plan is the default: three stages, twelve batches. Quiet is quiet."""
+    (empty_folder / "mine.py").write_text(MINE)
+    ended = freewheel("train", "mine.py", "--quiet", "--name", "bad")
+    assert (ended.status, ended.out) == (1, "")
+    last = ended.err.splitlines()[-1]
+    assert last.startswith("freewheel: stage 0")
+    assert "batch 7 has inputs [5, 4] torch.float32, batch 0 has [8, 4]" in last
+    assert "batch 7 has inputs" in (empty_folder / "runs" / "bad" / "failure.txt").read_text()
+    assert json.loads((empty_folder / "runs" / "bad" / "plan.json").read_text())["plan"]["stages"] == 3
+
+
+# ---------------------------------------------------------------- a run
+
+
+@dataclass
+class Trained:
+    """One real run, looked at from several sides."""
+
+    ended: Ended
+    runs: Path
+    json: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return self.runs / "mine-2"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """60 batches of digits in two stages, into ``mine``, where something precious lies already."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs, file = folder / "runs", folder / "result.json"
+    (runs / "mine").mkdir(parents=True)
+    (runs / "mine" / "plan.json").write_text("precious")
+    command = f"train digits --steps 60 --stages 2 --evaluate-every 30 --name mine --runs {runs} --json {file}"
+    return Trained(freewheel(*command.split()), runs, file)
+
+
+def _loads(text: str) -> Any:
+    """Strict JSON: NaN and Infinity are none."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.processes
+def test_a_run_succeeds_and_tells_what_came_out(trained: Trained) -> None:
+    assert (trained.ended.status, trained.ended.err) == (0, "")
+    out = trained.ended.out
+    assert "digits: unlocked, 2 stages, 60 batches of 64" in out
+    assert "(measured time per layer)" in out, "every automatic choice comes with its reason"
+    assert "label_residual" in out
+    assert re.search(r"unlocked, 2 stages, 60 batches of 64: loss \d\.\d+, accuracy \d+\.\d+%", out)
+    assert "samples/s" in out
+
+
+@pytest.mark.processes
+def test_nothing_is_overwritten(trained: Trained) -> None:
+    assert (trained.runs / "mine" / "plan.json").read_text() == "precious"
+    assert sorted(path.name for path in trained.runs.iterdir()) == ["mine", "mine-2"]
+
+
+@pytest.mark.processes
+def test_the_command_that_is_shown_next_can_be_typed(trained: Trained) -> None:
+    command = shlex.split(trained.ended.out.split("next: ")[1].split("  (")[0])
+    assert command[:3] == ["freewheel", "bench", "digits"]
+    parsed = parse(command[2], command[3:], BenchOptions, "freewheel bench")
+    assert (parsed.plan.steps, parsed.plan.stages) == (60, 2)
+    assert (parsed.run.name, parsed.run.json) == (None, None), "it does not write over what this run wrote"
+
+
+@pytest.mark.processes
+def test_result_json(trained: Trained) -> None:
+    result = _loads(trained.json.read_text())
+    assert _loads((trained.folder / "result.json").read_text()) == result
+    assert (result["schema"], result["mode"], result["stages"]) == (1, "unlocked", 2)
+    assert (result["steps"], result["samples"]) == (60, 60 * 64)
+    for name in ("loss", "accuracy", "samples_per_s", "seconds"):
+        assert isinstance(result[name], float), name
+        assert result[name] > 0
+    assert result["accuracy"] <= 1
+    assert Path(result["run"]) == trained.folder
+    assert sum(result["sizes"]) == 4
+
+
+@pytest.mark.processes
+def test_plan_json_is_the_resolved_plan(trained: Trained) -> None:
+    content = _loads((trained.folder / "plan.json").read_text())
+    assert content["recipe"] == "digits"
+    plan = content["plan"]
+    assert (plan["steps"], plan["stages"], plan["mode"], plan["evaluate_every"]) == (60, 2, "unlocked", 30)
+    assert sum(plan["sizes"]) == len(content["layers"]) == len(content["layer_parameters"]) == 4
+    assert all(seconds > 0 for seconds in content["layer_seconds"])
+    assert {decided["what"] for decided in content["decided"]} >= {"split", "DNI"}
+    assert all(decided["why"] for decided in content["decided"])
+
+
+@pytest.mark.processes
+def test_metrics_can_be_read_line_by_line(trained: Trained) -> None:
+    lines = [_loads(line) for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["event"] == "train"]
+    evaluation = [line for line in lines if line["event"] == "evaluation"]
+    assert train[-1]["step"] == 60
+    assert all(line["samples"] == line["step"] * 64 and line["loss"] > 0 for line in train)
+    assert [line["step"] for line in evaluation] == [30, 60]
+    assert all(0 <= line["accuracy"] <= 1 for line in evaluation)
+    assert [line["time_ns"] for line in lines] == sorted(line["time_ns"] for line in lines)
+    assert evaluation[-1]["loss"] == _loads(trained.json.read_text())["loss"]
+
+
+@pytest.mark.processes
+def test_spans_load_without_pickle(trained: Trained) -> None:
+    paths = sorted((trained.folder / "spans").iterdir())
+    assert [path.name for path in paths] == ["stage-0.npy", "stage-1.npy"]
+    for path in paths:
+        records = np.load(path, allow_pickle=False)
+        assert records.dtype == SPAN_DTYPE
+        assert np.all(np.diff(records["start_ns"]) >= 0)
+        assert len(Spans(records).update_latencies_s()) == 60
+
+
+@pytest.mark.processes
+def test_the_weights_load_into_the_plain_model_strictly(trained: Trained) -> None:
+    build_model(digits(), seed=1).load_state_dict(load_file(trained.folder / "model.safetensors"), strict=True)
+    assert (trained.folder / "optimizer.safetensors").is_file()
+    assert not (trained.folder / "parts").exists(), "the workers' parts are joined"
+
+
+def test_new_run_dir_counts_up(tmp_path: Path) -> None:
+    made = [new_run_dir(tmp_path / "a" / "b", "r") for _ in range(3)]
+    assert [path.name for path in made] == ["r", "r-2", "r-3"]
+    assert all(path.is_dir() for path in made)
+
+
+# ---------------------------------------------------------------- a benchmark
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, dict[str, Any]]:
+    """One round of everything, and its bench.json."""
+    folder = tmp_path_factory.mktemp("benched")
+    command = f"bench digits --steps 40 --rounds 1 --stages 2 --runs {folder / 'runs'} --json {folder / 'bench.json'}"
+    ended = freewheel(*command.split())
+    assert ended.status == 0, ended.err
+    return ended, _loads((folder / "bench.json").read_text())
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _spread(value: Any) -> bool:
+    return (
+        set(value) == {"median", "min", "max"}
+        and all(map(_number, value.values()))
+        and 0 < value["min"] <= value["median"] <= value["max"]
+    )
+
+
+def _pair(*names: str) -> Callable[[Any], bool]:
+    return lambda value: set(value) == set(names) and all(_number(value[name]) and value[name] >= 0 for name in names)
+
+
+def _shares(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_number(share) and 0 <= share <= 1 for share in value)
+
+
+def _ledger(value: Any) -> bool:
+    names = ("forward", "backward", "dni", "relay", "communication", "waiting")
+    seconds = [value[f"{name}_s"] for name in names]
+    operations = [value[f"{name}_flop"] for name in names]
+    return all(map(_number, seconds)) and all(entry is None or _number(entry) for entry in operations)
+
+
+# field -> (what it is, whether null is allowed: a field that does not apply is null)
+ROW: dict[str, tuple[Callable[[Any], bool], bool]] = {
+    "engine": ({"single", "ddp", "torch", "freewheel"}.__contains__, False),
+    "mode": (lambda value: isinstance(value, str) and bool(value), False),
+    "stages": (_count, False),
+    "threads": (_count, False),
+    "microbatches": (_count, True),
+    "emulated": (lambda value: isinstance(value, bool), False),
+    "launcher": ({"local", "torchrun", "ray"}.__contains__, False),
+    "samples_per_s": (_spread, False),
+    "speedup": (_spread, False),
+    "update_latency_s": (_pair("p50", "p99"), True),
+    "gradient_age_updates": (_pair("p50", "max"), True),
+    "busy_share": (_shares, True),
+    "bubble_share": (_shares, True),
+    "dni_share": (_shares, True),
+    "peak_memory_bytes": (lambda value: bool(value) and all(map(_count, value)), True),
+    "ledger": (_ledger, True),
+    "loss": (_number, False),
+    "accuracy": (lambda value: _number(value) and 0 <= value <= 1, True),
+    "until_s": (_number, True),
+    "until_samples": (_number, True),
+}
+
+
+def _row(bench: dict[str, Any], engine: str, mode: str) -> dict[str, Any]:
+    (row,) = (r for r in bench["rows"] if (r["engine"], r["mode"], r["threads"]) == (engine, mode, 1))
+    return dict(row)
+
+
+@pytest.mark.processes
+def test_bench_json_has_every_field_with_its_type(benched: tuple[Ended, dict[str, Any]]) -> None:
+    _, bench = benched
+    assert bench["schema"] == 1
+    assert bench["command"][:3] == ["freewheel", "bench", "digits"]
+    assert {"python", "torch", "cores", "processor"} <= bench["environment"].keys()
+    for row in bench["rows"]:
+        assert ROW.keys() <= row.keys()
+        wrong = {
+            name: row[name]
+            for name, (fits, nullable) in ROW.items()
+            if not (nullable if row[name] is None else fits(row[name]))
+        }
+        assert wrong == {}, f"{row['engine']} {row['mode']}"
+
+
+@pytest.mark.processes
+def test_a_benchmark_compares_one_process_with_stages_locked_and_unlocked(
+    benched: tuple[Ended, dict[str, Any]],
+) -> None:
+    _, bench = benched
+    single, naive = _row(bench, "single", "backprop"), _row(bench, "freewheel", "naive")
+    unlocked = _row(bench, "freewheel", "unlocked")
+    assert bench["rows"][0] == single
+    assert single["speedup"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert (single["stages"], single["update_latency_s"], single["busy_share"]) == (1, None, None)
+    for row in (naive, unlocked):
+        assert row["stages"] == len(row["busy_share"]) == len(row["dni_share"]) == len(row["peak_memory_bytes"]) == 2
+        shares = zip(row["busy_share"], row["bubble_share"], strict=True)
+        assert [busy + bubble for busy, bubble in shares] == pytest.approx([1.0, 1.0])
+        assert row["update_latency_s"] is not None
+        assert row["ledger"] is not None
+    assert naive["gradient_age_updates"] is None, "locked: nothing comes late"
+    assert unlocked["gradient_age_updates"]["max"] >= unlocked["gradient_age_updates"]["p50"] >= 1
+    assert naive["dni_share"] == [0.0, 0.0]
+    assert unlocked["dni_share"][0] > 0
+    assert naive["loss"] == pytest.approx(single["loss"], rel=1e-4), "equal work: locked training is exact"
+    assert naive["accuracy"] == pytest.approx(single["accuracy"], abs=0.005)
+
+
+@pytest.mark.processes
+def test_the_verdict_comes_before_the_figures(benched: tuple[Ended, dict[str, Any]]) -> None:
+    ended, bench = benched
+    assert re.search(
+        r"ran at \d+\.\d\dx \(\d+\.\d\d to \d+\.\d\d\) the speed of the same stages locked", bench["verdict"]
+    )
+    assert bench["verdict"].endswith(".")
+    assert bench["verdict"] in " ".join(ended.out.split())
+    assert ended.out.index(bench["verdict"][:40]) < ended.out.index("one process  ")
+    assert ended.err == ""
