@@ -88,7 +88,7 @@ class Plan:
     """Name of the first layer of every stage but the first, instead of sizes."""
     balance: Literal["time", "layers"] = "time"
     """How to balance when neither sizes nor cuts are given: measured time per layer, or number of layers."""
-    targets: str = "true"
+    targets: str = "bootstrap"
     """What a stage sends down as target for the DNI below: bootstrap, true or mixed."""
     mix: float = 0.5
     """targets mixed: the lambda of BP(lambda), weight of the true gradient."""
@@ -131,12 +131,13 @@ class Plan:
         """Slots of the gradient channel of a cut: as planned, or enough for every batch whose gradient is under way.
 
         A gradient comes from as many stages above as its target travels through; each holds ``slots`` batches in its
-        activation channel and works on one more. One more slot takes the END.
+        activation channel and works on one more. Schedules with microbatches, or one open batch per stage, need as many.
+        One more slot takes the END.
         """
         if self.channel.gradient_slots is not None:
             return self.channel.gradient_slots
         stages_above = 1 if self.targets == "bootstrap" else self.stages - 1 - cut
-        return max(stages_above * (self.channel.slots + 1), self.microbatches) + 2
+        return max(stages_above * (self.channel.slots + 1), self.microbatches, self.stages) + 2
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values; a factory appears by its name."""

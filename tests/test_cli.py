@@ -159,7 +159,7 @@ def test_all_mistakes_of_a_plan_come_at_once() -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("train digits --mdoe naive", ["--mdoe", "--mode", "naive (locked, exact)"]),
+        ("train digits --mdoe naive", ["--mdoe", "--mode", "Who may update when"]),
         ("train digits --hiden 3", ["--hiden", "--hidden", "Units per hidden layer"]),
         ("bench digits --round 2", ["--round", "--rounds"]),
         ("train digits extra", ["extra"]),

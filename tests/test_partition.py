@@ -186,7 +186,7 @@ def test_measured_layers_decide_the_balance() -> None:
     resolved = resolve(_recipe(Chain), Plan(stages=2), measure=lambda layers, inputs: [1.0, 1.0, 1.0, 1.0, 4.0])
     assert resolved.sizes == (4, 1)
     assert resolved.layer_seconds == (1.0, 1.0, 1.0, 1.0, 4.0)
-    assert resolved.reasons[0] == ("split", "4 | 1", "measured time per layer")
+    assert ("split", "4 | 1", "measured time per layer") in resolved.reasons
 
 
 @pytest.mark.parametrize("model", [module_list, lambda: list(sequential())], ids=["ModuleList", "list"])
@@ -282,7 +282,7 @@ def test_weights_tied_inside_a_stage_that_stashes_them(monkeypatch: pytest.Monke
     learn = Stage.learn
 
     def ones(self: Stage, batch: int) -> Tensor | None:
-        return None if self.last else torch.ones_like(self._kept[batch].h)
+        return None if self.last else torch.ones(ROWS, WIDTH)
 
     def logged_learn(self: Stage, batch: int, gradient: Tensor) -> Tensor | None:
         targets[self.index] = gradient.clone()
