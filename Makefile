@@ -12,7 +12,7 @@ setup: .venv/.ready
 	@touch $@
 
 demo: setup
-	$(BIN)/freewheel bench digits --stages 2
+	$(BIN)/freewheel bench digits --stages 2 --rounds 3
 
 test: setup
 	$(BIN)/python -m pytest

@@ -38,7 +38,7 @@ class RunOptions:
 class BenchOptions(RunOptions):
     """How to compare."""
 
-    rounds: int = 3
+    rounds: int = 5
     """Rounds; in each, every mode runs once."""
 
 

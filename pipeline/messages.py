@@ -1,7 +1,7 @@
 """What travels between stages: a typed record followed by raw tensor bytes. No pickle.
 
-    | header: kind count stage generation batch microbatch | per tensor: dtype ndim dims | pad | bytes | pad | bytes |
-                                                                              ^ every tensor starts on 64 bytes
+    | header: kind count stage ... sent | per tensor: dtype ndim dims | pad | bytes | pad | bytes |
+                                                                            ^ every tensor starts on 64 bytes
 
 An activation carries (h, y): the output of the stage below and the labels. A gradient carries (g,).
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["Kind", "Layout", "Message", "decode", "layout_of", "write_into"]
 
 ALIGNMENT_BYTES = 64
-_HEADER = struct.Struct("<BBHIqH")  # kind, number of tensors, stage, generation, batch id, microbatch
+_HEADER = struct.Struct("<BBHIqHq")  # kind, number of tensors, stage, generation, batch id, microbatch, sent
 _TENSOR = struct.Struct("<BB")  # dtype code, number of dimensions
 _DIMENSION = struct.Struct("<q")
 
@@ -58,6 +58,7 @@ class Message:
         tensors: payload, CPU, any shapes; (h, y) or (g,) or nothing.
         generation: counts restarts, so that a message from before a restart is recognised.
         microbatch: which part of the batch, in modes that cut batches.
+        sent_ns: when it was sent, on the common clock; 0 where nobody needs to know.
     """
 
     kind: Kind
@@ -66,6 +67,7 @@ class Message:
     tensors: tuple[Tensor, ...] = ()
     generation: int = 0
     microbatch: int = 0
+    sent_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def layout_of(message: Message) -> Layout:
         TypeError: a tensor's dtype is not one that travels.
     """
     m = message
-    parts = [_HEADER.pack(m.kind, len(m.tensors), m.stage, m.generation, m.batch, m.microbatch)]
+    parts = [_HEADER.pack(m.kind, len(m.tensors), m.stage, m.generation, m.batch, m.microbatch, m.sent_ns)]
     for tensor in message.tensors:
         code = _CODE.get(tensor.dtype)
         if code is None:
@@ -121,7 +123,7 @@ def decode(buffer: memoryview) -> Message:
         ValueError: the bytes are no message of ours, or are cut short.
     """
     try:
-        kind, count, stage, generation, batch, microbatch = _HEADER.unpack_from(buffer, 0)
+        kind, count, stage, generation, batch, microbatch, sent_ns = _HEADER.unpack_from(buffer, 0)
         position, specs = _HEADER.size, []
         for _ in range(count):
             code, num_dims = _TENSOR.unpack_from(buffer, position)
@@ -134,7 +136,7 @@ def decode(buffer: memoryview) -> Message:
             start = _aligned(end)
             tensors.append(_view(buffer, start, dtype, shape))
             end = start + tensors[-1].numel() * dtype.itemsize
-        return Message(Kind(kind), batch, stage, tuple(tensors), generation, microbatch)
+        return Message(Kind(kind), batch, stage, tuple(tensors), generation, microbatch, sent_ns)
     except (struct.error, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"not a message, or cut short ({len(buffer)} bytes): {error}") from error
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from pipeline.emulation import Emulation, Link
 from pipeline.errors import PlanError, nearest
 from pipeline.modes import MODES
 
@@ -18,6 +19,7 @@ __all__ = ["DNI_FORMS", "OPTIMIZERS", "TARGETS", "ChannelPlan", "DNIPlan", "Opti
 
 TARGETS = ("bootstrap", "true", "mixed")
 OPTIMIZERS = ("sgd", "adam", "adamw")
+_SHORT_STAGE_MS = 5.0  # an emulated link holds as many messages as stages of this length send meanwhile
 DNI_FORMS = ("auto", "linear", "mlp", "conv", "label_residual", "loss_model")
 
 
@@ -108,6 +110,10 @@ class Plan:
     """Evaluate after every n batches; None: only at the end."""
     threads: int = 1
     """Compute threads of each worker."""
+    emulate: str | None = None
+    """Replace compute by sleep: stage_ms=10 or stage_ms=10,dni_ms=0.2. Nothing is learned; for seeing many stages."""
+    link: str | None = None
+    """Delay every message: latency_ms=50,bandwidth_mbps=100 (either may be left out)."""
     stall_after_s: float = 60.0
     """Seconds without any progress after which a run ends with a report of who waits for whom."""
 
@@ -127,17 +133,35 @@ class Plan:
         """Whether stages update from synthetic gradients."""
         return MODES[self.mode].gradient == "synthetic"
 
+    @property
+    def emulation(self) -> Emulation | None:
+        """What replaces the compute, if anything."""
+        return Emulation.parse(self.emulate, "emulate") if self.emulate is not None else None
+
+    @property
+    def links(self) -> Link | None:
+        """What every channel is made to be like, if anything."""
+        return Link.parse(self.link, "link") if self.link is not None else None
+
+    @property
+    def activation_slots(self) -> int:
+        """Slots of an activation channel: as planned, and room for what an emulated link has on its way."""
+        if self.links is None:
+            return self.channel.slots
+        stage_ms = self.emulation.stage_ms if self.emulation else _SHORT_STAGE_MS
+        return self.channel.slots + math.ceil(self.links.latency_ms / max(stage_ms, _SHORT_STAGE_MS))
+
     def gradient_slots_at(self, cut: int) -> int:
         """Slots of the gradient channel of a cut: as planned, or enough for every batch whose gradient is under way.
 
         A gradient comes from as many stages above as its target travels through; each holds ``slots`` batches in its
-        activation channel and works on one more. Schedules with microbatches, or one open batch per stage, need as many.
-        One more slot takes the END.
+        activation channel and works on one more. Schedules with microbatches, or one open batch per stage, need as
+        many. One more slot takes the END.
         """
         if self.channel.gradient_slots is not None:
             return self.channel.gradient_slots
         stages_above = 1 if self.targets == "bootstrap" else self.stages - 1 - cut
-        return max(stages_above * (self.channel.slots + 1), self.microbatches, self.stages) + 2
+        return max(stages_above * (self.activation_slots + 1), self.microbatches, self.stages) + 2
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values; a factory appears by its name."""
@@ -148,6 +172,12 @@ class Plan:
 
 
 def _problems(plan: Plan) -> Iterator[str]:
+    for kind, text, option in ((Emulation, plan.emulate, "emulate"), (Link, plan.link, "link")):
+        if text is not None:
+            try:
+                kind.parse(text, option)
+            except PlanError as error:
+                yield from error.problems
     yield from _unknown_names(plan)
     yield from _out_of_range(plan)
     if plan.sizes is not None and plan.cuts is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
+import posix_ipc
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -122,8 +125,6 @@ class Suicidal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Count down, then send the signal."""
-        import os
-
         if self.training:
             self.left -= 1
             if self.left < 0:
@@ -134,3 +135,55 @@ class Suicidal(nn.Module):
 def suicidal(number: int) -> nn.Sequential:
     """Four layers, split 2 | 2: stage 1 gets signal ``number`` in batch 5."""
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), Suicidal(5, number), nn.Linear(WIDTH, CLASSES))
+
+
+class Tells(nn.Module):
+    """An identity that releases a semaphore at every training forward."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tell."""
+        if self.training:
+            posix_ipc.Semaphore(self.name).release()
+        return x
+
+
+class Listens(nn.Module):
+    """An identity whose n-th training forward waits until ``Tells`` has seen batch n + 1; not for the last batch."""
+
+    def __init__(self, name: str, steps: int, within_s: float) -> None:
+        super().__init__()
+        self.name, self.steps, self.within_s, self.seen = name, steps, within_s, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Listen."""
+        if self.training and self.seen < self.steps - 1:
+            semaphore = posix_ipc.Semaphore(self.name)
+            for _ in range(2 if self.seen == 0 else 1):
+                try:
+                    semaphore.acquire(self.within_s)
+                except posix_ipc.BusyError:
+                    raise TimeoutError("stage 0 has not gone on to the next batch") from None
+            self.seen += 1
+        return x
+
+
+def listening(name: str, steps: int, within_s: float = 30.0) -> nn.Sequential:
+    """Four layers, split 2 | 2: stage 0 tells, stage 1 listens."""
+    layers = nn.Linear(WIDTH, WIDTH), Tells(name), Listens(name, steps, within_s), nn.Linear(WIDTH, CLASSES)
+    return nn.Sequential(*layers)
+
+
+@contextmanager
+def told(steps: int) -> Iterator[str]:
+    """A semaphore for ``listening``."""
+    name = f"/fwtest-{os.getpid()}-{steps}"
+    semaphore = posix_ipc.Semaphore(name, posix_ipc.O_CREX)
+    try:
+        yield name
+    finally:
+        semaphore.unlink()
+        semaphore.close()

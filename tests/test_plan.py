@@ -231,7 +231,10 @@ def test_plans_are_frozen_keyword_only_and_comparable(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("plan", "slots"),
     [
-        (Plan(stages=4, targets="true"), [17, 12, 7]),  # 5 batches in each of the stages above, and the END, and the one in hand
+        (
+            Plan(stages=4, targets="true"),
+            [17, 12, 7],
+        ),  # 5 batches in each of the stages above, and the END, and the one in hand
         (Plan(stages=4, targets="bootstrap"), [7, 7, 7]),
         (Plan(stages=3, targets="true", channel=ChannelPlan(slots=1)), [6, 5]),
         (Plan(stages=3, channel=ChannelPlan(gradient_slots=1)), [1, 1]),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_same
 
-from launch import Result, train
+from launch import Result, RunFailed, train
 from pipeline import DNIPlan, Plan, run_reference
 from pipeline.spans import Span
 
@@ -52,22 +52,31 @@ def test_a_deterministic_run_repeats_with_a_delay_and_every_form(tmp_path: Path)
 
 @pytest.mark.processes
 def test_stage_0_updates_before_the_true_gradient_exists(tmp_path: Path) -> None:
-    """K = 2: the step of batch b at stage 0 ends before the last stage's backward of b does, for every single batch.
+    """K = 2: the step of batch b at stage 0 ends before the last stage's backward of b does, for every batch.
 
-    The last stage has seven of the eight layers, so its forward and backward last far longer than stage 0's update.
+    Made certain, not likely: the last stage's forward of batch b waits until stage 0 has begun its forward of b + 1,
+    which it does only after its step of b. A locked run cannot pass this (the next test).
     """
-    plan = Plan(stages=2, sizes=(1, 7), steps=30)
-    result = _train(
-        plan,
-        tmp_path,
-        model=partial(problems.wide, 8, 384),
-        batches=partial(problems.batch, width=384, rows=64),
-        evaluation=None,
-    )
+    steps = 30
+    with problems.told(steps) as name:
+        result = _train(
+            Plan(stages=2, sizes=(2, 2), steps=steps), tmp_path, model=partial(problems.listening, name, steps)
+        )
     below, above = result.spans
     updated, exists = below.last_end(Span.STEP), above.last_end(Span.BACKWARD)
-    assert sorted(updated) == sorted(exists) == list(range(30))
-    assert all(updated[b] < exists[b] for b in range(30))
+    assert sorted(updated) == sorted(exists) == list(range(steps))
+    assert all(updated[b] < exists[b] for b in range(steps - 1))
+
+
+@pytest.mark.processes
+def test_a_locked_stage_0_cannot_do_that(tmp_path: Path) -> None:
+    """The same network in a locked run: stage 0 waits for the gradient of batch 0, so batch 1 never begins."""
+    with problems.told(30) as name, pytest.raises(RunFailed, match="stage 0 has not gone on to the next batch"):
+        _train(
+            Plan(mode="naive", stages=2, sizes=(2, 2), steps=30),
+            tmp_path,
+            model=partial(problems.listening, name, 30, 0.5),
+        )
 
 
 @pytest.mark.processes

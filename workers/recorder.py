@@ -24,11 +24,15 @@ class SpanRecorder:
     Args:
         stage: index of the stage.
         board: where its status goes.
-        depth: depth of the activation queue, looked at whenever a forward pass begins.
+
+    Attributes:
+        depth: gives the depth of the activation queue; looked at whenever a forward pass begins.
     """
 
-    def __init__(self, stage: int, board: Board, depth: Callable[[], int] | None = None) -> None:
-        self._stage, self._board, self._depth = stage, board, depth
+    depth: Callable[[], int] | None = None
+
+    def __init__(self, stage: int, board: Board) -> None:
+        self._stage, self._board = stage, board
         self._full: list[array[int]] = []
         self._chunk, self._position = _empty_chunk(), 0
         self._progress = 0
@@ -39,7 +43,7 @@ class SpanRecorder:
         chunk, position = self._chunk, self._position
         chunk[position] = span
         chunk[position + 1] = batch
-        chunk[position + 2] = self._depth() if span is Span.FORWARD and self._depth is not None else -1
+        chunk[position + 2] = self.depth() if span is Span.FORWARD and self.depth is not None else -1
         chunk[position + 3] = start_ns
         self._position = position + _FIELDS
         if span is not Span.WAIT and span is not Span.OTHER:

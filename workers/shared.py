@@ -18,7 +18,7 @@ def _rings(resolved: Resolved, names: Names) -> Iterator[tuple[str, int, int]]:
     plan = resolved.plan
     for k, cut in enumerate(resolved.cuts):
         down, up = slot_bytes(cut)
-        yield names.activations(k), plan.channel.slots, down
+        yield names.activations(k), plan.activation_slots, down
         yield names.gradients(k), plan.gradient_slots_at(k), up
 
 

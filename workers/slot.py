@@ -19,7 +19,7 @@ from pipeline.messages import ALIGNMENT_BYTES, Kind, Message, decode, layout_of,
 
 __all__ = ["Slot", "slot_stride"]
 
-_RECORD = struct.Struct("<QBxHIqH")  # serial, kind, stage, generation, batch id
+_RECORD = struct.Struct("<QBxHIqHq")  # serial, kind, stage, generation, batch id, microbatch, sent
 _KINDS = {int(kind): kind for kind in Kind}
 
 
@@ -58,17 +58,19 @@ class Slot:
             self._lay_out(message)
             self._specs = specs
         m = message
-        _RECORD.pack_into(self._record, 0, self._serial, m.kind, m.stage, m.generation, m.batch, m.microbatch)
+        _RECORD.pack_into(
+            self._record, 0, self._serial, m.kind, m.stage, m.generation, m.batch, m.microbatch, m.sent_ns
+        )
 
     def read(self) -> Message:
         """The message in place: its tensors share the slot's memory."""
-        serial, kind, stage, generation, batch, microbatch = _RECORD.unpack_from(self._record)
+        serial, kind, stage, generation, batch, microbatch, sent_ns = _RECORD.unpack_from(self._record)
         if serial != self._serial:
             self._tensors = _laid_over(self._body)
             self._serial = serial
         # Tensors of their own for the caller, who may set requires_grad on them.
         tensors = tuple([tensor.detach() for tensor in self._tensors])
-        return Message(_KINDS[kind], batch, stage, tensors, generation, microbatch)
+        return Message(_KINDS[kind], batch, stage, tensors, generation, microbatch, sent_ns)
 
     def _lay_out(self, message: Message) -> None:
         self._specs = None

@@ -15,8 +15,7 @@ import resource
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import connection as mp_connection
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -25,8 +24,6 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import StageError
-from pipeline.loader import inputs
-from pipeline.messages import Message
 from pipeline.modes import MODES
 from pipeline.policies import Action, scripted
 from pipeline.recipe import Recipe
@@ -37,13 +34,12 @@ from pipeline.spans import Recorder, Span
 from pipeline.stage import Scores, Stage
 from workers import records
 from workers.assignment import Assignment
-from workers.bell import Bell
 from workers.board import Board
-from workers.channel import Receiver, Sender
 from workers.clock import now_ns
+from workers.emulated import EmulatedStage
+from workers.ports import Ports, attached
 from workers.recorder import SpanRecorder
 from workers.shared import unlink_all
-from workers.shm import ShmReceiver, ShmSender
 
 __all__ = ["worker_main"]
 
@@ -82,11 +78,11 @@ def worker_main(assignment: Assignment, connection: Connection) -> None:
 def _work(assignment: Assignment, connection: Connection, stack: contextlib.ExitStack) -> None:
     recipe = assignment.source()
     board = stack.enter_context(Board(assignment.names.board, assignment.plan.stages))
-    links = stack.enter_context(_attached(assignment))
-    depth = links.below.depth if links.below is not None else None
-    record = SpanRecorder(assignment.index, board, depth)
+    record = SpanRecorder(assignment.index, board)
+    ports = stack.enter_context(attached(assignment, recipe, record))
+    record.depth = ports.below.depth
     stage = _build(assignment, recipe, record)
-    runner = _runner(assignment, recipe, stage, links, record)
+    runner = _runner(assignment, stage, ports, record)
     report = _Reporter(connection)
     runner.on_loss, runner.on_scores = report.loss, report.scores
     records.send(connection, records.Ready(assignment.index, os.getpid(), torch.get_num_threads()))
@@ -94,7 +90,7 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
         raise TimeoutError(f"no Go from the driver after {assignment.attach_within_s:.0f} s")
     records.receive(connection)
     try:
-        _loop(runner, links.bell, board, record, assignment.plan.stall_after_s)
+        _loop(runner, ports, board, record, assignment.plan.stall_after_s)
     finally:
         record.save(assignment.spans_path)
     report.flush()
@@ -106,11 +102,11 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     )
 
 
-def _loop(runner: Runner, bell: Bell, board: Board, record: Recorder, give_up_after_s: float) -> None:
+def _loop(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_after_s: float) -> None:
     """Until nothing is left to do: look, decide, do; when there is nothing to do, sleep on the bell."""
     record(Span.OTHER, -1)
     while True:
-        bell.clear()
+        ports.bell.clear()
         runner.poll()
         if runner.done:
             return
@@ -118,14 +114,15 @@ def _loop(runner: Runner, bell: Bell, board: Board, record: Recorder, give_up_af
         if action is not Action.WAIT:
             runner.perform(action)
         else:
-            _wait(runner, bell, board, record, give_up_after_s)
+            _wait(runner, ports, board, record, give_up_after_s)
 
 
-def _wait(runner: Runner, bell: Bell, board: Board, record: Recorder, give_up_after_s: float) -> None:
+def _wait(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_after_s: float) -> None:
+    """Until somebody rings, or a message that an emulated link holds back is due."""
     record(Span.WAIT, runner.forwarded)
     # The driver ends a stalled run first, with a better report; this is for when the driver cannot.
     deadline_ns = now_ns() + int(2 * give_up_after_s * 1e9)
-    while not bell.wait(LOOK_UP_EVERY_S):
+    while not ports.wait(LOOK_UP_EVERY_S):
         if board.stopping:
             raise Stopped
         if now_ns() > deadline_ns:
@@ -135,51 +132,18 @@ def _wait(runner: Runner, bell: Bell, board: Board, record: Recorder, give_up_af
     record(Span.OTHER, -1)
 
 
-def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> Stage:
+def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> Stage | EmulatedStage:
     plan = assignment.plan
+    if plan.emulation is not None:
+        shape = assignment.resolved.output_shape
+        shape = shape if assignment.last else assignment.resolved.cuts[assignment.index].activation_shape
+        return EmulatedStage(assignment.index, plan, plan.emulation, shape, record)
     cut = None if assignment.last else replace(assignment.resolved.cuts[assignment.index], loss=recipe.loss)
     return Stage(stage_layers(recipe, plan, assignment.index), assignment.index, plan, recipe, cut, record)
 
 
-@dataclass
-class _Links:
-    """A worker's ends of the channels around it; None where the pipeline ends."""
-
-    bell: Bell
-    below: Receiver | None
-    above: Receiver | None
-    down: Sender | None
-    up: Sender | None
-
-
-@contextlib.contextmanager
-def _attached(assignment: Assignment) -> Iterator[_Links]:
-    k, names, within_s = assignment.index, assignment.names, assignment.attach_within_s
-    with contextlib.ExitStack() as stack:
-
-        def bell(stage: int) -> Bell:
-            return stack.enter_context(Bell.attach(names.bell(stage), within_s))
-
-        def sender(name: str, label: str, to: int) -> Sender:
-            return stack.enter_context(ShmSender.attach(name, label=label, deadline_s=within_s, receiver_bell=bell(to)))
-
-        def receiver(name: str, label: str, source: int) -> ShmReceiver:
-            return stack.enter_context(
-                ShmReceiver.attach(name, label=label, deadline_s=within_s, sender_bell=bell(source))
-            )
-
-        first, last = k == 0, assignment.last
-        yield _Links(
-            bell=bell(k),
-            below=None if first else receiver(names.activations(k - 1), f"activations {k - 1}->{k}", k - 1),
-            above=None if last else receiver(names.gradients(k), f"gradients {k + 1}->{k}", k + 1),
-            down=None if last else sender(names.activations(k), f"activations {k}->{k + 1}", k + 1),
-            up=None if first else sender(names.gradients(k - 1), f"gradients {k}->{k - 1}", k - 1),
-        )
-
-
-def _runner(assignment: Assignment, recipe: Recipe, stage: Stage, links: _Links, record: Recorder) -> Runner:
-    plan, deadline_s = assignment.plan, assignment.plan.stall_after_s
+def _runner(assignment: Assignment, stage: Stage | EmulatedStage, ports: Ports, record: Recorder) -> Runner:
+    plan = assignment.plan
     policy = MODES[plan.mode].policy
     if plan.deterministic:
         policy = scripted(schedule(plan, assignment.resolved.held_out_batches)[assignment.index])
@@ -188,58 +152,12 @@ def _runner(assignment: Assignment, recipe: Recipe, stage: Stage, links: _Links,
         policy=policy,
         stages=plan.stages,
         microbatches=plan.microbatches,
-        below=_Taking(links.below, record) if links.below else _Loading(recipe, assignment, record),
-        above=_Taking(links.above, record) if links.above else None,
-        down=_Putting(links.down, deadline_s) if links.down else None,
-        up=_Putting(links.up, deadline_s) if links.up else None,
+        below=ports.below,
+        above=ports.above,
+        down=ports.down,
+        up=ports.up,
         record=record,
     )
-
-
-@dataclass
-class _Taking:
-    """A receiver as the Runner's inlet."""
-
-    receiver: Receiver
-    record: Recorder
-
-    def take(self) -> Message | None:
-        message = self.receiver.poll()
-        if message is None:
-            return None
-        self.record(Span.RECEIVE, message.batch)
-        owned = replace(message, tensors=tuple(tensor.clone() for tensor in message.tensors))
-        self.receiver.release()
-        self.record(Span.OTHER, -1)
-        return owned
-
-
-@dataclass
-class _Putting:
-    """A sender as the Runner's outlet."""
-
-    sender: Sender
-    deadline_s: float
-
-    def room(self) -> bool:
-        return self.sender.room()
-
-    def put(self, message: Message) -> None:
-        self.sender.send(message, self.deadline_s)
-
-
-class _Loading:
-    """The data as the Runner's inlet."""
-
-    def __init__(self, recipe: Recipe, assignment: Assignment, record: Recorder) -> None:
-        self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps)
-        self._record = record
-
-    def take(self) -> Message | None:
-        self._record(Span.LOAD, -1)
-        message = next(self._messages, None)
-        self._record(Span.OTHER, -1)
-        return message
 
 
 class _Reporter:
@@ -268,7 +186,7 @@ class _Reporter:
             self._losses, self._sent_ns = [], now_ns()
 
 
-def _save(assignment: Assignment, stage: Stage) -> None:
+def _save(assignment: Assignment, stage: Stage | EmulatedStage) -> None:
     for what, tensors in (("model", stage.state_tensors()), ("optimizer", stage.optimizer_tensors())):
         path = assignment.part_path(what)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ _NUM_TRAIN = 1347  # three quarters; the rest is held out
 _SPLIT_SEED = 0
 
 
-def digits(hidden: int = 128, layers: int = 4, batch: int = 64, seed: int = 0) -> Recipe:
+def digits(hidden: int = 512, layers: int = 6, batch: int = 128, seed: int = 0) -> Recipe:
     """A perceptron on scikit-learn's digits.
 
     Args:
@@ -35,7 +35,7 @@ def digits(hidden: int = 128, layers: int = 4, batch: int = 64, seed: int = 0) -
         loss=F.cross_entropy,
         evaluation=partial(_held_out, batch),
         correct=correct_predictions,
-        steps=1000,
+        steps=300,
     )
 
 

@@ -29,7 +29,7 @@ def mlp(hidden: int = 1024, layers: int = 8, batch: int = 256) -> Recipe:
         model=partial(perceptron, hidden, hidden, layers + 1, _CLASSES),
         batches=[_random_batch(index, hidden, batch) for index in range(_NUM_BATCHES)],
         loss=F.cross_entropy,
-        steps=60,
+        steps=40,
     )
 
 

@@ -1,0 +1,79 @@
+"""Stages and links that are not there: their lengths are given, to see many stages and slow links on few cores.
+
+--emulate stage_ms=10,dni_ms=0.2        a stage's forward and backward take 10 ms together (1 : 2), its DNI 0.2 ms
+--link latency_ms=50,bandwidth_mbps=100   every message is on its way that long
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+from pipeline.errors import PlanError, nearest
+
+__all__ = ["Emulation", "Link"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lengths:
+    @classmethod
+    def parse(cls, text: str, option: str) -> Self:
+        """Read ``name=number,name=number``.
+
+        Raises:
+            PlanError: an unknown name, or no positive number.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        values: dict[str, Any] = {}
+        for part in text.split(","):
+            name, _, number = part.partition("=")
+            if name not in names:
+                raise PlanError(nearest(name, names, f"name in {option}"))
+            try:
+                values[name] = float(number)
+            except ValueError:
+                values[name] = math.nan
+            if not 0 <= values[name] < math.inf:
+                raise PlanError(f"{option} {part}: give a number of at least 0, as in {name}=10.")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Emulation(_Lengths):
+    """What replaces the compute of every stage.
+
+    Attributes:
+        stage_ms: milliseconds of forward and backward of one batch; a third of it is the forward.
+        dni_ms: milliseconds of the DNI, half for a prediction, half for learning.
+    """
+
+    stage_ms: float = 10.0
+    dni_ms: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link(_Lengths):
+    """What every channel is like.
+
+    Attributes:
+        latency_ms: milliseconds from the end of the transmission to the arrival.
+        bandwidth_mbps: megabits per second, one message after the other; 0: no limit.
+    """
+
+    latency_ms: float = 0.0
+    bandwidth_mbps: float = 0.0
+
+    def arrival_ns(self, sent_ns: int, free_ns: int, num_bytes: int) -> tuple[int, int]:
+        """When a message arrives, and when the link is free again.
+
+        Args:
+            sent_ns: when it was put on the link.
+            free_ns: when the link was done with the message before.
+            num_bytes: its payload.
+        """
+        begin = max(sent_ns, free_ns)
+        if self.bandwidth_mbps:
+            begin += round(num_bytes * 8e3 / self.bandwidth_mbps)
+        return begin + round(self.latency_ms * 1e6), begin

@@ -1,0 +1,143 @@
+"""A worker's queues as its Runner sees them: the data, the channels around the stage, and the bell they ring.
+
+loader or activations k-1->k  ->  below  [ Runner ]  down  ->  activations k->k+1
+       gradients k->k-1       <-  up     [        ]  above <-  gradients k+1->k
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from pipeline.loader import inputs
+from pipeline.messages import Message
+from pipeline.recipe import Recipe
+from pipeline.spans import Recorder, Span
+from workers.assignment import Assignment
+from workers.bell import Bell
+from workers.channel import Receiver, Sender
+from workers.clock import now_ns
+from workers.emulated import DelayedReceiver
+from workers.shm import ShmReceiver, ShmSender
+
+__all__ = ["Ports", "attached"]
+
+
+class Loading:
+    """The data as an inlet."""
+
+    def __init__(self, assignment: Assignment, recipe: Recipe, record: Recorder) -> None:
+        self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps)
+        self._record = record
+
+    def take(self) -> Message | None:
+        """The next message; makes the batch."""
+        self._record(Span.LOAD, -1)
+        message = next(self._messages, None)
+        self._record(Span.OTHER, -1)
+        return message
+
+    def depth(self) -> int:
+        """There is no queue in front of the data."""
+        return -1
+
+
+@dataclass
+class Taking:
+    """A receiver as an inlet."""
+
+    receiver: Receiver
+    record: Recorder
+    delayed: DelayedReceiver | None = None
+
+    def take(self) -> Message | None:
+        """The next message as a copy, its slot free again, or None."""
+        message = (self.delayed or self.receiver).poll()
+        if message is None:
+            return None
+        self.record(Span.RECEIVE, message.batch)
+        owned = replace(message, tensors=tuple(tensor.clone() for tensor in message.tensors))
+        self.receiver.release()
+        self.record(Span.OTHER, -1)
+        return owned
+
+    def depth(self) -> int:
+        """Slots in use."""
+        return self.receiver.depth()
+
+    def due_ns(self) -> int | None:
+        """When a message that is known to come will arrive."""
+        return self.delayed.due_ns if self.delayed is not None else None
+
+
+@dataclass
+class Putting:
+    """A sender as an outlet."""
+
+    sender: Sender
+    deadline_s: float
+    stamps: bool
+
+    def room(self) -> bool:
+        """Whether ``put`` would not block."""
+        return self.sender.room()
+
+    def put(self, message: Message) -> None:
+        """Send; notes the time where a link is emulated."""
+        self.sender.send(replace(message, sent_ns=now_ns()) if self.stamps else message, self.deadline_s)
+
+
+@dataclass
+class Ports:
+    """Everything around a stage; None where the pipeline ends."""
+
+    bell: Bell
+    below: Loading | Taking
+    above: Taking | None
+    down: Putting | None
+    up: Putting | None
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until somebody rings or a message is due; False when neither came within ``timeout_s`` seconds."""
+        dues = [port.due_ns() for port in (self.below, self.above) if isinstance(port, Taking)]
+        known = [due for due in dues if due is not None]
+        if not known:
+            return self.bell.wait(timeout_s)
+        due_s = (min(known) - now_ns()) * 1e-9
+        return self.bell.wait(max(0.0, min(due_s, timeout_s))) or due_s <= timeout_s
+
+
+@contextlib.contextmanager
+def attached(assignment: Assignment, recipe: Recipe, record: Recorder) -> Iterator[Ports]:
+    """Attach a worker's ends of all its channels; closes them on the way out.
+
+    Raises:
+        TimeoutError: something was not there in time.
+    """
+    k, names, within_s, plan = assignment.index, assignment.names, assignment.attach_within_s, assignment.plan
+    link = plan.links
+    with contextlib.ExitStack() as stack:
+
+        def bell(stage: int) -> Bell:
+            return stack.enter_context(Bell.attach(names.bell(stage), within_s))
+
+        def putting(name: str, label: str, to: int) -> Putting:
+            sender = ShmSender.attach(name, label=label, deadline_s=within_s, receiver_bell=bell(to))
+            return Putting(stack.enter_context(sender), plan.stall_after_s, stamps=link is not None)
+
+        def taking(name: str, label: str, source: int) -> Taking:
+            receiver = ShmReceiver.attach(name, label=label, deadline_s=within_s, sender_bell=bell(source))
+            stack.enter_context(receiver)
+            return Taking(receiver, record, DelayedReceiver(receiver, link) if link is not None else None)
+
+        first, last = k == 0, assignment.last
+        yield Ports(
+            bell=bell(k),
+            below=Loading(assignment, recipe, record)
+            if first
+            else taking(names.activations(k - 1), f"activations {k - 1}->{k}", k - 1),
+            above=None if last else taking(names.gradients(k), f"gradients {k + 1}->{k}", k + 1),
+            down=None if last else putting(names.activations(k), f"activations {k}->{k + 1}", k + 1),
+            up=None if first else putting(names.gradients(k - 1), f"gradients {k}->{k - 1}", k - 1),
+        )
