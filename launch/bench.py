@@ -1,13 +1,14 @@
-"""``freewheel bench``: the same training in several modes, interleaved over rounds, and what the comparison says.
+"""``freewheel bench``: the same training in several ways, interleaved over rounds, and what the comparison says.
 
-round 1: single, naive, unlocked    round 2: single, naive, unlocked    ...    ratios are taken within a round
+round 1: backprop, naive, unlocked    round 2: backprop, naive, unlocked    ...    ratios are taken within a round
 """
 
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,74 +18,77 @@ from rich.table import Table
 from launch import rundir
 from launch.console import Console, stage_table
 from launch.options import BenchOptions
-from launch.result import SCHEMA, Result
-from launch.single import SingleRun, run_single
+from launch.result import SCHEMA
+from launch.rows import DEFAULT_ROWS, ROWS, Contender, Outcome
 from launch.spread import Spread
-from launch.training import resolve_source, run
-from pipeline import DNIPlan, Plan, Recipe
+from launch.training import resolve_source
+from pipeline import Plan, PlanError, Recipe, nearest
 from pipeline.measurements import Measured
+from pipeline.modes import MODES
 from pipeline.resolve import Resolved
 
-__all__ = ["Report", "Row", "bench"]
+__all__ = ["Report", "Row", "bench", "environment"]
 
 
 @dataclass
 class Row:
-    """One mode over all rounds.
+    """One way to train, over all rounds.
 
     Attributes:
-        engine: ``single`` or ``freewheel``.
-        mode: ``backprop`` for a plain loop, else a mode of the plan.
-        stages: number of worker processes.
-        threads: compute threads of each.
-        rates: samples per second of every round.
-        results: our own runs, one per round; empty for other engines.
-        singles: runs of the plain loop.
+        contender: what runs.
+        outcomes: one per round.
     """
 
-    engine: str
-    mode: str
-    stages: int
-    threads: int
-    rates: list[float] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)
-    singles: list[SingleRun] = field(default_factory=list)
+    contender: Contender
+    outcomes: list[Outcome] = field(default_factory=list)
 
     @property
-    def last(self) -> Result | SingleRun:
+    def name(self) -> str:
+        """How the table calls it."""
+        c = self.contender
+        if c.engine == "single":
+            return "one process" if c.threads == 1 else f"one process, {c.threads} threads"
+        name = {"ddp": "DDP", "torch": f"torch {_SHORT.get(c.mode, c.mode)}"}.get(c.engine, c.mode)
+        return f"{name} x{c.microbatches}" if c.microbatches else name
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is one of our modes that equal single-process training."""
+        return self.contender.engine == "freewheel" and MODES[self.contender.mode].exact
+
+    @property
+    def rates(self) -> list[float]:
+        """Samples per second of every round."""
+        return [outcome.samples_per_s for outcome in self.outcomes]
+
+    @property
+    def last(self) -> Outcome:
         """The last round."""
-        return (self.results or self.singles)[-1]
+        return self.outcomes[-1]
 
     @property
     def typical(self) -> Measured | None:
         """Our own figures in the round of median speed."""
-        if not self.results:
-            return None
         middle = sorted(range(len(self.rates)), key=self.rates.__getitem__)[len(self.rates) // 2]
-        return self.results[middle].measured
+        return self.outcomes[middle].measured
 
     def speedup(self, other: Row) -> Spread:
         """Throughput over that of another row, round by round."""
         return Spread.of([mine / theirs for mine, theirs in zip(self.rates, other.rates, strict=True)])
 
-    def as_dict(self, yardstick: Row, batch_rows: int) -> dict[str, Any]:
+    def as_dict(self, yardstick: Row, batch_rows: int, emulated: bool) -> dict[str, Any]:
         """One entry of ``rows`` in bench.json; what does not apply is null."""
-        measured = self.typical
+        measured, contender = self.typical, self.contender
         stages = measured.stages if measured else ()
         first = stages[0] if stages else None
         latency, age = (first.update_latency_s, first.gradient_age_updates) if first else (None, None)
-        peaks = (
-            [self.results[-1].finished[k].peak_memory_bytes for k in sorted(self.results[-1].finished)]
-            if self.results
-            else [self.singles[-1].peak_memory_bytes]
-        )
         return {
-            "engine": self.engine,
-            "mode": self.mode,
-            "stages": self.stages,
-            "threads": self.threads,
-            "microbatches": None,
-            "emulated": False,
+            "engine": contender.engine,
+            "mode": contender.mode,
+            "stages": contender.stages,
+            "threads": contender.threads,
+            "microbatches": contender.microbatches,
+            "emulated": emulated,
             "launcher": "local",
             "samples_per_s": Spread.of(self.rates).as_dict(),
             "speedup": self.speedup(yardstick).as_dict(),
@@ -93,7 +97,7 @@ class Row:
             "busy_share": [stage.busy for stage in stages] or None,
             "bubble_share": [stage.shares["waiting"] for stage in stages] or None,
             "dni_share": [stage.shares["dni"] for stage in stages] or None,
-            "peak_memory_bytes": peaks,
+            "peak_memory_bytes": list(self.last.peak_memory_bytes),
             "ledger": _ledger(measured, batch_rows) if measured else None,
             "loss": self.last.loss,
             "accuracy": self.last.accuracy,
@@ -110,8 +114,10 @@ class Report:
         verdict: the answer in a sentence or two.
         command: what was typed.
         environment: where it was measured.
-        rows: the modes; the first one is the yardstick, one process with one thread.
+        rows: the contenders; ratios are over the first one.
         batch_rows: rows of a batch.
+        emulated: compute or links were emulated.
+        left_out: rows that could not run here, with the reason.
     """
 
     verdict: str
@@ -119,6 +125,8 @@ class Report:
     environment: dict[str, Any]
     rows: list[Row]
     batch_rows: int
+    emulated: bool
+    left_out: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of bench.json."""
@@ -127,80 +135,112 @@ class Report:
             "verdict": self.verdict,
             "command": self.command,
             "environment": self.environment,
-            "rows": [row.as_dict(self.rows[0], self.batch_rows) for row in self.rows],
+            "rows": [row.as_dict(self.rows[0], self.batch_rows, self.emulated) for row in self.rows],
+            "left_out": self.left_out,
         }
 
 
 def bench(
     source: Callable[[], Recipe], plan: Plan, options: BenchOptions, command: list[str], console: Console
 ) -> Report:
-    """Compare one process, locked and unlocked stages on equal work, and print the verdict first.
+    """Compare ways to train on equal work, and print the verdict first.
 
-    Same model, initial weights, batches and optimizer in every mode; the first tenth of the batches warms up.
+    Same model, initial weights, batches and optimizer in every row; the first tenth of the batches warms up.
 
     Raises:
-        PlanError: the plan cannot run.
+        PlanError: the plan, or a row that was asked for by name, cannot run.
         RunFailed: a run failed.
     """
+    names = _chosen(options.rows, plan)
     resolved = resolve_source(source, plan)
-    locked = resolve_source(source, _locked(resolved.plan))
-    modes: list[tuple[Row, Resolved | None]] = [(Row("single", "backprop", 1, plan.threads), None)]
-    modes += [(Row("freewheel", r.plan.mode, r.plan.stages, plan.threads), r) for r in (locked, resolved)]
     folder = rundir.new_run_dir(options.runs, options.name or rundir.default_name(source().name, "bench"))
     console.decided(source().name, resolved, folder)
+    rows, left_out = _prepared(names, source, resolved, folder, console, everything="all" in options.rows)
     for number in range(options.rounds):
-        for row, wanted in modes:
-            with console.rich.status(f"round {number + 1} of {options.rounds}: {row.mode}"):
-                _once(row, wanted, source, resolved, folder, number)
-    rows = [row for row, _ in modes]
-    rows_per_batch = resolved.batch_shape[0]
-    report = Report(_verdict(rows[0], rows[1], rows[2], resolved.steps), command, environment(), rows, rows_per_batch)
+        for name, row in rows.items():
+            with console.rich.status(f"round {number + 1} of {options.rounds}: {row.name}"):
+                row.outcomes.append(row.contender.train(folder, f"{name}-{number + 1}"))
+    ordered = list(rows.values())
+    emulated = plan.emulate is not None or plan.link is not None
+    report = Report(
+        _verdict(ordered, resolved.steps, emulated),
+        command,
+        environment(),
+        ordered,
+        resolved.batch_shape[0],
+        emulated,
+        left_out,
+    )
     _show(report, console)
+    if "all" not in options.rows:
+        console.next_command(shlex.join([*command, "--rows", "all"]), "every rival in the same table")
     return report
 
 
-def _once(
-    row: Row, wanted: Resolved | None, source: Callable[[], Recipe], resolved: Resolved, folder: Path, number: int
-) -> None:
-    if wanted is None:
-        warmup = max(1, min(resolved.steps // 10, resolved.steps - 1))
-        single = run_single(source, resolved.plan, threads=row.threads, warmup=warmup)
-        row.singles.append(single)
-        row.rates.append(single.batches * resolved.batch_shape[0] / single.seconds)
-    else:
-        result = run(source, wanted, folder, f"{row.mode}-{number + 1}", Console(quiet=True))
-        row.results.append(result)
-        row.rates.append(result.samples_per_s or float("nan"))
+def _chosen(wanted: Sequence[str], plan: Plan) -> list[str]:
+    """Names of the rows: the yardstick first. Emulated stages have nothing that others could run."""
+    for name in wanted:
+        if name != "all" and name not in ROWS:
+            raise PlanError(nearest(name, [*ROWS, "all"], "row"))
+    ours = list(MODES)
+    if plan.emulate is not None or plan.link is not None:
+        theirs = [name for name in wanted if name not in (*ours, "all", *DEFAULT_ROWS)]
+        if theirs:
+            raise PlanError(f"{', '.join(theirs)} cannot be emulated: leave it out, or leave out --emulate and --link.")
+        return [name for name in ours if "all" in wanted or name in wanted]
+    return [name for name in ROWS if name == "backprop" or "all" in wanted or name in wanted]
 
 
-def _locked(plan: Plan) -> Plan:
-    """The same work, locked: what only concerns unlocking is left out."""
-    defaults = Plan()
-    return replace(
-        plan,
-        mode="naive",
-        targets=defaults.targets,
-        mix=defaults.mix,
-        true_every=1,
-        dni=DNIPlan(),
-        deterministic=False,
-    )
+def _prepared(
+    names: Sequence[str],
+    source: Callable[[], Recipe],
+    resolved: Resolved,
+    folder: Path,
+    console: Console,
+    *,
+    everything: bool,
+) -> tuple[dict[str, Row], dict[str, str]]:
+    rows, left_out = {}, {}
+    for name in names:
+        try:
+            with console.rich.status(f"preparing {name}"):
+                rows[name] = Row(ROWS[name](source, resolved, folder))
+        except PlanError as error:
+            if not everything:
+                raise
+            left_out[name] = str(error)
+    return rows, left_out
 
 
-def _verdict(single: Row, locked: Row, unlocked: Row, steps: int) -> str:
-    against_locked, against_single = unlocked.speedup(locked), unlocked.speedup(single)
-    won = "Unlocked" if against_locked.median > 1 else "Unlocking lost:"
-    text = (
-        f"{won} {unlocked.stages} stages ran at {against_locked.times()} the speed of the same stages locked, and at "
-        f"{against_single.times()} the speed of one process"
-    )
-    if unlocked.last.accuracy is not None and locked.last.accuracy is not None:
+def _verdict(rows: Sequence[Row], steps: int, emulated: bool) -> str:
+    """What unlocking bought, against the best of every kind that was run; losses are said like gains."""
+    unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
+    if unlocked is None:
+        best = max(rows, key=lambda row: Spread.of(row.rates).median)
+        return f"The fastest was {best.name}. Nothing unlocked was run."
+    rivals = [
+        ("exact locked row", [row for row in rows if row.exact]),
+        ("torch.distributed.pipelining row", [row for row in rows if row.contender.engine == "torch"]),
+        ("", [row for row in rows if row.contender.engine in ("single", "ddp")]),
+    ]
+    parts, slower = [], []
+    for kind, candidates in rivals:
+        chosen = candidates
+        if kind and candidates:
+            chosen = [max(candidates, key=lambda row: Spread.of(row.rates).median)]
+        for row in chosen:
+            ratio = unlocked.speedup(row)
+            parts.append(f"{ratio.times()} {f'the best {kind} ({row.name})' if kind else row.name}")
+            slower += [row.name] if ratio.median < 1 else []
+    text = f"Unlocked, {unlocked.contender.stages} stages: throughput {', '.join(parts)}"
+    rival = next((row for row in rows if row.exact), rows[0])
+    if unlocked.last.accuracy is not None and rival.last.accuracy is not None and not emulated:
         text += f"; after the same {steps:,} batches {unlocked.last.accuracy:.1%} right"
-        text += f" against {locked.last.accuracy:.1%} locked"
+        text += f" against {rival.last.accuracy:.1%} ({rival.name})"
     text += "."
-    if against_single.median < 1:
-        text += " One process alone is faster here: these stages are too small to pay for the messages between them."
-    return text
+    if slower:
+        text += f" Unlocking loses here against {', '.join(slower)}."
+    return f"Emulated. {text}" if emulated else text
 
 
 def _ledger(measured: Measured, batch_rows: int) -> dict[str, float | None]:
@@ -217,30 +257,43 @@ def _show(report: Report, console: Console) -> None:
     console.rich.print(f"\n[bold]{report.verdict}[/bold]\n")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("mode", no_wrap=True)
-    for name in ("samples/s", "x one process", "update ms", "busy %", "dni %", "loss", "accuracy"):
+    scored = report.rows[0].last.accuracy is not None
+    for name in (
+        "samples/s",
+        f"x {report.rows[0].name}",
+        "update ms",
+        "busy%",
+        "dni%",
+        "correct" if scored else "loss",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
-        entry = row.as_dict(report.rows[0], report.batch_rows)
+        entry = row.as_dict(report.rows[0], report.batch_rows, report.emulated)
         latency, speedup = entry["update_latency_s"], row.speedup(report.rows[0])
         table.add_row(
-            "one process" if row.engine == "single" else row.mode,
+            row.name,
             f"{entry['samples_per_s']['median']:,.0f}",
             f"{speedup.median:.2f} ({speedup.min:.2f}-{speedup.max:.2f})",
             f"{latency['p50'] * 1e3:.2f}" if latency else "-",
-            _percentages(entry["busy_share"]),
-            _percentages(entry["dni_share"]),
-            f"{entry['loss']:.4f}",
-            "-" if entry["accuracy"] is None else f"{entry['accuracy']:.2%}",
+            _percentage(entry["busy_share"]),
+            _percentage(entry["dni_share"]),
+            f"{entry['accuracy']:.2%}" if scored else f"{entry['loss']:.4f}",
         )
     console.rich.print(table)
+    for name, reason in report.left_out.items():
+        console.rich.print(f"  left out: {name}  [dim]({reason})[/dim]")
     for row in report.rows:
         if row.typical is not None:
-            console.rich.print(f"\n[bold]{row.mode}[/bold]")
+            console.rich.print(f"\n[bold]{row.name}[/bold]")
             console.rich.print(stage_table(row.typical))
 
 
-def _percentages(shares: Sequence[float] | None) -> str:
-    return "-" if not shares else " ".join(f"{100 * share:.0f}" for share in shares)
+_SHORT = {"Interleaved1F1B": "Int-1F1B", "InterleavedZeroBubble": "Int-ZeroBubble", "ZBVZeroBubble": "ZBV"}
+
+
+def _percentage(shares: Sequence[float] | None) -> str:
+    """Mean over the stages."""
+    return "-" if not shares else f"{100 * sum(shares) / len(shares):.0f}"
 
 
 def environment() -> dict[str, Any]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console as RichConsole
 
 from launch.bench import bench, environment
 from launch.bench_channel import bench_channel, print_rows
 from launch.console import Console
-from launch.options import BenchOptions, Parsed, RunOptions, parse, parse_channel
+from launch.options import BenchOptions, RunOptions, parse, parse_channel
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
 from launch.training import resolve_source, run
-from pipeline import PlanError, nearest
+from pipeline import Plan, PlanError, nearest
 from workers.failures import RunFailed
 
 __all__ = ["main"]
@@ -66,9 +67,12 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _command(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
+        print(_USAGE, end="", file=sys.stderr)
+        return 2
+    if arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
-        return 0 if arguments else 2
+        return 0
     commands: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "bench": _bench}
     command, *rest = arguments
     if command not in commands:
@@ -85,31 +89,46 @@ def _train(recipe: str, arguments: list[str]) -> int:
     parsed = parse(recipe, arguments, RunOptions, "freewheel train")
     console = Console(quiet=parsed.run.quiet)
     resolved = resolve_source(parsed.source, parsed.plan)
-    result = run(parsed.source, resolved, parsed.run.runs, parsed.run.name, console)
+    command = ["freewheel", "train", recipe, *arguments]
+    result = run(parsed.source, resolved, parsed.run.runs, parsed.run.name, console, command)
     console.finished(result)
-    console.next_command(*_after_training(recipe, arguments, parsed))
-    if parsed.run.json is not None:
-        parsed.run.json.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
+    console.next_command(*_after_training(recipe, arguments, parsed.plan, resolved.steps))
+    _write_json(parsed.run.json, result.as_dict())
     return 0
 
 
-def _after_training(recipe: str, arguments: list[str], parsed: Parsed) -> tuple[str, str]:
-    kept = [
-        a for i, a in enumerate(arguments) if not ({a, arguments[i - 1] if i else ""} & {"--mode", "--name", "--json"})
-    ]
-    command = shlex.join(["freewheel", "bench", recipe, *kept])
-    return command, f"how {parsed.plan.mode} compares with the other modes here"
+def _after_training(recipe: str, arguments: list[str], plan: Plan, steps: int) -> tuple[str, str]:
+    """A benchmark of the same training: what is only about this run, or refused by bench, is left out."""
+    left_out = ["--mode", "--name", "--json", "--microbatches"]
+    if not plan.unlocked:
+        left_out.append("--dni.")
+    if steps < 2:
+        left_out.append("--steps")
+    command = shlex.join(["freewheel", "bench", recipe, *_without(left_out, arguments)])
+    return command, f"how {plan.mode} compares with the other modes here"
+
+
+def _without(left_out: Sequence[str], arguments: list[str]) -> Iterator[str]:
+    """The arguments but for some options with their values: ``--mode naive``, ``--mode=naive``, all ``--dni.``."""
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if not any(name == option or (option.endswith(".") and name.startswith(option)) for option in left_out):
+            yield argument
+        elif not equals:
+            next(rest, None)
 
 
 def _bench(recipe: str, arguments: list[str]) -> int:
     if recipe == "channel":
         return _bench_channel(arguments)
     parsed = parse(recipe, arguments, BenchOptions, "freewheel bench")
-    plan = dataclasses.replace(parsed.plan, mode="unlocked")
+    steps = parsed.plan.steps or parsed.source().steps
+    if steps < 2:
+        raise PlanError(f"steps is {steps}: bench needs at least 2, the first one warms up.")
     console = Console(quiet=parsed.run.quiet)
-    report = bench(parsed.source, plan, parsed.run, ["freewheel", "bench", recipe, *arguments], console)
-    if parsed.run.json is not None:
-        parsed.run.json.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+    report = bench(parsed.source, parsed.plan, parsed.run, ["freewheel", "bench", recipe, *arguments], console)
+    _write_json(parsed.run.json, report.as_dict())
     return 0
 
 
@@ -117,12 +136,16 @@ def _bench_channel(arguments: list[str]) -> int:
     options = parse_channel(arguments)
     rows = bench_channel(rounds=options.rounds, slots=options.slots)
     print_rows(rows)
-    if options.json is not None:
-        content = {
-            "schema": SCHEMA,
-            "command": ["freewheel", "bench", "channel", *arguments],
-            "environment": environment(),
-            "rows": [row.to_dict() for row in rows],
-        }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    content = {
+        "schema": SCHEMA,
+        "command": ["freewheel", "bench", "channel", *arguments],
+        "environment": environment(),
+        "rows": [row.to_dict() for row in rows],
+    }
+    _write_json(options.json, content)
     return 0
+
+
+def _write_json(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(content, indent=2) + "\n")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -37,23 +38,13 @@ class Console:
         """The first screen."""
         plan = resolved.plan
         self.rich.print(
-            f"[bold]{recipe}[/bold]: {plan.mode}, {plan.stages} stages, {resolved.steps:,} batches of "
-            f"{resolved.batch_shape[0]}, seed {plan.seed}"
+            f"[bold]{escape(recipe)}[/bold]: {plan.mode}, {plan.stages} {'stage' if plan.stages == 1 else 'stages'}, "
+            f"{resolved.steps:,} batches of {resolved.batch_shape[0]}, seed {plan.seed}"
         )
         self.rich.print(_stages_table(resolved))
-        for what, value, why in resolved.reasons:
-            self.rich.print(f"  {what:<10} {value}  [dim]({why})[/dim]")
-        if plan.unlocked and plan.stages > 1:
-            self.rich.print(f"  {'targets':<10} {plan.targets}  [dim]({_TARGETS[plan.targets]})[/dim]")
-        rule = plan.optimizer
-        self.rich.print(f"  {'optimizer':<10} {rule.rule}, lr {rule.lr:g}  [dim](one per stage)[/dim]")
-        if plan.stages > 1:
-            mebibytes = needed_bytes(resolved) / 2**20
-            self.rich.print(
-                f"  {'channels':<10} shared memory, {plan.channel.slots} slots  "
-                f"[dim](all workers on this host; {mebibytes:.1f} MiB)[/dim]"
-            )
-        self.rich.print(f"  {'threads':<10} {plan.threads} per worker\n  {'run':<10} {run_dir}")
+        for decision in _decisions(resolved):
+            self.rich.print(_decision_line(*decision))
+        self._print_whole(f"  {'threads':<10} {plan.threads} per worker\n  {'run':<10} {escape(str(run_dir))}")
 
     @contextlib.contextmanager
     def training(self, result: Result) -> Iterator[None]:
@@ -65,7 +56,8 @@ class Console:
             TimeRemainingColumn(),
             TextColumn("{task.fields[loss]}"),
         )
-        with Progress(*columns, console=self.rich, transient=True) as progress:
+        shown = self.rich.is_terminal  # elsewhere it would leave an empty line
+        with Progress(*columns, console=self.rich, transient=True, disable=not shown) as progress:
             self._progress = progress
             self._task = progress.add_task("starting", total=result.resolved.steps, loss="")
             try:
@@ -88,15 +80,20 @@ class Console:
 
     def finished(self, result: Result) -> None:
         """The last screen of a training run."""
-        self.rich.print(f"\n[bold]{result.summary()}[/bold]")
+        self._print_whole(f"\n[bold]{escape(result.summary())}[/bold]")
         if result.resolved.steps > 1:
             self.rich.print(stage_table(result.measured))
+            self.rich.print(f"[dim]{_legend(result.measured)}[/dim]")
         if dropped := sum(record.dropped for record in result.finished.values()):
             self.rich.print(f"  {dropped:,} targets were dropped: raise --channel.gradient-slots")
 
     def next_command(self, command: str, why: str) -> None:
         """What to try now."""
-        self.rich.print(f"  next: [bold]{command}[/bold]  [dim]({why})[/dim]")
+        self._print_whole(f"  next: [bold]{escape(command)}[/bold]\n        [dim]({why})[/dim]")
+
+    def _print_whole(self, text: str) -> None:
+        """Print lines that somebody may copy: never broken, however narrow the terminal."""
+        self.rich.print(text, soft_wrap=True)
 
     def _update(self, **values: object) -> None:
         if self._progress is not None and self._task is not None:
@@ -108,13 +105,23 @@ def stage_table(measured: Measured) -> Table:
     table = Table(title="where the time went, %", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
     shown = [name for name in _COLUMNS if any(stage.shares[name] >= 5e-4 for stage in measured.stages)]
-    for name in (*(_SHORT.get(name, name) for name in shown), "update ms", "age"):
+    late = any(stage.gradient_age_updates is not None for stage in measured.stages)
+    for name in (*(_SHORT.get(name, name) for name in shown), "update ms", *(["age"] if late else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for index, stage in enumerate(measured.stages):
         latency = "-" if stage.update_latency_s is None else f"{stage.update_latency_s[0] * 1e3:.2f}"
         age = "-" if stage.gradient_age_updates is None else f"{stage.gradient_age_updates[0]:.0f}"
-        table.add_row(str(index), *(f"{100 * stage.shares[name]:.1f}" for name in shown), latency, age)
+        shares = (f"{100 * stage.shares[name]:.1f}" for name in shown)
+        table.add_row(str(index), *shares, latency, *([age] if late else []))
     return table
+
+
+def _legend(measured: Measured) -> str:
+    """What the last columns of the stage table are, medians both."""
+    text = "update ms: from the end of a batch's forward to the end of its update"
+    if any(stage.gradient_age_updates is not None for stage in measured.stages):
+        text += "\nage: updates a stage makes before the target of a batch comes back"
+    return text
 
 
 _SHORT = {"communication": "send+recv", "waiting": "wait", "backward": "back+step"}
@@ -123,6 +130,28 @@ _TARGETS = {
     "true": "every DNI learns from the true gradient, late",
     "mixed": "a DNI learns from both",
 }
+
+
+def _decisions(resolved: Resolved) -> Iterator[tuple[str, str, str]]:
+    """(what, value, why), as the first screen shows them."""
+    plan = resolved.plan
+    yield from resolved.reasons
+    if plan.unlocked and plan.stages > 1:
+        yield "targets", plan.targets, _TARGETS[plan.targets]
+    yield "optimizer", f"{plan.optimizer.rule}, lr {plan.optimizer.lr:g}", "one per stage"
+    if plan.stages > 1:
+        mebibytes = needed_bytes(resolved) / 2**20
+        yield "channels", f"shared memory, {plan.channel.slots} slots", f"all workers on this host; {mebibytes:.1f} MiB"
+
+
+def _decision_line(what: str, value: str, why: str) -> Table:
+    """One line; a reason that is too long goes on under itself."""
+    line = Table.grid(padding=(0, 2, 0, 0))
+    line.add_column(width=11)
+    line.add_column()
+    line.add_column(style="dim")
+    line.add_row(f"  {what}", escape(value), escape(f"({why})"))
+    return line
 
 
 def _stages_table(resolved: Resolved) -> Table:

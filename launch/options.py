@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 import docstring_parser
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+from launch.rundir import name_problems
 from launch.sources import NamedRecipe, entry_of
-from pipeline import Plan, Recipe
+from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
+from pipeline.modes import MODES
+from pipeline.plan import DNI_FORMS, OPTIMIZERS, TARGETS
 
 __all__ = ["BenchOptions", "ChannelOptions", "Parsed", "RunOptions", "parse", "parse_channel"]
 
 _SEED = "seed"  # a recipe's parameter of this name gets the plan's seed
+_VALID: dict[type, dict[str, Sequence[str]]] = {
+    Plan: {"mode": tuple(MODES), "targets": TARGETS},
+    OptimizerPlan: {"rule": OPTIMIZERS},
+    DNIPlan: {"form": DNI_FORMS},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Where the run goes."""
+
+    fixed: ClassVar[dict[str, Any]] = {}
+    """What the command itself sets in the plan; there are no options for it."""
 
     runs: Path = Path("runs")
     """Folder of the runs."""
@@ -33,13 +47,29 @@ class RunOptions:
     quiet: bool = False
     """Print nothing but errors."""
 
+    def problems(self) -> Iterator[str]:
+        """What cannot work, one sentence each."""
+        if self.name is not None:
+            yield from name_problems(self.name)
+        yield from _json_problems(self.json)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(RunOptions):
     """How to compare."""
 
+    fixed: ClassVar[dict[str, Any]] = {"mode": "unlocked", "microbatches": 1}
+
+    rows: tuple[str, ...] = ("backprop", "naive", "unlocked")
+    """Rows: backprop, backprop-all-cores, ddp, torch-gpipe, torch-1f1b, torch-interleaved-1f1b,
+    torch-interleaved-zero-bubble, torch-zbv-zero-bubble, our modes, or all."""
     rounds: int = 5
-    """Rounds; in each, every mode runs once."""
+    """Rounds; in each, every row runs once."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work, one sentence each."""
+        yield from super().problems()
+        yield from _count_problems(rounds=self.rounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +82,11 @@ class ChannelOptions:
     """Slots of the channel."""
     json: Path | None = None
     """Also write the rows to this file."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work, one sentence each."""
+        yield from _count_problems(rounds=self.rounds, slots=self.slots)
+        yield from _json_problems(self.json)
 
 
 @dataclass(frozen=True)
@@ -67,23 +102,29 @@ def parse(recipe: str, arguments: Sequence[str], run_type: type[RunOptions], pro
     """Parse the options behind a recipe's name. Exits with status 2 and one message when they are wrong.
 
     Raises:
-        PlanError: no such recipe.
+        PlanError: no such recipe, or values that cannot work; all that are seen without the recipe come at once.
     """
     entry = entry_of(recipe)
+    for name in run_type.fixed:
+        if any(argument.partition("=")[0] == f"--{name}" for argument in arguments):
+            raise PlanError(f"{name} has no effect in {prog}, which chooses it: leave it out.")
     own = _recipe_options(entry.make)
+    _check_no_clash(own, (Plan, run_type), recipe)
     fields: list[Any] = [
-        ("plan", _flat(Plan), dataclasses.field(default=entry.plan)),
+        ("plan", _flat(Plan), dataclasses.field(default=dataclasses.replace(entry.plan, **run_type.fixed))),
         ("run", _flat(run_type), dataclasses.field(default_factory=run_type)),
     ]
     if dataclasses.fields(own):
         fields.insert(0, ("recipe", _flat(own), *_default(own)))
-    options: Any = tyro.cli(
-        dataclasses.make_dataclass("Options", fields, kw_only=True),
-        prog=f"{prog} {recipe}",
-        description=(inspect.getdoc(entry.make) or "").partition("\n")[0],
-        args=list(arguments),
-        config=(tyro.conf.SuppressFixed,),
-    )
+    with _plan_rules(run_type.fixed):
+        options: Any = tyro.cli(
+            dataclasses.make_dataclass("Options", fields, kw_only=True),
+            prog=f"{prog} {recipe}",
+            description=(inspect.getdoc(entry.make) or "").partition("\n")[0],
+            args=list(arguments),
+            config=(tyro.conf.SuppressFixed,),
+        )
+    _check(options.run, options.plan)
     chosen = {f.name: getattr(options.recipe, f.name) for f in dataclasses.fields(own)}
     if _SEED in inspect.signature(entry.make).parameters:
         chosen[_SEED] = options.plan.seed
@@ -91,8 +132,73 @@ def parse(recipe: str, arguments: Sequence[str], run_type: type[RunOptions], pro
 
 
 def parse_channel(arguments: Sequence[str]) -> ChannelOptions:
-    """Parse the options of ``freewheel bench channel``; exits with status 2 when they are wrong."""
-    return tyro.cli(ChannelOptions, prog="freewheel bench channel", args=list(arguments))
+    """Parse the options of ``freewheel bench channel``; exits with status 2 when they are wrong.
+
+    Raises:
+        PlanError: values that cannot work.
+    """
+    options = tyro.cli(ChannelOptions, prog="freewheel bench channel", args=list(arguments))
+    _check(options)
+    return options
+
+
+def _check(options: RunOptions | ChannelOptions, plan: Plan | None = None) -> None:
+    problems: list[str] = []
+    try:
+        if plan is not None:
+            plan.check()
+    except PlanError as error:
+        problems += error.problems
+    problems += options.problems()
+    if problems:
+        raise PlanError(*problems)
+
+
+def _check_no_clash(own: type, others: Sequence[type], recipe: str) -> None:
+    taken = {f.name for other in others for f in dataclasses.fields(other)}
+    clash = [f.name for f in dataclasses.fields(own) if f.name in taken]
+    if clash:
+        raise PlanError(f"recipe() in {recipe} has parameters that Freewheel has too: rename {', '.join(clash)}.")
+
+
+def _json_problems(path: Path | None) -> Iterator[str]:
+    """Seen before the run, or its result would be lost after the last batch."""
+    if path is None:
+        return
+    if path.is_dir():
+        yield f"json {path} is a folder: give the path of a file."
+    elif not path.parent.is_dir():
+        yield f"json {path}: there is no folder {path.parent}; make it first, or give another path."
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        yield f"json {path} may not be written: give another path."
+
+
+def _count_problems(**options: int) -> Iterator[str]:
+    for name, value in options.items():
+        if value < 1:
+            yield f"{name} is {value}: it must be at least 1."
+
+
+def _plan_rules(fixed: dict[str, Any]) -> ConstructorRegistry:
+    """How the plan becomes options: valid names in the help, and no option for what is fixed."""
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if info.type not in _VALID:
+            return None
+        hints = get_type_hints(info.type)
+        for name, valid in _VALID[info.type].items():
+            hints[name] = _annotated(hints[name], tyro.conf.arg(metavar=f"{{{','.join(valid)}}}"))
+        help_of = {param.arg_name: param.description for param in docstring_parser.parse_from_object(info.type).params}
+        fields = tuple(
+            StructFieldSpec(f.name, hints[f.name], getattr(info.default, f.name), helptext=help_of.get(f.name))
+            for f in dataclasses.fields(info.type)
+            if f.name not in (fixed if info.type is Plan else ())
+        )
+        return StructConstructorSpec(partial(dataclasses.replace, info.default), fields)
+
+    return registry
 
 
 def _recipe_options(make: Callable[..., Recipe]) -> type:
@@ -100,14 +206,23 @@ def _recipe_options(make: Callable[..., Recipe]) -> type:
     help_of = {param.arg_name: param.description for param in docstring_parser.parse(make.__doc__ or "").params}
     fields: list[Any] = []
     for name, parameter in inspect.signature(make, eval_str=True).parameters.items():
-        if name == _SEED:
+        if name == _SEED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        kind = _annotated(parameter.annotation, tyro.conf.arg(help=help_of.get(name)))
+        kind = _annotated(_kind(parameter), tyro.conf.arg(help=help_of.get(name)))
         if parameter.default is inspect.Parameter.empty:
             fields.append((name, kind))
         else:
             fields.append((name, kind, dataclasses.field(default=parameter.default)))
     return dataclasses.make_dataclass("RecipeOptions", fields, frozen=True, kw_only=True)
+
+
+def _kind(parameter: inspect.Parameter) -> Any:
+    """The type of a recipe's option: as annotated, else that of its default, else a string."""
+    if parameter.annotation is not inspect.Parameter.empty:
+        return parameter.annotation
+    if parameter.default is inspect.Parameter.empty:
+        return str
+    return str | None if parameter.default is None else type(parameter.default)
 
 
 def _default(own: type) -> tuple[Any, ...]:

@@ -98,8 +98,8 @@ class Result:
         if self.accuracy is not None:
             learned += f", accuracy {self.accuracy:.2%}"
         return (
-            f"{plan.mode}, {plan.stages} stages, {steps:,} batches of {rows}: {learned}\n"
-            f"{speed}, {self.seconds:.1f} s, in {self.run_dir}"
+            f"{plan.mode}, {plan.stages} {'stage' if plan.stages == 1 else 'stages'}, {steps:,} batches of {rows}: "
+            f"{learned}\n{speed}, {self.seconds:.1f} s, in {self.run_dir}"
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,15 +14,25 @@ from safetensors.torch import load_file, save_file
 from pipeline import PlanError
 from pipeline.resolve import Resolved
 
-__all__ = ["join_parts", "metrics_file", "new_run_dir", "write_metric", "write_plan"]
+__all__ = [
+    "default_name",
+    "join_parts",
+    "metrics_file",
+    "name_problems",
+    "new_run_dir",
+    "write_metric",
+    "write_plan",
+]
 
 
 def new_run_dir(runs: Path, name: str) -> Path:
     """Make ``runs/<name>``, or ``runs/<name>-2`` ... when that exists: nothing is ever overwritten.
 
     Raises:
-        PlanError: the folder cannot be made.
+        PlanError: the name is none for a folder, or the folder cannot be made.
     """
+    if problems := list(name_problems(name)):
+        raise PlanError(*problems)
     try:
         runs.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, 10_000):
@@ -38,9 +49,16 @@ def new_run_dir(runs: Path, name: str) -> Path:
     raise PlanError(f"{runs} is full of runs called {name}: choose another name with --name.")
 
 
+def name_problems(name: str) -> Iterator[str]:
+    """Why a run cannot be called this: its folder lies in the folder of the runs, nowhere else."""
+    if not name or name in (".", "..") or re.search(r"[/\\\0]", name):
+        yield f"name is {name!r}: it names a folder inside the folder of the runs; give a word without / and \\."
+
+
 def default_name(recipe: str, plan_mode: str) -> str:
-    """Time and what is run, e.g. ``2027-01-05T10-02-33-digits-unlocked``."""
-    return f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{recipe}-{plan_mode}"
+    """Time and what is run, e.g. ``2027-01-05T10-02-33-digits-unlocked``; a recipe's name may hold anything."""
+    fit_for_a_folder = re.sub(r"[^\w.+=-]+", "-", recipe)
+    return f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{fit_for_a_folder}-{plan_mode}"
 
 
 def write_plan(run_dir: Path, recipe_name: str, resolved: Resolved, command: Iterable[str]) -> None:

@@ -9,14 +9,17 @@ import functools
 import importlib.util
 import pickle
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from safetensors.torch import load, save
+
 from launch.recipes import BUILT_IN, Entry
-from pipeline import Plan, PlanError, Recipe, nearest
+from pipeline import Batch, Plan, PlanError, Recipe, nearest
 
 __all__ = ["GivenRecipe", "NamedRecipe", "check_travels", "entry_of"]
 
@@ -39,20 +42,29 @@ class NamedRecipe:
         """Make the recipe.
 
         Raises:
-            PlanError: no such recipe, or it refuses its options.
+            PlanError: no such recipe, it refuses its options, or what it makes is no Recipe.
         """
-        return entry_of(self.name).make(**dict(self.options))
+        made: object = entry_of(self.name).make(**dict(self.options))
+        if not isinstance(made, Recipe):
+            raise PlanError(f"recipe() in {self.name} gives a {type(made).__name__}: return a pipeline.Recipe.")
+        return made
 
 
 @dataclass(frozen=True)
 class GivenRecipe:
-    """A recipe that was put together in Python."""
+    """A recipe that was put together in Python. A list of batches travels by value."""
 
     recipe: Recipe
 
     def __call__(self) -> Recipe:
         """The recipe itself."""
         return self.recipe
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        batches: Any = self.recipe.batches
+        if isinstance(batches, list | tuple):
+            batches = _ByValue(batches)
+        return GivenRecipe, (replace(self.recipe, batches=batches),)
 
 
 def entry_of(name: str) -> Entry:
@@ -74,6 +86,8 @@ def check_travels(source: Callable[[], Recipe]) -> None:
     Raises:
         PlanError: a function that cannot be imported by name.
     """
+    if isinstance(source, GivenRecipe) and isinstance(source.recipe.batches, list | tuple):
+        source = GivenRecipe(replace(source.recipe, batches=()))  # tensors always travel; they are not packed twice
     try:
         pickle.dumps(source)
     except Exception as error:
@@ -83,13 +97,40 @@ def check_travels(source: Callable[[], Recipe]) -> None:
         ) from error
 
 
+class _ByValue:
+    """A list of batches on its way to another process: safetensors bytes, a list again on arrival.
+
+    torch would share every tensor instead, two open files per batch: 128 batches are more than a fork server takes.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tensors = {f"{index}.{part}": t for index, batch in enumerate(self._batches) for part, t in enumerate(batch)}
+        # Copies, as batches may be views of one another, or the labels the inputs; safetensors refuses those.
+        bare = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        return _batches_from, (save(bare), len(self._batches))
+
+
+def _batches_from(content: bytes, num_batches: int) -> list[Batch]:
+    tensors = load(content)
+    return [(tensors[f"{index}.0"], tensors[f"{index}.1"]) for index in range(num_batches)]
+
+
 @functools.cache
 def _file_entry(path: Path) -> Entry:
     if not path.is_file():
         raise PlanError(f"no recipe file {path}: give the path of a Python file, or one of {', '.join(BUILT_IN)}.")
     module = _imported(path)
     plan = getattr(module, "plan", Plan())
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan in {path} is a {type(plan).__name__}: give a pipeline.Plan, or leave it out.")
     if hasattr(module, "recipe"):
+        if not callable(module.recipe):
+            raise PlanError(
+                f"recipe in {path} is a {type(module.recipe).__name__}: define a function recipe() -> Recipe."
+            )
         return Entry(module.recipe, plan)
     missing = [name for name in ("model", "batches", "loss") if not hasattr(module, name)]
     if missing:
@@ -118,11 +159,10 @@ def _imported(path: Path) -> ModuleType:
     assert spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    sys.path.insert(0, str(path.parent))  # a recipe may import what lies beside it
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # a recipe may import what lies beside it, later too
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise PlanError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent))
     return module

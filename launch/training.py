@@ -69,6 +69,8 @@ def train(
     """
     if plan.steps is None:
         raise PlanError("steps is not given: say how many batches to train on, Plan(steps=...).")
+    if problems := list(rundir.name_problems(name)):
+        raise PlanError(*problems)
     recipe = Recipe(name=name, model=model, batches=batches, loss=loss, evaluation=evaluation, correct=correct)
     source = GivenRecipe(recipe)
     return run(source, resolve_source(source, plan), Path(runs), name, Console(quiet=quiet))
@@ -82,23 +84,50 @@ def resolve_source(source: Callable[[], Recipe], plan: Plan) -> Resolved:
     """
     if getattr(current_process(), "_inheriting", False):
         raise PlanError('a worker process came to train() again: put the call under if __name__ == "__main__":')
+    plan.check()
+    if plan.hop_steps and not plan.deterministic:
+        raise PlanError(
+            "hop_steps has no effect in processes without deterministic: leave it out, or add deterministic."
+        )
     check_travels(source)
+    recipe = source()
+    if isinstance(recipe.model, nn.Module):
+        raise PlanError(
+            f"model is a {type(recipe.model).__name__}: give the function that builds it; every worker builds its own."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
-        resolved = resolve(source(), plan, partial(layer_seconds, threads=plan.threads))
+        resolved = resolve(recipe, plan, partial(layer_seconds, threads=plan.threads))
     check_shared_memory(needed_bytes(resolved))
     return resolved
 
 
-def run(source: Callable[[], Recipe], resolved: Resolved, runs: Path, name: str | None, console: Console) -> Result:
+def run(
+    source: Callable[[], Recipe],
+    resolved: Resolved,
+    runs: Path,
+    name: str | None,
+    console: Console,
+    command: Sequence[str] | None = None,
+) -> Result:
     """Run a resolved plan on local processes and write its folder.
 
+    Args:
+        source: makes the recipe.
+        resolved: what ``resolve_source`` made of it and the plan.
+        runs: folder of the runs.
+        name: name of the run's folder; None: time, recipe and mode.
+        console: what the user sees.
+        command: what was typed, for plan.json; None: this program's own arguments.
+
     Raises:
+        PlanError: the folder of the run cannot be made.
         RunFailed: a worker failed; its traceback or the stall report lies in ``failure.txt`` of the run.
     """
     recipe = source()
-    run_dir = rundir.new_run_dir(runs, name or rundir.default_name(recipe.name, resolved.plan.mode)).resolve()
-    rundir.write_plan(run_dir, recipe.name, resolved, sys.argv)
+    run_dir = rundir.new_run_dir(runs, rundir.default_name(recipe.name, resolved.plan.mode) if name is None else name)
+    run_dir = run_dir.resolve()
+    rundir.write_plan(run_dir, recipe.name, resolved, sys.argv if command is None else command)
     console.decided(recipe.name, resolved, run_dir)
     result = Result(resolved, run_dir)
     names = Names(new_prefix())

@@ -14,7 +14,7 @@ from pipeline.plan import Plan
 from pipeline.recipe import Batch, Recipe, same_shape
 from pipeline.seeding import seeded
 
-__all__ = ["SOURCE", "evaluation_steps", "inputs"]
+__all__ = ["SOURCE", "evaluation_steps", "inputs", "phantom_inputs"]
 
 SOURCE = -1
 """The ``stage`` of messages that come from the data."""

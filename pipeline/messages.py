@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Kind", "Layout", "Message", "decode", "layout_of", "write_into"]
+__all__ = ["ALIGNMENT_BYTES", "Kind", "Layout", "Message", "decode", "layout_of", "write_into"]
 
 ALIGNMENT_BYTES = 64
 _HEADER = struct.Struct("<BBHIqHq")  # kind, number of tensors, stage, generation, batch id, microbatch, sent

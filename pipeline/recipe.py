@@ -14,7 +14,7 @@ from pipeline.errors import PlanError
 from pipeline.plan import Plan
 from pipeline.seeding import derived_seed, seeded
 
-__all__ = ["ArrayBatches", "Batch", "Recipe", "build_model", "check_batches", "correct_predictions"]
+__all__ = ["ArrayBatches", "Batch", "Recipe", "build_model", "check_batches", "correct_predictions", "same_shape"]
 
 Batch = tuple[Tensor, Tensor]
 """One mini-batch: (inputs, labels), both with the batch dimension first."""

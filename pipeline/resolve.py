@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,15 @@ from pipeline.dni import describe_form
 from pipeline.errors import PlanError
 from pipeline.modes import MODES
 from pipeline.partition import Layer, balanced_sizes, check_partition, chosen_sizes, layers_of, split
-from pipeline.plan import Plan
+from pipeline.plan import DNIPlan, Plan
 from pipeline.recipe import Batch, Recipe, build_model, check_batches
 
 __all__ = ["Resolved", "resolve", "stage_layers"]
 
 Measure = Callable[[Sequence[Layer], Sequence[Tensor]], list[float]]
 """(layers, what goes into each of them) -> seconds of forward and backward of each."""
+
+_FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model"), "beta": ("loss_model",)}
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None) -> Resol
 
     Raises:
         PlanError: see ``Plan.check``, ``check_batches``, ``check_partition``, and: a loss that does not take the output
-            and the labels, a DNI that does not fit the cut.
+            and the labels, a DNI that does not fit the cut or does not read an option that is given.
     """
     plan.check()
     if plan.evaluate_every is not None and recipe.evaluation is None:
@@ -105,11 +107,11 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None) -> Resol
     cuts = tuple(_cut(k, outputs[end - 1], labels, outputs[-1], recipe) for k, end in enumerate(ends))
     reasons = [("split", " | ".join(map(str, sizes)), why)]
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
-    if plan.unlocked and cuts:
-        form, reason = describe_form(cuts[0], plan.dni)
-        reasons.append(("DNI", form, reason))
-        for cut in cuts[1:]:
-            describe_form(cut, plan.dni)
+    forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
+    if forms:
+        reasons.append(("DNI", *forms[0]))
+    if cuts and (problems := list(_unread_options(plan, {form for form, _ in forms}))):
+        raise PlanError(*problems)
     return Resolved(
         plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None),
         layer_names=tuple(layer.name for layer in layers),
@@ -139,6 +141,21 @@ def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe:
         output_shape=tuple(output.shape),
         loss=recipe.loss,
     )
+
+
+def _unread_options(plan: Plan, forms: set[str]) -> Iterator[str]:
+    """Options of the DNI that are given and that nothing in this run reads."""
+    given = {f.name for f in dataclasses.fields(DNIPlan) if getattr(plan.dni, f.name) != getattr(DNIPlan(), f.name)}
+    if MODES[plan.mode].gradient == "local":
+        for name in sorted(given - {"hidden", "lr"}):
+            yield f"dni.{name} has no effect with mode {plan.mode}: leave it out, or choose mode unlocked."
+    elif forms:
+        for name, readers in _FORMS_THAT_READ.items():
+            if name in given and not forms & set(readers):
+                yield (
+                    f"dni.{name} has no effect with the DNI form {' and '.join(sorted(forms))}: leave it out, or choose "
+                    f"{', '.join(readers[:-1]) + ' or ' if readers[:-1] else ''}{readers[-1]}."
+                )
 
 
 def _check_cuts(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Tensor]) -> None:

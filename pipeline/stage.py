@@ -35,7 +35,7 @@ from pipeline.seeding import seed_layer
 from pipeline.spans import Recorder, Span, silent
 from pipeline.targets import Flow
 
-__all__ = ["Stage"]
+__all__ = ["Scores", "Stage"]
 
 
 @dataclass(slots=True)

@@ -183,7 +183,32 @@ def test_a_package_says_what_it_is_for_and_offers_names_that_exist(name: str) ->
     assert set(_all(tree) or ()) <= _names_at_the_top(tree)
 
 
+def _private_imports(tree: ast.Module) -> set[str]:
+    """What a file imports from another of ours that does not offer it in its ``__all__``."""
+    hidden: set[str] = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        path = node.module.replace(".", "/")
+        source = TREES.get(f"{path}.py") or TREES.get(f"{path}/__init__.py")
+        if source is None:
+            continue
+        names = {alias.name for alias in node.names if f"{path}/{alias.name}.py" not in TREES}
+        hidden.update(f"{node.module}.{name}" for name in names - set(_all(source) or ()))
+    return hidden
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_take_from_each_other_what_is_public(name: str) -> None:
+    assert _private_imports(TREES[name]) == set()
+
+
 # ---------------------------------------------------------------- the checks see what they should
+
+
+def test_an_import_of_something_private_is_seen() -> None:
+    tree = ast.parse("from pipeline.plan import Plan, _problems\nfrom launch import rundir\nfrom os import path")
+    assert _private_imports(tree) == {"pipeline.plan._problems"}
 
 
 def test_an_import_inside_a_function_counts() -> None:

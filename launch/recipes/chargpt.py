@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launch.recipes.ranges import check_counts
 from pipeline import Batch, PlanError, Recipe, correct_predictions
 from pipeline.seeding import derived_seed
 
@@ -43,10 +44,13 @@ def chargpt(
         dropout: Dropout after attention and MLP.
         seed: Seed of the order of the data; on the command line the seed of the plan.
     """
+    check_counts(width=width, blocks=blocks, heads=heads, context=context, batch=batch)
+    if not 0 <= dropout < 1:
+        raise PlanError(f"dropout is {dropout}: it must lie in [0, 1).")
     if width % heads:
         raise PlanError(f"heads is {heads}: it must divide the width {width}.")
     train, held_out, vocabulary = _text(Path(data))
-    if len(held_out) <= context * batch:
+    if len(held_out) <= max(context * batch, context + 1):
         raise PlanError(
             f"{data} is too short for batches of {batch} x {context} characters: lower --context or --batch."
         )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launch.recipes.perceptron import perceptron
+from launch.recipes.ranges import check_counts
 from pipeline import ArrayBatches, Batch, PlanError, Recipe, correct_predictions
 
 __all__ = ["digits"]
@@ -28,6 +29,7 @@ def digits(hidden: int = 512, layers: int = 6, batch: int = 128, seed: int = 0) 
         batch: Rows per batch.
         seed: Seed of the order of the data; on the command line the seed of the plan.
     """
+    check_counts(hidden=hidden, layers=layers, batch=batch)
     return Recipe(
         name="digits",
         model=partial(perceptron, _PIXELS, hidden, layers, 10),

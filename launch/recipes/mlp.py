@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from launch.recipes.perceptron import perceptron
+from launch.recipes.ranges import check_counts
 from pipeline import Batch, Recipe
 
 __all__ = ["mlp"]
@@ -24,6 +25,7 @@ def mlp(hidden: int = 1024, layers: int = 8, batch: int = 256) -> Recipe:
         layers: Layers of hidden x hidden, each with a ReLU; a small linear layer to 10 classes follows.
         batch: Rows per batch.
     """
+    check_counts(hidden=hidden, layers=layers, batch=batch)
     return Recipe(
         name="mlp",
         model=partial(perceptron, hidden, hidden, layers + 1, _CLASSES),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import math
+import zlib
 from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
@@ -13,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launch.recipes.perceptron import perceptron
+from launch.recipes.ranges import check_counts
 from pipeline import ArrayBatches, Batch, PlanError, Recipe, correct_predictions
 
 __all__ = ["mnist"]
 
+_IMAGE = (28, 28)
 _PIXELS = 28 * 28
 _MEAN, _STD = 0.1307, 0.3081  # of the training pixels
 
@@ -40,6 +44,7 @@ def mnist(
         batch_norm: BatchNorm after every hidden linear layer.
         seed: Seed of the order of the data; on the command line the seed of the plan.
     """
+    check_counts(hidden=hidden, layers=layers, batch=batch)
     return Recipe(
         name="mnist",
         model=partial(perceptron, _PIXELS, hidden, layers, 10, batch_norm=batch_norm),
@@ -62,8 +67,8 @@ def _held_out(data: Path, batch: int) -> Iterable[Batch]:
 
 @cache
 def _data(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    images = _idx(folder, f"{part}-images-idx3-ubyte")
-    labels = _idx(folder, f"{part}-labels-idx1-ubyte")
+    images = _idx(folder, f"{part}-images-idx3-ubyte", _IMAGE)
+    labels = _idx(folder, f"{part}-labels-idx1-ubyte", ())
     if len(images) != len(labels):
         raise PlanError(
             f"{folder} has {len(images)} {part} images and {len(labels)} labels: the files do not belong together."
@@ -72,19 +77,27 @@ def _data(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     return inputs, torch.from_numpy(labels.astype(np.int64))
 
 
-def _idx(folder: Path, name: str) -> np.ndarray:
-    """An IDX file of unsigned bytes: 0 0 8 ndim, then each size as a big-endian int32, then the values."""
+def _idx(folder: Path, name: str, each: tuple[int, ...]) -> np.ndarray:
+    """An IDX file of unsigned bytes: 0 0 8 ndim, then each size as a big-endian int32, then the values.
+
+    Its shape is [number, *each].
+    """
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise PlanError(f"no {name} (or {name}.gz) in {folder}: give the folder of the MNIST files with --data.")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise PlanError(f"{path} cannot be read: {error}.") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise PlanError(f"{path} is no IDX file of bytes: it begins with {content[:4].hex()}, not 000008.")
-    sizes = np.frombuffer(content, ">i4", count=content[3], offset=4)
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
-    if values.size != int(np.prod(sizes)):
-        raise PlanError(f"{path} is cut short: {values.size} values where its header says {int(np.prod(sizes))}.")
+    begin = 4 + 4 * content[3]
+    if len(content) < begin:
+        raise PlanError(f"{path} is cut short: {len(content)} bytes, its header alone has {begin}.")
+    sizes = np.frombuffer(content, ">i4", count=content[3], offset=4).tolist()
+    if sizes[1:] != list(each) or sizes[0] < 1:
+        raise PlanError(f"{path} has the shape {sizes}, not {['number', *each]}: it is no such MNIST file.")
+    values = np.frombuffer(content, np.uint8, offset=begin)
+    if values.size != math.prod(sizes):
+        raise PlanError(f"{path} is cut short: {values.size} values where its header says {math.prod(sizes)}.")
     return values.reshape(sizes).copy()

@@ -1,0 +1,86 @@
+"""Data parallel training by torch's DistributedDataParallel: the whole model and a slice of each batch per rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from launch.peers.loop import Training
+from launch.peers.ranks import run_ranks
+from launch.peers.record import PeerRun, RankRun, merged
+from pipeline.errors import PlanError
+from pipeline.optimizers import build_optimizer
+from pipeline.partition import layers_of
+from pipeline.recipe import Recipe, build_model
+from pipeline.resolve import Resolved
+from pipeline.seeding import derived_seed, seeded
+
+__all__ = ["run_ddp"]
+
+
+def run_ddp(
+    source: Callable[[], Recipe],
+    resolved: Resolved,
+    *,
+    ranks: int,
+    threads: int,
+    warmup: int,
+    within_s: float = 3600.0,
+    weights: Path | None = None,
+) -> PeerRun:
+    """Train with DistributedDataParallel over gloo: the same batches as everybody, cut into one slice per rank.
+
+    Gradients are averaged over slices of equal size, which gives the mean over the batch: the learning rate stays.
+    Layers that look at the whole batch (BatchNorm) see their rank's slice only, and rank 0's statistics count.
+
+    Args:
+        source: makes the recipe.
+        resolved: steps, seed and optimizer; stages play no part.
+        ranks: number of processes; divides the rows of a batch.
+        threads: compute threads of each.
+        warmup: first batches that are not timed.
+        within_s: how long it may take.
+        weights: where to write the final weights (safetensors, the unsplit model's names); None: nowhere.
+
+    Raises:
+        PlanError: the rows of a batch cannot be shared out evenly.
+        RuntimeError: a rank failed, with its traceback, or it took too long.
+
+    Blocks:
+        until it is over, at most ``within_s``.
+    """
+    rows = resolved.batch_shape[0]
+    if rows % ranks:
+        raise PlanError(f"{ranks} ranks for batches of {rows} rows: give a number of ranks that divides the rows.")
+    work = _Work(Training(source, resolved.plan, warmup, weights=weights), rows // ranks)
+    return merged(run_ranks("DDP", work, ranks=ranks, threads=threads, within_s=within_s))
+
+
+@dataclass(frozen=True)
+class _Work:
+    training: Training
+    rows: int
+
+    def __call__(self, rank: int) -> RankRun:
+        recipe, plan = self.training.source(), self.training.plan
+        layers = layers_of(build_model(recipe, plan.seed))
+        torch.manual_seed(derived_seed(plan.seed, "rank", rank))  # slices get dropout masks of their own
+        model = DistributedDataParallel(torch.nn.Sequential(*(layer.module for layer in layers)).train())
+        optimizer = build_optimizer(plan.optimizer, [p for p in model.parameters() if p.requires_grad])
+        assert optimizer is not None, "DDP refuses a model without parameters"
+        mine = slice(rank * self.rows, (rank + 1) * self.rows)
+
+        def step(index: int) -> float:
+            with seeded(plan.seed, "batch", index):
+                inputs, labels = recipe.batch(index)
+            loss = recipe.loss(model(inputs[mine]), labels[mine])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            return float(loss.detach())
+
+        return self.training.run(recipe, rank, step, lambda: layers)

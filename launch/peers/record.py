@@ -1,0 +1,73 @@
+"""What a rival measured, as a whole and in each of its processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+__all__ = ["HeldOut", "PeerRun", "RankRun", "merged"]
+
+
+class HeldOut(msgspec.Struct, frozen=True):
+    """One pass over the held-out batches.
+
+    Attributes:
+        loss: mean per row.
+        accuracy: share of right answers, if the recipe counts them.
+    """
+
+    loss: float
+    accuracy: float | None
+
+
+class RankRun(msgspec.Struct, frozen=True, tag="finished"):
+    """What one rank measured.
+
+    Attributes:
+        batches: training batches after the warm-up.
+        seconds: how long they took this rank; all ranks start the clock behind one barrier.
+        last_loss: training loss of the last batch (of this rank's rows of it), or None where the loss is not computed.
+        held_out: the trained model on held-out data; rank 0 only, and only if the recipe has some.
+        peak_memory_bytes: peak resident memory up to the end of the training.
+    """
+
+    batches: int
+    seconds: float
+    last_loss: float | None
+    held_out: HeldOut | None
+    peak_memory_bytes: int
+
+
+class PeerRun(msgspec.Struct, frozen=True):
+    """What a rival measured.
+
+    Attributes:
+        batches: training batches after the warm-up.
+        seconds: how long they took the slowest rank.
+        loss: held-out loss, or the last training loss without held-out data.
+        accuracy: held-out accuracy, if the recipe counts right answers.
+        last_loss: training loss of the last batch.
+        peak_memory_bytes: peak resident memory of every rank.
+    """
+
+    batches: int
+    seconds: float
+    loss: float
+    accuracy: float | None
+    last_loss: float
+    peak_memory_bytes: tuple[int, ...]
+
+
+def merged(ranks: Sequence[RankRun]) -> PeerRun:
+    """One record for all ranks: the slowest clock, the mean of the losses."""
+    losses = [run.last_loss for run in ranks if run.last_loss is not None]
+    last_loss, held_out = sum(losses) / len(losses), ranks[0].held_out
+    return PeerRun(
+        batches=ranks[0].batches,
+        seconds=max(run.seconds for run in ranks),
+        loss=held_out.loss if held_out else last_loss,
+        accuracy=held_out.accuracy if held_out else None,
+        last_loss=last_loss,
+        peak_memory_bytes=tuple(run.peak_memory_bytes for run in ranks),
+    )
