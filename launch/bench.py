@@ -151,6 +151,8 @@ def bench(
         PlanError: the plan, or a row that was asked for by name, cannot run.
         RunFailed: a run failed.
     """
+    if plan.evaluate_every is not None:
+        raise PlanError("a benchmark evaluates once, at the end of each run: leave --evaluate-every out.")
     names = _chosen(options.rows, plan)
     resolved = resolve_source(source, plan)
     folder = rundir.new_run_dir(options.runs, options.name or rundir.default_name(source().name, "bench"))

@@ -174,6 +174,7 @@ def _in_mode(plan: Plan, mode: str) -> Plan:
         true_every=1,
         dni=DNIPlan(hidden=plan.dni.hidden, lr=plan.dni.lr) if keep_dni else DNIPlan(),
         deterministic=False,
+        hop_steps=0.0,
     )
 
 

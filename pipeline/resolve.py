@@ -153,8 +153,8 @@ def _unread_options(plan: Plan, forms: set[str]) -> Iterator[str]:
         for name, readers in _FORMS_THAT_READ.items():
             if name in given and not forms & set(readers):
                 yield (
-                    f"dni.{name} has no effect with the DNI form {' and '.join(sorted(forms))}: leave it out, or choose "
-                    f"{', '.join(readers[:-1]) + ' or ' if readers[:-1] else ''}{readers[-1]}."
+                    f"dni.{name} has no effect with the DNI form {' and '.join(sorted(forms))}: leave it out, "
+                    f"or choose {' or '.join(readers)}."
                 )
 
 

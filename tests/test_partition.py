@@ -291,7 +291,7 @@ def test_weights_tied_inside_a_stage_that_stashes_them(monkeypatch: pytest.Monke
     monkeypatch.setattr(Stage, "predict", ones)
     monkeypatch.setattr(Stage, "learn", logged_learn)
     recipe, sgd = _recipe(tied_inside), OptimizerPlan(rule="sgd", lr=0.1)
-    mine = run_reference(recipe, Plan(stages=3, sizes=(1, 3, 1), steps=1, optimizer=sgd))
+    mine = run_reference(recipe, Plan(stages=3, sizes=(1, 3, 1), steps=1, optimizer=sgd, targets="true"))
 
     model = build_model(recipe, seed=0)
     assert isinstance(model, nn.Sequential)

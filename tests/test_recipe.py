@@ -227,7 +227,8 @@ def test_regression_with_labels_of_the_right_shape_trains() -> None:
     [
         (
             Plan(dni=DNIPlan(hidden=64)),
-            "dni.hidden has no effect with the DNI form label_residual: leave it out, or choose mlp, conv or loss_model.",
+            "dni.hidden has no effect with the DNI form label_residual: leave it out, or choose mlp or conv or "
+            "loss_model.",
         ),
         (
             Plan(dni=DNIPlan(form="mlp", beta=0.5)),
