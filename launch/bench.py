@@ -5,18 +5,17 @@ round 1: backprop, naive, unlocked    round 2: backprop, naive, unlocked    ... 
 
 from __future__ import annotations
 
-import platform
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from launch import rundir
 from launch.console import Console, stage_table
+from launch.environment import environment
 from launch.options import BenchOptions
 from launch.result import SCHEMA
 from launch.rows import DEFAULT_ROWS, ROWS, Contender, Outcome
@@ -27,7 +26,7 @@ from pipeline.measurements import Measured
 from pipeline.modes import MODES
 from pipeline.resolve import Resolved
 
-__all__ = ["Report", "Row", "bench", "environment"]
+__all__ = ["Report", "Row", "bench"]
 
 
 @dataclass
@@ -296,23 +295,3 @@ _SHORT = {"Interleaved1F1B": "Int-1F1B", "InterleavedZeroBubble": "Int-ZeroBubbl
 def _percentage(shares: Sequence[float] | None) -> str:
     """Mean over the stages."""
     return "-" if not shares else f"{100 * sum(shares) / len(shares):.0f}"
-
-
-def environment() -> dict[str, Any]:
-    """Where this was measured."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": torch.multiprocessing.cpu_count(),
-        "gpus": torch.cuda.device_count(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

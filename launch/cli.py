@@ -13,9 +13,10 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 
-from launch.bench import bench, environment
+from launch.bench import bench
 from launch.bench_channel import bench_channel, print_rows
 from launch.console import Console
+from launch.environment import environment
 from launch.options import BenchOptions, RunOptions, parse, parse_channel
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA

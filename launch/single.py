@@ -15,8 +15,8 @@ from pipeline.optimizers import build_optimizer
 from pipeline.partition import layers_of
 from pipeline.plan import Plan
 from pipeline.recipe import Recipe, build_model
+from pipeline.scores import Scores
 from pipeline.seeding import seeded
-from pipeline.stage import Scores
 from workers.processes import process_context
 
 __all__ = ["SingleRun", "run_single"]

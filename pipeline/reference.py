@@ -23,7 +23,8 @@ from pipeline.policies import Action
 from pipeline.recipe import Recipe
 from pipeline.resolve import Resolved, resolve, stage_layers
 from pipeline.runner import Runner, StageLike
-from pipeline.stage import Scores, Stage
+from pipeline.scores import Scores
+from pipeline.stage import Stage
 from pipeline.targets import Flow
 
 __all__ = ["Costs", "Event", "Reference", "run_reference", "schedule"]

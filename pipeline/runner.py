@@ -19,8 +19,8 @@ from torch import Tensor
 from pipeline.errors import StageError
 from pipeline.messages import Kind, Message
 from pipeline.policies import Action, Policy, View
+from pipeline.scores import Scores
 from pipeline.spans import Recorder, Span, silent
-from pipeline.stage import Scores
 
 __all__ = ["Inlet", "Outlet", "Runner", "StageLike"]
 

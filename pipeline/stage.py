@@ -31,11 +31,12 @@ from pipeline.optimizers import build_optimizer
 from pipeline.partition import Layer
 from pipeline.plan import Plan
 from pipeline.recipe import Recipe
+from pipeline.scores import Scores
 from pipeline.seeding import seed_layer
 from pipeline.spans import Recorder, Span, silent
 from pipeline.targets import Flow
 
-__all__ = ["Scores", "Stage"]
+__all__ = ["Stage"]
 
 
 @dataclass(slots=True)
@@ -48,33 +49,6 @@ class _Kept:
     leaves: list[Tensor]  # what the gradients are taken for: the parameters, or their stashed copies
     synthetic: Tensor | None = None
     loss: float = float("nan")
-
-
-@dataclass(slots=True)
-class Scores:
-    """Sums over the held-out batches of one pass."""
-
-    loss_sum: float = 0.0
-    rows: int = 0
-    correct: float = 0.0
-    answers: int = 0
-
-    def add(self, recipe: Recipe, output: Tensor, labels: Tensor) -> None:
-        """Take in the output of one batch."""
-        self.loss_sum += float(recipe.loss(output, labels)) * len(labels)
-        self.rows += len(labels)
-        if recipe.correct is not None:
-            correct, answers = recipe.correct(output, labels)
-            self.correct += float(correct)
-            self.answers += answers
-
-    def loss(self) -> float:
-        """Mean loss per row."""
-        return self.loss_sum / max(1, self.rows)
-
-    def accuracy(self) -> float | None:
-        """Share of right answers, or None for a recipe without."""
-        return self.correct / self.answers if self.answers else None
 
 
 @dataclass

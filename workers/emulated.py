@@ -13,8 +13,8 @@ from torch import Tensor
 from pipeline.emulation import Emulation, Link
 from pipeline.messages import Message
 from pipeline.plan import Plan
+from pipeline.scores import Scores
 from pipeline.spans import Recorder, Span
-from pipeline.stage import Scores
 from pipeline.targets import Flow
 from workers.channel import Receiver
 from workers.clock import now_ns

@@ -30,8 +30,9 @@ from pipeline.recipe import Recipe
 from pipeline.reference import schedule
 from pipeline.resolve import stage_layers
 from pipeline.runner import Runner
+from pipeline.scores import Scores
 from pipeline.spans import Recorder, Span
-from pipeline.stage import Scores, Stage
+from pipeline.stage import Stage
 from workers import records
 from workers.assignment import Assignment
 from workers.board import Board

@@ -18,7 +18,7 @@ from pipeline.errors import PlanError
 from pipeline.partition import Layer, layers_of
 from pipeline.plan import Plan
 from pipeline.recipe import Recipe, build_model
-from pipeline.stage import Scores
+from pipeline.scores import Scores
 
 __all__ = ["Training", "assembled"]
 

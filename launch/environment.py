@@ -1,0 +1,31 @@
+"""Where something was measured."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["environment"]
+
+
+def environment() -> dict[str, Any]:
+    """Where this was measured."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": torch.multiprocessing.cpu_count(),
+        "gpus": torch.cuda.device_count(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,38 @@
+"""How good a network is on held-out batches, summed up batch by batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipeline.recipe import Recipe
+
+__all__ = ["Scores"]
+
+
+@dataclass(slots=True)
+class Scores:
+    """Sums over the held-out batches of one pass."""
+
+    loss_sum: float = 0.0
+    rows: int = 0
+    correct: float = 0.0
+    answers: int = 0
+
+    def add(self, recipe: Recipe, output: Tensor, labels: Tensor) -> None:
+        """Take in the output of one batch."""
+        self.loss_sum += float(recipe.loss(output, labels)) * len(labels)
+        self.rows += len(labels)
+        if recipe.correct is not None:
+            correct, answers = recipe.correct(output, labels)
+            self.correct += float(correct)
+            self.answers += answers
+
+    def loss(self) -> float:
+        """Mean loss per row."""
+        return self.loss_sum / max(1, self.rows)
+
+    def accuracy(self) -> float | None:
+        """Share of right answers, or None for a recipe without."""
+        return self.correct / self.answers if self.answers else None
