@@ -165,7 +165,7 @@ def test_an_interrupted_driver_stops_its_workers(
     _wait_for_training(driver)
     family = _family(driver.pid)
     os.killpg(driver.pid, number)
-    _, errors = driver.communicate(timeout=10)
+    _, errors = driver.communicate(timeout=30)
     assert driver.returncode == status
     assert "Traceback" not in errors
     assert "interrupted" in errors

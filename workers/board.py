@@ -75,7 +75,7 @@ class Board:
         return sum(self.read(stage).progress for stage in range(self.stages))
 
     def stop(self) -> None:
-        """Ask all workers to end; they look whenever they have nothing in hand."""
+        """Ask all workers to end; they look before every action."""
         self._map[0] = 1
 
     @property

@@ -111,6 +111,8 @@ def _loop(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_
         runner.poll()
         if runner.done:
             return
+        if board.stopping:
+            raise Stopped
         action = runner.next()
         if action is not Action.WAIT:
             runner.perform(action)
@@ -128,8 +130,6 @@ def _wait(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_
             raise Stopped
         if now_ns() > deadline_ns:
             raise TimeoutError(f"nothing came for {2 * give_up_after_s:.0f} s: {runner.view()}")
-    if board.stopping:
-        raise Stopped
     record(Span.OTHER, -1)
 
 
