@@ -150,9 +150,8 @@ class Stage:
             sends_now = kept.x.requires_grad and self._flow.at_update(batch)
             if microbatch == 0 and self.optimizer is not None:
                 self.optimizer.zero_grad(set_to_none=True)
-            if output.requires_grad:
-                # A plain backward is 8 % faster than autograd.grad or inputs=..., so those only where x has to wait.
-                inputs = kept.leaves if relays_later else None
+            inputs = kept.leaves if relays_later else None  # the gradient of x comes later, in learn
+            if output.requires_grad and inputs != []:
                 torch.autograd.backward(output, gradient, retain_graph=relays_later, inputs=inputs)
         except Exception as error:
             raise self._error(error, None, batch) from error

@@ -136,3 +136,10 @@ def test_hop_delay_makes_targets_older_but_not_different(log: Log) -> None:
     for b in range(STEPS):
         by_hand = log.through(1, b, log.through(2, b, log.through(3, b, log.loss_gradient[b])))
         _close(log.targets[0, b], by_hand)
+
+
+def test_a_stage_without_parameters_relays_like_any_other() -> None:
+    """Once a story: the middle stage was a lone ReLU, and backpropagating into no parameter at all raised an error."""
+    plan = Plan(stages=3, sizes=(2, 1, 5), steps=6, targets="true")
+    assert len(run_reference(problems.recipe(), plan).losses) == 6
+
