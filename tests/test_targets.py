@@ -142,4 +142,3 @@ def test_a_stage_without_parameters_relays_like_any_other() -> None:
     """Once a story: the middle stage was a lone ReLU, and backpropagating into no parameter at all raised an error."""
     plan = Plan(stages=3, sizes=(2, 1, 5), steps=6, targets="true")
     assert len(run_reference(problems.recipe(), plan).losses) == 6
-
