@@ -21,6 +21,7 @@ from workers import failures, records
 from workers.assignment import Assignment
 from workers.bell import Bell
 from workers.board import Board
+from workers.interrupts import Interrupts
 from workers.processes import process_context
 from workers.shared import unlink_all
 from workers.worker import worker_main
@@ -45,6 +46,7 @@ class Crew:
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._bells: list[Bell] = []
+        self._interrupts = Interrupts()
 
     @property
     def pids(self) -> list[int]:
@@ -53,6 +55,7 @@ class Crew:
 
     def __enter__(self) -> Self:
         context = process_context(type(self._assignments[0].source).__module__)
+        self._interrupts.__enter__()
         try:
             for assignment in self._assignments:
                 self._bells.append(Bell.attach(assignment.names.bell(assignment.index), 1.0))
@@ -64,21 +67,25 @@ class Crew:
                 theirs.close()
                 self._processes.append(process)
                 self._pipes.append(mine)
-        except BaseException:
-            self._end()
+        except BaseException as failed:
+            self.__exit__(type(failed), failed, failed.__traceback__)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        try:
+            self._end()
+        finally:
+            self._interrupts.__exit__(kind, error, trace)
 
     def run(self) -> Iterator[records.Record]:
         """Start the training and yield what the workers report, until all have finished.
 
         Raises:
             failures.RunFailed: a worker reported a failure, died, did not start in time, or nobody made progress.
+            KeyboardInterrupt: SIGINT (or SIGTERM, where it has a handler) came; at most 0.2 s later.
 
         Blocks:
             until something is reported; a stalled run ends after the plan's ``stall_after_s``.
@@ -95,6 +102,7 @@ class Crew:
         awaited = set(range(len(self._pipes)))
         progress, since = self._board.progress(), time.monotonic()
         while awaited:
+            self._interrupts.raise_noted()
             dead = [k for k in awaited if self._processes[k].exitcode is not None]  # they have said all they will
             heard = self._hear(awaited)
             if any(isinstance(record, records.Failure) for record in heard):
