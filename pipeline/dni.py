@@ -20,26 +20,35 @@ from pipeline.dni_forms import MLP, Conv, Custom, Form, LabelResidual, Linear
 from pipeline.errors import PlanError, nearest
 from pipeline.loss_model import LossModel
 from pipeline.plan import DNI_FORMS, DNIPlan
-from pipeline.seeding import derived_seed, seeded
+from pipeline.seeding import seeded
+from pipeline.window import Window
 
-__all__ = ["DNI", "build_dni", "describe_form"]
+__all__ = ["DNI", "build_dni", "describe_form", "training_window"]
 
+_FORMS: dict[str, type[Form]] = {
+    "linear": Linear,
+    "mlp": MLP,
+    "conv": Conv,
+    "label_residual": LabelResidual,
+    "loss_model": LossModel,
+    "factory": Custom,
+}
 _DECAY = 0.99  # of sigma: it averages over the last 100 targets or so
 _TINY = 1e-30
 
 
 class DNI(nn.Module):
-    """One form with what all forms share: the unit sigma, the clip, the choice of rows, the optimizer.
+    """One form with what all forms share: the unit sigma, the clip, the window of samples, the optimizer.
 
     What it remembers is in its ``state_dict`` (weights, sigma, number of targets) and in ``optimizer``. The
-    only random numbers it draws after construction, the rows to train on, are a hash of (seed, cut, batch).
+    only random numbers it draws after construction, the samples to train on, are a hash of (seed, cut, batch).
     Works in float32, or in float64 where the activation is float64.
 
     Args:
         form: what predicts, in units of sigma.
         cut: where it works.
         plan: how it trains.
-        seed: seed of the choice of rows.
+        seed: seed of the choice of samples.
     """
 
     mean_square: Tensor
@@ -49,8 +58,8 @@ class DNI(nn.Module):
         super().__init__()
         self._dtype = torch.float64 if cut.activation_dtype == torch.float64 else torch.float32
         self.form = form.to(self._dtype)
-        self._index, self._seed, self._every = cut.index, seed, plan.every
-        self._num_samples = _training_samples(form, cut, plan)
+        self._index, self._every = cut.index, plan.every
+        self._window = training_window(cut, plan, seed)
         self._num_targets = 0
         self.register_buffer("mean_square", torch.zeros((), dtype=self._dtype))
         self.register_buffer("weight", torch.zeros((), dtype=self._dtype))
@@ -103,7 +112,7 @@ class DNI(nn.Module):
         Args:
             h: the activation the stage sent for that batch.
             labels: its labels.
-            g: the gradient that came back for it.
+            g: the gradient that came back for it: of all samples, or of those in ``training_window`` alone.
             batch: its batch id; which samples are trained on follows from it.
 
         Returns:
@@ -115,7 +124,8 @@ class DNI(nn.Module):
         Raises:
             FloatingPointError: the target is not finite; the DNI is then unchanged.
         """
-        g = g.detach().to(self._dtype)
+        samples = self._window.of(batch)
+        g = (g[samples] if len(g) == len(h) else g).detach().to(self._dtype)
         rms = _rms(g)
         if not torch.isfinite(rms):
             raise FloatingPointError(
@@ -130,7 +140,7 @@ class DNI(nn.Module):
         self._num_targets += 1
         if (self._num_targets - 1) % self._every:
             return None
-        return self._train(*self._chosen(batch, h.detach().to(self._dtype), labels, g))
+        return self._train(h[samples].detach().to(self._dtype), labels[samples], g)
 
     def get_extra_state(self) -> Tensor:
         """The number of targets so far, for ``state_dict``."""
@@ -149,19 +159,6 @@ class DNI(nn.Module):
         error = torch.linalg.vector_norm(prediction / _rms(prediction).clamp(min=1) - target)
         relative: Tensor = (error / torch.linalg.vector_norm(target).clamp(min=_TINY)).square()
         return relative
-
-    def _chosen(self, batch: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The same window of samples of each tensor, drawn from (seed, cut, batch).
-
-        A window, because it copies nothing; rows come in random order, so it is as good as any other choice.
-        """
-        size, num_samples = len(tensors[0]), self._num_samples
-        if num_samples >= size:
-            return tensors
-        windows = math.ceil(size / num_samples)
-        start = derived_seed(self._seed, "dni rows", self._index, batch) % windows * num_samples
-        start = min(start, size - num_samples)
-        return tuple(tensor[start : start + num_samples] for tensor in tensors)
 
     def _not_finite(self, what: str, remedy: str) -> str:
         where = f"the DNI at cut {self._index}, after {self._num_targets} targets,"
@@ -182,6 +179,23 @@ def build_dni(cut: Cut, plan: DNIPlan, seed: int) -> DNI:
     form, _ = describe_form(cut, plan)
     with seeded(seed, "dni", cut.index):
         return DNI(_build_form(form, cut, plan), cut, plan, seed)
+
+
+def training_window(cut: Cut, plan: DNIPlan, seed: int) -> Window:
+    """The samples of a batch whose true gradient the DNI of ``cut`` trains on.
+
+    The plan's fraction (``rows``), no more rows than the form wants, at least one sample.
+
+    Raises:
+        PlanError: the form is unknown or does not fit the cut.
+    """
+    form, _ = describe_form(cut, plan)
+    most_rows = _FORMS[form].most_rows
+    batch_size = cut.activation_shape[0]
+    size = math.ceil(plan.rows * batch_size)
+    if most_rows is not None:
+        size = min(size, most_rows // cut.rows_per_sample)
+    return Window(seed, cut.index, batch_size, max(1, size))
 
 
 def describe_form(cut: Cut, plan: DNIPlan) -> tuple[str, str]:
@@ -246,14 +260,6 @@ def _build_form(form: str, cut: Cut, plan: DNIPlan) -> Form:
         case _:
             assert plan.factory is not None, f"describe_form gave {form}"
             return Custom(plan.factory(cut))
-
-
-def _training_samples(form: Form, cut: Cut, plan: DNIPlan) -> int:
-    """Samples of a batch to train on: the plan's fraction, no more rows than the form wants, at least one."""
-    num_samples = math.ceil(plan.rows * cut.activation_shape[0])
-    if form.most_rows is not None:
-        num_samples = min(num_samples, form.most_rows // cut.rows_per_sample)
-    return max(1, num_samples)
 
 
 def _rms(values: Tensor) -> Tensor:

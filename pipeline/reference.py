@@ -103,6 +103,7 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
             plan,
             recipe,
             resolved.cuts[k] if k < plan.stages - 1 else None,
+            resolved.cuts[k - 1] if k > 0 else None,
         )
         for k in range(plan.stages)
     ]

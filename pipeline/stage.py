@@ -15,8 +15,9 @@ flight) and keeps that graph; the gradients found there are applied to the real 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.cut import Cut
-from pipeline.dni import DNI, build_dni
+from pipeline.dni import DNI, build_dni, training_window
 from pipeline.errors import StageError
 from pipeline.local_loss import LocalLoss
 from pipeline.optimizers import build_optimizer
@@ -35,6 +36,7 @@ from pipeline.scores import Scores
 from pipeline.seeding import seed_layer
 from pipeline.spans import Recorder, Span, silent
 from pipeline.targets import Flow
+from pipeline.window import finds_gradient_of_some, linear_on_window
 
 __all__ = ["Stage"]
 
@@ -43,9 +45,10 @@ __all__ = ["Stage"]
 class _Kept:
     """What a stage keeps of a batch between its forward and its last use."""
 
-    x: Tensor  # the input the graph hangs on
+    x: Tensor  # the input the graph hangs on, or of the input what the stage below wants a gradient for
     h: Tensor  # the output, with its graph until the backward pass is over
     labels: Tensor
+    samples: slice  # of x.grad: what the stage below wants
     leaves: list[Tensor]  # what the gradients are taken for: the parameters, or their stashed copies
     synthetic: Tensor | None = None
     loss: float = float("nan")
@@ -61,6 +64,7 @@ class Stage:
         plan: the plan of the run.
         recipe: gives the loss.
         cut: what is known of the cut above; None for the last stage and in locked modes (no DNI is built then).
+        below: what is known of the cut below; None for the first stage.
         record: told what the stage turns to.
     """
 
@@ -69,6 +73,7 @@ class Stage:
     plan: Plan
     recipe: Recipe
     cut: Cut | None = None
+    below: Cut | None = None
     record: Recorder = silent
     dni: DNI | None = field(init=False, default=None)
     local: LocalLoss | None = field(init=False, default=None)
@@ -84,6 +89,10 @@ class Stage:
         if self.cut is not None and self._flow.mode.gradient == "local":
             self.local = LocalLoss(self.cut, self.plan.dni, self.plan.seed)
         self._modules.train()
+        self._window = None
+        if self.below is not None and self._flow.window_suffices:
+            window = training_window(self.below, self.plan.dni, self.plan.seed)
+            self._window = None if window.whole else window
         first = self.layers[0].module
         self._writes_to_input = any(getattr(module, "inplace", False) for module in first.modules())
         self._kept: dict[tuple[int, int], _Kept] = {}
@@ -109,11 +118,12 @@ class Stage:
         self.record(Span.FORWARD, batch)
         self._training(True)
         x = x.detach()
-        if x.is_floating_point() and (self._flow.at_update(batch) or self._flow.relays(batch)):
-            x.requires_grad_()
         stash = self._flow.stashes(batch)
-        h, leaves = self._run(batch * self.plan.microbatches + microbatch, x, stash)
-        self._kept[batch, microbatch] = _Kept(x, h, labels, leaves)
+        leaf, samples, enter = self._entrance(batch, x, stash)
+        if x.is_floating_point() and (self._flow.at_update(batch) or self._flow.relays(batch)):
+            leaf.requires_grad_()
+        h, leaves = self._run(batch * self.plan.microbatches + microbatch, x, stash, enter)
+        self._kept[batch, microbatch] = _Kept(leaf, h, labels, samples, leaves)
         return h.detach()
 
     def predict(self, batch: int) -> Tensor | None:
@@ -132,8 +142,9 @@ class Stage:
         The loss of one of n microbatches counts 1/n, so that the parts add up to the mean over the batch.
 
         Returns:
-            What the stage below is to get now, shaped like its output: dL/dx, or None when nothing is sent at this
-            point (first stage; targets ``true`` and ``mixed`` below the last stage; not one of ``true_every``).
+            What the stage below is to get now: dL/dx of the samples its DNI trains on (``Window``; all of them in modes
+            without DNIs), or None when nothing is sent at this point (first stage; targets ``true`` and ``mixed`` below
+            the last stage; not one of ``true_every``).
         """
         self.record(Span.BACKWARD, batch)
         kept = self._kept[batch, microbatch]
@@ -161,7 +172,7 @@ class Stage:
         self._keep_for_target(batch, microbatch, relays_later)
         if not sends_now:
             return None
-        return below if below is not None else torch.zeros_like(kept.x)
+        return (below if below is not None else torch.zeros_like(kept.x))[kept.samples]
 
     def step(self, batch: int) -> None:
         """Step the optimizer with the gradients that ``backward`` left.
@@ -178,7 +189,7 @@ class Stage:
 
         Args:
             batch: its batch id; what was kept of older batches (their targets were dropped) goes too.
-            gradient: like the stage's output.
+            gradient: like the stage's output, or its samples that ``dni`` trains on where nothing is relayed.
 
         Returns:
             What the stage below is to get: J^T g (``true``), J^T (lambda g + (1 - lambda) s) (``mixed``; BP(lambda),
@@ -200,7 +211,7 @@ class Stage:
             assert kept.synthetic is not None
             gradient = torch.lerp(kept.synthetic, gradient, self.plan.mix)
         (relayed,) = torch.autograd.grad(kept.h, [kept.x], gradient, allow_unused=True)
-        return relayed if relayed is not None else torch.zeros_like(kept.x)
+        return (relayed if relayed is not None else torch.zeros_like(kept.x))[kept.samples]
 
     def loss_of(self, batch: int) -> float:
         """The training loss of a batch whose backward is done, once; last stage only."""
@@ -247,13 +258,27 @@ class Stage:
 
     # ------------------------------------------------------------------ private
 
-    def _run(self, batch: int, x: Tensor, stash: bool) -> tuple[Tensor, list[Tensor]]:
+    def _entrance(self, batch: int, x: Tensor, stash: bool) -> tuple[Tensor, slice, Callable[[Tensor], Tensor] | None]:
+        """The leaf whose gradient the stage below gets, which samples of it, and what stands for the first layer."""
+        if self._window is None:
+            return x, slice(None), None
+        samples, first = self._window.of(batch), self.layers[0].module
+        if stash or not finds_gradient_of_some(first):
+            return x, samples, None
+        leaf = x[samples]
+        return leaf, slice(None), partial(linear_on_window, cast(nn.Linear, first), leaf, samples)
+
+    def _run(
+        self, batch: int, x: Tensor, stash: bool, enter: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The layers in order, ``enter`` standing for the first one."""
         h = x.clone() if self._writes_to_input else x
         copies = self._copies() if stash else {}
         for layer in self.layers:
             seed_layer(self.plan.seed, layer.index, batch)
+            call, enter = enter or layer.module, None
             try:
-                h = _on_copies(layer.module, h, copies) if stash else layer.module(h)
+                h = _on_copies(layer.module, h, copies) if stash else call(h)
             except Exception as error:
                 raise self._error(error, layer.name, batch) from error
         if not stash:

@@ -58,6 +58,11 @@ class Flow:
         between = self.index > 0 and not self.last
         return between and self.plan.unlocked and self.plan.targets != "bootstrap" and self._flows(batch)
 
+    @property
+    def window_suffices(self) -> bool:
+        """Whether the stage below only trains its DNI on what it gets from this one, and passes nothing on."""
+        return self.plan.unlocked and (self.index == 1 or self.plan.targets == "bootstrap")
+
     def stashes(self, batch: int) -> bool:
         """Whether the weights will change between the forward of this batch and the last backward through it."""
         return self.relays(batch) or (self.mode.stashes and not self.last)

@@ -51,16 +51,20 @@ def test_an_interrupt_that_nobody_looked_for_is_raised_on_the_way_out() -> None:
 
 
 def test_a_failure_goes_before_an_interrupt() -> None:
-    with pytest.raises(ValueError, match="first"), Interrupts():
-        _interrupt()
-        raise ValueError("first")
+    def fail() -> None:
+        with Interrupts():
+            _interrupt()
+            raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first"):
+        fail()
 
 
 def test_the_second_interrupt_is_raised_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), Interrupts():
+    with Interrupts():
         _interrupt()
-        _interrupt()
-        pytest.fail("the second interrupt did nothing")
+        with pytest.raises(KeyboardInterrupt):
+            _interrupt()
 
 
 def test_handlers_are_restored_and_what_was_ignored_stays_ignored() -> None:

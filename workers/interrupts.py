@@ -1,8 +1,8 @@
 """Ctrl-C at a safe point.
 
-Python raises KeyboardInterrupt between any two bytecodes. Raised inside a finaliser or a callback it is printed and lost,
-and a run that was to end goes on; raised while workers are being ended it leaves some behind. So the signal is noted, and
-whoever is in charge looks.
+Python raises KeyboardInterrupt between any two bytecodes. Raised inside a finaliser or a callback it is printed and
+lost, and a run that was to end goes on; raised while workers are being ended it leaves some behind. So the signal is
+noted, and whoever is in charge looks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """Holds back the interrupts of the main thread while it is entered; elsewhere it does nothing.
 
-    Only signals that have a handler in Python are held back: what is ignored stays ignored. The second signal goes to the
-    handler that was there before, at once: for a program that does not come to look.
+    Only signals that have a handler in Python are held back: what is ignored stays ignored. The second signal goes to
+    the handler that was there before, at once: for a program that does not come to look.
     """
 
     def __init__(self) -> None:
@@ -58,6 +58,6 @@ class Interrupts:
             self.raise_noted()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._noted:
+        self._noted, second = not self._noted, self._noted
+        if second:
             self._before[signal.Signals(number)](number, frame)
-        self._noted = True

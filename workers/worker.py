@@ -140,7 +140,8 @@ def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> Stage | 
         shape = shape if assignment.last else assignment.resolved.cuts[assignment.index].activation_shape
         return EmulatedStage(assignment.index, plan, plan.emulation, shape, record)
     cut = None if assignment.last else replace(assignment.resolved.cuts[assignment.index], loss=recipe.loss)
-    return Stage(stage_layers(recipe, plan, assignment.index), assignment.index, plan, recipe, cut, record)
+    below = None if assignment.index == 0 else assignment.resolved.cuts[assignment.index - 1]
+    return Stage(stage_layers(recipe, plan, assignment.index), assignment.index, plan, recipe, cut, below, record)
 
 
 def _runner(assignment: Assignment, stage: Stage | EmulatedStage, ports: Ports, record: Recorder) -> Runner:
