@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import cast
 
 import torch
@@ -36,7 +35,7 @@ from pipeline.scores import Scores
 from pipeline.seeding import seed_layer
 from pipeline.spans import Recorder, Span, silent
 from pipeline.targets import Flow
-from pipeline.window import finds_gradient_of_some, linear_on_window
+from pipeline.window import on_window
 
 __all__ = ["Stage"]
 
@@ -262,11 +261,10 @@ class Stage:
         """The leaf whose gradient the stage below gets, which samples of it, and what stands for the first layer."""
         if self._window is None:
             return x, slice(None), None
-        samples, first = self._window.of(batch), self.layers[0].module
-        if stash or not finds_gradient_of_some(first):
-            return x, samples, None
+        samples = self._window.of(batch)
         leaf = x[samples]
-        return leaf, slice(None), partial(linear_on_window, cast(nn.Linear, first), leaf, samples)
+        enter = None if stash else on_window(self.layers[0].module, leaf, samples)
+        return (x, samples, None) if enter is None else (leaf, slice(None), enter)
 
     def _run(
         self, batch: int, x: Tensor, stash: bool, enter: Callable[[Tensor], Tensor] | None

@@ -14,6 +14,7 @@ twelve with n = 4 and half the batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.seeding import derived_seed
 
-__all__ = ["Window", "finds_gradient_of_some", "linear_on_window"]
+__all__ = ["Window", "on_window"]
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,38 @@ class Window:
         return slice(start, start + self.size)
 
 
-def finds_gradient_of_some(module: nn.Module) -> bool:
-    """Whether ``linear_on_window`` can stand for ``module(x)``: a plain linear layer that nobody listens to."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is nn.Linear and not any(hooks) and not torch.is_autocast_enabled("cpu")
-
-
-def linear_on_window(layer: nn.Linear, leaf: Tensor, samples: slice, x: Tensor) -> Tensor:
-    """``layer(x)``, in whose backward pass only ``leaf`` gets an input gradient.
+def on_window(module: nn.Module, leaf: Tensor, samples: slice) -> Callable[[Tensor], Tensor] | None:
+    """``module``, but in its backward pass only ``leaf`` gets an input gradient.
 
     Args:
-        layer: as ``finds_gradient_of_some`` accepts.
-        leaf: ``x[samples]``, detached, requiring a gradient.
+        module: a stage's first layer.
+        leaf: [window, ...] ``x[samples]`` of the input x to come, detached, requiring a gradient.
         samples: the window.
-        x: [batch, ..., features]; takes part in the forward pass and in the weight's gradient.
 
     Returns:
-        [batch, ..., features] the layer's output.
+        x [batch, ...] -> what ``module(x)`` gives; None where that cannot be had for less than the gradient of all: the
+        layer neither is nor begins with a plain ``nn.Linear``, or somebody listens to it with a hook.
     """
-    output: Tensor = _LinearOnWindow.apply(x, leaf, layer.weight, layer.bias, samples)  # type: ignore[no-untyped-call]
-    return output
+    if _listened_to(module) or torch.is_autocast_enabled("cpu"):
+        return None
+    if type(module) is nn.Sequential and len(module):
+        first, *rest = module
+        enter = on_window(first, leaf, samples)
+        return None if enter is None else lambda x: _through(rest, enter(x))
+    if type(module) is nn.Linear:
+        return lambda x: _linear_on_window(x, leaf, module.weight, module.bias, samples)
+    return None
+
+
+def _listened_to(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _through(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
 
 
 class _LinearOnWindow(torch.autograd.Function):
@@ -101,3 +114,6 @@ class _LinearOnWindow(torch.autograd.Function):
             rows.sum(0) if for_bias else None,
             None,
         )
+
+
+_linear_on_window: Callable[..., Tensor] = _LinearOnWindow.apply

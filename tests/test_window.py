@@ -13,7 +13,7 @@ from pipeline import DNIPlan, Plan, Recipe
 from pipeline.reference import run_reference
 from pipeline.resolve import resolve, stage_layers
 from pipeline.stage import Stage
-from pipeline.window import Window, finds_gradient_of_some, linear_on_window
+from pipeline.window import Window, on_window
 
 ROWS = 40
 
@@ -38,8 +38,9 @@ def _last_stage(plan: Plan) -> Stage:
 
 @pytest.mark.parametrize("shape", [(ROWS, 8), (ROWS, 3, 8)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_on_window_equals_the_layer_and_finds_the_gradient_of_the_window(
-    shape: tuple[int, ...], bias: bool
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_layer_on_a_window_equals_the_layer_and_finds_the_gradient_of_the_window(
+    shape: tuple[int, ...], bias: bool, nested: bool
 ) -> None:
     torch.manual_seed(0)
     layer, samples = nn.Linear(8, 5, bias=bias), slice(10, 20)
@@ -50,7 +51,9 @@ def test_linear_on_window_equals_the_layer_and_finds_the_gradient_of_the_window(
     wanted = [parameter.grad for parameter in layer.parameters()]
     layer.zero_grad()
     leaf = x[samples].detach().requires_grad_()
-    output = linear_on_window(layer, leaf, samples, x)
+    enter = on_window(nn.Sequential(layer) if nested else layer, leaf, samples)
+    assert enter is not None
+    output = enter(x)
     output.square().sum().backward()
     assert leaf.grad is not None
     torch.testing.assert_close(output, layer(x), rtol=0, atol=0)
@@ -77,9 +80,7 @@ def test_what_is_sent_down_is_the_input_gradient_of_the_window() -> None:
 def test_a_first_layer_somebody_listens_to_is_called_as_it_is() -> None:
     stage, heard = _last_stage(PLAN), []
     first = stage.layers[0].module
-    assert finds_gradient_of_some(first)
     first.register_forward_hook(lambda module, x, output: heard.append(len(output)))
-    assert not finds_gradient_of_some(first)
     x, labels = torch.randn(ROWS, 12), _batch(0)[1]
     stage.forward(0, x, labels)
     sent = stage.backward(0, None)
