@@ -16,7 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pipeline.cut import Cut
-from pipeline.dni_forms import MLP, Conv, Custom, Form, LabelResidual, Linear
+from pipeline.dni_forms import MLP, Conv, Custom, Form, LabelResidual, Linear, root_mean_square
 from pipeline.errors import PlanError, nearest
 from pipeline.loss_model import LossModel
 from pipeline.plan import DNI_FORMS, DNIPlan
@@ -92,11 +92,21 @@ class DNI(nn.Module):
             return torch.zeros_like(h)
         sigma = self.sigma
         with torch.no_grad():
-            prediction = self.form.predict(h.detach().to(self._dtype), labels, sigma.clamp(min=_TINY))
-            rms = _rms(prediction)
-            if not torch.isfinite(rms):
+            prediction, size = self.form.clipped(h.detach().to(self._dtype), labels, sigma.clamp(min=_TINY))
+            if not torch.isfinite(size):
                 raise FloatingPointError(self._not_finite("predicted a gradient", "lower the DNI's lr"))
-            return (prediction * (sigma / rms.clamp(min=1))).to(h.dtype)
+            return prediction.to(h.dtype)
+
+    def relative_error(
+        self,
+        h: Float[Tensor, " batch *features"],
+        labels: Shaped[Tensor, " batch *rest"],
+        g: Float[Tensor, " batch *features"],
+    ) -> Float[Tensor, ""]:
+        """|s - g|^2 / |g|^2 of the prediction s for (h, labels): 1 is no better than zeros."""
+        error: Tensor = torch.linalg.vector_norm(self.predict(h, labels) - g)
+        relative: Tensor = error / torch.linalg.vector_norm(g).clamp(min=_TINY)
+        return relative.square()
 
     def learn(
         self,
@@ -104,7 +114,7 @@ class DNI(nn.Module):
         labels: Shaped[Tensor, " batch *rest"],
         g: Float[Tensor, " batch *features"],
         batch: int,
-    ) -> Float[Tensor, ""] | None:
+    ) -> bool:
         """Take the gradient that came back for a batch, true or bootstrapped, as the target of (h, labels).
 
         Waits for the device once, to see that the target is finite.
@@ -116,31 +126,33 @@ class DNI(nn.Module):
             batch: its batch id; which samples are trained on follows from it.
 
         Returns:
-            |s - g|^2 / |g|^2 over the samples trained on, on the device of ``g``, where s is the prediction
-            before this training step: 1 is no better than zeros. None when nothing was trained: this target
-            is not the ``every``-th, or it is all zeros and none came before (under bootstrap, the DNI above
-            knows nothing yet).
+            Whether there was a training step: not when this target is not the ``every``-th, or all zeros and none
+            came before (under bootstrap, the DNI above knows nothing yet).
 
         Raises:
             FloatingPointError: the target is not finite; the DNI is then unchanged.
         """
         samples = self._window.of(batch)
         g = (g[samples] if len(g) == len(h) else g).detach().to(self._dtype)
-        rms = _rms(g)
-        if not torch.isfinite(rms):
+        size = root_mean_square(g)
+        if not torch.isfinite(size):
             raise FloatingPointError(
                 self._not_finite(
                     f"got a target for batch {batch}", "lower the learning rate, or look at the loss above"
                 )
             )
-        if self._num_targets == 0 and not rms:
-            return None
-        self.mean_square.lerp_(rms.square(), 1 - _DECAY)
+        if self._num_targets == 0 and not size:
+            return False
+        self.mean_square.lerp_(size.square(), 1 - _DECAY)
         self.weight.lerp_(torch.ones_like(self.weight), 1 - _DECAY)
         self._num_targets += 1
         if (self._num_targets - 1) % self._every:
-            return None
-        return self._train(h[samples].detach().to(self._dtype), labels[samples], g)
+            return False
+        sigma = self.sigma.clamp(min=_TINY)
+        self.form.gradients(h[samples].detach().to(self._dtype), labels[samples], g / sigma, sigma)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return True
 
     def get_extra_state(self) -> Tensor:
         """The number of targets so far, for ``state_dict``."""
@@ -149,16 +161,6 @@ class DNI(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Take the number of targets from a ``state_dict``."""
         self._num_targets = int(state)
-
-    def _train(self, h: Tensor, labels: Tensor, g: Tensor) -> Tensor:
-        sigma = self.sigma.clamp(min=_TINY)
-        target = g / sigma
-        prediction = self.form.gradients(h, labels, target, sigma)
-        if self.optimizer is not None:
-            self.optimizer.step()
-        error = torch.linalg.vector_norm(prediction / _rms(prediction).clamp(min=1) - target)
-        relative: Tensor = (error / torch.linalg.vector_norm(target).clamp(min=_TINY)).square()
-        return relative
 
     def _not_finite(self, what: str, remedy: str) -> str:
         where = f"the DNI at cut {self._index}, after {self._num_targets} targets,"
@@ -260,8 +262,3 @@ def _build_form(form: str, cut: Cut, plan: DNIPlan) -> Form:
         case _:
             assert plan.factory is not None, f"describe_form gave {form}"
             return Custom(plan.factory(cut))
-
-
-def _rms(values: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(values)
-    return norm / math.sqrt(max(1, values.numel()))

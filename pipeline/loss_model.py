@@ -60,13 +60,12 @@ class LossModel(Form):
         labels: Shaped[Tensor, " rows *rest"],
         target: Float[Tensor, " rows *features"],
         sigma: Float[Tensor, ""],
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " rows *features"]]:
+    ) -> Float[Tensor, ""]:
         """The loss of the head plus ``beta`` times the squared error of its gradient."""
         loss, gradient = self._loss_and_gradient(h, labels, differentiable=self.beta > 0)
-        prediction = gradient / sigma
         if self.beta > 0:
-            loss = loss + self.beta * F.mse_loss(prediction, target)
-        return loss, prediction
+            loss = loss + self.beta * F.mse_loss(gradient / sigma, target)
+        return loss
 
     def _loss_and_gradient(self, h: Tensor, labels: Tensor, *, differentiable: bool) -> tuple[Tensor, Tensor]:
         leaf = h.detach().requires_grad_()
