@@ -22,7 +22,7 @@ from pipeline import Plan, PlanError, Recipe
 from pipeline.emulation import Link
 from pipeline.resolve import Resolved
 
-__all__ = ["AXES", "Axis", "Sweep", "axis_of", "bench_over"]
+__all__ = ["AXES", "Axis", "Sweep", "axis_of", "bench_over", "mode_name"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,9 @@ class Axis:
 
     Attributes:
         name: of a point's value in bench.json; ``over_<name>`` is the option and the field with the points.
-        label: for a table or a picture.
-        unit: the same in a sentence, behind a number.
+        label: for a picture.
+        heading: for a column.
+        unit: in a sentence, behind a number.
         picture: file name of its picture.
         of: the value that a plan has.
         place: (plan, value) -> the plan with that value.
@@ -40,6 +41,7 @@ class Axis:
 
     name: str
     label: str
+    heading: str
     unit: str
     picture: str
     of: Callable[[Plan], float]
@@ -66,10 +68,13 @@ def _with_latency(plan: Plan, latency_ms: float) -> Plan:
     return replace(plan, link=f"latency_ms={latency_ms:g}{limit}")
 
 
+_FILLS = 4  # batches per stage from which on filling and draining the pipeline hardly count
+
 AXES = (
     Axis(
         name="stages",
-        label="stages",
+        label="number of stages",
+        heading="stages",
         unit="stages",
         picture="latency.png",
         of=lambda plan: plan.stages,
@@ -78,6 +83,7 @@ AXES = (
     Axis(
         name="latency_ms",
         label="latency of a hop, ms",
+        heading="hop ms",
         unit="ms a hop",
         picture="link.png",
         of=lambda plan: _link_of(plan).latency_ms,
@@ -115,7 +121,7 @@ class Sweep(Report):
         for row in (high.unlocked, high.best_locked):
             pair = [_latency_ms(_same(row, report)) for report in (low, high)] if row else []
             if row and all(not math.isnan(value) for value in pair):
-                parts.append(f"{row.name} {pair[0]:,.1f} to {pair[1]:,.1f} ms")
+                parts.append(f"{mode_name(row)} {pair[0]:,.1f} to {pair[1]:,.1f} ms")
         text += f"update latency of stage 0, {'; '.join(parts)}." if parts else "no update latency was measured."
         gains = [
             f"{report.unlocked.speedup(report.best_locked).times()} {report.best_locked.name}"
@@ -128,6 +134,11 @@ class Sweep(Report):
 def axis_of(options: BenchOptions) -> Axis | None:
     """The axis that was asked for, if any."""
     return next((axis for axis in AXES if axis.wanted(options)), None)
+
+
+def mode_name(row: Row) -> str:
+    """The name of a row without its number of microbatches, which may differ from point to point."""
+    return replace(row, contender=replace(row.contender, microbatches=None)).name
 
 
 def bench_over(
@@ -168,6 +179,14 @@ def bench_over(
     show(sweep, console)
     console.rich.print(f"\n[bold]{sweep.finding()}[/bold]\n")
     console.rich.print(_table(sweep))
+    short = [each for each in resolved.values() if each.steps < _FILLS * each.plan.stages > _FILLS]
+    if short:
+        most = max(each.plan.stages for each in short)
+        console.extra(
+            "note",
+            f"{short[0].steps} batches do not fill {most} stages for long: busy% is too low there",
+            f"--steps {_FILLS * most} or more",
+        )
     return sweep
 
 
@@ -181,7 +200,7 @@ def _resolved(source: Callable[[], Recipe], plan: Plan, axis: Axis, value: float
 def _table(sweep: Sweep) -> Table:
     """One line per point and row, the points apart."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(sweep.axis.label, justify="right", no_wrap=True)
+    table.add_column(sweep.axis.heading, justify="right", no_wrap=True)
     table.add_column("mode", no_wrap=True)
     for name in ("samples/s", f"x {sweep.rows[0].name}", "update ms p50", "p99", "busy%"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -195,7 +214,6 @@ def _table(sweep: Sweep) -> Table:
                 f"{speedup.median:.2f} ({speedup.min:.2f}-{speedup.max:.2f})",
                 *_latencies(row),
                 _busy(row),
-                end_section=index == len(report.rows) - 1,
             )
         if value != sweep.points[-1][0]:
             table.add_row()

@@ -29,7 +29,7 @@ PHASES: dict[Span, str] = {
 }
 """The phase of every kind of span; waiting has none, it is left blank."""
 
-_MOST_BATCHES = 40  # of the faster run: with more, blocks are too narrow to be seen
+_MOST_BATCHES = 80  # of the faster run: with more, blocks are too narrow to be seen
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,14 @@ def shared_window_s(runs: Sequence[Sequence[Spans]]) -> float:
 
 
 def window_of(stages: Sequence[Spans], seconds: float) -> Window:
-    """A window of that length that begins with a forward of stage 0, from the middle of the run if it fits there."""
+    """A window of that length around the middle of the run that begins with a forward of stage 0.
+
+    The middle is half-way between the forward of the middle batch in stage 0 and its update in the last stage: there
+    the pipeline is full, if the run is long enough to fill it.
+    """
     begins = sorted(stages[0].first_start(Span.FORWARD).values())
-    end_ns = max(stages[-1].last_end(Span.STEP).values())
+    ends = sorted(stages[-1].last_end(Span.STEP).values())
     length_ns = round(seconds * 1e9)
-    fitting = [start for start in begins[: len(begins) // 2 + 1] if start + length_ns <= end_ns]
-    start_ns = fitting[-1] if fitting else begins[0]
+    latest_ns = min((begins[len(begins) // 2] + ends[len(ends) // 2] - length_ns) // 2, ends[-1] - length_ns)
+    start_ns = max((start for start in begins if start <= latest_ns), default=begins[0])
     return Window(start_ns, start_ns + length_ns)

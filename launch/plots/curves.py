@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from launch.bench import Row
-from launch.over import Sweep
+from launch.over import Sweep, mode_name
 from launch.plots import style
 from launch.plots.words import curves_title, subtitle
 from launch.spread import Spread
 
-__all__ = ["Curve", "curves_of", "draw_curves"]
+__all__ = ["Curve", "apart", "curves_of", "draw_curves"]
 
 _TOP_PX, _WIDTH_PX, _HEIGHT_PX = 50, 400, 420
 _LEFTS_PX = (90, 660)
@@ -61,7 +61,7 @@ def curves_of(sweep: Sweep, what: str) -> list[Curve]:
                 keyed.setdefault((c.engine, c.mode, c.threads), []).append((value, row, figure))
     return [
         Curve(
-            _mode_name(found[0][1]),
+            mode_name(found[0][1]),
             found[0][1].contender.mode == "unlocked",
             tuple(value for value, _, _ in found),
             *(tuple(figure[i] for _, _, figure in found) for i in range(3)),
@@ -72,14 +72,14 @@ def curves_of(sweep: Sweep, what: str) -> list[Curve]:
 
 def draw_curves(sweep: Sweep, path: Path) -> Path:
     """Update latency on the left, throughput on the right, one line per row, named at its end."""
-    figure = style.new_figure(style.HEADLINE_PX + _TOP_PX + _HEIGHT_PX + 90)
-    style.write_headline(figure, curves_title(sweep), subtitle(sweep, over=sweep.axis.name), emulated=sweep.emulated)
+    headline = style.Headline(curves_title(sweep), subtitle(sweep, over=sweep.axis.name), sweep.emulated)
+    figure = style.new_figure(headline, _TOP_PX + _HEIGHT_PX + 90)
     panels = (
-        ("latency", "update latency of stage 0, ms: p50, band to p99"),
-        ("throughput", "samples per second: median, band over the rounds"),
+        ("latency", "update latency of stage 0, ms (p50, band: p99)"),
+        ("throughput", "samples/s (median, band: all rounds)"),
     )
     for left, (what, heading) in zip(_LEFTS_PX, panels, strict=True):
-        axes = style.axes_at(figure, left, style.HEADLINE_PX + _TOP_PX, _WIDTH_PX, _HEIGHT_PX)
+        axes = style.axes_at(figure, left, headline.height_px + _TOP_PX, _WIDTH_PX, _HEIGHT_PX)
         axes.text(0, 1.045, heading, transform=axes.transAxes, color=style.INK, fontsize=style.TEXT, fontweight="bold")
         axes.set_xlabel(sweep.axis.label, color=style.MUTED, fontsize=style.TEXT, labelpad=8)
         _draw_panel(axes, curves_of(sweep, what), [value for value, _ in sweep.points], sweep)
@@ -97,6 +97,7 @@ def _draw_panel(axes: Axes, curves: Sequence[Curve], values: Sequence[float], sw
     axes.grid(axis="y", color=style.FAINT, linewidth=0.8)
     if logarithmic:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.set_ylim(smallest * 0.8, largest * 1.25)
     else:
         axes.set_ylim(0, largest * 1.06)
@@ -118,17 +119,15 @@ def _draw_panel(axes: Axes, curves: Sequence[Curve], values: Sequence[float], sw
 
 
 def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Name every curve at its last point, labels pushed apart from below."""
+    """Name every curve at its last point."""
     at = [float(axes.transData.transform((curve.values[-1], curve.middle[-1]))[1]) for curve in curves]
-    lowest = -np.inf
-    for index in sorted(range(len(curves)), key=at.__getitem__):
-        y, curve = max(at[index], lowest + _LABEL_PX), curves[index]
-        lowest = y
+    lowest, highest = (float(axes.transAxes.transform((0, edge))[1]) for edge in (0, 1))
+    for curve, y in zip(curves, apart(at, _LABEL_PX, lowest, highest), strict=True):
         axes.annotate(
             curve.name,
-            (1.0, float(axes.transAxes.inverted().transform((0, y))[1])),
+            (1.0, (y - lowest) / (highest - lowest)),
             xycoords="axes fraction",
-            xytext=(8, 0),
+            xytext=(6, 0),
             textcoords="offset points",
             va="center",
             fontsize=style.TEXT,
@@ -136,6 +135,28 @@ def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
             fontweight="bold" if curve.unlocked else "normal",
             annotation_clip=False,
         )
+
+
+def apart(positions: Sequence[float], distance: float, lowest: float, highest: float) -> list[float]:
+    """Move positions as little as pushing from below and then from above does, until they are apart.
+
+    Args:
+        positions: in any order.
+        distance: least distance of two of them.
+        lowest: none lies below it, unless there are too many.
+        highest: none lies above it.
+
+    Returns:
+        the new positions, in the order given.
+    """
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    moved, edge = list(positions), lowest - distance
+    for index in order:
+        moved[index] = edge = max(moved[index], edge + distance)
+    edge = highest + distance
+    for index in reversed(order):
+        moved[index] = edge = min(moved[index], edge - distance)
+    return moved
 
 
 def _latency(row: Row) -> tuple[float, float, float] | None:
@@ -149,8 +170,3 @@ def _throughput(row: Row) -> tuple[float, float, float]:
 
 
 _FIGURES = {"latency": _latency, "throughput": _throughput}
-
-
-def _mode_name(row: Row) -> str:
-    """Without the number of microbatches, which may differ from point to point."""
-    return row.name.partition(" x")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -13,26 +14,26 @@ __all__ = [
     "ACCENT",
     "FAINT",
     "GREY",
-    "HEADLINE_PX",
     "INK",
+    "LANE",
     "MUTED",
     "PHASE_COLOURS",
     "RIVAL",
+    "SEPARATOR",
     "SMALL",
     "TEXT",
     "WIDTH_PX",
+    "Headline",
     "axes_at",
     "new_figure",
     "save",
-    "write_headline",
 ]
 
 WIDTH_PX = 1200
-HEADLINE_PX = 150
 _DPI = 150
-_LEFT_PX = 40
+_LEFT_PX, _TOP_PX = 40, 24
 
-INK, MUTED, FAINT, GREY = "#1b2733", "#5d6b79", "#dfe4e9", "#a7b2bd"
+INK, MUTED, FAINT, LANE, GREY = "#1b2733", "#5d6b79", "#dfe4e9", "#f1f3f5", "#a7b2bd"
 ACCENT, RIVAL = "#0072b2", "#d55e00"
 PHASE_COLOURS = {
     "forward": "#56b4e9",
@@ -43,13 +44,62 @@ PHASE_COLOURS = {
     "other": "#c3cbd3",
 }
 TEXT, SMALL = 8.5, 7.0  # points
+SEPARATOR = "  ·  "  # between the parts of a subtitle, where its lines break
 _TITLE = 13.5
 
 
-def new_figure(height_px: int) -> Figure:
-    """An empty picture of ``WIDTH_PX`` by ``height_px`` pixels, outside of pyplot's global state."""
+_TITLE_CHARACTERS, _SUBTITLE_CHARACTERS = 60, 120
+_LINE = 1.35  # height of a line in letter heights
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What a picture says, and under which circumstances; one or two lines each.
+
+    Attributes:
+        title: the finding.
+        subtitle: the circumstances.
+        emulated: marked as such.
+    """
+
+    title: str
+    subtitle: str
+    emulated: bool
+
+    @property
+    def lines(self) -> list[tuple[str, float, str, str]]:
+        """(text, points, colour, weight) from above."""
+        lines = [(line, _TITLE, INK, "bold") for line in _wrapped(self.title, _TITLE_CHARACTERS)]
+        return lines + [(line, TEXT, MUTED, "normal") for line in _wrapped(self.subtitle, _SUBTITLE_CHARACTERS)]
+
+    @property
+    def height_px(self) -> int:
+        """Pixels from the upper edge to where the picture may begin."""
+        return round(_TOP_PX + sum(size for _, size, _, _ in self.lines) * _LINE * _DPI / 72 + _TOP_PX)
+
+
+def new_figure(headline: Headline, below_px: int) -> Figure:
+    """A picture with its headline and ``below_px`` empty pixels under it, outside of pyplot's global state."""
+    height_px = headline.height_px + below_px
     figure = Figure(figsize=(WIDTH_PX / _DPI, height_px / _DPI), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
+    top = float(_TOP_PX)
+    for text, size, colour, weight in headline.lines:
+        x, y = _LEFT_PX / WIDTH_PX, 1 - top / height_px
+        figure.text(x, y, text, fontsize=size, color=colour, fontweight=weight, va="top")
+        top += size * _DPI / 72 * _LINE
+    if headline.emulated:
+        figure.text(
+            1 - _LEFT_PX / WIDTH_PX,
+            1 - (_TOP_PX + 7) / height_px,
+            "EMULATED",
+            fontsize=SMALL,
+            color=RIVAL,
+            fontweight="bold",
+            va="top",
+            ha="right",
+            bbox={"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": RIVAL, "linewidth": 0.8},
+        )
     return figure
 
 
@@ -64,31 +114,12 @@ def axes_at(figure: Figure, left: int, top: int, width: int, height: int) -> Axe
     return axes
 
 
-def write_headline(figure: Figure, title: str, subtitle: str, *, emulated: bool) -> None:
-    """What the picture says, and under which circumstances; fits into ``HEADLINE_PX`` pixels."""
-    lines = [(line, _TITLE, INK, "bold") for line in textwrap.wrap(title, 70)[:2]]
-    lines += [(line, TEXT, MUTED, "normal") for line in textwrap.wrap(subtitle, 118)[:2]]
-    height_px, top = figure.get_figheight() * _DPI, 24.0
-    for text, size, colour, weight in lines:
-        figure.text(
-            _LEFT_PX / WIDTH_PX, 1 - top / height_px, text, fontsize=size, color=colour, fontweight=weight, va="top"
-        )
-        top += size * _DPI / 72 * 1.35
-    if emulated:
-        figure.text(
-            1 - _LEFT_PX / WIDTH_PX,
-            1 - 30 / height_px,
-            "EMULATED",
-            fontsize=SMALL,
-            color=RIVAL,
-            fontweight="bold",
-            va="top",
-            ha="right",
-            bbox={"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": RIVAL, "linewidth": 0.8},
-        )
-
-
 def save(figure: Figure, path: Path) -> Path:
     """Write the picture as PNG."""
     figure.savefig(path, dpi=_DPI, format="png")
     return path
+
+
+def _wrapped(text: str, characters: int) -> list[str]:
+    lines = textwrap.wrap(text, characters, break_on_hyphens=False, max_lines=2, placeholder=" ...")
+    return [line.removesuffix(SEPARATOR.rstrip()) for line in lines]

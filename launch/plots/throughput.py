@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from launch.bench import Report, Row
 from launch.plots import style
-from launch.plots.words import subtitle, throughput_title
+from launch.plots.words import subtitle, throughput_title, times
 from launch.spread import Spread
 
 __all__ = ["draw_throughput"]
 
-_LEFT_PX, _RIGHT_PX, _ROW_PX = 250, 330, 58
+_LEFT_PX, _RIGHT_PX, _ROW_PX = 250, 440, 56
+_COLUMNS_PX = (110, 215, 395)  # right edges of the columns with figures, from the right edge of the bars
 
 
 def draw_throughput(report: Report, path: Path) -> Path:
@@ -19,60 +21,47 @@ def draw_throughput(report: Report, path: Path) -> Path:
     rows = sorted(report.rows, key=lambda row: Spread.of(row.rates).median, reverse=True)
     spreads = [Spread.of(row.rates) for row in rows]
     height = _ROW_PX * len(rows)
-    figure = style.new_figure(style.HEADLINE_PX + height + 100)
-    style.write_headline(figure, throughput_title(report), subtitle(report), emulated=report.emulated)
-    axes = style.axes_at(figure, _LEFT_PX, style.HEADLINE_PX + 14, style.WIDTH_PX - _LEFT_PX - _RIGHT_PX, height)
+    headline = style.Headline(throughput_title(report), subtitle(report), report.emulated)
+    figure = style.new_figure(headline, height + 130)
+    width = style.WIDTH_PX - _LEFT_PX - _RIGHT_PX
+    axes = style.axes_at(figure, _LEFT_PX, headline.height_px + 34, width, height)
     axes.set(xlim=(0, max(spread.max for spread in spreads)), ylim=(len(rows) - 0.5, -0.5), yticks=[])
     axes.grid(axis="x", color=style.FAINT, linewidth=0.8)
-    axes.locator_params(axis="x", nbins=6)
+    axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel(
-        "samples per second: median of the rounds, whiskers from slowest to fastest",
-        color=style.MUTED,
-        fontsize=style.TEXT,
-        labelpad=8,
-    )
+    note = "samples/s: median of the rounds, whiskers from slowest to fastest"
+    axes.set_xlabel(note, color=style.MUTED, fontsize=style.TEXT, labelpad=8)
     for y, (row, spread) in enumerate(zip(rows, spreads, strict=True)):
-        colour = _colour(row, report)
+        colour, whiskers = _colour(row, report), [[spread.median - spread.min], [spread.max - spread.median]]
         axes.barh(y, spread.median, height=0.62, color=colour)
-        low, high = spread.median - spread.min, spread.max - spread.median
-        axes.errorbar(spread.median, y, xerr=[[low], [high]], fmt="none", ecolor=style.INK, elinewidth=1.0, capsize=2.5)
-        bold = "bold" if colour != style.GREY else "normal"
-        ink = style.INK if colour == style.GREY else colour
-        beside = axes.get_yaxis_transform()  # x in parts of the axes, y in rows
-        axes.text(
-            -0.02,
-            y,
-            row.name,
-            transform=beside,
-            ha="right",
-            va="center",
-            color=ink,
-            fontweight=bold,
-            fontsize=style.TEXT,
-        )
-        axes.text(
-            1.02,
-            y,
-            _figures(row, report),
-            transform=beside,
-            va="center",
-            color=ink,
-            fontweight=bold,
-            fontsize=style.TEXT,
-        )
+        axes.errorbar(spread.median, y, xerr=whiskers, fmt="none", ecolor=style.INK, elinewidth=1.0, capsize=2.5)
+        ink, weight = (style.INK, "normal") if colour == style.GREY else (colour, "bold")
+        for x, text in zip((-14, *(width + edge for edge in _COLUMNS_PX)), _words(row, report), strict=True):
+            axes.text(
+                x / width,
+                y,
+                text,
+                transform=axes.get_yaxis_transform(),  # x in parts of the axes, y in rows
+                ha="right",
+                va="center",
+                color=ink,
+                fontweight=weight,
+                fontsize=style.TEXT,
+            )
     yardstick = Spread.of(report.rows[0].rates).median
     axes.axvline(yardstick, color=style.INK, linewidth=1.0, linestyle=(0, (4, 3)))
-    axes.annotate(
-        "yardstick",
-        (yardstick, 1.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="center",
-        fontsize=style.SMALL,
-        color=style.INK,
-    )
+    above: dict[str, Any] = {
+        "xytext": (0, 4),
+        "textcoords": "offset points",
+        "fontsize": style.SMALL,
+        "annotation_clip": False,
+    }
+    side = "center" if yardstick < axes.get_xlim()[1] * 0.9 else "right"
+    axes.annotate("yardstick", (yardstick, 1), xycoords=("data", "axes fraction"), ha=side, **above)
+    for edge, text in zip(_COLUMNS_PX, ("samples/s", "x yardstick", "x unlocked"), strict=True):
+        if text != "x unlocked" or report.unlocked is not None:
+            at = ((width + edge) / width, 1.0)
+            axes.annotate(text, at, xycoords="axes fraction", ha="right", color=style.MUTED, **above)
     return style.save(figure, path)
 
 
@@ -87,8 +76,11 @@ def _colour(row: Row, report: Report) -> str:
     return style.RIVAL if _beats(row, report) else style.GREY
 
 
-def _figures(row: Row, report: Report) -> str:
-    text = f"{Spread.of(row.rates).median:,.0f}   {row.speedup(report.rows[0]).median:.2f}x"
-    if _beats(row, report) and report.unlocked is not None:
-        text += f"   beats unlocked {row.speedup(report.unlocked).median:.2f}x"
-    return text
+def _words(row: Row, report: Report) -> tuple[str, str, str, str]:
+    """Name, samples per second, and the ratios to the yardstick and to unlocked."""
+    against = ""
+    if report.unlocked is not None and row is not report.unlocked:
+        against = times(row.speedup(report.unlocked).median)
+        against = f"beats it: {against}" if _beats(row, report) else against
+    rate = Spread.of(row.rates).median
+    return row.name, f"{rate:,.0f}", times(row.speedup(report.rows[0]).median), against

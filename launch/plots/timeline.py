@@ -17,11 +17,10 @@ from launch.rundir import read_spans
 
 __all__ = ["draw_timeline", "shown_rows"]
 
-_LEFT_PX, _RIGHT_PX = 120, 120
+_LEFT_PX, _RIGHT_PX = 120, 100
 _KEY_PX, _GAP_PX, _NAME_PX, _AXIS_PX = 40, 26, 34, 70
 _LANES_PX = 900  # what all lanes of all rows may take together
 _DIGIT_PX = 10  # of a batch id in its block
-_DARK = {"forward", "dni", "relay", "other"}  # phases whose colour takes dark letters
 
 
 def shown_rows(report: Report) -> list[Row]:
@@ -37,11 +36,10 @@ def draw_timeline(report: Report, path: Path) -> Path:
     seconds = shared_window_s(runs)
     lanes = sum(len(stages) for stages in runs)
     lane_px = max(14, min(56, _LANES_PX // lanes))
-    above_px = style.HEADLINE_PX + _KEY_PX
+    headline = style.Headline(timeline_title(report), subtitle(report), report.emulated)
     panels_px = sum(_NAME_PX + _GAP_PX + lane_px * len(stages) for stages in runs)
-    figure = style.new_figure(above_px + panels_px + _AXIS_PX)
-    style.write_headline(figure, timeline_title(report), subtitle(report), emulated=report.emulated)
-    top, seen = above_px, set[str]()
+    figure = style.new_figure(headline, _KEY_PX + panels_px + _AXIS_PX)
+    top, seen = headline.height_px + _KEY_PX, set[str]()
     for index, (row, stages) in enumerate(zip(rows, runs, strict=True)):
         height = lane_px * len(stages)
         axes = style.axes_at(figure, _LEFT_PX, top + _NAME_PX, style.WIDTH_PX - _LEFT_PX - _RIGHT_PX, height)
@@ -49,7 +47,7 @@ def draw_timeline(report: Report, path: Path) -> Path:
         axes.set(xlim=(0, seconds * 1e3), ylim=(len(stages) - 0.5, -0.5))
         _name_lanes(axes, row, report)
         for lane, spans in enumerate(stages):
-            axes.axhspan(lane - 0.38, lane + 0.38, color=style.FAINT, alpha=0.4, linewidth=0)
+            axes.axhspan(lane - 0.38, lane + 0.38, color=style.LANE, linewidth=0)
             found = blocks(spans, window)
             seen.update(block.phase for block in found)
             _draw_lane(axes, lane, found, window.start_ns, lane_px)
@@ -58,7 +56,7 @@ def draw_timeline(report: Report, path: Path) -> Path:
         else:
             axes.set_xlabel("milliseconds", color=style.MUTED, fontsize=style.TEXT, labelpad=6)
         top += _NAME_PX + height + _GAP_PX
-    _draw_key(figure, [phase for phase in dict.fromkeys(PHASES.values()) if phase in seen])
+    _draw_key(figure, [phase for phase in dict.fromkeys(PHASES.values()) if phase in seen], headline.height_px)
     return style.save(figure, path)
 
 
@@ -74,6 +72,7 @@ def _name_lanes(axes: Axes, row: Row, report: Report) -> None:
         fontweight="bold",
         fontsize=style.TEXT + 1.5,
     )
+    axes.text(1.012, 1.0, "busy\n", transform=axes.transAxes, va="center", color=style.MUTED, fontsize=style.SMALL)
     stages = row.typical.stages if row.typical else ()
     step = 1 if len(stages) <= 16 else 4
     beside = axes.get_yaxis_transform()
@@ -82,7 +81,7 @@ def _name_lanes(axes: Axes, row: Row, report: Report) -> None:
         axes.text(
             1.012,
             lane,
-            f"busy {stages[lane].busy:.0%}",
+            f"{stages[lane].busy:.0%}",
             transform=beside,
             va="center",
             color=style.MUTED,
@@ -115,22 +114,23 @@ def _draw_lane(axes: Axes, lane: int, found: Sequence[Block], start_ns: int, lan
             )
 
 
-def _draw_key(figure: Figure, phases: Sequence[str]) -> None:
+def _draw_key(figure: Figure, phases: Sequence[str], top: int) -> None:
     """Coloured squares with their phases, in one line under the headline."""
     height_px = round(figure.get_figheight() * figure.dpi)
-    x, y = _LEFT_PX, style.HEADLINE_PX + 8
+    x, y = _LEFT_PX, top + 4
     entries = [(phase, style.PHASE_COLOURS[phase]) for phase in phases]
-    for name, colour in [*entries, ("waiting", style.FAINT)]:
+    for name, colour in [*entries, ("waiting", style.LANE)]:
         square = Rectangle(
             (x / style.WIDTH_PX, 1 - (y + 16) / height_px),
             16 / style.WIDTH_PX,
             16 / height_px,
             facecolor=colour,
-            linewidth=0,
+            edgecolor=style.GREY,
+            linewidth=0.6 if name == "waiting" else 0,
             transform=figure.transFigure,
         )
         figure.add_artist(square)
-        label = f"{name}, by batch id" if name == "forward" else name
+        label = f"{name} (number: batch)" if name == "forward" else name
         figure.text(
             (x + 24) / style.WIDTH_PX,
             1 - (y + 8) / height_px,

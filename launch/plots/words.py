@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from launch.bench import Report
 from launch.over import Sweep
+from launch.plots.style import SEPARATOR
 from launch.spread import Spread
 
-__all__ = ["curves_title", "subtitle", "throughput_title", "timeline_title"]
+__all__ = ["curves_title", "subtitle", "throughput_title", "timeline_title", "times"]
 
 
 def subtitle(report: Report, over: str | None = None) -> str:
@@ -21,7 +22,8 @@ def subtitle(report: Report, over: str | None = None) -> str:
         f"{report.environment['processor'] or 'unknown processor'}, {report.environment['cores']} cores",
     ]
     given = [text for text in (plan.emulate, None if over == "latency_ms" else plan.link) if text is not None]
-    return "  ·  ".join([*parts, *([f"emulated {','.join(given)}"] if given else [])])
+    parts += [f"emulated {','.join(given)}"] if given else []
+    return SEPARATOR.join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)  # lines break between parts
 
 
 def throughput_title(report: Report) -> str:
@@ -30,7 +32,7 @@ def throughput_title(report: Report) -> str:
     if unlocked is None:
         return f"{max(report.rows, key=lambda row: Spread.of(row.rates).median).name} is fastest"
     rivals = {row.name: row for row in (report.rows[0], report.best_locked) if row and row is not unlocked}
-    gains = [f"{unlocked.speedup(row).median:.2f}x {name}" for name, row in rivals.items()]
+    gains = [f"{times(unlocked.speedup(row).median)} {name}" for name, row in rivals.items()]
     faster = [row for row in report.rows if row.speedup(unlocked).median > 1]
     title = f"Unlocked: {', '.join(gains)}" if gains else "Unlocked"
     if faster:
@@ -56,11 +58,16 @@ def curves_title(sweep: Sweep) -> str:
     if unlocked is None or locked is None:
         best = max(report.rows, key=lambda row: Spread.of(row.rates).median)
         return f"{text}{best.name} is fastest"
-    text += f"unlocked {unlocked.speedup(locked).median:.2f}x the throughput of {locked.name}"
+    text += f"unlocked {times(unlocked.speedup(locked).median)} the throughput of {locked.name}"
     mine, theirs = (row.typical.stages[0].update_latency_s if row.typical else None for row in (unlocked, locked))
     if mine and theirs:
         text += f", updates after {_ms(mine[0])} instead of {_ms(theirs[0])} ms"
     return text
+
+
+def times(ratio: float) -> str:
+    """A ratio with three figures or so."""
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
 
 
 def _ms(seconds: float) -> str:
