@@ -33,8 +33,13 @@ WIDTH_PX = 1200
 _DPI = 150
 _LEFT_PX, _TOP_PX = 40, 24
 
-INK, MUTED, FAINT, LANE, GREY = "#1b2733", "#5d6b79", "#dfe4e9", "#f1f3f5", "#a7b2bd"
-ACCENT, RIVAL = "#0072b2", "#d55e00"
+INK = "#1b2733"
+MUTED = "#5d6b79"
+GREY = "#a7b2bd"
+FAINT = "#dfe4e9"
+LANE = "#f1f3f5"
+ACCENT = "#0072b2"  # unlocked
+RIVAL = "#d55e00"  # what beats it
 PHASE_COLOURS = {
     "forward": "#56b4e9",
     "backward + step": "#0072b2",
@@ -43,7 +48,8 @@ PHASE_COLOURS = {
     "send + receive": "#009e73",
     "other": "#c3cbd3",
 }
-TEXT, SMALL = 8.5, 7.0  # points
+TEXT = 8.5  # points
+SMALL = 7.0
 SEPARATOR = "  ·  "  # between the parts of a subtitle, where its lines break
 _TITLE = 13.5
 
