@@ -5,7 +5,6 @@ round 1: backprop, naive, unlocked    round 2: backprop, naive, unlocked    ... 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from pipeline.measurements import Measured
 from pipeline.modes import MODES
 from pipeline.resolve import Resolved
 
-__all__ = ["Report", "Row", "bench"]
+__all__ = ["Comparison", "Report", "Row", "bench", "chosen_rows", "prepare", "show"]
 
 
 @dataclass
@@ -66,10 +65,14 @@ class Row:
         return self.outcomes[-1]
 
     @property
+    def middle(self) -> Outcome:
+        """The round of median speed."""
+        return sorted(self.outcomes, key=lambda outcome: outcome.samples_per_s)[len(self.outcomes) // 2]
+
+    @property
     def typical(self) -> Measured | None:
         """Our own figures in the round of median speed."""
-        middle = sorted(range(len(self.rates)), key=self.rates.__getitem__)[len(self.rates) // 2]
-        return self.outcomes[middle].measured
+        return self.middle.measured
 
     def speedup(self, other: Row) -> Spread:
         """Throughput over that of another row, round by round."""
@@ -81,6 +84,7 @@ class Row:
         stages = measured.stages if measured else ()
         first = stages[0] if stages else None
         latency, age = (first.update_latency_s, first.gradient_age_updates) if first else (None, None)
+        age_s = first.gradient_age_s if first else None
         return {
             "engine": contender.engine,
             "mode": contender.mode,
@@ -93,10 +97,13 @@ class Row:
             "speedup": self.speedup(yardstick).as_dict(),
             "update_latency_s": {"p50": latency[0], "p99": latency[1]} if latency else None,
             "gradient_age_updates": {"p50": age[0], "max": age[1]} if age else None,
+            "gradient_age_s": {"p50": age_s[0], "max": age_s[1]} if age_s else None,
             "busy_share": [stage.busy for stage in stages] or None,
             "bubble_share": [stage.shares["waiting"] for stage in stages] or None,
             "dni_share": [stage.shares["dni"] for stage in stages] or None,
             "peak_memory_bytes": list(self.last.peak_memory_bytes),
+            "queue_depth": measured.queue_depth if measured else None,
+            "bytes_moved": measured.bytes_moved if measured else None,
             "ledger": _ledger(measured, batch_rows) if measured else None,
             "loss": self.last.loss,
             "accuracy": self.last.accuracy,
@@ -110,22 +117,44 @@ class Report:
     """What a benchmark found.
 
     Attributes:
+        recipe: name of what was trained.
+        resolved: the unlocked run; the rows do the same work.
+        folder: where the runs of all rows lie.
         verdict: the answer in a sentence or two.
         command: what was typed.
         environment: where it was measured.
         rows: the contenders; ratios are over the first one.
-        batch_rows: rows of a batch.
-        emulated: compute or links were emulated.
         left_out: rows that could not run here, with the reason.
     """
 
+    recipe: str
+    resolved: Resolved
+    folder: Path
     verdict: str
     command: list[str]
     environment: dict[str, Any]
     rows: list[Row]
-    batch_rows: int
-    emulated: bool
     left_out: dict[str, str]
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a batch."""
+        return self.resolved.batch_shape[0]
+
+    @property
+    def emulated(self) -> bool:
+        """Whether compute or links were emulated."""
+        return _emulated(self.resolved.plan)
+
+    @property
+    def unlocked(self) -> Row | None:
+        """The unlocked row."""
+        return next((row for row in self.rows if row.contender.mode == "unlocked"), None)
+
+    @property
+    def best_locked(self) -> Row | None:
+        """The fastest of our rows that equal single-process training."""
+        return max((row for row in self.rows if row.exact), key=lambda row: Spread.of(row.rates).median, default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of bench.json."""
@@ -134,9 +163,55 @@ class Report:
             "verdict": self.verdict,
             "command": self.command,
             "environment": self.environment,
-            "rows": [row.as_dict(self.rows[0], self.batch_rows, self.emulated) for row in self.rows],
+            "rows": self.row_dicts(),
             "left_out": self.left_out,
+            "over_stages": None,
+            "over_latency_ms": None,
         }
+
+    def row_dicts(self) -> list[dict[str, Any]]:
+        """The entries of ``rows`` in bench.json."""
+        return [row.as_dict(self.rows[0], self.batch_rows, self.emulated) for row in self.rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Rows that are ready to run on the same work.
+
+    Attributes:
+        recipe: name of what is trained.
+        resolved: the unlocked run.
+        folder: where the runs go.
+        rows: by name, without outcomes at first.
+        left_out: rows that cannot run here, with the reason.
+    """
+
+    recipe: str
+    resolved: Resolved
+    folder: Path
+    rows: dict[str, Row]
+    left_out: dict[str, str]
+
+    def run_round(self, number: int, console: Console, what: str) -> None:
+        """Run every row once; blocks until all are over.
+
+        Args:
+            number: of the round, from 0.
+            console: shows what runs.
+            what: shown in front of the row.
+
+        Raises:
+            RunFailed: a run failed.
+        """
+        for name, row in self.rows.items():
+            with console.rich.status(f"{what}: {row.name}"):
+                row.outcomes.append(row.contender.train(self.folder, f"{name}-{number + 1}"))
+
+    def report(self, command: list[str]) -> Report:
+        """What the rounds so far say, at least one."""
+        rows = list(self.rows.values())
+        verdict = _verdict(rows, self.resolved.steps, _emulated(self.resolved.plan))
+        return Report(self.recipe, self.resolved, self.folder, verdict, command, environment(), rows, self.left_out)
 
 
 def bench(
@@ -150,49 +225,39 @@ def bench(
         PlanError: the plan, or a row that was asked for by name, cannot run.
         RunFailed: a run failed.
     """
-    if plan.evaluate_every is not None:
-        raise PlanError("a benchmark evaluates once, at the end of each run: leave --evaluate-every out.")
-    names = _chosen(options.rows, plan)
+    names = chosen_rows(options.rows, plan)
     resolved = resolve_source(source, plan)
     folder = rundir.new_run_dir(options.runs, options.name or rundir.default_name(source().name, "bench"))
     console.decided(source().name, resolved, folder)
-    rows, left_out = _prepared(names, source, resolved, folder, console, everything="all" in options.rows)
+    comparison = prepare(names, source, resolved, folder, console, everything="all" in options.rows)
     for number in range(options.rounds):
-        for name, row in rows.items():
-            with console.rich.status(f"round {number + 1} of {options.rounds}: {row.name}"):
-                row.outcomes.append(row.contender.train(folder, f"{name}-{number + 1}"))
-    ordered = list(rows.values())
-    emulated = plan.emulate is not None or plan.link is not None
-    report = Report(
-        _verdict(ordered, resolved.steps, emulated),
-        command,
-        environment(),
-        ordered,
-        resolved.batch_shape[0],
-        emulated,
-        left_out,
-    )
-    _show(report, console)
-    if "all" not in options.rows:
-        console.next_command(shlex.join([*command, "--rows", "all"]), "every rival in the same table")
+        comparison.run_round(number, console, f"round {number + 1} of {options.rounds}")
+    report = comparison.report(command)
+    show(report, console)
     return report
 
 
-def _chosen(wanted: Sequence[str], plan: Plan) -> list[str]:
-    """Names of the rows: the yardstick first. Emulated stages have nothing that others could run."""
+def chosen_rows(wanted: Sequence[str], plan: Plan) -> list[str]:
+    """Names of the rows: the yardstick first. Emulated stages have nothing that others could run.
+
+    Raises:
+        PlanError: no such row, or one that cannot run with this plan; or the plan evaluates on the way.
+    """
+    if plan.evaluate_every is not None:
+        raise PlanError("a benchmark evaluates once, at the end of each run: leave --evaluate-every out.")
     for name in wanted:
         if name != "all" and name not in ROWS:
             raise PlanError(nearest(name, [*ROWS, "all"], "row"))
     ours = list(MODES)
-    if plan.emulate is not None or plan.link is not None:
+    if _emulated(plan):
         theirs = [name for name in wanted if name not in (*ours, "all", *DEFAULT_ROWS)]
         if theirs:
-            raise PlanError(f"{', '.join(theirs)} cannot be emulated: leave it out, or leave out --emulate and --link.")
+            raise PlanError(f"{', '.join(theirs)} cannot be emulated: leave it out, or leave out what emulates.")
         return [name for name in ours if "all" in wanted or name in wanted]
     return [name for name in ROWS if name == "backprop" or "all" in wanted or name in wanted]
 
 
-def _prepared(
+def prepare(
     names: Sequence[str],
     source: Callable[[], Recipe],
     resolved: Resolved,
@@ -200,8 +265,23 @@ def _prepared(
     console: Console,
     *,
     everything: bool,
-) -> tuple[dict[str, Row], dict[str, str]]:
-    rows, left_out = {}, {}
+) -> Comparison:
+    """Make rows ready: some find their number of microbatches first, in short runs that this blocks on.
+
+    Args:
+        names: of ``ROWS``.
+        source: makes the recipe.
+        resolved: the unlocked run.
+        folder: where the runs go.
+        console: shows what runs.
+        everything: leave out what cannot run here, instead of refusing.
+
+    Raises:
+        PlanError: a row cannot run here.
+        RunFailed: a short run failed.
+    """
+    rows: dict[str, Row] = {}
+    left_out: dict[str, str] = {}
     for name in names:
         try:
             with console.rich.status(f"preparing {name}"):
@@ -210,7 +290,11 @@ def _prepared(
             if not everything:
                 raise
             left_out[name] = str(error)
-    return rows, left_out
+    return Comparison(recipe=source().name, resolved=resolved, folder=folder, rows=rows, left_out=left_out)
+
+
+def _emulated(plan: Plan) -> bool:
+    return plan.emulate is not None or plan.link is not None
 
 
 def _verdict(rows: Sequence[Row], steps: int, emulated: bool) -> str:
@@ -254,7 +338,8 @@ def _ledger(measured: Measured, batch_rows: int) -> dict[str, float | None]:
     return {**seconds, **{f"{name}_flop": None for name in names}}
 
 
-def _show(report: Report, console: Console) -> None:
+def show(report: Report, console: Console) -> None:
+    """Print a report: the verdict, the rows, and where the time of our own went."""
     console.rich.print(f"\n[bold]{report.verdict}[/bold]\n")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("mode", no_wrap=True)

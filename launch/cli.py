@@ -18,6 +18,8 @@ from launch.bench_channel import bench_channel, print_rows
 from launch.console import Console
 from launch.environment import environment
 from launch.options import BenchOptions, RunOptions, parse, parse_channel
+from launch.over import axis_of, bench_over
+from launch.plots import draw
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
 from launch.training import resolve_source, run
@@ -128,8 +130,14 @@ def _bench(recipe: str, arguments: list[str]) -> int:
     if steps < 2:
         raise PlanError(f"steps is {steps}: bench needs at least 2, the first one warms up.")
     console = Console(quiet=parsed.run.quiet)
-    report = bench(parsed.source, parsed.plan, parsed.run, ["freewheel", "bench", recipe, *arguments], console)
-    _write_json(parsed.run.json, report.as_dict())
+    command = ["freewheel", "bench", recipe, *arguments]
+    measure = bench_over if axis_of(parsed.run) else bench
+    report = measure(parsed.source, parsed.plan, parsed.run, command, console)
+    for path in (report.folder / "bench.json", parsed.run.json):
+        _write_json(path, report.as_dict())
+    draw(report, console)
+    if "all" not in parsed.run.rows:
+        console.next_command(shlex.join([*command, "--rows", "all"]), "every rival in the same table")
     return 0
 
 

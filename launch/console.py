@@ -87,6 +87,10 @@ class Console:
         if dropped := sum(record.dropped for record in result.finished.values()):
             self.rich.print(f"  {dropped:,} targets were dropped: raise --channel.gradient-slots")
 
+    def extra(self, what: str, value: str, why: str) -> None:
+        """One more line of what was written, or could not be."""
+        self._print_whole(f"  {what:<10} {escape(value)}  [dim]({escape(why)})[/dim]")
+
     def next_command(self, command: str, why: str) -> None:
         """What to try now."""
         self._print_whole(f"  next: [bold]{escape(command)}[/bold]\n        [dim]({why})[/dim]")
@@ -106,21 +110,26 @@ def stage_table(measured: Measured) -> Table:
     table.add_column("stage", no_wrap=True)
     shown = [name for name in _COLUMNS if any(stage.shares[name] >= 5e-4 for stage in measured.stages)]
     late = any(stage.gradient_age_updates is not None for stage in measured.stages)
-    for name in (*(_SHORT.get(name, name) for name in shown), "update ms", *(["age"] if late else [])):
+    queued = any(stage.queue_depth is not None for stage in measured.stages)
+    extra = [*(["age"] if late else []), *(["queue"] if queued else [])]
+    for name in (*(_SHORT.get(name, name) for name in shown), "update ms", *extra):
         table.add_column(name, justify="right", no_wrap=True)
     for index, stage in enumerate(measured.stages):
         latency = "-" if stage.update_latency_s is None else f"{stage.update_latency_s[0] * 1e3:.2f}"
         age = "-" if stage.gradient_age_updates is None else f"{stage.gradient_age_updates[0]:.0f}"
+        queue = "-" if stage.queue_depth is None else "{:.0f}/{:.0f}".format(*stage.queue_depth)
         shares = (f"{100 * stage.shares[name]:.1f}" for name in shown)
-        table.add_row(str(index), *shares, latency, *([age] if late else []))
+        table.add_row(str(index), *shares, latency, *([age] if late else []), *([queue] if queued else []))
     return table
 
 
 def _legend(measured: Measured) -> str:
-    """What the last columns of the stage table are, medians both."""
+    """What the last columns of the stage table are."""
     text = "update ms: from the end of a batch's forward to the end of its update"
     if any(stage.gradient_age_updates is not None for stage in measured.stages):
         text += "\nage: updates a stage makes before the target of a batch comes back"
+    if any(stage.queue_depth is not None for stage in measured.stages):
+        text += "\nqueue: batches that wait in front of the stage when it begins one, median/max"
     return text
 
 

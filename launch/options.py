@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,11 +66,16 @@ class BenchOptions(RunOptions):
     torch-interleaved-zero-bubble, torch-zbv-zero-bubble, our modes, or all."""
     rounds: int = 5
     """Rounds; in each, every row runs once."""
+    over_stages: tuple[int, ...] = ()
+    """Compare at these numbers of stages too, e.g. 1 2 4 8: throughput and update latency over the number of stages."""
+    over_latency_ms: tuple[float, ...] = ()
+    """Compare with links of these latencies too, e.g. 0 10 50 100; links are emulated then, as with --link."""
 
     def problems(self) -> Iterator[str]:
         """What cannot work, one sentence each."""
         yield from super().problems()
         yield from _count_problems(rounds=self.rounds)
+        yield from _over_problems(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +183,15 @@ def _count_problems(**options: int) -> Iterator[str]:
     for name, value in options.items():
         if value < 1:
             yield f"{name} is {value}: it must be at least 1."
+
+
+def _over_problems(options: BenchOptions) -> Iterator[str]:
+    if options.over_stages and options.over_latency_ms:
+        yield "over_stages and over_latency_ms are both given: compare over one of them at a time."
+    for name, values, least in (("stages", options.over_stages, 1), ("latency_ms", options.over_latency_ms, 0)):
+        wrong = [value for value in values if not (math.isfinite(value) and value >= least)]
+        if wrong:
+            yield f"over_{name} has {wrong[0]:g}: every one must be at least {least}."
 
 
 def _plan_rules(fixed: dict[str, Any]) -> ConstructorRegistry:

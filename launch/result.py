@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from launch.rundir import read_spans
 from pipeline.measurements import Measured, measure
 from pipeline.resolve import Resolved
 from pipeline.spans import Spans
@@ -57,15 +58,14 @@ class Result:
     @cached_property
     def spans(self) -> list[Spans]:
         """What every worker did when."""
-        return [
-            Spans(np.load(self.run_dir / "spans" / f"stage-{k}.npy", allow_pickle=False))
-            for k in range(self.resolved.plan.stages)
-        ]
+        return read_spans(self.run_dir)
 
     @cached_property
     def measured(self) -> Measured:
         """Figures from the spans; the first tenth of the batches does not count."""
-        return measure(self.spans, warmup=max(1, min(self.resolved.steps // 10, self.resolved.steps - 1)))
+        warmup = max(1, min(self.resolved.steps // 10, self.resolved.steps - 1))
+        sent = [(self.finished[k].down_bytes, self.finished[k].up_bytes) for k in sorted(self.finished)]
+        return measure(self.spans, warmup, sent)
 
     @property
     def samples_per_s(self) -> float | None:
@@ -105,6 +105,7 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """The fields of result.json."""
         plan = self.resolved.plan
+        measured = self.measured if self.resolved.steps > 1 else None
         return {
             "schema": SCHEMA,
             "mode": plan.mode,
@@ -119,6 +120,8 @@ class Result:
             "sizes": list(self.resolved.sizes),
             "dropped_targets": [self.finished[k].dropped for k in sorted(self.finished)],
             "peak_memory_bytes": [self.finished[k].peak_memory_bytes for k in sorted(self.finished)],
+            "queue_depth": measured.queue_depth if measured else None,
+            "bytes_moved": measured.bytes_moved if measured else None,
         }
 
     def write(self, path: Path) -> None:

@@ -37,6 +37,7 @@ class Outcome:
         accuracy: held-out accuracy, if the recipe counts right answers.
         peak_memory_bytes: of every process.
         measured: our own figures from the spans; None for what others run.
+        run_dir: folder of our own run, where its spans lie; None for what others run.
     """
 
     samples_per_s: float
@@ -44,6 +45,7 @@ class Outcome:
     accuracy: float | None
     peak_memory_bytes: tuple[int, ...]
     measured: Measured | None = None
+    run_dir: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,9 @@ def _ours(mode: str) -> Prepare:
 def _train_ours(source: Source, resolved: Resolved, runs: Path, name: str) -> Outcome:
     result = run(source, resolved, runs, name, Console(quiet=True))
     peaks = tuple(result.finished[k].peak_memory_bytes for k in sorted(result.finished))
-    return Outcome(result.samples_per_s or float("nan"), result.loss, result.accuracy, peaks, result.measured)
+    return Outcome(
+        result.samples_per_s or float("nan"), result.loss, result.accuracy, peaks, result.measured, result.run_dir
+    )
 
 
 def _fastest_cut(source: Source, plan: Plan, rows: int, runs: Path) -> int:

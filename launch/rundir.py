@@ -9,10 +9,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from safetensors.torch import load_file, save_file
 
 from pipeline import PlanError
 from pipeline.resolve import Resolved
+from pipeline.spans import Spans
 
 __all__ = [
     "default_name",
@@ -20,6 +22,7 @@ __all__ = [
     "metrics_file",
     "name_problems",
     "new_run_dir",
+    "read_spans",
     "write_metric",
     "write_plan",
 ]
@@ -83,6 +86,18 @@ def metrics_file(run_dir: Path) -> TextIO:
 def write_metric(file: TextIO, event: str, **values: Any) -> None:
     """One line of metrics.jsonl."""
     file.write(json.dumps({"event": event, **values}) + "\n")
+
+
+def read_spans(run_dir: Path) -> list[Spans]:
+    """What every worker of a finished run did when, one entry per stage.
+
+    Raises:
+        FileNotFoundError: there are no spans in that folder.
+    """
+    stages = len(list((run_dir / "spans").glob("stage-*.npy")))
+    if not stages:
+        raise FileNotFoundError(f"no spans of any stage in {run_dir / 'spans'}: is it the folder of a finished run?")
+    return [Spans(np.load(run_dir / "spans" / f"stage-{k}.npy", allow_pickle=False)) for k in range(stages)]
 
 
 def join_parts(run_dir: Path, stages: int) -> None:

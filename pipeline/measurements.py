@@ -35,14 +35,18 @@ class StageMeasured:
         gradient_age_updates: (p50, max) updates between a batch's forward and the arrival of its true gradient; None
             where no gradient comes late.
         gradient_age_s: (p50, max) the same in seconds.
-        queue: mean depth of its activation queue when a forward begins; None for the first stage.
+        queue_depth: (median, max) messages that wait in its activation queue when a forward begins; None for the first
+            stage. What an emulated link has on its way waits there too.
+        sent_bytes: (down, up) bytes of the tensors it sends for a training batch, a mean over the whole run; None where
+            nobody counted.
     """
 
     shares: dict[str, float]
     update_latency_s: tuple[float, float] | None
     gradient_age_updates: tuple[float, float] | None
     gradient_age_s: tuple[float, float] | None
-    queue: float | None
+    queue_depth: tuple[float, float] | None
+    sent_bytes: tuple[float, float] | None = None
 
     @property
     def busy(self) -> float:
@@ -68,12 +72,33 @@ class Measured:
         """Throughput."""
         return self.batches * batch_rows / self.seconds if self.seconds else float("nan")
 
+    @property
+    def queue_depth(self) -> dict[str, list[float | None]]:
+        """Median and max depth of the activation queues, one entry per stage, as the JSON files have it."""
+        depths = [stage.queue_depth or (None, None) for stage in self.stages]
+        return {"median": [depth[0] for depth in depths], "max": [depth[1] for depth in depths]}
+
+    @property
+    def bytes_moved(self) -> dict[str, list[float]] | None:
+        """What every stage sends down and up: bytes per batch, and 1e6 bytes per second of the window.
+
+        None where nobody counted.
+        """
+        sent = [stage.sent_bytes for stage in self.stages if stage.sent_bytes is not None]
+        if len(sent) < len(self.stages):
+            return None
+        per_s = self.batches / self.seconds * 1e-6 if self.seconds else float("nan")
+        moved: dict[str, list[float]] = {}
+        for way, each in zip(("down", "up"), zip(*sent, strict=True), strict=True):
+            moved |= {f"{way}_bytes_per_batch": list(each), f"{way}_mb_per_s": [size * per_s for size in each]}
+        return moved
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         return asdict(self)
 
 
-def measure(stages: Sequence[Spans], warmup: int) -> Measured:
+def measure(stages: Sequence[Spans], warmup: int, sent_bytes: Sequence[tuple[int, int]] | None = None) -> Measured:
     """Measure a run.
 
     The window reaches from the end of the last stage's step of batch ``warmup - 1`` to the end of its last step: in
@@ -82,6 +107,7 @@ def measure(stages: Sequence[Spans], warmup: int) -> Measured:
     Args:
         stages: the spans of every stage.
         warmup: batches that do not count, at least 1.
+        sent_bytes: per stage, what it sent (down, up) over the whole run for training, in bytes.
 
     Raises:
         ValueError: fewer than ``warmup`` + 1 batches.
@@ -91,14 +117,18 @@ def measure(stages: Sequence[Spans], warmup: int) -> Measured:
         raise ValueError(f"{len(ends)} batches and {warmup} of warm-up: at least one must count.")
     batches = sorted(ends)
     start_ns, end_ns = ends[batches[warmup - 1]], ends[batches[-1]]
+    sent = [(down / len(batches), up / len(batches)) for down, up in sent_bytes or ()]
     return Measured(
         batches=len(batches) - warmup,
         seconds=(end_ns - start_ns) * 1e-9,
-        stages=tuple(_stage(spans, spans.within(start_ns, end_ns), warmup) for spans in stages),
+        stages=tuple(
+            _stage(spans, spans.within(start_ns, end_ns), warmup, sent[index] if sent else None)
+            for index, spans in enumerate(stages)
+        ),
     )
 
 
-def _stage(whole: Spans, window: Spans, warmup: int) -> StageMeasured:
+def _stage(whole: Spans, window: Spans, warmup: int, sent: tuple[float, float] | None) -> StageMeasured:
     updates, seconds = whole.gradient_ages(first_batch=warmup)
     latencies = whole.update_latencies_s()[warmup:]
     queue = window.queue[(window.span == Span.FORWARD) & (window.queue >= 0)]
@@ -107,7 +137,8 @@ def _stage(whole: Spans, window: Spans, warmup: int) -> StageMeasured:
         update_latency_s=(_at(latencies, 50), _at(latencies, 99)) if len(latencies) else None,
         gradient_age_updates=(_at(updates, 50), float(updates.max())) if len(updates) else None,
         gradient_age_s=(_at(seconds, 50), float(seconds.max())) if len(seconds) else None,
-        queue=float(queue.mean()) if len(queue) else None,
+        queue_depth=(_at(queue, 50), float(queue.max())) if len(queue) else None,
+        sent_bytes=sent,
     )
 
 

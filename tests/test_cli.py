@@ -218,6 +218,12 @@ def test_a_folder_that_cannot_be_made_is_refused(empty_folder: Path, monkeypatch
         ("train digits --hop-steps 2", "hop_steps has no effect in processes without deterministic: leave it out"),
         ("train digits --name ../up", "name is '../up': it names a folder inside the folder of the runs"),
         ("train digits --name=", "name is '': it names a folder inside the folder of the runs"),
+        ("bench digits --over-stages 2 0", "over_stages has 0: every one must be at least 1."),
+        ("bench digits --over-latency-ms 5 -1", "over_latency_ms has -1: every one must be at least 0."),
+        (
+            "bench digits --over-stages 2 --over-latency-ms 5",
+            "over_stages and over_latency_ms are both given: compare over one of them at a time.",
+        ),
         ("bench digits --name ..", "name is '..': it names a folder inside the folder of the runs"),
         ("train digits --hidden 0", "hidden is 0: it must be a whole number, at least 1."),
         ("train digits --dni.hidden 64", "dni.hidden has no effect with the DNI form label_residual: leave it out"),
@@ -468,6 +474,11 @@ def test_result_json(trained: Trained) -> None:
     assert result["accuracy"] <= 1
     assert Path(result["run"]) == trained.folder
     assert sum(result["sizes"]) == 6
+    (down, nothing_down), (nothing_up, up) = (result["bytes_moved"][f"{way}_bytes_per_batch"] for way in ("down", "up"))
+    assert (nothing_down, nothing_up) == (0, 0), "nothing is below the first stage or above the last"
+    assert down - up == 128 * 8, "a label goes down with every row"
+    assert up % (128 * 4) == 0, "floats"
+    assert [depth is None for depth in result["queue_depth"]["max"]] == [True, False]
 
 
 @pytest.mark.processes
@@ -578,6 +589,16 @@ def _shares(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(_number(share) and 0 <= share <= 1 for share in value)
 
 
+def _depths(value: Any) -> bool:
+    first, *others = zip(value["median"], value["max"], strict=True)
+    return first == (None, None) and all(0 <= median <= largest for median, largest in others)
+
+
+def _moved(value: Any) -> bool:
+    names = {"down_bytes_per_batch", "up_bytes_per_batch", "down_mb_per_s", "up_mb_per_s"}
+    return set(value) == names and all(_number(each) and each >= 0 for entries in value.values() for each in entries)
+
+
 def _ledger(value: Any) -> bool:
     names = ("forward", "backward", "dni", "relay", "communication", "waiting")
     seconds = [value[f"{name}_s"] for name in names]
@@ -598,6 +619,9 @@ ROW: dict[str, tuple[Callable[[Any], bool], bool]] = {
     "speedup": (_spread, False),
     "update_latency_s": (_pair("p50", "p99"), True),
     "gradient_age_updates": (_pair("p50", "max"), True),
+    "gradient_age_s": (_pair("p50", "max"), True),
+    "queue_depth": (_depths, True),
+    "bytes_moved": (_moved, True),
     "busy_share": (_shares, True),
     "bubble_share": (_shares, True),
     "dni_share": (_shares, True),
@@ -620,6 +644,7 @@ def test_bench_json_has_every_field_with_its_type(benched: tuple[Ended, dict[str
     _, bench = benched
     assert bench["schema"] == 1
     assert bench["command"][:3] == ["freewheel", "bench", "digits"]
+    assert (bench["over_stages"], bench["over_latency_ms"]) == (None, None)
     assert {"python", "torch", "cores", "processor"} <= bench["environment"].keys()
     for row in bench["rows"]:
         assert ROW.keys() <= row.keys()
@@ -651,6 +676,7 @@ def test_a_benchmark_compares_one_process_with_stages_locked_and_unlocked(
     assert unlocked["gradient_age_updates"]["max"] >= unlocked["gradient_age_updates"]["p50"] >= 1
     assert naive["dni_share"] == [0.0, 0.0]
     assert unlocked["dni_share"][0] > 0
+    assert unlocked["gradient_age_s"]["max"] >= unlocked["gradient_age_s"]["p50"] > 0
     assert naive["loss"] == pytest.approx(single["loss"], rel=1e-4), "equal work: locked training is exact"
     assert naive["accuracy"] == pytest.approx(single["accuracy"], abs=0.005)
 
@@ -663,3 +689,29 @@ def test_the_verdict_comes_before_the_figures(benched: tuple[Ended, dict[str, An
     assert bench["verdict"] in " ".join(ended.out.split())
     assert ended.out.index(bench["verdict"][:40]) < ended.out.index("one process  ")
     assert ended.err == ""
+
+
+@pytest.mark.processes
+def test_the_folder_of_a_benchmark_has_its_json_and_its_pictures(benched: tuple[Ended, dict[str, Any]]) -> None:
+    ended, bench = benched
+    (folder,) = Path(bench["command"][bench["command"].index("--runs") + 1]).iterdir()
+    assert _loads((folder / "bench.json").read_text()) == bench
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {
+        "bench.json",
+        "throughput.png",
+        "timeline.png",
+    }
+    assert f"  pictures   throughput.png, timeline.png  (in {folder})" in ended.out
+
+
+@pytest.mark.processes
+def test_a_comparison_over_the_latency_of_a_link_fits_into_100_columns(tmp_path: Path) -> None:
+    command = "bench mlp --layers 2 --hidden 8 --batch 8 --steps 4 --rounds 1 --emulate stage_ms=1"
+    ended = freewheel(*command.split(), "--over-latency-ms", "3", "--json", "sweep.json", columns=100)
+    assert (ended.status, ended.err) == (0, "")
+    points = _loads((tmp_path / "sweep.json").read_text())["over_latency_ms"]
+    assert [point["latency_ms"] for point in points] == [0, 3], "the plan itself has no link: 0"
+    assert "hop ms mode" in ended.out
+    to_copy = ("  run ", "  pictures ", "  next: ")
+    lines = [line.rstrip() for line in ended.out.splitlines() if not line.startswith(to_copy)]
+    assert [line for line in lines if len(line) > 100 or "…" in line] == []

@@ -189,10 +189,24 @@ def test_percentiles() -> None:
     assert stage.update_latency_s == pytest.approx((3e-3, 4.96e-3))
 
 
-def test_queue_depth_is_the_mean_over_the_forward_passes_that_count() -> None:
-    below, above = measure([_spans(STAGE_0), _spans(STAGE_1, queues="4 1 2 0")], warmup=1).stages
-    assert below.queue is None, "the first stage has no queue"
-    assert above.queue == pytest.approx(1.0)
+def test_queue_depth_is_that_of_the_forward_passes_that_count() -> None:
+    measured = measure([_spans(STAGE_0), _spans(STAGE_1, queues="4 1 2 0")], warmup=1)
+    below, above = measured.stages
+    assert below.queue_depth is None, "the first stage has no queue"
+    assert above.queue_depth == (1.0, 2.0)
+    assert measured.queue_depth == {"median": [None, 1.0], "max": [None, 2.0]}
+
+
+def test_bytes_moved_are_means_over_all_batches_and_rates_in_the_window() -> None:
+    """Four batches in all; three of them in a window of 14 ms."""
+    measured = measure([_spans(STAGE_0), _spans(STAGE_1)], warmup=1, sent_bytes=[(4000, 0), (0, 3000)])
+    assert measured.bytes_moved == {
+        "down_bytes_per_batch": [1000.0, 0.0],
+        "up_bytes_per_batch": [0.0, 750.0],
+        "down_mb_per_s": [pytest.approx(3 * 1000 / 14e-3 / 1e6), 0.0],
+        "up_mb_per_s": [0.0, pytest.approx(3 * 750 / 14e-3 / 1e6)],
+    }
+    assert measure([_spans(STAGE_0), _spans(STAGE_1)], warmup=1).bytes_moved is None, "nobody counted"
 
 
 def test_a_longer_warm_up_makes_a_shorter_window() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pipeline.loader import inputs
-from pipeline.messages import Message
+from pipeline.messages import Kind, Message
 from pipeline.recipe import Recipe
 from pipeline.spans import Recorder, Span
 from workers.assignment import Assignment
@@ -22,6 +22,8 @@ from workers.emulated import DelayedReceiver
 from workers.shm import ShmReceiver, ShmSender
 
 __all__ = ["Ports", "attached"]
+
+_TRAINING = (Kind.ACTIVATION, Kind.GRADIENT)
 
 
 class Loading:
@@ -78,6 +80,7 @@ class Putting:
     sender: Sender
     deadline_s: float
     stamps: bool
+    sent_bytes: int = 0  # of the tensors of training batches
 
     def room(self) -> bool:
         """Whether ``put`` would not block."""
@@ -85,6 +88,8 @@ class Putting:
 
     def put(self, message: Message) -> None:
         """Send; notes the time where a link is emulated."""
+        if message.kind in _TRAINING:
+            self.sent_bytes += sum(tensor.nbytes for tensor in message.tensors)
         self.sender.send(replace(message, sent_ns=now_ns()) if self.stamps else message, self.deadline_s)
 
 
@@ -97,6 +102,11 @@ class Ports:
     above: Taking | None
     down: Putting | None
     up: Putting | None
+
+    @property
+    def sent_bytes(self) -> tuple[int, int]:
+        """Bytes sent so far for training, (down, up): tensors only."""
+        return (self.down.sent_bytes if self.down else 0, self.up.sent_bytes if self.up else 0)
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until somebody rings or a message is due; False when neither came within ``timeout_s`` seconds."""

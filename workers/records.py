@@ -44,13 +44,18 @@ class Scored(msgspec.Struct, tag=True, frozen=True):
 
 
 class Finished(msgspec.Struct, tag=True, frozen=True):
-    """The worker did everything and wrote its files."""
+    """The worker did everything and wrote its files.
+
+    ``down_bytes`` and ``up_bytes`` are what it sent over the whole run for training: tensors only.
+    """
 
     stage: int
     updated: int
     learned: int
     dropped: int
     peak_memory_bytes: int
+    down_bytes: int = 0
+    up_bytes: int = 0
 
 
 class Failure(msgspec.Struct, tag=True, frozen=True):

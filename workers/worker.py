@@ -99,7 +99,9 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     records.send(
         connection,
-        records.Finished(assignment.index, runner.updated, runner.learned, runner.dropped, peak_bytes),
+        records.Finished(
+            assignment.index, runner.updated, runner.learned, runner.dropped, peak_bytes, *ports.sent_bytes
+        ),
     )
 
 

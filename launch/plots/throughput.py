@@ -1,0 +1,86 @@
+"""throughput.png: samples per second of every row, fastest first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from launch.bench import Report, Row
+from launch.plots import style
+from launch.plots.words import subtitle, throughput_title, times
+from launch.spread import Spread
+
+__all__ = ["draw_throughput"]
+
+_LEFT_PX, _RIGHT_PX, _ROW_PX = 250, 440, 56
+_COLUMNS_PX = (110, 215, 395)  # right edges of the columns with figures, from the right edge of the bars
+
+
+def draw_throughput(report: Report, path: Path) -> Path:
+    """Bars: the median of the rounds, whiskers from the slowest to the fastest; the yardstick as a line."""
+    rows = sorted(report.rows, key=lambda row: Spread.of(row.rates).median, reverse=True)
+    spreads = [Spread.of(row.rates) for row in rows]
+    height = _ROW_PX * len(rows)
+    headline = style.Headline(throughput_title(report), subtitle(report), report.emulated)
+    figure = style.new_figure(headline, height + 130)
+    width = style.WIDTH_PX - _LEFT_PX - _RIGHT_PX
+    axes = style.axes_at(figure, _LEFT_PX, headline.height_px + 34, width, height)
+    axes.set(xlim=(0, max(spread.max for spread in spreads)), ylim=(len(rows) - 0.5, -0.5), yticks=[])
+    axes.grid(axis="x", color=style.FAINT, linewidth=0.8)
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    note = "samples/s: median of the rounds, whiskers from slowest to fastest"
+    axes.set_xlabel(note, color=style.MUTED, fontsize=style.TEXT, labelpad=8)
+    for y, (row, spread) in enumerate(zip(rows, spreads, strict=True)):
+        colour, whiskers = _colour(row, report), [[spread.median - spread.min], [spread.max - spread.median]]
+        axes.barh(y, spread.median, height=0.62, color=colour)
+        axes.errorbar(spread.median, y, xerr=whiskers, fmt="none", ecolor=style.INK, elinewidth=1.0, capsize=2.5)
+        ink, weight = (style.INK, "normal") if colour == style.GREY else (colour, "bold")
+        for x, text in zip((-14, *(width + edge for edge in _COLUMNS_PX)), _words(row, report), strict=True):
+            axes.text(
+                x / width,
+                y,
+                text,
+                transform=axes.get_yaxis_transform(),  # x in parts of the axes, y in rows
+                ha="right",
+                va="center",
+                color=ink,
+                fontweight=weight,
+                fontsize=style.TEXT,
+            )
+    yardstick = Spread.of(report.rows[0].rates).median
+    axes.axvline(yardstick, color=style.INK, linewidth=1.0, linestyle=(0, (4, 3)))
+    above: dict[str, Any] = {
+        "xytext": (0, 4),
+        "textcoords": "offset points",
+        "fontsize": style.SMALL,
+        "annotation_clip": False,
+    }
+    side = "center" if yardstick < axes.get_xlim()[1] * 0.9 else "right"
+    axes.annotate("yardstick", (yardstick, 1), xycoords=("data", "axes fraction"), ha=side, **above)
+    for edge, text in zip(_COLUMNS_PX, ("samples/s", "x yardstick", "x unlocked"), strict=True):
+        if text != "x unlocked" or report.unlocked is not None:
+            at = ((width + edge) / width, 1.0)
+            axes.annotate(text, at, xycoords="axes fraction", ha="right", color=style.MUTED, **above)
+    return style.save(figure, path)
+
+
+def _beats(row: Row, report: Report) -> bool:
+    """Whether a row is faster than the unlocked one, round by round."""
+    return report.unlocked is not None and row.speedup(report.unlocked).median > 1
+
+
+def _colour(row: Row, report: Report) -> str:
+    if row is report.unlocked:
+        return style.ACCENT
+    return style.RIVAL if _beats(row, report) else style.GREY
+
+
+def _words(row: Row, report: Report) -> tuple[str, str, str, str]:
+    """Name, samples per second, and the ratios to the yardstick and to unlocked."""
+    against = ""
+    if report.unlocked is not None and row is not report.unlocked:
+        against = times(row.speedup(report.unlocked).median)
+        against = f"beats it: {against}" if _beats(row, report) else against
+    rate = Spread.of(row.rates).median
+    return row.name, f"{rate:,.0f}", times(row.speedup(report.rows[0]).median), against
