@@ -164,7 +164,7 @@ def bench(
     ordered = list(rows.values())
     emulated = plan.emulate is not None or plan.link is not None
     report = Report(
-        _verdict(ordered, resolved.steps, emulated),
+        _verdict(ordered, resolved.steps, emulated, rounded=plan.wire_dtype is not None),
         command,
         environment(),
         ordered,
@@ -213,14 +213,14 @@ def _prepared(
     return rows, left_out
 
 
-def _verdict(rows: Sequence[Row], steps: int, emulated: bool) -> str:
+def _verdict(rows: Sequence[Row], steps: int, emulated: bool, rounded: bool = False) -> str:
     """What unlocking bought, against the best of every kind that was run; losses are said like gains."""
     unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
     if unlocked is None:
         best = max(rows, key=lambda row: Spread.of(row.rates).median)
         return f"The fastest was {best.name}. Nothing unlocked was run."
     rivals = [
-        ("exact locked row", [row for row in rows if row.exact]),
+        ("locked row" if rounded else "exact locked row", [row for row in rows if row.exact]),
         ("torch.distributed.pipelining row", [row for row in rows if row.contender.engine == "torch"]),
         ("", [row for row in rows if row.contender.engine in ("single", "ddp")]),
     ]

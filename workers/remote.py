@@ -122,8 +122,8 @@ class RemoteReceiver(Receiver, RemoteEnd):
     """The receiving end of a remote channel; see `Receiver`. Use `attach`."""
 
     who, peer = "receiver", "sender"
-    held = 0
-    _num_arrived = _num_read = _num_released = 0
+    held = _half = 0
+    _num_arrived = _num_read = _num_released = _num_told = _num_credits = 0
 
     @classmethod
     def attach(
@@ -140,6 +140,7 @@ class RemoteReceiver(Receiver, RemoteEnd):
         """Meet the sending end; as `RemoteSender.attach`. ``receiver_bell`` is rung after each arrival and at close."""
         pair = Pair.join(meeting, name, 1, deadline_s)
         end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=receiver_bell)
+        end._half = max(1, slots // 2)
         end.start(deadline_s)
         return end
 
@@ -181,8 +182,19 @@ class RemoteReceiver(Receiver, RemoteEnd):
             if not self._said_end and self._broken is None:
                 with contextlib.suppress(PairBroken):  # the waiter sees it too
                     self._expect(index)
-                    self._credits[index].fill_(self._num_released)
-                    self._ship(index, self._credits[index])
+                    self._give_credit(self._half)
+
+    def _give_credit(self, least: int) -> None:
+        """Tell the sender what was released, once ``least`` slots are in use as far as it knows."""
+        if self._num_released > self._num_told and self._num_arrived - self._num_told >= least:
+            self._num_told = self._num_released
+            self._ship_credit(self._num_told)
+
+    def _ship_credit(self, value: int) -> None:
+        index = self._num_credits % self._ring_size
+        self._num_credits += 1
+        self._credits[index].fill_(value)
+        self._ship(index, self._credits[index])
 
     def _has_message(self) -> bool:
         return self._num_arrived > self._num_read
@@ -194,12 +206,12 @@ class RemoteReceiver(Receiver, RemoteEnd):
         if self._slots[index].is_end:
             return False
         self._num_arrived += 1
+        if not self._said_end:
+            self._give_credit(self.capacity)  # the sender believes that the channel is full
         return True
 
     def _say_end(self) -> None:
         if not self._said_end and self._broken is None:
             self._said_end = True
-            index = self._num_released % self._ring_size
-            self._credits[index].fill_(CLOSED)
             with contextlib.suppress(PairBroken):  # the waiter sees it too
-                self._ship(index, self._credits[index])
+                self._ship_credit(CLOSED)

@@ -10,7 +10,8 @@ answers at once, from its waiter thread, and so each knows that everything it se
 goes. An end that has said so sends nothing any more.
 
 Each end has one waiter thread: it takes what arrives and rings the bell of its own worker. Buffers need no bookkeeping:
-a credit for message n proves that message n has left, message n that credit n - slots has.
+a credit for message n proves that message n has left, message n that the credits up to n - slots have. A credit costs
+as much as a small message, so it is given only where the sender takes half of the slots or more to be in use.
 """
 
 from __future__ import annotations
