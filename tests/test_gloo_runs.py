@@ -115,6 +115,23 @@ def test_the_stage_that_was_killed_is_named_not_the_one_that_saw_its_connection_
 
 
 @pytest.mark.processes
+def test_an_exception_travels_whole_and_its_consequences_do_not_hide_it(tmp_path: Path) -> None:
+    plan = Plan(mode="naive", stages=3, sizes=(2, 2, 2), steps=1000, channels="gloo")
+    start = time.monotonic()
+    with pytest.raises(RunFailed, match="stage 2, layer 5, batch 5: ZeroDivisionError: as planned") as caught:
+        train(
+            model=problems.failing,
+            batches=problems.batch,
+            loss=F.cross_entropy,
+            plan=plan,
+            runs=tmp_path,
+            quiet=True,
+        )
+    assert (caught.value.stage, caught.value.layer, caught.value.batch) == (2, "5", 5)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.processes
 def test_a_stopped_worker_is_reported_after_the_stall_limit(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(RunFailed, match=r"no progress for 1\.5 s: stage 1") as caught:
