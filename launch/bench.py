@@ -210,7 +210,8 @@ class Comparison:
     def report(self, command: list[str]) -> Report:
         """What the rounds so far say, at least one."""
         rows = list(self.rows.values())
-        verdict = _verdict(rows, self.resolved.steps, _emulated(self.resolved.plan))
+        plan = self.resolved.plan
+        verdict = _verdict(rows, self.resolved.steps, _emulated(plan), rounded=plan.wire_dtype is not None)
         return Report(self.recipe, self.resolved, self.folder, verdict, command, environment(), rows, self.left_out)
 
 
@@ -297,14 +298,14 @@ def _emulated(plan: Plan) -> bool:
     return plan.emulate is not None or plan.link is not None
 
 
-def _verdict(rows: Sequence[Row], steps: int, emulated: bool) -> str:
+def _verdict(rows: Sequence[Row], steps: int, emulated: bool, rounded: bool = False) -> str:
     """What unlocking bought, against the best of every kind that was run; losses are said like gains."""
     unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
     if unlocked is None:
         best = max(rows, key=lambda row: Spread.of(row.rates).median)
         return f"The fastest was {best.name}. Nothing unlocked was run."
     rivals = [
-        ("exact locked row", [row for row in rows if row.exact]),
+        ("locked row" if rounded else "exact locked row", [row for row in rows if row.exact]),
         ("torch.distributed.pipelining row", [row for row in rows if row.contender.engine == "torch"]),
         ("", [row for row in rows if row.contender.engine in ("single", "ddp")]),
     ]

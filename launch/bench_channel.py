@@ -3,7 +3,8 @@
     pinger (process 1) -- there --> ponger (process 2)      latency: there and back, halved
                        <-- back ---                         throughput: a stream there, one message back
 
-Sizes and rounds are interleaved, so that a slow minute of the machine hits every size alike.
+Channels, sizes and rounds are interleaved, so that a slow minute of the machine hits all alike. Gloo runs over the
+loopback interface here, so its rows show what it costs by itself, without a network.
 """
 
 from __future__ import annotations
@@ -24,19 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.spread import Spread
+from pipeline.channels import CHANNELS
 from pipeline.messages import Kind, Message, layout_of
 from workers.channel import Receiver, Sender
+from workers.edges import Edge, open_receiver, open_sender
+from workers.gloo import Meeting, Rendezvous
 from workers.processes import process_context
-from workers.shm import (
-    ShmReceiver,
-    ShmSender,
-    check_shared_memory,
-    create_ring,
-    new_prefix,
-    ring_bytes,
-    sweep_stale,
-    unlink_ring,
-)
+from workers.shm import check_shared_memory, create_ring, new_prefix, ring_bytes, sweep_stale, unlink_ring
 
 __all__ = ["SIZES", "ChannelRow", "bench_channel", "print_rows"]
 
@@ -45,11 +40,12 @@ _STEP_DEADLINE_S = 20.0  # for one message; the whole has a deadline of its own
 _NUM_WARM_UP = 20
 _NUM_PINGS = 300
 _STREAM_BYTES = 512 << 20
+_WAYS = {"there": (0, 1), "back": (1, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelRow:
-    """What was measured for one size of message.
+    """What was measured for one channel and one size of message.
 
     Attributes:
         channel: the implementation.
@@ -75,16 +71,16 @@ class ChannelRow:
 def bench_channel(
     sizes: Sequence[int] = SIZES, rounds: int = 5, slots: int = 4, deadline_s: float = 180.0
 ) -> list[ChannelRow]:
-    """Measure the shared memory channel between two fresh processes with one thread each.
+    """Measure every kind of channel between two fresh processes with one compute thread each.
 
     Args:
         sizes: bytes of each message, multiples of 4.
-        rounds: how often every size is measured, interleaved.
+        rounds: how often everything is measured, interleaved.
         slots: slots of each channel.
         deadline_s: for everything together, in seconds.
 
     Returns:
-        one row per size.
+        one row per kind of channel and size.
 
     Raises:
         ValueError: a size is not a positive multiple of 4, or rounds is below 1.
@@ -98,48 +94,78 @@ def bench_channel(
     if rounds < 1 or not sizes or any(size < 4 or size % 4 for size in sizes):
         raise ValueError(f"sizes must be positive multiples of 4 and rounds at least 1, not {sizes}, {rounds}")
     end = time.monotonic() + deadline_s
-    prefix = new_prefix()
+    tracks = _tracks(new_prefix(), sizes, slots)
+    with Rendezvous.hosted() as meet:
+        samples = _measured(tracks, meet, rounds, end)
+    return [_row(track, samples[i]) for i, track in enumerate(tracks)]
+
+
+def print_rows(rows: Sequence[ChannelRow], console: Console | None = None) -> None:
+    """Print a table per channel: medians of the rounds, with the smallest and the largest."""
+    console = console or Console()
+    for channel in dict.fromkeys(row.channel for row in rows):
+        table = Table(title=f"one hop, {channel}, {rows[0].rounds} rounds: median (min to max)")
+        for heading in ("message", "p50 us", "p99 us", "GB/s"):
+            table.add_column(heading, justify="right")
+        for row in (row for row in rows if row.channel == channel):
+            figures = (row.hop_p50_us, row.hop_p99_us, row.gb_per_s)
+            table.add_row(_readable(row.message_bytes), *(_spread(figure) for figure in figures))
+        console.print(table)
+
+
+def _measured(
+    tracks: Sequence[_Track], meet: Rendezvous, rounds: int, end: float
+) -> list[list[tuple[float, float, float]]]:
     context = process_context(__name__)
     from_ping, to_us = context.Pipe(duplex=False)
     from_pong, to_us_too = context.Pipe(duplex=False)
     processes = [
-        context.Process(target=_ping, args=(prefix, tuple(sizes), rounds, to_us), daemon=True),
-        context.Process(target=_pong, args=(prefix, tuple(sizes), rounds, to_us_too), daemon=True),
+        context.Process(target=_ping, args=(tracks, meet, rounds, to_us), daemon=True),
+        context.Process(target=_pong, args=(tracks, meet, rounds, to_us_too), daemon=True),
     ]
-    with from_ping, from_pong, to_us, to_us_too, _rings(prefix, sizes, slots) as unlink, _running(processes):
+    with from_ping, from_pong, to_us, to_us_too, _rings(tracks) as unlink, _running(processes):
         _report(from_ping, processes, end)
         _report(from_pong, processes, end)
         unlink()  # both have attached: nothing stays behind, whatever happens from here on
-        samples = _report(from_ping, processes, end)
-    return [_row(size, samples[i]) for i, size in enumerate(sizes)]
+        samples: list[list[tuple[float, float, float]]] = _report(from_ping, processes, end)
+        return samples
 
 
-def print_rows(rows: Sequence[ChannelRow], console: Console | None = None) -> None:
-    """Print the rows as a table: medians of the rounds, with the smallest and the largest."""
-    title = f"one hop, {rows[0].channel}, {rows[0].rounds} rounds: median (min to max)" if rows else None
-    table = Table(title=title)
-    for heading in ("message", "p50 us", "p99 us", "GB/s"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        figures = (row.hop_p50_us, row.hop_p99_us, row.gb_per_s)
-        table.add_row(_readable(row.message_bytes), *(_spread(figure) for figure in figures))
-    (console or Console()).print(table)
+@dataclass(frozen=True)
+class _Track:
+    """A size of message on a kind of channel, and the edges it takes."""
+
+    kind: str
+    size: int
+    there: Edge
+    back: Edge
+
+
+def _tracks(prefix: str, sizes: Sequence[int], slots: int) -> tuple[_Track, ...]:
+    def edge(kind: str, way: str, i: int, size: int) -> Edge:
+        name, (source, target) = f"{prefix}-{kind[0]}{i}{way[0]}", _WAYS[way]
+        return Edge(kind, name, f"{way} ({kind})", source, target, slots, layout_of(_message(size)).total_bytes)
+
+    return tuple(
+        _Track(kind, size, edge(kind, "there", i, size), edge(kind, "back", i, size))
+        for kind in CHANNELS
+        for i, size in enumerate(sizes)
+    )
 
 
 @contextlib.contextmanager
-def _rings(prefix: str, sizes: Sequence[int], slots: int) -> Iterator[Callable[[], None]]:
+def _rings(tracks: Sequence[_Track]) -> Iterator[Callable[[], None]]:
     sweep_stale()
-    slot_bytes = [layout_of(_message(size)).total_bytes for size in sizes]
-    check_shared_memory(sum(2 * ring_bytes(slots, each) for each in slot_bytes))
-    names = {f"{prefix}-{i}{way}": each for i, each in enumerate(slot_bytes) for way in ("there", "back")}
+    rings = [edge for track in tracks if track.kind == "shm" for edge in (track.there, track.back)]
+    check_shared_memory(sum(ring_bytes(ring.slots, ring.slot_bytes) for ring in rings))
 
     def unlink() -> None:
-        for name in names:
-            unlink_ring(name)
+        for ring in rings:
+            unlink_ring(ring.name)
 
     try:
-        for name, each in names.items():
-            create_ring(name, slots, each)
+        for ring in rings:
+            create_ring(ring.name, ring.slots, ring.slot_bytes)
         yield unlink
     finally:
         unlink()
@@ -176,39 +202,38 @@ def _report(connection: Connection, processes: Sequence[BaseProcess], end: float
     return connection.recv()
 
 
-def _ping(prefix: str, sizes: tuple[int, ...], rounds: int, parent: Connection) -> None:
-    """Report "attached", then by size and round (p50 us, p99 us, GB/s)."""
+def _ping(tracks: Sequence[_Track], meet: Rendezvous, rounds: int, parent: Connection) -> None:
+    """Report "attached", then by track and round (p50 us, p99 us, GB/s)."""
     torch.set_num_threads(1)
-    there = [_sender(f"{prefix}-{i}there") for i in range(len(sizes))]
-    back = [_receiver(f"{prefix}-{i}back") for i in range(len(sizes))]
+    meeting = meet.join(_STEP_DEADLINE_S)
+    ends = [(_sender(track.there, meeting), _receiver(track.back, meeting)) for track in tracks]
     parent.send("attached")
-    samples: list[list[tuple[float, float, float]]] = [[] for _ in sizes]
+    samples: list[list[tuple[float, float, float]]] = [[] for _ in tracks]
     for _ in range(rounds):
-        for i, size in enumerate(sizes):
-            message = _message(size)
-            hops_us = [_round_trip_s(there[i], back[i], message) / 2 * 1e6 for _ in range(_NUM_PINGS)]
+        for i, (track, (there, back)) in enumerate(zip(tracks, ends, strict=True)):
+            message, count = _message(track.size), _num_streamed(track.size)
+            hops_us = [_round_trip_s(there, back, message) / 2 * 1e6 for _ in range(_NUM_PINGS)]
             hops_us = sorted(hops_us[_NUM_WARM_UP:])
             p50, p99 = (hops_us[int(share * len(hops_us))] for share in (0.50, 0.99))
-            stream_s = _stream_s(there[i], back[i], message, _num_streamed(size))
-            samples[i].append((p50, p99, size * _num_streamed(size) / stream_s / 1e9))
+            samples[i].append((p50, p99, track.size * count / _stream_s(there, back, message, count) / 1e9))
     parent.send(samples)
 
 
-def _pong(prefix: str, sizes: tuple[int, ...], rounds: int, parent: Connection) -> None:
+def _pong(tracks: Sequence[_Track], meet: Rendezvous, rounds: int, parent: Connection) -> None:
     """The mirror image of `_ping`: echo the pings, swallow the stream and confirm it."""
     torch.set_num_threads(1)
-    there = [_receiver(f"{prefix}-{i}there") for i in range(len(sizes))]
-    back = [_sender(f"{prefix}-{i}back") for i in range(len(sizes))]
+    meeting = meet.join(_STEP_DEADLINE_S)
+    ends = [(_receiver(track.there, meeting), _sender(track.back, meeting)) for track in tracks]
     parent.send("attached")
     for _ in range(rounds):
-        for i, size in enumerate(sizes):
+        for track, (there, back) in zip(tracks, ends, strict=True):
             for _ in range(_NUM_PINGS):
-                back[i].send(there[i].receive(_STEP_DEADLINE_S), _STEP_DEADLINE_S)
-                there[i].release()
-            for _ in range(_num_streamed(size)):
-                there[i].receive(_STEP_DEADLINE_S)
-                there[i].release()
-            back[i].send(_message(4), _STEP_DEADLINE_S)
+                back.send(there.receive(_STEP_DEADLINE_S), _STEP_DEADLINE_S)
+                there.release()
+            for _ in range(_num_streamed(track.size)):
+                there.receive(_STEP_DEADLINE_S)
+                there.release()
+            back.send(_message(4), _STEP_DEADLINE_S)
 
 
 def _round_trip_s(there: Sender, back: Receiver, message: Message) -> float:
@@ -228,12 +253,16 @@ def _stream_s(there: Sender, back: Receiver, message: Message, count: int) -> fl
     return time.perf_counter() - start
 
 
-def _sender(name: str) -> Sender:
-    return ShmSender.attach(name, label=name, deadline_s=_STEP_DEADLINE_S)
+def _sender(edge: Edge, meeting: Meeting) -> Sender:
+    return open_sender(edge, _no_bell, meeting, _STEP_DEADLINE_S)
 
 
-def _receiver(name: str) -> Receiver:
-    return ShmReceiver.attach(name, label=name, deadline_s=_STEP_DEADLINE_S)
+def _receiver(edge: Edge, meeting: Meeting) -> Receiver:
+    return open_receiver(edge, _no_bell, meeting, _STEP_DEADLINE_S)
+
+
+def _no_bell(stage: int) -> None:
+    """Whoever has one channel at a time waits on it."""
 
 
 def _message(size: int) -> Message:
@@ -244,14 +273,14 @@ def _num_streamed(size: int) -> int:
     return max(32, min(2000, _STREAM_BYTES // size))
 
 
-def _row(size: int, samples: Sequence[tuple[float, float, float]]) -> ChannelRow:
+def _row(track: _Track, samples: Sequence[tuple[float, float, float]]) -> ChannelRow:
     p50, p99, rate = (
         Spread(median=statistics.median(figures), min=min(figures), max=max(figures))
         for figures in zip(*samples, strict=True)
     )
     return ChannelRow(
-        channel="shared memory",
-        message_bytes=size,
+        channel=CHANNELS[track.kind],
+        message_bytes=track.size,
         rounds=len(samples),
         hop_p50_us=p50,
         hop_p99_us=p99,

@@ -32,7 +32,7 @@ _USAGE = f"""usage: freewheel COMMAND RECIPE [options]
 
   freewheel train RECIPE    train on worker processes of this host
   freewheel bench RECIPE    locked against unlocked, verdict first
-  freewheel bench channel   the shared memory channel: latency and bandwidth
+  freewheel bench channel   shared memory and gloo: latency and bandwidth of a hop
 
 RECIPE: {", ".join(BUILT_IN)}, or the path of a Python file.
 Options of a command with a recipe: freewheel COMMAND RECIPE --help

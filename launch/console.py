@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from launch.result import Result
+from pipeline.channels import CHANNELS
 from pipeline.measurements import Measured
 from pipeline.resolve import Resolved
 from workers import records
@@ -149,8 +150,19 @@ def _decisions(resolved: Resolved) -> Iterator[tuple[str, str, str]]:
         yield "targets", plan.targets, _TARGETS[plan.targets]
     yield "optimizer", f"{plan.optimizer.rule}, lr {plan.optimizer.lr:g}", "one per stage"
     if plan.stages > 1:
-        mebibytes = needed_bytes(resolved) / 2**20
-        yield "channels", f"shared memory, {plan.channel.slots} slots", f"all workers on this host; {mebibytes:.1f} MiB"
+        yield "channels", *_channels(resolved)
+
+
+def _channels(resolved: Resolved) -> tuple[str, str]:
+    """What carries the messages and why; cut by cut where that differs."""
+    choices, slots = resolved.channels, f"{resolved.plan.channel.slots} slots"
+    mebibytes = needed_bytes(resolved) / 2**20
+    memory = f"; {mebibytes:.1f} MiB" if mebibytes else ""
+    if len(set(choices)) == 1:
+        return f"{CHANNELS[choices[0].kind]}, {slots}", f"{choices[0].why}{memory}"
+    value = ", ".join(f"{k}-{k + 1} {CHANNELS[choice.kind]}" for k, choice in enumerate(choices))
+    why = ", ".join(f"{k}-{k + 1} {choice.why}" for k, choice in enumerate(choices))
+    return f"{value}, {slots}", f"{why}{memory}"
 
 
 def _decision_line(what: str, value: str, why: str) -> Table:

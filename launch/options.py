@@ -80,12 +80,12 @@ class BenchOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelOptions:
-    """How to measure the shared memory channel."""
+    """How to measure one hop over each kind of channel."""
 
     rounds: int = 5
     """Rounds; in each, every size is measured once."""
     slots: int = 4
-    """Slots of the channel."""
+    """Slots of each channel."""
     json: Path | None = None
     """Also write the rows to this file."""
 

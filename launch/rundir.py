@@ -73,6 +73,7 @@ def write_plan(run_dir: Path, recipe_name: str, resolved: Resolved, command: Ite
         "layers": list(resolved.layer_names),
         "layer_parameters": list(resolved.layer_parameters),
         "layer_seconds": list(resolved.layer_seconds) if resolved.layer_seconds else None,
+        "channels": [{"cut": k, "kind": choice.kind, "why": choice.why} for k, choice in enumerate(resolved.channels)],
         "decided": [{"what": what, "value": value, "why": why} for what, value, why in resolved.reasons],
     }
     (run_dir / "plan.json").write_text(json.dumps(content, indent=2, default=str) + "\n")

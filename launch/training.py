@@ -22,6 +22,7 @@ from pipeline.resolve import Resolved, resolve
 from workers import records
 from workers.assignment import Assignment, Names
 from workers.crew import Crew
+from workers.edges import rendezvous
 from workers.failures import RunFailed
 from workers.shared import needed_bytes, shared_memory
 from workers.shm import check_shared_memory, new_prefix
@@ -76,8 +77,13 @@ def train(
     return run(source, resolve_source(source, plan), Path(runs), name, Console(quiet=quiet))
 
 
-def resolve_source(source: Callable[[], Recipe], plan: Plan) -> Resolved:
+def resolve_source(source: Callable[[], Recipe], plan: Plan, hosts: Sequence[str] | None = None) -> Resolved:
     """Everything that can be said before a process starts.
+
+    Args:
+        source: makes the recipe.
+        plan: the wish.
+        hosts: name of the host of every stage's worker; None: all on this one.
 
     Raises:
         PlanError: recipe and plan do not fit, or there is too little shared memory.
@@ -97,7 +103,7 @@ def resolve_source(source: Callable[[], Recipe], plan: Plan) -> Resolved:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
-        resolved = resolve(recipe, plan, partial(layer_seconds, threads=plan.threads))
+        resolved = resolve(recipe, plan, partial(layer_seconds, threads=plan.threads), hosts)
     check_shared_memory(needed_bytes(resolved))
     return resolved
 
@@ -132,10 +138,11 @@ def run(
     result = Result(resolved, run_dir)
     names = Names(new_prefix())
     bare = replace(resolved, cuts=tuple(replace(cut, loss=_no_loss) for cut in resolved.cuts))
-    assignments = [Assignment(k, bare, source, names, run_dir) for k in range(resolved.plan.stages)]
     try:
-        with shared_memory(resolved, names) as board, Crew(assignments, board) as crew, console.training(result):
-            _follow(crew, result, console)
+        with shared_memory(resolved, names) as board, rendezvous(resolved) as meeting:
+            assignments = [Assignment(k, bare, source, names, run_dir, meeting) for k in range(resolved.plan.stages)]
+            with Crew(assignments, board) as crew, console.training(result):
+                _follow(crew, result, console)
     except RunFailed as failure:
         (run_dir / "failure.txt").write_text(f"{failure}\n\n{failure.details}\n")
         raise

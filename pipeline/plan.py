@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from pipeline.channels import CHANNELS, WIRE_DTYPES
 from pipeline.emulation import Emulation, Link
 from pipeline.errors import PlanError, nearest
 from pipeline.modes import MODES
@@ -65,6 +67,9 @@ class ChannelPlan:
     """Slots of every activation channel, the back-pressure: how many batches may wait at a cut."""
     gradient_slots: int | None = None
     """Slots of every gradient channel; None: as many as batches can be in flight, so that none is ever dropped."""
+    wire_dtype: Literal["bf16"] | None = None
+    """Round float32 activations and gradients to this dtype on their way: half the bytes; locked modes are then no
+    longer exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,8 @@ class Plan:
     """What predicts the gradient."""
     channel: ChannelPlan = field(default_factory=ChannelPlan)
     """The queues."""
+    channels: Literal["auto", "shm", "gloo"] = "auto"
+    """What carries messages: shm (shared memory), gloo (TCP), or auto: shared memory between workers of one host."""
     deterministic: bool = False
     """Unlocked: take each gradient at the step at which the reference driver takes it, so that runs repeat exactly."""
     hop_steps: float = 0.0
@@ -142,6 +149,11 @@ class Plan:
     def links(self) -> Link | None:
         """What every channel is made to be like, if anything."""
         return Link.parse(self.link, "link") if self.link is not None else None
+
+    @property
+    def wire_dtype(self) -> torch.dtype | None:
+        """What float32 activations and gradients are rounded to on their way, if to anything."""
+        return WIRE_DTYPES[self.channel.wire_dtype] if self.channel.wire_dtype is not None else None
 
     @property
     def activation_slots(self) -> int:
@@ -198,6 +210,8 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
         (plan.dni.form, DNI_FORMS, "DNI form"),
         (plan.optimizer.rule, OPTIMIZERS, "optimizer"),
         (plan.balance, ("time", "layers"), "balance"),
+        (plan.channels, ("auto", *CHANNELS), "channels"),
+        (plan.channel.wire_dtype or "bf16", tuple(WIRE_DTYPES), "wire dtype"),
     ):
         if value not in valid:
             yield nearest(str(value), valid, what)
@@ -260,6 +274,8 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         yield "mix has an effect with targets mixed only: leave it out, or choose targets mixed."
     if plan.optimizer.momentum and plan.optimizer.rule != "sgd":
         yield f"momentum has no effect with {plan.optimizer.rule}: leave it out, or choose sgd."
+    if plan.stages == 1 and (plan.channels != defaults.channels or plan.channel.wire_dtype is not None):
+        yield "channels and channel.wire_dtype have no effect with 1 stage, which has no channels: leave them out."
     if plan.deterministic and plan.channel.gradient_slots is not None:
         yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
     if plan.dni.factory is not None and plan.dni.form != "auto":

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pipeline.channels import narrowed, widened
 from pipeline.loader import inputs, phantom_inputs
 from pipeline.messages import Message
 from pipeline.modes import MODES
@@ -140,12 +141,15 @@ class _Queue:
     clock: _Clock
     capacity: int
     hop: int
+    wire_dtype: torch.dtype | None
     items: deque[tuple[int, Message]] = field(default_factory=deque)
 
     def room(self) -> bool:
         return len(self.items) < self.capacity
 
     def put(self, message: Message) -> None:
+        sent = narrowed(message, self.wire_dtype)
+        message = message if sent is message else widened(sent)
         copies = tuple(tensor.detach().clone() for tensor in message.tensors)
         arrival = self.clock.effect + self.hop
         self.items.append((arrival, replace(message, tensors=copies)))
@@ -211,9 +215,9 @@ def _connect(
 ) -> list[Runner]:
     hop = costs.hop(plan.hop_steps)
     on_the_way = -(-hop // (costs.forward + costs.backward))  # what the link itself holds
-    downs = [_Queue(clock, plan.channel.slots + on_the_way, hop) for _ in stages[1:]]
+    downs = [_Queue(clock, plan.channel.slots + on_the_way, hop, plan.wire_dtype) for _ in stages[1:]]
     ups = [
-        _Queue(clock, plan.gradient_slots_at(k) + 2 * on_the_way * (plan.stages - k), hop)
+        _Queue(clock, plan.gradient_slots_at(k) + 2 * on_the_way * (plan.stages - k), hop, plan.wire_dtype)
         for k in range(len(stages) - 1)
     ]
     return [

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.channels import ChannelChoice, choose_channels
 from pipeline.cut import Cut
 from pipeline.dni import describe_form
 from pipeline.errors import PlanError
@@ -39,6 +40,7 @@ class Resolved:
         batch_shape: shape of the inputs of a batch.
         output_shape: shape of the network's output for it.
         held_out_batches: batches of one evaluation pass.
+        channels: what carries each cut.
         reasons: (what was decided, value, why), for the first screen.
     """
 
@@ -50,6 +52,7 @@ class Resolved:
     batch_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     held_out_batches: int
+    channels: tuple[ChannelChoice, ...]
     reasons: tuple[tuple[str, str, str], ...]
 
     @property
@@ -65,7 +68,7 @@ class Resolved:
         return self.plan.sizes
 
 
-def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None) -> Resolved:
+def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: Sequence[str] | None = None) -> Resolved:
     """Check recipe and plan against each other and fill in what was left open.
 
     Runs the model once on batch 0, in evaluation mode.
@@ -75,12 +78,15 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None) -> Resol
         plan: the wish.
         measure: measures layers when the plan asks for a balance by time; without it layers count alike (the
             reference driver has no clock).
+        hosts: name of the host of every stage's worker; None: one host.
 
     Raises:
         PlanError: see ``Plan.check``, ``check_batches``, ``check_partition``, and: a loss that does not take the output
-            and the labels, a DNI that does not fit the cut or does not read an option that is given.
+            and the labels, a DNI that does not fit the cut or does not read an option that is given, shared memory
+            between two hosts.
     """
     plan.check()
+    channels = choose_channels(plan.channels, hosts or ["this host"] * plan.stages)
     if plan.evaluate_every is not None and recipe.evaluation is None:
         raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
     steps = plan.steps or recipe.steps
@@ -112,6 +118,8 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None) -> Resol
         reasons.append(("DNI", *forms[0]))
     if cuts and (problems := list(_unread_options(plan, {form for form, _ in forms}))):
         raise PlanError(*problems)
+    if plan.channel.wire_dtype is not None:
+        reasons.append(("wire", plan.channel.wire_dtype, "float32 is rounded on its way: half the bytes, not exact"))
     return Resolved(
         plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None),
         layer_names=tuple(layer.name for layer in layers),
@@ -121,6 +129,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None) -> Resol
         batch_shape=tuple(inputs.shape),
         output_shape=tuple(outputs[-1].shape),
         held_out_batches=_count_held_out(recipe, (inputs, labels)),
+        channels=channels,
         reasons=tuple(reasons),
     )
 

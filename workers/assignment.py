@@ -6,15 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from pipeline.cut import Cut
-from pipeline.messages import Kind, Message, layout_of
 from pipeline.plan import Plan
 from pipeline.recipe import Recipe
 from pipeline.resolve import Resolved
+from workers.gloo import Rendezvous
 
-__all__ = ["Assignment", "Names", "slot_bytes"]
+__all__ = ["Assignment", "Names"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ class Assignment:
         source: makes the recipe; importable by name, since every worker calls it for itself.
         names: of the shared memory.
         run_dir: where the worker writes its spans and its part of the weights.
+        rendezvous: where workers without common memory meet; None where every channel is in shared memory.
         attach_within_s: how long to look for the others.
     """
 
@@ -59,6 +57,7 @@ class Assignment:
     source: Callable[[], Recipe]
     names: Names
     run_dir: Path
+    rendezvous: Rendezvous | None = None
     attach_within_s: float = 60.0
 
     @property
@@ -79,12 +78,3 @@ class Assignment:
     def part_path(self, what: str) -> Path:
         """Where this stage's tensors go: ``what`` is ``model`` or ``optimizer``."""
         return self.run_dir / "parts" / f"{what}-{self.index}.safetensors"
-
-
-def slot_bytes(cut: Cut) -> tuple[int, int]:
-    """Bytes of one slot of the activation channel and of the gradient channel of a cut."""
-    h = torch.empty(cut.activation_shape, dtype=cut.activation_dtype, device="meta")
-    labels = torch.empty(cut.label_shape, dtype=cut.label_dtype, device="meta")
-    down = layout_of(Message(Kind.ACTIVATION, 0, 0, (h, labels))).total_bytes
-    up = layout_of(Message(Kind.GRADIENT, 0, 0, (h,))).total_bytes
-    return down, up

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import posix_ipc
 
-__all__ = ["Bell", "acquire_within", "create_semaphore", "open_semaphore", "unlink_semaphore"]
+__all__ = ["SPIN_S", "Bell", "acquire_within", "create_semaphore", "open_semaphore", "unlink_semaphore"]
 
 # A sleeping core of a virtual machine takes 60 to 90 us to wake, as long as three hops; one that looks does not sleep.
 SPIN_S = 100e-6
@@ -33,10 +33,13 @@ class Bell:
     Args:
         name: its name on this host, without a slash.
         semaphore: the open semaphore; use `create` and `attach`.
+        spin_s: how long a wait looks before it sleeps, in seconds. 0 where threads of this very process ring: whoever
+            looks holds the interpreter's lock that they need.
     """
 
-    def __init__(self, name: str, semaphore: Any) -> None:
+    def __init__(self, name: str, semaphore: Any, spin_s: float = SPIN_S) -> None:
         self.name = name
+        self._spin_s = spin_s
         self._semaphore = semaphore
         self._open = True
 
@@ -50,7 +53,7 @@ class Bell:
         return cls(name, create_semaphore(name, 0))
 
     @classmethod
-    def attach(cls, name: str, deadline_s: float) -> Self:
+    def attach(cls, name: str, deadline_s: float, spin_s: float = SPIN_S) -> Self:
         """Open a bell that another process makes.
 
         Raises:
@@ -59,7 +62,7 @@ class Bell:
         Blocks:
             until the name exists, at most ``deadline_s``.
         """
-        return cls(name, open_semaphore(name, deadline_s))
+        return cls(name, open_semaphore(name, deadline_s), spin_s)
 
     def ring(self) -> None:
         """Wake the waiter, now or at its next `wait`. Never blocks; does nothing once closed here."""
@@ -80,7 +83,7 @@ class Bell:
         Blocks:
             until a ring, at most ``timeout_s``.
         """
-        return acquire_within(self._semaphore, timeout_s)
+        return acquire_within(self._semaphore, timeout_s, self._spin_s)
 
     def close(self) -> None:
         """Give up this process's handle; a second call does nothing."""
@@ -129,13 +132,13 @@ def unlink_semaphore(name: str) -> None:
         posix_ipc.unlink_semaphore(f"/{name}")
 
 
-def acquire_within(semaphore: Any, timeout_s: float) -> bool:
+def acquire_within(semaphore: Any, timeout_s: float, spin_s: float = SPIN_S) -> bool:
     """Take one from a semaphore; False when ``timeout_s`` seconds passed without one.
 
     A signal interrupts the system call: its Python handler runs, then the wait goes on for the rest of
     the time, unless the handler raised (Ctrl-C).
     """
-    if _taken_soon(semaphore, min(timeout_s, SPIN_S)):
+    if _taken_soon(semaphore, min(timeout_s, spin_s)):
         return True
     end = time.monotonic() + timeout_s
     remaining_s = timeout_s

@@ -18,7 +18,7 @@ from typing import NoReturn, Self
 
 from pipeline.messages import Message
 
-__all__ = ["ChannelClosed", "ChannelTimeout", "End", "Receiver", "Sender"]
+__all__ = ["ChannelBroken", "ChannelClosed", "ChannelTimeout", "End", "Receiver", "Sender"]
 
 
 class ChannelTimeout(TimeoutError):
@@ -27,6 +27,10 @@ class ChannelTimeout(TimeoutError):
 
 class ChannelClosed(ConnectionError):
     """One of the ends was closed; nothing will travel on this channel any more."""
+
+
+class ChannelBroken(ConnectionError):
+    """The connection to the other end is gone without a close: its process has died, or the network has."""
 
 
 class End(ABC):

@@ -15,11 +15,11 @@ from pipeline.messages import Kind, Message
 from pipeline.recipe import Recipe
 from pipeline.spans import Recorder, Span
 from workers.assignment import Assignment
-from workers.bell import Bell
+from workers.bell import SPIN_S, Bell
 from workers.channel import Receiver, Sender
 from workers.clock import now_ns
+from workers.edges import edges_of, open_receiver, open_sender
 from workers.emulated import DelayedReceiver
-from workers.shm import ShmReceiver, ShmSender
 
 __all__ = ["Ports", "attached"]
 
@@ -125,29 +125,30 @@ def attached(assignment: Assignment, recipe: Recipe, record: Recorder) -> Iterat
     Raises:
         TimeoutError: something was not there in time.
     """
-    k, names, within_s, plan = assignment.index, assignment.names, assignment.attach_within_s, assignment.plan
-    link = plan.links
+    k, within_s, plan = assignment.index, assignment.attach_within_s, assignment.plan
+    edges = [edge for edge in edges_of(assignment.resolved, assignment.names) if k in (edge.source, edge.target)]
+    rendezvous = assignment.rendezvous if any(edge.kind != "shm" for edge in edges) else None
     with contextlib.ExitStack() as stack:
 
         def bell(stage: int) -> Bell:
-            return stack.enter_context(Bell.attach(names.bell(stage), within_s))
+            spin_s = 0.0 if rendezvous else SPIN_S  # else threads of this process ring
+            return stack.enter_context(Bell.attach(assignment.names.bell(stage), within_s, spin_s))
 
-        def putting(name: str, label: str, to: int) -> Putting:
-            sender = ShmSender.attach(name, label=label, deadline_s=within_s, receiver_bell=bell(to))
-            return Putting(stack.enter_context(sender), plan.stall_after_s, stamps=link is not None)
-
-        def taking(name: str, label: str, source: int) -> Taking:
-            receiver = ShmReceiver.attach(name, label=label, deadline_s=within_s, sender_bell=bell(source))
-            stack.enter_context(receiver)
-            return Taking(receiver, record, DelayedReceiver(receiver, link) if link is not None else None)
-
-        first, last = k == 0, assignment.last
+        mine, meeting = bell(k), None if rendezvous is None else rendezvous.join(within_s)
+        putting: dict[int, Putting] = {}
+        taking: dict[int, Taking] = {}
+        for edge in edges:
+            if edge.source == k:
+                sender = stack.enter_context(open_sender(edge, bell, meeting, within_s))
+                putting[edge.target] = Putting(sender, plan.stall_after_s, stamps=plan.links is not None)
+            else:
+                receiver = stack.enter_context(open_receiver(edge, bell, meeting, within_s))
+                delayed = DelayedReceiver(receiver, plan.links) if plan.links is not None else None
+                taking[edge.source] = Taking(receiver, record, delayed)
         yield Ports(
-            bell=bell(k),
-            below=Loading(assignment, recipe, record)
-            if first
-            else taking(names.activations(k - 1), f"activations {k - 1}->{k}", k - 1),
-            above=None if last else taking(names.gradients(k), f"gradients {k + 1}->{k}", k + 1),
-            down=None if last else putting(names.activations(k), f"activations {k}->{k + 1}", k + 1),
-            up=None if first else putting(names.gradients(k - 1), f"gradients {k}->{k - 1}", k - 1),
+            bell=mine,
+            below=Loading(assignment, recipe, record) if k == 0 else taking[k - 1],
+            above=taking.get(k + 1),
+            down=putting.get(k + 1),
+            up=putting.get(k - 1),
         )

@@ -20,6 +20,7 @@ import os
 import struct
 
 import posix_ipc
+import torch
 
 from pipeline.errors import PlanError
 from pipeline.messages import Message
@@ -100,7 +101,15 @@ def unlink_ring(name: str) -> None:
 class _ShmEnd(End):
     """One process's mapping of a ring, with the slots cut out once."""
 
-    def __init__(self, name: str, label: str, deadline_s: float, attached_flag: int, peer_bell: Bell | None):
+    def __init__(
+        self,
+        name: str,
+        label: str,
+        deadline_s: float,
+        attached_flag: int,
+        peer_bell: Bell | None,
+        wire_dtype: torch.dtype | None = None,
+    ) -> None:
         try:
             self._filled = open_semaphore(f"{name}-f", deadline_s)
             self._empty = open_semaphore(f"{name}-e", 0)
@@ -121,7 +130,7 @@ class _ShmEnd(End):
         # by hand (a tensor would crash), but goes with its last view.
         self._header = view[:_HEADER_BYTES]
         starts = range(_HEADER_BYTES, len(view), stride)
-        self._slots = [Slot(view[start : start + stride]) for start in starts]
+        self._slots = [Slot(view[start : start + stride], wire_dtype) for start in starts]
         self._next = 0  # how many messages this side has sent or received
         self._closed = False
         self._peer_bell = peer_bell
@@ -154,7 +163,15 @@ class ShmSender(_ShmEnd, Sender):
     """The sending end of a ring; see `Sender`. Use `attach`."""
 
     @classmethod
-    def attach(cls, name: str, *, label: str, deadline_s: float, receiver_bell: Bell | None = None) -> ShmSender:
+    def attach(
+        cls,
+        name: str,
+        *,
+        label: str,
+        deadline_s: float,
+        receiver_bell: Bell | None = None,
+        wire_dtype: torch.dtype | None = None,
+    ) -> ShmSender:
         """Open the sending end of a ring that any process makes with `create_ring`.
 
         Args:
@@ -162,6 +179,7 @@ class ShmSender(_ShmEnd, Sender):
             label: what errors call the channel, like ``"activations 0->1"``.
             deadline_s: seconds from now within which the ring must exist.
             receiver_bell: rung after each send and at close.
+            wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
 
         Raises:
             ChannelTimeout: there is no such ring.
@@ -170,7 +188,7 @@ class ShmSender(_ShmEnd, Sender):
         Blocks:
             until the ring exists, at most ``deadline_s``.
         """
-        return cls(name, label, deadline_s, _SENDER_ATTACHED, receiver_bell)
+        return cls(name, label, deadline_s, _SENDER_ATTACHED, receiver_bell, wire_dtype)
 
     def room(self) -> bool:
         """Whether a send would not block now; see `Sender.room`."""

@@ -1,11 +1,14 @@
-"""One slot of a shared memory ring, as one side sees it.
+"""One slot of a ring, as one side sees it.
 
-    | serial kind stage generation batch | encoded message: header and tensors |
-      64 bytes, written every time         its header written when the shapes change
+    | serial kind narrowed stage batch ... | encoded message: header and tensors |
+      64 bytes, written every time           its header written when the shapes change
 
 Shapes seldom change from one batch to the next. The sender counts those changes in `serial`; while it stays
 the same, both sides reuse the tensors they have laid over the slot. On one slow core that takes a message
 of one small tensor, sent and received, from 40 us to 17 us.
+
+In shared memory both sides look at the same bytes; else each has a slot of its own, and what was written in one travels
+into the other.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import struct
 import torch
 from torch import Tensor
 
+from pipeline.channels import narrowed, widened
 from pipeline.messages import ALIGNMENT_BYTES, Kind, Message, decode, layout_of, write_into
 
 __all__ = ["Slot", "slot_stride"]
 
-_RECORD = struct.Struct("<QBxHIqHq")  # serial, kind, stage, generation, batch id, microbatch, sent
+_RECORD = struct.Struct("<QB?HIqHq")  # serial, kind, narrowed, stage, generation, batch id, microbatch, sent
+_KIND_AT, _END_OF_CHANNEL = 8, 255
 _KINDS = {int(kind): kind for kind in Kind}
 
 
@@ -32,16 +37,20 @@ class Slot:
     """A slot, on the side that writes or on the side that reads.
 
     Args:
-        memory: ``slot_stride`` bytes, zero at first, that the two sides share.
+        memory: ``slot_stride`` bytes, zero at first.
+        wire_dtype: what a written message's activation or gradient is narrowed to; None: it travels as it is.
     """
 
-    __slots__ = ("_body", "_record", "_serial", "_specs", "_tensors")
+    __slots__ = ("_body", "_narrow", "_record", "_serial", "_specs", "_tensors", "_wire_dtype", "used_bytes")
 
-    def __init__(self, memory: memoryview) -> None:
+    def __init__(self, memory: memoryview, wire_dtype: torch.dtype | None = None) -> None:
         self._record, self._body = memory[:ALIGNMENT_BYTES], memory[ALIGNMENT_BYTES:]
         self._serial = 0  # no message has it: the first write makes it 1
         self._specs: list[tuple[torch.dtype, torch.Size]] | None = None
         self._tensors: tuple[Tensor, ...] = ()
+        self._wire_dtype, self._narrow = wire_dtype, False
+        self.used_bytes = 0
+        """Bytes of the memory that the last written message takes."""
 
     def write(self, message: Message) -> None:
         """Copy the message in; once per tensor.
@@ -57,31 +66,45 @@ class Slot:
         else:
             self._lay_out(message)
             self._specs = specs
-        m = message
+        m, serial, narrow = message, self._serial, self._narrow
         _RECORD.pack_into(
-            self._record, 0, self._serial, m.kind, m.stage, m.generation, m.batch, m.microbatch, m.sent_ns
+            self._record, 0, serial, m.kind, narrow, m.stage, m.generation, m.batch, m.microbatch, m.sent_ns
         )
 
+    def write_end(self) -> None:
+        """Write that nothing will follow."""
+        self._record[_KIND_AT] = _END_OF_CHANNEL
+        self.used_bytes = ALIGNMENT_BYTES
+
+    @property
+    def is_end(self) -> bool:
+        """Whether ``write_end`` wrote last."""
+        return self._record[_KIND_AT] == _END_OF_CHANNEL
+
     def read(self) -> Message:
-        """The message in place: its tensors share the slot's memory."""
-        serial, kind, stage, generation, batch, microbatch, sent_ns = _RECORD.unpack_from(self._record)
+        """The message in place: its tensors share the slot's memory, but for one that was narrowed on its way."""
+        serial, kind, narrow, stage, generation, batch, microbatch, sent_ns = _RECORD.unpack_from(self._record)
         if serial != self._serial:
             self._tensors = _laid_over(self._body)
             self._serial = serial
         # Tensors of their own for the caller, who may set requires_grad on them.
         tensors = tuple([tensor.detach() for tensor in self._tensors])
-        return Message(_KINDS[kind], batch, stage, tensors, generation, microbatch, sent_ns)
+        message = Message(_KINDS[kind], batch, stage, tensors, generation, microbatch, sent_ns)
+        return widened(message) if narrow else message
 
     def _lay_out(self, message: Message) -> None:
         self._specs = None
-        layout = layout_of(message)
+        sent = narrowed(message, self._wire_dtype)
+        layout = layout_of(sent)
         if layout.total_bytes > len(self._body):
             raise ValueError(
                 f"a message of {layout.total_bytes:,} bytes does not fit its slot of {len(self._body):,}"
                 " bytes; make the slots larger or the batch smaller"
             )
-        write_into(self._body, message, layout)
+        write_into(self._body, sent, layout)
+        self._narrow = sent is not message
         self._tensors = _laid_over(self._body)
+        self.used_bytes = ALIGNMENT_BYTES + layout.total_bytes
         self._serial += 1
 
 

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import threading
+import time
 import traceback
 from dataclasses import replace
 from multiprocessing import connection as mp_connection
@@ -36,6 +37,7 @@ from pipeline.stage import Stage
 from workers import records
 from workers.assignment import Assignment
 from workers.board import Board
+from workers.channel import ChannelBroken
 from workers.clock import now_ns
 from workers.emulated import EmulatedStage
 from workers.ports import Ports, attached
@@ -45,6 +47,8 @@ from workers.shared import unlink_all
 __all__ = ["worker_main"]
 
 LOOK_UP_EVERY_S = 1.0  # a waiting worker looks whether it is asked to stop
+CAUSE_WITHIN_NS = 1_000_000_000
+LOOK_FOR_CAUSE_EVERY_S = 0.01
 LOSSES_EVERY_NS = 200_000_000
 
 
@@ -92,6 +96,9 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     records.receive(connection)
     try:
         _loop(runner, ports, board, record, assignment.plan.stall_after_s)
+    except ChannelBroken:
+        _leave_word_to_the_cause(board)
+        raise
     finally:
         record.save(assignment.spans_path)
     report.flush()
@@ -133,6 +140,15 @@ def _wait(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_
         if now_ns() > deadline_ns:
             raise TimeoutError(f"nothing came for {2 * give_up_after_s:.0f} s: {runner.view()}")
     record(Span.OTHER, -1)
+
+
+def _leave_word_to_the_cause(board: Board) -> None:
+    """Another worker died. The driver sees that itself, and knows more; this one speaks up if the driver does not."""
+    deadline_ns = now_ns() + CAUSE_WITHIN_NS
+    while now_ns() < deadline_ns:
+        if board.stopping:
+            raise Stopped
+        time.sleep(LOOK_FOR_CAUSE_EVERY_S)
 
 
 def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> Stage | EmulatedStage:

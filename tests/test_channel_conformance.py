@@ -1,19 +1,17 @@
-"""What every channel must do, whatever carries it. A new implementation adds one entry to `EDGES`."""
+"""What every channel must do, whatever carries it. A new implementation adds one entry to `CHANNELS`."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 import torch
@@ -21,67 +19,107 @@ from torch import Tensor
 
 from pipeline.messages import Kind, Message
 from workers.bell import Bell
-from workers.channel import ChannelClosed, ChannelTimeout, Receiver, Sender
-from workers.shm import ShmReceiver, ShmSender, create_ring, new_prefix, unlink_ring
+from workers.channel import ChannelBroken, ChannelClosed, ChannelTimeout, Receiver, Sender
+from workers.edges import Edge, open_receiver, open_sender
+from workers.gloo import Meeting, Rendezvous
+from workers.processes import process_context
+from workers.shm import create_ring, new_prefix, unlink_ring
 
 SOON_S = 0.05  # a wait that is meant to end in a timeout
 DEADLINE_S = 20.0  # a wait that is meant to succeed
 LABEL = "activations 0->1"
 
 
-class Edge(Protocol):
-    """One directed edge: can be pickled, and attached to from any process of this host."""
+@dataclass(frozen=True)
+class Bells:
+    """One of each end's worker."""
 
-    def sender(self, receiver_bell: Bell | None = None) -> Sender: ...
-    def receiver(self, sender_bell: Bell | None = None) -> Receiver: ...
-    def remove(self) -> None: ...
+    sender: Bell | None = None
+    receiver: Bell | None = None
+
+    def of(self, stage: int) -> Bell | None:
+        return (self.sender, self.receiver)[stage]
+
+
+NO_BELLS = Bells()
 
 
 @dataclass(frozen=True)
-class ShmEdge:
-    name: str
+class Ground:
+    """One directed edge from stage 0 to stage 1: can be pickled, and opened in any process of this host."""
 
-    @classmethod
-    def make(cls, slots: int, slot_bytes: int) -> ShmEdge:
-        edge = cls(f"{new_prefix()}-a0")
-        create_ring(edge.name, slots, slot_bytes)
-        return edge
+    edge: Edge
+    rendezvous: Rendezvous | None = None
 
-    def sender(self, receiver_bell: Bell | None = None) -> Sender:
-        return ShmSender.attach(self.name, label=LABEL, deadline_s=DEADLINE_S, receiver_bell=receiver_bell)
+    def sender(self, bells: Bells = NO_BELLS) -> Sender:
+        return open_sender(self.edge, bells.of, self._meeting(), DEADLINE_S)
 
-    def receiver(self, sender_bell: Bell | None = None) -> Receiver:
-        return ShmReceiver.attach(self.name, label=LABEL, deadline_s=DEADLINE_S, sender_bell=sender_bell)
+    def receiver(self, bells: Bells = NO_BELLS) -> Receiver:
+        return open_receiver(self.edge, bells.of, self._meeting(), DEADLINE_S)
 
-    def remove(self) -> None:
-        unlink_ring(self.name)
+    def _meeting(self) -> Meeting | None:
+        return None if self.rendezvous is None else self.rendezvous.join(DEADLINE_S)
 
 
-EDGES: dict[str, Callable[[int, int], Edge]] = {"shm": ShmEdge.make}
+@contextmanager
+def over_shared_memory(edge: Edge) -> Iterator[Ground]:
+    create_ring(edge.name, edge.slots, edge.slot_bytes)
+    try:
+        yield Ground(edge)
+    finally:
+        unlink_ring(edge.name)
+
+
+@contextmanager
+def over_gloo(edge: Edge) -> Iterator[Ground]:
+    with Rendezvous.hosted() as rendezvous:
+        yield Ground(edge, rendezvous)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation.
+
+    Attributes:
+        ground: makes what an edge needs.
+        sees_death: what a wait raises whose other end was killed; shared memory only has its deadlines.
+    """
+
+    ground: Callable[[Edge], AbstractContextManager[Ground]]
+    sees_death: type[Exception]
+
+
+CHANNELS = {
+    "shm": Implementation(over_shared_memory, ChannelTimeout),
+    "gloo": Implementation(over_gloo, ChannelBroken),
+}
 
 
 @dataclass
 class Workbench:
     """Makes edges and ends and takes them away again."""
 
-    make: Callable[[int, int], Edge]
+    kind: str
     stack: ExitStack
 
-    def edge(self, slots: int = 3, slot_bytes: int = 1 << 16) -> Edge:
-        edge = self.make(slots, slot_bytes)
-        self.stack.callback(edge.remove)
-        return edge
+    def edge(
+        self, slots: int = 3, slot_bytes: int = 1 << 16, wire_dtype: torch.dtype | None = None, label: str = LABEL
+    ) -> Ground:
+        edge = Edge(self.kind, f"{new_prefix()}-a0", label, 0, 1, slots, slot_bytes, wire_dtype)
+        return self.stack.enter_context(CHANNELS[self.kind].ground(edge))
 
     def ends(
         self,
         slots: int = 3,
         slot_bytes: int = 1 << 16,
-        sender_bell: Bell | None = None,
-        receiver_bell: Bell | None = None,
+        bells: Bells = NO_BELLS,
+        wire_dtype: torch.dtype | None = None,
     ) -> tuple[Sender, Receiver]:
-        edge = self.edge(slots, slot_bytes)
-        sender = self.stack.enter_context(edge.sender(receiver_bell))
-        return sender, self.stack.enter_context(edge.receiver(sender_bell))
+        ground = self.edge(slots, slot_bytes, wire_dtype)
+        with ThreadPoolExecutor(1) as pool:  # each end may wait for the other
+            receiver = pool.submit(ground.receiver, bells)
+            sender = self.stack.enter_context(ground.sender(bells))
+            return sender, self.stack.enter_context(receiver.result(DEADLINE_S))
 
     def bell(self) -> Bell:
         bell = self.stack.enter_context(Bell.create(f"{new_prefix()}-b"))
@@ -89,17 +127,19 @@ class Workbench:
         return bell
 
     def process(self, target: Callable[..., None], *args: object) -> BaseProcess:
-        process = multiprocessing.get_context("spawn").Process(target=target, args=args, daemon=True)
+        process = process_context().Process(target=target, args=args, daemon=True)
         process.start()
         self.stack.callback(process.join, 10)
         self.stack.callback(process.kill)
         return process
 
 
-@pytest.fixture(params=list(EDGES))
+@pytest.fixture(params=list(CHANNELS))
 def bench(request: pytest.FixtureRequest) -> Iterator[Workbench]:
+    threads = set(threading.enumerate())
     with ExitStack() as stack:
-        yield Workbench(EDGES[request.param], stack)
+        yield Workbench(request.param, stack)
+    assert set(threading.enumerate()) <= threads
     assert not list(Path("/dev/shm").glob(f"*fw-{os.getpid()}-*"))
 
 
@@ -340,7 +380,7 @@ def test_tensors_read_in_place_outlive_the_end(bench: Workbench) -> None:
 
 def test_bells_ring_after_send_after_release_and_at_close(bench: Workbench) -> None:
     senders, receivers = bench.bell(), bench.bell()
-    sender, receiver = bench.ends(sender_bell=senders, receiver_bell=receivers)
+    sender, receiver = bench.ends(bells=Bells(senders, receivers))
     sender.send(numbered(0), DEADLINE_S)
     assert receivers.wait(DEADLINE_S)
     receivers.clear()
@@ -357,7 +397,7 @@ def test_bells_ring_after_send_after_release_and_at_close(bench: Workbench) -> N
 
 def test_with_bells_no_message_is_missed(bench: Workbench) -> None:
     bell = bench.bell()
-    sender, receiver = bench.ends(slots=2, receiver_bell=bell)
+    sender, receiver = bench.ends(slots=2, bells=Bells(receiver=bell))
     got: list[int] = []
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(lambda: [sender.send(numbered(batch), DEADLINE_S) for batch in range(300)])
@@ -413,33 +453,139 @@ def test_a_signal_does_not_end_a_wait_but_ctrl_c_does(bench: Workbench) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-def _echo_and_hang(there: Edge, back: Edge, count: int) -> None:
+def _echo_and_hang(there: Ground, back: Ground, count: int) -> None:
     torch.set_num_threads(1)
     with there.receiver() as receiver, back.sender() as sender:
         for _ in range(count):
             sender.send(receiver.receive(DEADLINE_S), DEADLINE_S)
             receiver.release()
-        receiver.receive(DEADLINE_S)  # held, never released
+        receiver.receive(DEADLINE_S)  # held, never released, like the next
         sender.send(numbered(-1), DEADLINE_S)
         receiver.receive(DEADLINE_S)
+        receiver.receive(DEADLINE_S)  # until it is killed
 
 
 @pytest.mark.processes
 def test_a_spawned_process_attaches_by_name_and_when_it_is_killed_waits_end_in_time(bench: Workbench) -> None:
-    there, back = bench.edge(slots=2), bench.edge(slots=2)
+    there, back = bench.edge(slots=2), bench.edge(slots=2, label="gradients 1->0")
     messages = [Message(Kind.ACTIVATION, batch, 0, payload) for batch, payload in enumerate(PAYLOADS.values())]
     process = bench.process(_echo_and_hang, there, back, len(messages))
-    with there.sender() as sender, back.receiver() as receiver:
+    with there.sender() as there_end, back.receiver() as back_end:
         for message in messages:
-            sender.send(message, DEADLINE_S)
-            assert_same(receiver.take_within(DEADLINE_S), message)
-        sender.send(numbered(100), DEADLINE_S)
-        assert receiver.take_within(DEADLINE_S).batch == -1
+            there_end.send(message, DEADLINE_S)
+            assert_same(back_end.take_within(DEADLINE_S), message)
+        there_end.send(numbered(100), DEADLINE_S)
+        assert back_end.take_within(DEADLINE_S).batch == -1
+        there_end.send(numbered(101), DEADLINE_S)
+        eventually(lambda: there_end.depth() == 2)
         process.kill()
         process.join(DEADLINE_S)
         assert process.exitcode == -signal.SIGKILL
-        with pytest.raises(ChannelTimeout, match="0/2 slots full"):
-            receiver.receive(SOON_S)
-        sender.send(numbered(101), DEADLINE_S)
-        with pytest.raises(ChannelTimeout, match="2/2 slots full"):
-            sender.send(numbered(102), SOON_S)
+        start = time.monotonic()
+        with pytest.raises(CHANNELS[bench.kind].sees_death, match=r"gradients 1->0: .*the receiver waited.*0/2 slots"):
+            back_end.receive(3.0)
+        with pytest.raises(CHANNELS[bench.kind].sees_death, match=r"activations 0->1: .*the sender waited.*2/2 slots"):
+            there_end.send(numbered(102), 1.0)
+        assert time.monotonic() - start < 5
+
+
+def _hold(ground: Ground, sends: bool) -> None:
+    """Take part in a channel, then do nothing, until killed."""
+    torch.set_num_threads(1)
+    with ground.sender() if sends else ground.receiver() as end:
+        if isinstance(end, Sender):
+            end.send(numbered(7), DEADLINE_S)
+        threading.Event().wait(2 * DEADLINE_S)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("sends", [True, False], ids=["sender", "receiver"])
+def test_a_stopped_peer_costs_the_deadline_and_closing_ends_in_time(bench: Workbench, sends: bool) -> None:
+    """SIGSTOP: the connection stands, nothing is heard, and only our own deadlines help."""
+    ground = bench.edge(slots=1)
+    process = bench.process(_hold, ground, sends)
+    end = bench.stack.enter_context(ground.receiver() if sends else ground.sender())
+    if isinstance(end, Receiver):
+        assert end.take_within(DEADLINE_S).batch == 7
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    start = time.monotonic()
+    if isinstance(end, Receiver):
+        with pytest.raises(ChannelTimeout, match="the receiver waited"):
+            end.receive(SOON_S)
+    else:
+        end.send(numbered(0), DEADLINE_S)
+        with pytest.raises(ChannelTimeout, match="the sender waited"):
+            end.send(numbered(1), SOON_S)
+    end.close()
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.processes
+def test_both_directions_carry_big_messages_at_once(bench: Workbench) -> None:
+    there, back = bench.edge(slots=2, slot_bytes=1 << 22), bench.edge(slots=2, slot_bytes=1 << 22)
+    bench.process(_flood, there, back, 20)
+    with there.sender() as sender, back.receiver() as receiver:
+        _exchange(sender, receiver, 20)
+
+
+def _flood(there: Ground, back: Ground, count: int) -> None:
+    torch.set_num_threads(1)
+    with there.receiver() as receiver, back.sender() as sender:
+        _exchange(sender, receiver, count)
+
+
+def _exchange(sender: Sender, receiver: Receiver, count: int) -> None:
+    """Send and receive 2 MiB messages, each side as fast as it can, from one thread, as a worker does."""
+    num_sent = num_received = 0
+    end = time.monotonic() + DEADLINE_S
+    while num_received < count or num_sent < count:
+        assert time.monotonic() < end
+        if num_sent < count and sender.room():
+            sender.send(numbered(num_sent, torch.full((1 << 19,), float(num_sent))), 0)
+            num_sent += 1
+        message = receiver.take() if num_received < count else None
+        if message is None:
+            os.sched_yield()
+        else:
+            assert_same(message, numbered(num_received, torch.full((1 << 19,), float(num_received))))
+            num_received += 1
+
+
+def test_the_end_of_a_run_travels_like_any_message_and_the_sender_may_close_behind_it(bench: Workbench) -> None:
+    sender, receiver = bench.ends()
+    sender.send(numbered(0), DEADLINE_S)
+    sender.send(Message(Kind.END, 1, 0), DEADLINE_S)
+    sender.close()
+    assert [receiver.take_within(DEADLINE_S).kind for _ in range(2)] == [Kind.ACTIVATION, Kind.END]
+    with pytest.raises(ChannelClosed):
+        receiver.take()
+
+
+def test_a_full_channel_closes_and_keeps_what_was_sent(bench: Workbench) -> None:
+    """The word that nothing follows needs no slot of its own kind: neither side waits for room."""
+    sender, receiver = bench.ends(slots=2)
+    for batch in range(5):
+        sender.send(numbered(batch), DEADLINE_S)
+        if batch < 3:
+            receiver.take_within(DEADLINE_S)
+    start = time.monotonic()
+    sender.close()
+    assert time.monotonic() - start < 1
+    assert [receiver.take_within(DEADLINE_S).batch for _ in range(2)] == [3, 4]
+    with pytest.raises(ChannelClosed):
+        receiver.take()
+
+
+def test_a_wire_dtype_rounds_the_first_tensor_and_leaves_labels_alone(bench: Workbench) -> None:
+    sender, receiver = bench.ends(slots=2, slot_bytes=320, wire_dtype=torch.bfloat16)
+    h, labels = torch.randn(3, 32), torch.randn(3)  # in float32 they take 512 bytes
+    for batch in range(5):
+        message = numbered(batch, h + batch, labels)
+        sender.send(message, DEADLINE_S)
+        arrived = receiver.take_within(DEADLINE_S)
+        assert_same(arrived, numbered(batch, (h + batch).bfloat16().float(), labels))
+    for payload in ((torch.randn(4).bfloat16(), labels), (torch.randn(4).double(),), (torch.tensor([3]),), ()):
+        message = Message(Kind.GRADIENT, 9, 1, payload)
+        sender.send(message, DEADLINE_S)
+        assert_same(receiver.take_within(DEADLINE_S), message)

@@ -1,0 +1,155 @@
+"""The directed edges of a run, and how a process opens its end of one, whatever carries it.
+
+cut k:   stage k  --activations k->k+1-->  stage k+1        two edges, of one kind
+         stage k  <--gradients k+1->k---   stage k+1
+
+A new kind of channel adds a pair of functions to `_OPEN`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.channels import narrowed
+from pipeline.cut import Cut
+from pipeline.messages import Kind, Message, layout_of
+from pipeline.resolve import Resolved
+from workers.assignment import Names
+from workers.bell import Bell
+from workers.channel import Receiver, Sender
+from workers.gloo import Meeting, Rendezvous
+from workers.remote import RemoteReceiver, RemoteSender
+from workers.shm import ShmReceiver, ShmSender
+
+__all__ = ["Edge", "edges_of", "open_receiver", "open_sender", "rendezvous", "slot_bytes"]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One bounded channel from one stage to another. Can be sent to any process.
+
+    Attributes:
+        kind: what carries it, a key of ``pipeline.channels.CHANNELS``.
+        name: under which both ends find each other.
+        label: what errors call it.
+        source: stage that sends.
+        target: stage that receives.
+        slots: how many messages fit.
+        slot_bytes: bytes of the largest encoded message.
+        wire_dtype: what float32 activations and gradients are narrowed to on their way.
+    """
+
+    kind: str
+    name: str
+    label: str
+    source: int
+    target: int
+    slots: int
+    slot_bytes: int
+    wire_dtype: torch.dtype | None = None
+
+
+def edges_of(resolved: Resolved, names: Names) -> Iterator[Edge]:
+    """All edges of a run, in the one order in which every process opens its own."""
+    plan = resolved.plan
+    for k, (cut, choice) in enumerate(zip(resolved.cuts, resolved.channels, strict=True)):
+        down, up = slot_bytes(cut, plan.wire_dtype)
+        for name, what, source, target, slots, size in (
+            (names.activations(k), "activations", k, k + 1, plan.activation_slots, down),
+            (names.gradients(k), "gradients", k + 1, k, plan.gradient_slots_at(k), up),
+        ):
+            label = f"{what} {source}->{target}"
+            yield Edge(choice.kind, name, label, source, target, slots, size, plan.wire_dtype)
+
+
+def slot_bytes(cut: Cut, wire_dtype: torch.dtype | None = None) -> tuple[int, int]:
+    """Bytes of one slot of the activation channel and of the gradient channel of a cut."""
+    h = torch.empty(cut.activation_shape, dtype=cut.activation_dtype, device="meta")
+    labels = torch.empty(cut.label_shape, dtype=cut.label_dtype, device="meta")
+    down = layout_of(narrowed(Message(Kind.ACTIVATION, 0, 0, (h, labels)), wire_dtype)).total_bytes
+    up = layout_of(narrowed(Message(Kind.GRADIENT, 0, 0, (h,)), wire_dtype)).total_bytes
+    return down, up
+
+
+@contextlib.contextmanager
+def rendezvous(resolved: Resolved) -> Iterator[Rendezvous | None]:
+    """Host, on this host, what the workers of a run need to find each other; None where shared memory does."""
+    if any(choice.kind == "gloo" for choice in resolved.channels):
+        with Rendezvous.hosted() as hosted:
+            yield hosted
+    else:
+        yield None
+
+
+def open_sender(edge: Edge, bell: Callable[[int], Bell | None], meeting: Meeting | None, within_s: float) -> Sender:
+    """Open the sending end of an edge. Each process opens its ends in the order of ``edges_of``.
+
+    Args:
+        edge: the edge.
+        bell: the bell of a stage's worker, for those that the channel rings.
+        meeting: where processes without common memory meet; None where every edge is in shared memory.
+        within_s: how long to look for what is to be there, in seconds.
+
+    Raises:
+        ChannelTimeout: the other end, or the memory, was not there in time.
+
+    Blocks:
+        see ``ShmSender.attach`` and ``RemoteSender.attach``.
+    """
+    return _OPEN[edge.kind][0](edge, bell, meeting, within_s)
+
+
+def open_receiver(edge: Edge, bell: Callable[[int], Bell | None], meeting: Meeting | None, within_s: float) -> Receiver:
+    """Open the receiving end of an edge; as ``open_sender``."""
+    return _OPEN[edge.kind][1](edge, bell, meeting, within_s)
+
+
+_Bells = Callable[[int], Bell | None]
+
+
+def _shm_sender(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
+    return ShmSender.attach(
+        edge.name,
+        label=edge.label,
+        deadline_s=within_s,
+        receiver_bell=bell(edge.target),
+        wire_dtype=edge.wire_dtype,
+    )
+
+
+def _shm_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
+    return ShmReceiver.attach(edge.name, label=edge.label, deadline_s=within_s, sender_bell=bell(edge.source))
+
+
+def _gloo_sender(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
+    assert meeting is not None, "an edge over gloo needs a rendezvous"
+    return RemoteSender.attach(
+        meeting,
+        edge.name,
+        label=edge.label,
+        slots=edge.slots,
+        slot_bytes=edge.slot_bytes,
+        deadline_s=within_s,
+        sender_bell=bell(edge.source),
+        wire_dtype=edge.wire_dtype,
+    )
+
+
+def _gloo_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
+    assert meeting is not None, "an edge over gloo needs a rendezvous"
+    return RemoteReceiver.attach(
+        meeting,
+        edge.name,
+        label=edge.label,
+        slots=edge.slots,
+        slot_bytes=edge.slot_bytes,
+        deadline_s=within_s,
+        receiver_bell=bell(edge.target),
+    )
+
+
+_OPEN = {"shm": (_shm_sender, _shm_receiver), "gloo": (_gloo_sender, _gloo_receiver)}

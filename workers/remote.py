@@ -1,0 +1,217 @@
+"""The ends of a channel between two processes that share no memory; the protocol stands in `workers.remote_end`."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from pipeline.messages import Message
+from workers.bell import Bell
+from workers.channel import Receiver, Sender
+from workers.gloo import Meeting, Pair, PairBroken
+from workers.remote_end import CLOSED, RemoteEnd
+
+__all__ = ["RemoteReceiver", "RemoteSender"]
+
+
+class RemoteSender(Sender, RemoteEnd):
+    """The sending end of a remote channel; see `Sender`. Use `attach`."""
+
+    who, peer = "sender", "receiver"
+    _num_sent = _num_released = 0
+
+    @classmethod
+    def attach(
+        cls,
+        meeting: Meeting,
+        name: str,
+        *,
+        label: str,
+        slots: int,
+        slot_bytes: int,
+        deadline_s: float,
+        sender_bell: Bell | None = None,
+        wire_dtype: torch.dtype | None = None,
+    ) -> RemoteSender:
+        """Meet the receiving end. Whoever attaches several ends does so in an order common to all processes.
+
+        Args:
+            meeting: where both meet.
+            name: the channel's, used once.
+            label: what errors call the channel, like ``"activations 0->1"``.
+            slots: how many messages fit.
+            slot_bytes: largest ``layout_of(message).total_bytes``, as narrowed.
+            deadline_s: seconds from now within which the other end must come.
+            sender_bell: this worker's, rung after each release and when the channel closes or breaks.
+            wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
+
+        Raises:
+            ChannelTimeout: it did not come.
+            ValueError: the ends do not agree on the slots.
+
+        Blocks:
+            until the other end is there, at most ``deadline_s`` to connect and as long again to greet.
+        """
+        pair = Pair.join(meeting, name, 0, deadline_s)
+        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=sender_bell, wire_dtype=wire_dtype)
+        end.start(deadline_s)
+        return end
+
+    def depth(self) -> int:
+        """Number of slots in use; see `End.depth`."""
+        return 0 if self._closed else self._num_sent - self._num_released
+
+    def room(self) -> bool:
+        """Whether a send would not block now; see `Sender.room`. True once the connection broke: a send then raises."""
+        return self._has_room() or self._closed or self._peer_ended or self._broken is not None
+
+    def send(self, message: Message, deadline_s: float) -> None:
+        """Send one message; see `Sender.send`.
+
+        Raises:
+            ChannelBroken: the connection is gone.
+        """
+        if self._closed:
+            self._refuse("the sender")
+        with self._changed:
+            self._within(deadline_s, self._has_room)
+            if self._peer_ended:
+                self._refuse("the receiver")
+            if self._broken is not None:
+                self._break(0.0)
+            index = self._num_sent % self._ring_size
+            try:
+                self._slots[index].write(message)
+            except BaseException as error:
+                error.add_note(f"while sending on {self.label}")
+                raise
+            try:
+                self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
+            except PairBroken as error:
+                self._broken = error
+                self._break(0.0)
+            self._num_sent += 1
+
+    def _has_room(self) -> bool:
+        return self._num_sent - self._num_released < self.capacity
+
+    def _incoming(self) -> list[Tensor]:
+        return self._credits
+
+    def _arrived(self, index: int) -> bool:
+        released = int(self._credits[index])
+        if released == CLOSED:
+            return False
+        if not self._said_end:
+            self._expect(index)  # first, so that there is always one for every credit that can come
+        self._num_released = released
+        return True
+
+    def _say_end(self) -> None:
+        if not self._said_end and self._broken is None:
+            self._said_end = True
+            index = self._num_sent % self._ring_size
+            self._slots[index].write_end()
+            with contextlib.suppress(PairBroken):  # the waiter sees it too
+                self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
+
+
+class RemoteReceiver(Receiver, RemoteEnd):
+    """The receiving end of a remote channel; see `Receiver`. Use `attach`."""
+
+    who, peer = "receiver", "sender"
+    held = _half = 0
+    _num_arrived = _num_read = _num_released = _num_told = _num_credits = 0
+
+    @classmethod
+    def attach(
+        cls,
+        meeting: Meeting,
+        name: str,
+        *,
+        label: str,
+        slots: int,
+        slot_bytes: int,
+        deadline_s: float,
+        receiver_bell: Bell | None = None,
+    ) -> RemoteReceiver:
+        """Meet the sending end; as `RemoteSender.attach`. ``receiver_bell`` is rung after each arrival and at close."""
+        pair = Pair.join(meeting, name, 1, deadline_s)
+        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=receiver_bell)
+        end._half = max(1, slots // 2)
+        end.start(deadline_s)
+        return end
+
+    def depth(self) -> int:
+        """Number of slots in use, as far as messages have arrived; see `End.depth`."""
+        return 0 if self._closed else self._num_arrived - self._num_released
+
+    def poll(self) -> Message | None:
+        """The next message in place, or None; see `Receiver.poll`.
+
+        Raises:
+            ChannelBroken: the connection is gone, and everything that arrived was received.
+        """
+        if self._has_message() or self._closed or self._peer_ended or self._broken is not None:
+            return self.receive(0)
+        return None
+
+    def receive(self, deadline_s: float) -> Message:
+        """The next message in place; see `Receiver.receive`. Raises as `poll`."""
+        if self._closed:
+            self._refuse("the receiver")
+        with self._changed:
+            self._within(deadline_s, self._has_message)
+            if not self._has_message():
+                self._refuse("the sender")
+            slot = self._slots[self._num_read % self._ring_size]
+            self._num_read += 1
+            self.held += 1
+            return slot.read()
+
+    def release(self) -> None:
+        """Free the oldest slot held; see `Receiver.release`."""
+        if not self.held:
+            raise RuntimeError(f"{self.label}: no message is held, so there is nothing to release")
+        self.held -= 1
+        with self._changed:
+            index = self._num_released % self._ring_size
+            self._num_released += 1
+            if not self._said_end and self._broken is None:
+                with contextlib.suppress(PairBroken):  # the waiter sees it too
+                    self._expect(index)
+                    self._give_credit(self._half)
+
+    def _give_credit(self, least: int) -> None:
+        """Tell the sender what was released, once ``least`` slots are in use as far as it knows."""
+        if self._num_released > self._num_told and self._num_arrived - self._num_told >= least:
+            self._num_told = self._num_released
+            self._ship_credit(self._num_told)
+
+    def _ship_credit(self, value: int) -> None:
+        index = self._num_credits % self._ring_size
+        self._num_credits += 1
+        self._credits[index].fill_(value)
+        self._ship(index, self._credits[index])
+
+    def _has_message(self) -> bool:
+        return self._num_arrived > self._num_read
+
+    def _incoming(self) -> list[Tensor]:
+        return self._slot_bytes
+
+    def _arrived(self, index: int) -> bool:
+        if self._slots[index].is_end:
+            return False
+        self._num_arrived += 1
+        if not self._said_end:
+            self._give_credit(self.capacity)  # the sender believes that the channel is full
+        return True
+
+    def _say_end(self) -> None:
+        if not self._said_end and self._broken is None:
+            self._said_end = True
+            with contextlib.suppress(PairBroken):  # the waiter sees it too
+                self._ship_credit(CLOSED)
