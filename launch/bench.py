@@ -21,6 +21,7 @@ from launch.result import SCHEMA
 from launch.rows import DEFAULT_ROWS, ROWS, Contender, Outcome
 from launch.spread import Spread
 from launch.training import resolve_source
+from launch.until import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, break_even, rivals
 from pipeline import Plan, PlanError, Recipe, nearest
 from pipeline.measurements import Measured
 from pipeline.modes import MODES
@@ -56,6 +57,14 @@ class Row:
         return self.contender.engine == "freewheel" and MODES[self.contender.mode].exact
 
     @property
+    def line(self) -> Line:
+        """The row as the verdict sees it."""
+        engine = self.contender.engine
+        ours = UNLOCKED if self.contender.mode == "unlocked" else EXACT if self.exact else OTHERS
+        kind = {"freewheel": ours, "torch": PEERS}.get(engine, "")
+        return Line(self.name, kind, self.rates, [outcome.reached for outcome in self.outcomes])
+
+    @property
     def rates(self) -> list[float]:
         """Samples per second of every round."""
         return [outcome.samples_per_s for outcome in self.outcomes]
@@ -77,7 +86,7 @@ class Row:
 
     def as_dict(self, yardstick: Row, batch_rows: int, emulated: bool) -> dict[str, Any]:
         """One entry of ``rows`` in bench.json; what does not apply is null."""
-        measured, contender = self.typical, self.contender
+        measured, contender, line = self.typical, self.contender, self.line
         stages = measured.stages if measured else ()
         first = stages[0] if stages else None
         latency, age = (first.update_latency_s, first.gradient_age_updates) if first else (None, None)
@@ -100,8 +109,8 @@ class Row:
             "ledger": _ledger(measured, batch_rows) if measured else None,
             "loss": self.last.loss,
             "accuracy": self.last.accuracy,
-            "until_s": None,
-            "until_samples": None,
+            "until_s": line.seconds,
+            "until_samples": None if line.updates is None else line.updates * batch_rows,
         }
 
 
@@ -117,6 +126,7 @@ class Report:
         batch_rows: rows of a batch.
         emulated: compute or links were emulated.
         left_out: rows that could not run here, with the reason.
+        race: the way of the rows to ``plan.until``, if there is one.
     """
 
     verdict: str
@@ -126,6 +136,7 @@ class Report:
     batch_rows: int
     emulated: bool
     left_out: dict[str, str]
+    race: Race | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of bench.json."""
@@ -150,8 +161,8 @@ def bench(
         PlanError: the plan, or a row that was asked for by name, cannot run.
         RunFailed: a run failed.
     """
-    if plan.evaluate_every is not None:
-        raise PlanError("a benchmark evaluates once, at the end of each run: leave --evaluate-every out.")
+    if plan.evaluate_every is not None and plan.until is None:
+        raise PlanError("a benchmark evaluates once, at the end of each run: leave --evaluate-every out, or add until.")
     names = _chosen(options.rows, plan)
     resolved = resolve_source(source, plan)
     folder = rundir.new_run_dir(options.runs, options.name or rundir.default_name(source().name, "bench"))
@@ -163,14 +174,18 @@ def bench(
                 row.outcomes.append(row.contender.train(folder, f"{name}-{number + 1}"))
     ordered = list(rows.values())
     emulated = plan.emulate is not None or plan.link is not None
+    lines, goal = [row.line for row in ordered], resolved.plan.goal
+    race = Race(goal, resolved, lines) if goal is not None else None
+    sentences = [_verdict(ordered, resolved.steps, emulated, race), break_even(lines), race.verdict() if race else ""]
     report = Report(
-        _verdict(ordered, resolved.steps, emulated),
+        " ".join(sentence for sentence in sentences if sentence),
         command,
         environment(),
         ordered,
         resolved.batch_shape[0],
         emulated,
         left_out,
+        race,
     )
     _show(report, console)
     if "all" not in options.rows:
@@ -213,29 +228,20 @@ def _prepared(
     return rows, left_out
 
 
-def _verdict(rows: Sequence[Row], steps: int, emulated: bool) -> str:
+def _verdict(rows: Sequence[Row], steps: int, emulated: bool, race: Race | None) -> str:
     """What unlocking bought, against the best of every kind that was run; losses are said like gains."""
     unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
     if unlocked is None:
         best = max(rows, key=lambda row: Spread.of(row.rates).median)
         return f"The fastest was {best.name}. Nothing unlocked was run."
-    rivals = [
-        ("exact locked row", [row for row in rows if row.exact]),
-        ("torch.distributed.pipelining row", [row for row in rows if row.contender.engine == "torch"]),
-        ("", [row for row in rows if row.contender.engine in ("single", "ddp")]),
-    ]
     parts, slower = [], []
-    for kind, candidates in rivals:
-        chosen = candidates
-        if kind and candidates:
-            chosen = [max(candidates, key=lambda row: Spread.of(row.rates).median)]
-        for row in chosen:
-            ratio = unlocked.speedup(row)
-            parts.append(f"{ratio.times()} {f'the best {kind} ({row.name})' if kind else row.name}")
-            slower += [row.name] if ratio.median < 1 else []
+    for line, called in rivals([row.line for row in rows], lambda line: line.rate):
+        ratio = unlocked.line.speedup(line)
+        parts.append(f"{ratio.times()} {called}")
+        slower += [line.name] if ratio.median < 1 else []
     text = f"Unlocked, {unlocked.contender.stages} stages: throughput {', '.join(parts)}"
     rival = next((row for row in rows if row.exact), rows[0])
-    if unlocked.last.accuracy is not None and rival.last.accuracy is not None and not emulated:
+    if unlocked.last.accuracy is not None and rival.last.accuracy is not None and not emulated and not race:
         text += f"; after the same {steps:,} batches {unlocked.last.accuracy:.1%} right"
         text += f" against {rival.last.accuracy:.1%} ({rival.name})"
     text += "."
@@ -281,6 +287,9 @@ def _show(report: Report, console: Console) -> None:
             f"{entry['accuracy']:.2%}" if scored else f"{entry['loss']:.4f}",
         )
     console.rich.print(table)
+    if report.race is not None:
+        console.rich.print(report.race.table())
+        console.rich.print(f"[dim]{report.race.note()}[/dim]")
     for name, reason in report.left_out.items():
         console.rich.print(f"  left out: {name}  [dim]({reason})[/dim]")
     for row in report.rows:

@@ -7,7 +7,7 @@ loader or activations k-1->k  ->  below  [ Runner ]  down  ->  activations k->k+
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pipeline.loader import inputs
@@ -27,8 +27,8 @@ __all__ = ["Ports", "attached"]
 class Loading:
     """The data as an inlet."""
 
-    def __init__(self, assignment: Assignment, recipe: Recipe, record: Recorder) -> None:
-        self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps)
+    def __init__(self, assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[], bool]) -> None:
+        self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps, enough)
         self._record = record
 
     def take(self) -> Message | None:
@@ -109,8 +109,14 @@ class Ports:
 
 
 @contextlib.contextmanager
-def attached(assignment: Assignment, recipe: Recipe, record: Recorder) -> Iterator[Ports]:
+def attached(assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[], bool]) -> Iterator[Ports]:
     """Attach a worker's ends of all its channels; closes them on the way out.
+
+    Args:
+        assignment: whose channels.
+        recipe: gives the data of stage 0.
+        record: told what the worker turns to.
+        enough: asked by stage 0 before every training batch; once it is, the run comes to its end.
 
     Raises:
         TimeoutError: something was not there in time.
@@ -134,7 +140,7 @@ def attached(assignment: Assignment, recipe: Recipe, record: Recorder) -> Iterat
         first, last = k == 0, assignment.last
         yield Ports(
             bell=bell(k),
-            below=Loading(assignment, recipe, record)
+            below=Loading(assignment, recipe, record, enough)
             if first
             else taking(names.activations(k - 1), f"activations {k - 1}->{k}", k - 1),
             above=None if last else taking(names.gradients(k), f"gradients {k + 1}->{k}", k + 1),
