@@ -14,7 +14,7 @@ from launch.timed import TimedLoop
 from pipeline.optimizers import build_optimizer
 from pipeline.partition import layers_of
 from pipeline.plan import Plan
-from pipeline.recipe import Recipe, build_model
+from pipeline.recipe import Recipe, build_model, open_data
 from pipeline.scores import scores_of
 from pipeline.seeding import seeded
 from pipeline.until import Reached
@@ -95,6 +95,7 @@ def _main(job: _Job, connection: Connection) -> None:
     assert optimizer is not None, "the recipe's model has parameters"
     loop = TimedLoop(job.plan, job.warmup, look=lambda: scores_of(recipe, modules))
     value = float("nan")
+    open_data(recipe, job.plan)
     for step in loop:
         with seeded(job.plan.seed, "batch", step):
             inputs, labels = recipe.batch(step)

@@ -26,7 +26,8 @@ class TimedLoop:
     Args:
         plan: steps, and what is to be reached with how many looks.
         warmup: first batches that are not timed.
-        look: scores of one pass over the held-out batches, with the weights of that moment; called only with ``until``.
+        look: scores of one pass over the held-out batches, with the weights of that moment; None: nothing is to be
+            reached.
         together: called before the clock starts, e.g. a barrier.
 
     Attributes:
@@ -37,7 +38,7 @@ class TimedLoop:
 
     plan: Plan
     warmup: int
-    look: Callable[[], Scores]
+    look: Callable[[], Scores] | None = None
     together: Callable[[], None] = lambda: None
     batches: int = 0
     seconds: float = 0.0
@@ -45,7 +46,7 @@ class TimedLoop:
 
     def __iter__(self) -> Iterator[int]:
         steps, goal = self.plan.steps or 0, self.plan.goal
-        looks = evaluation_steps(self.plan, steps) if goal is not None else set()
+        looks = evaluation_steps(self.plan, steps)
         start = begin = 0.0
         for step in range(steps):
             if step in (0, self.warmup):
@@ -58,6 +59,7 @@ class TimedLoop:
             self.seconds = now - begin
             if goal is None or trained not in looks:
                 continue
+            assert self.look is not None, "who has a goal looks whether it is met"
             scores = self.look()
             loss, accuracy = scores.loss(), scores.accuracy()
             if goal.met(loss, accuracy):

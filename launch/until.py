@@ -120,9 +120,9 @@ class Race:
         there = [line for line in self.lines if line.always]
         steps = f"{self.resolved.steps:,} batches"
         if not there:
-            return f"{self.goal}: no row reached it in every round within {steps}.{self._partly()}"
+            return f"To {self.goal}: no row reached it in every round within {steps}.{self._partly()}"
         first = min(there, key=lambda line: line.seconds or 0.0)
-        text = f"{self.goal}: {first.name} was first, after {first.seconds:.2f} s and {first.updates:,.0f} batches."
+        text = f"To {self.goal}: {first.name} was first, after {first.seconds:.2f} s and {first.updates:,.0f} batches."
         unlocked = next((line for line in self.lines if line.kind == UNLOCKED), None)
         if unlocked is not None and unlocked.always:
             text += self._of_unlocked(unlocked, there)
@@ -134,21 +134,22 @@ class Race:
     def table(self) -> Table:
         """One line per row."""
         yardstick = self.lines[0]
-        title = f"on the way to {self.goal}; x: over {yardstick.name}"
+        title = f"to {self.goal}, in batches of {self.resolved.batch_shape[0]}; x: over {yardstick.name}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("mode", no_wrap=True)
-        for name in ("reached", "seconds", "batches", "samples", "x seconds", "x samples"):
+        for name in ("reached", "seconds", "x seconds", "batches", "x batches"):
             table.add_column(name, justify="right", no_wrap=True)
-        rows = self.resolved.batch_shape[0]
         for line in self.lines:
             share = f"{len(line.found)} of {len(line.reached)}"
             if line.seconds is None or line.updates is None:
-                table.add_row(line.name, share, *"-----")
+                table.add_row(line.name, share, *"----")
                 continue
             spread = Spread.of([one.seconds for one in line.found])
-            ratios = [f"{ratio.median:.2f}" for ratio in line.over(yardstick)] if yardstick.always else ["-", "-"]
+            x_seconds, x_batches = (
+                [f"{ratio.median:.2f}" for ratio in line.over(yardstick)] if yardstick.always else "--"
+            )
             seconds = f"{spread.median:.2f} ({spread.min:.2f}-{spread.max:.2f})"
-            table.add_row(line.name, share, seconds, f"{line.updates:,.0f}", f"{line.updates * rows:,.0f}", *ratios)
+            table.add_row(line.name, share, seconds, x_seconds, f"{line.updates:,.0f}", x_batches)
         return table
 
     def note(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.loader import inputs
 from pipeline.messages import Message
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, open_data
 from pipeline.spans import Recorder, Span
 from workers.assignment import Assignment
 from workers.bell import Bell
@@ -28,6 +28,7 @@ class Loading:
     """The data as an inlet."""
 
     def __init__(self, assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[], bool]) -> None:
+        open_data(recipe, assignment.plan)
         self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps, enough)
         self._record = record
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from launch.timed import TimedLoop
 from pipeline.errors import PlanError
 from pipeline.partition import Layer, layers_of
 from pipeline.plan import Plan
-from pipeline.recipe import Recipe, build_model
+from pipeline.recipe import Recipe, build_model, open_data
 from pipeline.scores import Scores, scores_of
 
 __all__ = ["Training", "assembled", "broadcast"]
@@ -51,7 +52,7 @@ class Training:
         rank: int,
         step: Callable[[int], float | None],
         whole: Callable[[], Sequence[Layer]],
-        look: Callable[[], Scores],
+        look: Callable[[], Scores] | None,
     ) -> RankRun:
         """Train, then evaluate and write the weights in rank 0.
 
@@ -60,10 +61,12 @@ class Training:
             rank: of this process.
             step: trains on one batch; its loss, where this rank computes it.
             whole: gives the trained network; called in all ranks or in none.
-            look: this rank's part of the scores of one pass over the held-out batches; with ``until`` called between
-                steps, in all ranks or in none.
+            look: this rank's part of the scores of one pass over the held-out batches; called between steps, in all
+                ranks or in none. None: nothing is to be reached.
         """
-        loop, value = TimedLoop(self.plan, self.warmup, lambda: _summed(look()), dist.barrier), None
+        summed = None if look is None else partial(_summed, look)
+        loop, value = TimedLoop(self.plan, self.warmup, summed, dist.barrier), None
+        open_data(recipe, self.plan)
         for index in loop:
             value = step(index)
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -112,8 +115,9 @@ def broadcast(tensor: Tensor, owner: int) -> Tensor:
     return flat.reshape(tensor.shape)
 
 
-def _summed(part: Scores) -> Scores:
+def _summed(look: Callable[[], Scores]) -> Scores:
     """The scores of all ranks together, the same in every rank: they all stop, or none does."""
+    part = look()
     sums = torch.tensor([part.loss_sum, part.rows, part.correct, part.answers], dtype=torch.float64)
     dist.all_reduce(sums)
     loss_sum, rows, correct, answers = sums.tolist()

@@ -8,8 +8,9 @@ raises and the others wait for it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 
+from launch.peers.forward import ForwardPass
 from launch.peers.loop import Training, assembled
 from launch.peers.placement import Placement, check_microbatches, place
 from launch.peers.ranks import run_ranks
@@ -26,12 +28,9 @@ from pipeline.optimizers import build_optimizer
 from pipeline.partition import Layer, layers_of, split
 from pipeline.recipe import Recipe, build_model
 from pipeline.resolve import Resolved
-from pipeline.scores import Scores
 from pipeline.seeding import derived_seed, seeded
 
 __all__ = ["run_torch_schedule"]
-
-_AnySchedule = PipelineScheduleSingle | PipelineScheduleMulti
 
 
 def run_torch_schedule(
@@ -51,7 +50,7 @@ def run_torch_schedule(
 
     Losses of microbatches are means over equal numbers of rows, and torch divides the summed gradients by the number of
     microbatches: the step is that of the whole batch. BatchNorm sees one microbatch at a time. A look at the held-out
-    data takes its batches through the same stages by the same schedule, forward only.
+    data takes its batches through the same stages, forward only.
 
     Args:
         source: makes the recipe.
@@ -96,8 +95,8 @@ class _Work:
         local = [layer for index in mine for layer in stages[index]]
         torch.manual_seed(derived_seed(plan.seed, "rank", rank))
         chains = {index: _chain(stages[index], is_first=index == 0) for index in mine}
-        schedule = self._schedule([self._stage(index, chain) for index, chain in chains.items()], recipe.loss)
-        looking = self._looking(chains) if plan.until is not None else None
+        schedule = self._schedule(recipe, [self._stage(index, chain) for index, chain in chains.items()])
+        look = partial(ForwardPass(self.placement, chains).scores, recipe) if plan.until is not None else None
         parameters = [p for layer in local for p in layer.module.parameters() if p.requires_grad]
         optimizer = build_optimizer(plan.optimizer, parameters)
         first, last = 0 in mine, len(stages) - 1 in mine
@@ -112,45 +111,14 @@ class _Work:
                 optimizer.step()
             return float(torch.stack(losses).detach().mean()) if last else None
 
-        def look() -> Scores:
-            assert looking is not None, "looks are taken on the way to a goal only"
-            return self._look(recipe, looking, chains.values(), first=first, last=last)
-
-        return self.training.run(
-            recipe, rank, step, lambda: assembled(recipe, plan, local, self.placement.owners, rank), look
-        )
-
-    @torch.no_grad()
-    def _look(
-        self, recipe: Recipe, looking: _AnySchedule, chains: Iterable[nn.Sequential], *, first: bool, last: bool
-    ) -> Scores:
-        """One pass over the held-out batches; the rank of the last stage has the scores, the others have none.
-
-        The schedule's shapes are fixed: a batch with fewer rows is filled up, and what comes out of that is left out.
-        """
-        scores, rows = Scores(), self.placement.edges[0].shape[0] * self.microbatches
-        for chain in chains:
-            chain.eval()
-        for inputs, labels in recipe.evaluation() if recipe.evaluation else ():
-            output = looking.step(*((_filled(inputs, rows),) if first else ()))
-            if last:
-                scores.add(recipe, output[: len(labels)], labels)
-        for chain in chains:
-            chain.train()
-        return scores
+        whole = partial(assembled, recipe, plan, local, self.placement.owners, rank)
+        return self.training.run(recipe, rank, step, whole, look)
 
     def _batch(self, recipe: Recipe, index: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """What ``schedule.step`` takes: the inputs in the first stage, the labels in the last one."""
         with seeded(self.training.plan.seed, "batch", index):
             inputs, labels = recipe.batch(index)
         return (inputs,), {"target": labels}
-
-    def _looking(self, chains: Mapping[int, nn.Sequential]) -> _AnySchedule:
-        """The schedule on stages of its own around the same modules: without a loss it goes forward only.
-
-        One schedule for both would set up all its connections anew at every change between the two.
-        """
-        return self._schedule([self._stage(index, chain) for index, chain in chains.items()], None)
 
     def _stage(self, index: int, chain: nn.Sequential) -> PipelineStage:
         before, after = self.placement.edges[index : index + 2]
@@ -163,10 +131,10 @@ class _Work:
             output_args=(after.example(requires_grad=True),),
         )
 
-    def _schedule(self, stages: list[PipelineStage], loss: Callable[[Tensor, Tensor], Tensor] | None) -> _AnySchedule:
+    def _schedule(self, recipe: Recipe, stages: list[PipelineStage]) -> PipelineScheduleSingle | PipelineScheduleMulti:
         kind: Any = get_schedule_class(self.schedule)
         given = stages if issubclass(kind, PipelineScheduleMulti) else stages[0]
-        schedule: _AnySchedule = kind(given, self.microbatches, loss_fn=loss)
+        schedule: PipelineScheduleSingle | PipelineScheduleMulti = kind(given, self.microbatches, loss_fn=recipe.loss)
         return schedule
 
 
@@ -181,9 +149,3 @@ def _chain(layers: Sequence[Layer], *, is_first: bool) -> nn.Sequential:
     writes_to_input = any(getattr(module, "inplace", False) for module in layers[0].module.modules())
     head = [_Own()] if writes_to_input and not is_first else []
     return nn.Sequential(*head, *(layer.module for layer in layers)).train()
-
-
-def _filled(inputs: Tensor, rows: int) -> Tensor:
-    """Inputs of exactly ``rows`` rows: the first one again and again where some are missing."""
-    missing = rows - len(inputs)
-    return torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])]) if missing else inputs
