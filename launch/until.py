@@ -18,7 +18,9 @@ from pipeline.until import Goal, Reached
 
 __all__ = ["EXACT", "OTHERS", "PEERS", "UNLOCKED", "Line", "Race", "break_even", "rivals"]
 
-UNLOCKED, EXACT, PEERS = "unlocked", "exact locked row", "torch.distributed.pipelining row"
+UNLOCKED = "unlocked"
+EXACT = "exact locked row"
+PEERS = "torch.distributed.pipelining row"
 OTHERS = "other mode of ours"
 
 
