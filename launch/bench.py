@@ -20,6 +20,7 @@ from launch.result import SCHEMA
 from launch.rows import DEFAULT_ROWS, ROWS, Contender, Outcome
 from launch.spread import Spread
 from launch.training import resolve_source
+from launch.until import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, break_even, rivals
 from pipeline import Plan, PlanError, Recipe, nearest
 from pipeline.measurements import Measured
 from pipeline.modes import MODES
@@ -55,6 +56,14 @@ class Row:
         return self.contender.engine == "freewheel" and MODES[self.contender.mode].exact
 
     @property
+    def line(self) -> Line:
+        """The row as the verdict sees it."""
+        engine = self.contender.engine
+        ours = UNLOCKED if self.contender.mode == "unlocked" else EXACT if self.exact else OTHERS
+        kind = {"freewheel": ours, "torch": PEERS}.get(engine, "")
+        return Line(self.name, kind, self.rates, [outcome.reached for outcome in self.outcomes])
+
+    @property
     def rates(self) -> list[float]:
         """Samples per second of every round."""
         return [outcome.samples_per_s for outcome in self.outcomes]
@@ -80,7 +89,7 @@ class Row:
 
     def as_dict(self, yardstick: Row, batch_rows: int, emulated: bool) -> dict[str, Any]:
         """One entry of ``rows`` in bench.json; what does not apply is null."""
-        measured, contender = self.typical, self.contender
+        measured, contender, line = self.typical, self.contender, self.line
         stages = measured.stages if measured else ()
         first = stages[0] if stages else None
         latency, age = (first.update_latency_s, first.gradient_age_updates) if first else (None, None)
@@ -107,8 +116,8 @@ class Row:
             "ledger": _ledger(measured, batch_rows) if measured else None,
             "loss": self.last.loss,
             "accuracy": self.last.accuracy,
-            "until_s": None,
-            "until_samples": None,
+            "until_s": line.seconds,
+            "until_samples": None if line.updates is None else line.updates * batch_rows,
         }
 
 
@@ -125,6 +134,7 @@ class Report:
         environment: where it was measured.
         rows: the contenders; ratios are over the first one.
         left_out: rows that could not run here, with the reason.
+        race: the way of the rows to ``plan.until``, if there is one.
     """
 
     recipe: str
@@ -135,6 +145,7 @@ class Report:
     environment: dict[str, Any]
     rows: list[Row]
     left_out: dict[str, str]
+    race: Race | None = None
 
     @property
     def batch_rows(self) -> int:
@@ -210,9 +221,13 @@ class Comparison:
     def report(self, command: list[str]) -> Report:
         """What the rounds so far say, at least one."""
         rows = list(self.rows.values())
-        plan = self.resolved.plan
-        verdict = _verdict(rows, self.resolved.steps, _emulated(plan), rounded=plan.wire_dtype is not None)
-        return Report(self.recipe, self.resolved, self.folder, verdict, command, environment(), rows, self.left_out)
+        lines, goal = [row.line for row in rows], self.resolved.plan.goal
+        race = Race(goal, self.resolved, lines) if goal is not None else None
+        sentences = [_verdict(rows, self.resolved, race), break_even(lines), race.verdict() if race else ""]
+        verdict = " ".join(sentence for sentence in sentences if sentence)
+        return Report(
+            self.recipe, self.resolved, self.folder, verdict, command, environment(), rows, self.left_out, race
+        )
 
 
 def bench(
@@ -244,8 +259,8 @@ def chosen_rows(wanted: Sequence[str], plan: Plan) -> list[str]:
     Raises:
         PlanError: no such row, or one that cannot run with this plan; or the plan evaluates on the way.
     """
-    if plan.evaluate_every is not None:
-        raise PlanError("a benchmark evaluates once, at the end of each run: leave --evaluate-every out.")
+    if plan.evaluate_every is not None and plan.until is None:
+        raise PlanError("a benchmark evaluates once, at the end of each run: leave --evaluate-every out, or add until.")
     for name in wanted:
         if name != "all" and name not in ROWS:
             raise PlanError(nearest(name, [*ROWS, "all"], "row"))
@@ -298,30 +313,22 @@ def _emulated(plan: Plan) -> bool:
     return plan.emulate is not None or plan.link is not None
 
 
-def _verdict(rows: Sequence[Row], steps: int, emulated: bool, rounded: bool = False) -> str:
+def _verdict(rows: Sequence[Row], resolved: Resolved, race: Race | None) -> str:
     """What unlocking bought, against the best of every kind that was run; losses are said like gains."""
     unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
     if unlocked is None:
         best = max(rows, key=lambda row: Spread.of(row.rates).median)
         return f"The fastest was {best.name}. Nothing unlocked was run."
-    rivals = [
-        ("locked row" if rounded else "exact locked row", [row for row in rows if row.exact]),
-        ("torch.distributed.pipelining row", [row for row in rows if row.contender.engine == "torch"]),
-        ("", [row for row in rows if row.contender.engine in ("single", "ddp")]),
-    ]
+    emulated, rounded = _emulated(resolved.plan), resolved.plan.wire_dtype is not None
     parts, slower = [], []
-    for kind, candidates in rivals:
-        chosen = candidates
-        if kind and candidates:
-            chosen = [max(candidates, key=lambda row: Spread.of(row.rates).median)]
-        for row in chosen:
-            ratio = unlocked.speedup(row)
-            parts.append(f"{ratio.times()} {f'the best {kind} ({row.name})' if kind else row.name}")
-            slower += [row.name] if ratio.median < 1 else []
+    for line, called in rivals([row.line for row in rows], lambda line: line.rate):
+        ratio = unlocked.line.speedup(line)
+        parts.append(f"{ratio.times()} {called.replace('exact ', '') if rounded else called}")
+        slower += [line.name] if ratio.median < 1 else []
     text = f"Unlocked, {unlocked.contender.stages} stages: throughput {', '.join(parts)}"
     rival = next((row for row in rows if row.exact), rows[0])
-    if unlocked.last.accuracy is not None and rival.last.accuracy is not None and not emulated:
-        text += f"; after the same {steps:,} batches {unlocked.last.accuracy:.1%} right"
+    if unlocked.last.accuracy is not None and rival.last.accuracy is not None and not emulated and not race:
+        text += f"; after the same {resolved.steps:,} batches {unlocked.last.accuracy:.1%} right"
         text += f" against {rival.last.accuracy:.1%} ({rival.name})"
     text += "."
     if slower:
@@ -367,6 +374,9 @@ def show(report: Report, console: Console) -> None:
             f"{entry['accuracy']:.2%}" if scored else f"{entry['loss']:.4f}",
         )
     console.rich.print(table)
+    if report.race is not None:
+        console.rich.print(report.race.table())
+        console.rich.print(f"[dim]{report.race.note()}[/dim]")
     for name, reason in report.left_out.items():
         console.rich.print(f"  left out: {name}  [dim]({reason})[/dim]")
     for row in report.rows:

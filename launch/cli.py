@@ -103,6 +103,8 @@ def _train(recipe: str, arguments: list[str]) -> int:
 def _after_training(recipe: str, arguments: list[str], plan: Plan, steps: int) -> tuple[str, str]:
     """A benchmark of the same training: what is only about this run, or refused by bench, is left out."""
     left_out = ["--mode", "--name", "--json", "--microbatches"]
+    if plan.until is None:
+        left_out.append("--evaluate-every")
     if not plan.unlocked:
         left_out.append("--dni.")
     if steps < 2:

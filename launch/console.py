@@ -20,7 +20,7 @@ from workers.shared import needed_bytes
 
 __all__ = ["Console", "stage_table"]
 
-_COLUMNS = ("forward", "backward", "dni", "relay", "communication", "load", "waiting", "other")
+_COLUMNS = ("forward", "backward", "dni", "relay", "communication", "load", "evaluate", "waiting", "other")
 
 
 class Console:
@@ -82,7 +82,7 @@ class Console:
     def finished(self, result: Result) -> None:
         """The last screen of a training run."""
         self._print_whole(f"\n[bold]{escape(result.summary())}[/bold]")
-        if result.resolved.steps > 1:
+        if result.steps > 1:
             self.rich.print(stage_table(result.measured))
             self.rich.print(f"[dim]{_legend(result.measured)}[/dim]")
         if dropped := sum(record.dropped for record in result.finished.values()):
@@ -134,7 +134,7 @@ def _legend(measured: Measured) -> str:
     return text
 
 
-_SHORT = {"communication": "send+recv", "waiting": "wait", "backward": "back+step"}
+_SHORT = {"communication": "send+recv", "evaluate": "eval", "waiting": "wait", "backward": "back+step"}
 _TARGETS = {
     "bootstrap": "a DNI learns from the synthetic gradient above it",
     "true": "every DNI learns from the true gradient, late",

@@ -93,7 +93,7 @@ AXES = (
 """Everything a comparison can run over."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sweep(Report):
     """A report at the plan's own point, and the reports of all points.
 

@@ -16,6 +16,7 @@ from launch.rundir import read_spans
 from pipeline.measurements import Measured, measure
 from pipeline.resolve import Resolved
 from pipeline.spans import Spans
+from pipeline.until import Reached
 from workers.records import Finished, Scored
 
 __all__ = ["SCHEMA", "Result"]
@@ -34,6 +35,7 @@ class Result:
         losses: training loss of every batch.
         scores: every pass over the held-out batches.
         finished: what each worker reported at its end.
+        met: the first pass over the held-out batches that met ``plan.until``; None: none did, or not asked for.
     """
 
     resolved: Resolved
@@ -42,6 +44,29 @@ class Result:
     losses: list[float] = field(default_factory=list)
     scores: list[Scored] = field(default_factory=list)
     finished: dict[int, Finished] = field(default_factory=dict)
+    met: Scored | None = None
+
+    @property
+    def steps(self) -> int:
+        """Batches that were trained on; fewer than planned when ``plan.until`` ended the run."""
+        return len(self.losses)
+
+    @property
+    def start_ns(self) -> int:
+        """When the first worker began, on the common clock."""
+        return min(int(spans.start_ns[0]) for spans in self.spans)
+
+    @property
+    def reached(self) -> Reached | None:
+        """When ``plan.until`` was met. The batches that were under way by then were trained as well (``steps``)."""
+        if self.met is None:
+            return None
+        return Reached(
+            updates=self.met.updates,
+            seconds=(self.met.time_ns - self.start_ns) * 1e-9,
+            loss=self.met.loss,
+            accuracy=self.met.accuracy,
+        )
 
     @property
     def loss(self) -> float:
@@ -63,14 +88,13 @@ class Result:
     @cached_property
     def measured(self) -> Measured:
         """Figures from the spans; the first tenth of the batches does not count."""
-        warmup = max(1, min(self.resolved.steps // 10, self.resolved.steps - 1))
         sent = [(self.finished[k].down_bytes, self.finished[k].up_bytes) for k in sorted(self.finished)]
-        return measure(self.spans, warmup, sent)
+        return measure(self.spans, self.resolved.warmup, sent)
 
     @property
     def samples_per_s(self) -> float | None:
         """Throughput in the steady state; None for a run of one batch."""
-        return self.measured.samples_per_s(self.resolved.batch_shape[0]) if self.resolved.steps > 1 else None
+        return self.measured.samples_per_s(self.resolved.batch_shape[0]) if self.steps > 1 else None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the whole network under the unsplit model's names."""
@@ -92,30 +116,42 @@ class Result:
     def summary(self) -> str:
         """A few lines: what was run, how well it learned, how fast, and where it lies."""
         plan = self.resolved.plan
-        steps, rows = self.resolved.steps, self.resolved.batch_shape[0]
+        steps, rows = self.steps, self.resolved.batch_shape[0]
         speed = f"{self.samples_per_s:,.0f} samples/s" if self.samples_per_s is not None else "one batch only"
         learned = f"loss {self.loss:.4f}"
         if self.accuracy is not None:
             learned += f", accuracy {self.accuracy:.2%}"
         return (
             f"{plan.mode}, {plan.stages} {'stage' if plan.stages == 1 else 'stages'}, {steps:,} batches of {rows}: "
-            f"{learned}\n{speed}, {self.seconds:.1f} s, in {self.run_dir}"
+            f"{learned}{self._goal_line()}\n{speed}, {self.seconds:.1f} s, in {self.run_dir}"
         )
+
+    def _goal_line(self) -> str:
+        goal, reached = self.resolved.plan.goal, self.reached
+        if goal is None:
+            return ""
+        if reached is None:
+            return f"\n{goal} was not reached"
+        over = self.steps - reached.updates
+        text = f"\n{goal} reached after {reached.updates:,} batches, {reached.seconds:.2f} s"
+        return f"{text} ({over:,} more {'was' if over == 1 else 'were'} under way)" if over else text
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of result.json."""
-        plan = self.resolved.plan
-        measured = self.measured if self.resolved.steps > 1 else None
+        plan, reached, rows = self.resolved.plan, self.reached, self.resolved.batch_shape[0]
+        measured = self.measured if self.steps > 1 else None
         return {
             "schema": SCHEMA,
             "mode": plan.mode,
             "stages": plan.stages,
-            "steps": self.resolved.steps,
-            "samples": self.resolved.steps * self.resolved.batch_shape[0],
+            "steps": self.steps,
+            "samples": self.steps * rows,
             "loss": self.loss,
             "accuracy": self.accuracy,
             "samples_per_s": self.samples_per_s,
             "seconds": self.seconds,
+            "until_s": reached.seconds if reached else None,
+            "until_samples": reached.updates * rows if reached else None,
             "run": str(self.run_dir),
             "sizes": list(self.resolved.sizes),
             "dropped_targets": [self.finished[k].dropped for k in sorted(self.finished)],

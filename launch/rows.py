@@ -20,8 +20,9 @@ from pipeline import DNIPlan, Plan, PlanError, Recipe
 from pipeline.measurements import Measured
 from pipeline.modes import MODES
 from pipeline.resolve import Resolved
+from pipeline.until import Reached
 
-__all__ = ["DEFAULT_ROWS", "ROWS", "Contender", "Outcome", "warmup_of"]
+__all__ = ["DEFAULT_ROWS", "ROWS", "Contender", "Outcome"]
 
 _MICROBATCHES = (2, 4, 8)
 _TRIAL_STEPS = 12
@@ -36,8 +37,9 @@ class Outcome:
         loss: held-out loss, or the last training loss without held-out data.
         accuracy: held-out accuracy, if the recipe counts right answers.
         peak_memory_bytes: of every process.
-        measured: our own figures from the spans; None for what others run.
+        measured: our own figures from the spans; None for what others run, and for a run of one batch.
         run_dir: folder of our own run, where its spans lie; None for what others run.
+        reached: when ``plan.until`` was met; None: never, or not asked for.
     """
 
     samples_per_s: float
@@ -46,6 +48,7 @@ class Outcome:
     peak_memory_bytes: tuple[int, ...]
     measured: Measured | None = None
     run_dir: Path | None = None
+    reached: Reached | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +76,16 @@ Source = Callable[[], Recipe]
 Prepare = Callable[[Source, Resolved, Path], Contender]
 
 
-def warmup_of(steps: int) -> int:
-    """Batches that do not count: a tenth, at least one."""
-    return max(1, min(steps // 10, steps - 1))
-
-
-def _rate(done: SingleRun | PeerRun, resolved: Resolved) -> float:
-    return done.batches * resolved.batch_shape[0] / done.seconds
+def _outcome(done: SingleRun | PeerRun, resolved: Resolved) -> Outcome:
+    rate = done.batches * resolved.batch_shape[0] / done.seconds
+    peaks = done.peak_memory_bytes if isinstance(done, PeerRun) else (done.peak_memory_bytes,)
+    return Outcome(rate, done.loss, done.accuracy, peaks, reached=done.reached)
 
 
 def _single(threads: int) -> Prepare:
     def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
         def train(runs: Path, name: str) -> Outcome:
-            done = run_single(source, resolved.plan, threads=threads, warmup=warmup_of(resolved.steps))
-            return Outcome(_rate(done, resolved), done.loss, done.accuracy, (done.peak_memory_bytes,))
+            return _outcome(run_single(source, resolved.plan, threads=threads, warmup=resolved.warmup), resolved)
 
         return Contender(engine="single", mode="backprop", stages=1, threads=threads, train=train)
 
@@ -97,8 +96,7 @@ def _ddp(source: Source, resolved: Resolved, runs: Path) -> Contender:
     ranks, threads = resolved.plan.stages, resolved.plan.threads
 
     def train(runs: Path, name: str) -> Outcome:
-        done = run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=warmup_of(resolved.steps))
-        return Outcome(_rate(done, resolved), done.loss, done.accuracy, done.peak_memory_bytes)
+        return _outcome(run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=resolved.warmup), resolved)
 
     return Contender(engine="ddp", mode="backprop", stages=ranks, threads=threads, train=train)
 
@@ -110,9 +108,9 @@ def _torch(schedule: str) -> Prepare:
 
         def train(runs: Path, name: str) -> Outcome:
             done = run_torch_schedule(
-                source, resolved, schedule, microbatches=parts, threads=threads, warmup=warmup_of(resolved.steps)
+                source, resolved, schedule, microbatches=parts, threads=threads, warmup=resolved.warmup
             )
-            return Outcome(_rate(done, resolved), done.loss, done.accuracy, done.peak_memory_bytes)
+            return _outcome(done, resolved)
 
         return Contender(
             engine="torch",
@@ -147,16 +145,17 @@ def _ours(mode: str) -> Prepare:
 def _train_ours(source: Source, resolved: Resolved, runs: Path, name: str) -> Outcome:
     result = run(source, resolved, runs, name, Console(quiet=True))
     peaks = tuple(result.finished[k].peak_memory_bytes for k in sorted(result.finished))
-    return Outcome(
-        result.samples_per_s or float("nan"), result.loss, result.accuracy, peaks, result.measured, result.run_dir
-    )
+    rate = result.samples_per_s or result.steps * resolved.batch_shape[0] / result.seconds
+    measured = result.measured if result.steps > 1 else None
+    return Outcome(rate, result.loss, result.accuracy, peaks, measured, result.run_dir, result.reached)
 
 
 def _fastest_cut(source: Source, plan: Plan, rows: int, runs: Path) -> int:
     """The number of microbatches that runs fastest in a short trial."""
     tried: dict[int, float] = {}
+    short = replace(plan, steps=_TRIAL_STEPS, evaluate_every=None, until=None)
     for parts in (parts for parts in _MICROBATCHES if rows % parts == 0):
-        trial = resolve_source(source, replace(plan, microbatches=parts, steps=_TRIAL_STEPS))
+        trial = resolve_source(source, replace(short, microbatches=parts))
         tried[parts] = _train_ours(source, trial, runs, f"{plan.mode}-trial-{parts}").samples_per_s
     if not tried:
         raise PlanError(f"{plan.mode} needs a batch that 2, 4 or 8 divides, not {rows} rows: change --batch.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -11,12 +10,14 @@ from multiprocessing.connection import Connection
 import msgspec
 import torch
 
+from launch.timed import TimedLoop
 from pipeline.optimizers import build_optimizer
 from pipeline.partition import layers_of
 from pipeline.plan import Plan
-from pipeline.recipe import Recipe, build_model
-from pipeline.scores import Scores
+from pipeline.recipe import Recipe, build_model, open_data
+from pipeline.scores import scores_of
 from pipeline.seeding import seeded
+from pipeline.until import Reached
 from workers.processes import process_context
 
 __all__ = ["SingleRun", "run_single"]
@@ -27,10 +28,11 @@ class SingleRun(msgspec.Struct, frozen=True):
 
     Attributes:
         batches: training batches after the warm-up.
-        seconds: how long they took.
+        seconds: how long they took, looks at the held-out data between them included.
         loss: held-out loss, or the last training loss without held-out data.
         accuracy: held-out accuracy, if the recipe counts right answers.
         peak_memory_bytes: peak resident memory.
+        reached: when ``plan.until`` was met, which ended the run; None: never, or not asked for.
     """
 
     batches: int
@@ -38,6 +40,7 @@ class SingleRun(msgspec.Struct, frozen=True):
     loss: float
     accuracy: float | None
     peak_memory_bytes: int
+    reached: Reached | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def run_single(
 
     Args:
         source: makes the recipe.
-        plan: steps, seed and optimizer.
+        plan: steps, seed and optimizer, and what ends the run before its last step.
         threads: compute threads.
         warmup: first batches that are not timed.
         within_s: how long it may take.
@@ -86,15 +89,14 @@ def run_single(
 
 def _main(job: _Job, connection: Connection) -> None:
     torch.set_num_threads(job.threads)
-    recipe, steps = job.source(), job.plan.steps or 0
+    recipe = job.source()
     modules = torch.nn.Sequential(*(layer.module for layer in layers_of(build_model(recipe, job.plan.seed)))).train()
     optimizer = build_optimizer(job.plan.optimizer, [p for p in modules.parameters() if p.requires_grad])
     assert optimizer is not None, "the recipe's model has parameters"
-    begin = time.perf_counter()
+    loop = TimedLoop(job.plan, job.warmup, look=lambda: scores_of(recipe, modules))
     value = float("nan")
-    for step in range(steps):
-        if step == job.warmup:
-            begin = time.perf_counter()
+    open_data(recipe, job.plan)
+    for step in loop:
         with seeded(job.plan.seed, "batch", step):
             inputs, labels = recipe.batch(step)
         loss = recipe.loss(modules(inputs), labels)
@@ -102,17 +104,8 @@ def _main(job: _Job, connection: Connection) -> None:
         loss.backward()
         optimizer.step()
         value = float(loss.detach())
-    seconds = time.perf_counter() - begin
-    scores = _evaluate(recipe, modules)
+    scores = scores_of(recipe, modules)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    run = SingleRun(steps - job.warmup, seconds, scores.loss() if scores.rows else value, scores.accuracy(), peak_bytes)
+    held_out = scores.loss() if scores.rows else value
+    run = SingleRun(loop.batches, loop.seconds, held_out, scores.accuracy(), peak_bytes, loop.reached)
     connection.send_bytes(msgspec.msgpack.encode(run))
-
-
-@torch.no_grad()
-def _evaluate(recipe: Recipe, modules: torch.nn.Sequential) -> Scores:
-    scores = Scores()
-    modules.eval()
-    for inputs, labels in recipe.evaluation() if recipe.evaluation else ():
-        scores.add(recipe, modules(inputs), labels)
-    return scores

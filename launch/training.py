@@ -21,6 +21,7 @@ from pipeline import Batch, Plan, PlanError, Recipe
 from pipeline.resolve import Resolved, resolve
 from workers import records
 from workers.assignment import Assignment, Names
+from workers.board import Board
 from workers.crew import Crew
 from workers.edges import rendezvous
 from workers.failures import RunFailed
@@ -142,7 +143,7 @@ def run(
         with shared_memory(resolved, names) as board, rendezvous(resolved) as meeting:
             assignments = [Assignment(k, bare, source, names, run_dir, meeting) for k in range(resolved.plan.stages)]
             with Crew(assignments, board) as crew, console.training(result):
-                _follow(crew, result, console)
+                _follow(crew, board, result, console)
     except RunFailed as failure:
         (run_dir / "failure.txt").write_text(f"{failure}\n\n{failure.details}\n")
         raise
@@ -151,8 +152,9 @@ def run(
     return result
 
 
-def _follow(crew: Crew, result: Result, console: Console) -> None:
-    """Take in what the workers report."""
+def _follow(crew: Crew, board: Board, result: Result, console: Console) -> None:
+    """Take in what the workers report; end the run once its goal is met."""
+    goal = result.resolved.plan.goal
     rows = result.resolved.batch_shape[0]
     with rundir.metrics_file(result.run_dir) as metrics:
         for record in crew.run():
@@ -166,6 +168,9 @@ def _follow(crew: Crew, result: Result, console: Console) -> None:
                 console.progress(step, mean)
             elif isinstance(record, records.Scored):
                 result.scores.append(record)
+                if goal is not None and result.met is None and goal.met(record.loss, record.accuracy):
+                    result.met = record
+                    board.end_early()
                 rundir.write_metric(
                     metrics,
                     "evaluation",
@@ -178,9 +183,8 @@ def _follow(crew: Crew, result: Result, console: Console) -> None:
                 console.scored(record)
             elif isinstance(record, records.Finished):
                 result.finished[record.stage] = record
-    start_ns = min(int(spans.start_ns[0]) for spans in result.spans)
     end_ns = max(int(spans.end_ns[-1]) for spans in result.spans)
-    result.seconds = (end_ns - start_ns) * 1e-9
+    result.seconds = (end_ns - result.start_ns) * 1e-9
 
 
 def _no_loss(output: Tensor, labels: Tensor) -> Tensor:

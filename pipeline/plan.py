@@ -16,6 +16,7 @@ from pipeline.channels import CHANNELS, WIRE_DTYPES
 from pipeline.emulation import Emulation, Link
 from pipeline.errors import PlanError, nearest
 from pipeline.modes import MODES
+from pipeline.until import Goal
 
 __all__ = ["DNI_FORMS", "OPTIMIZERS", "TARGETS", "ChannelPlan", "DNIPlan", "OptimizerPlan", "Plan"]
 
@@ -114,7 +115,9 @@ class Plan:
     hop_steps: float = 0.0
     """Delay of one hop in the reference driver (and in deterministic runs), in steps of a stage."""
     evaluate_every: int | None = None
-    """Evaluate after every n batches; None: only at the end."""
+    """Evaluate after every n batches; None: only at the end, and with until 40 times."""
+    until: str | None = None
+    """End the run when held-out data shows accuracy=0.98 (at least) or loss=1.9 (at most); steps is then the most."""
     threads: int = 1
     """Compute threads of each worker."""
     emulate: str | None = None
@@ -156,6 +159,11 @@ class Plan:
         return WIRE_DTYPES[self.channel.wire_dtype] if self.channel.wire_dtype is not None else None
 
     @property
+    def goal(self) -> Goal | None:
+        """What ends the run before its last batch, if anything."""
+        return Goal.parse(self.until, "until") if self.until is not None else None
+
+    @property
     def activation_slots(self) -> int:
         """Slots of an activation channel: as planned, and room for what an emulated link has on its way."""
         if self.links is None:
@@ -184,7 +192,8 @@ class Plan:
 
 
 def _problems(plan: Plan) -> Iterator[str]:
-    for kind, text, option in ((Emulation, plan.emulate, "emulate"), (Link, plan.link, "link")):
+    kinds = ((Emulation, plan.emulate, "emulate"), (Link, plan.link, "link"), (Goal, plan.until, "until"))
+    for kind, text, option in kinds:
         if text is not None:
             try:
                 kind.parse(text, option)
@@ -278,6 +287,10 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         yield "channels and channel.wire_dtype have no effect with 1 stage, which has no channels: leave them out."
     if plan.deterministic and plan.channel.gradient_slots is not None:
         yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
+    if plan.deterministic and plan.until is not None:
+        yield "until ends a run when word of it gets around, which no deterministic run repeats: leave one of them out."
+    if plan.emulate is not None and plan.until is not None:
+        yield "until has no effect with emulate, where nothing is learned: leave one of them out."
     if plan.dni.factory is not None and plan.dni.form != "auto":
         yield f"both a DNI factory and the form {plan.dni.form} are given: leave one out."
 

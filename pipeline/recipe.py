@@ -14,7 +14,16 @@ from pipeline.errors import PlanError
 from pipeline.plan import Plan
 from pipeline.seeding import derived_seed, seeded
 
-__all__ = ["ArrayBatches", "Batch", "Recipe", "build_model", "check_batches", "correct_predictions", "same_shape"]
+__all__ = [
+    "ArrayBatches",
+    "Batch",
+    "Recipe",
+    "build_model",
+    "check_batches",
+    "correct_predictions",
+    "open_data",
+    "same_shape",
+]
 
 Batch = tuple[Tensor, Tensor]
 """One mini-batch: (inputs, labels), both with the batch dimension first."""
@@ -95,6 +104,17 @@ def build_model(recipe: Recipe, seed: int) -> nn.Module:
     """The whole network with the weights that ``seed`` gives: the same in every process, however it is split."""
     with seeded(seed, "weights"):
         return recipe.model()
+
+
+def open_data(recipe: Recipe, plan: Plan) -> None:
+    """On the way to a goal: make one training batch and one held-out batch before the clock starts.
+
+    What a recipe imports and reads when it is first asked is no part of the training.
+    """
+    if plan.goal is not None:
+        with seeded(plan.seed, "batch", 0):
+            recipe.batch(0)
+        next(iter(recipe.evaluation() if recipe.evaluation else ()), None)
 
 
 def correct_predictions(output: Tensor, labels: Tensor) -> tuple[Tensor, int]:

@@ -66,7 +66,7 @@ class Reference:
     Attributes:
         resolved: what was run.
         stages: the trained stages.
-        losses: training loss of every batch.
+        losses: training loss of every batch; fewer than planned where ``until`` ended the run.
         scores: (number of updates, scores) of every pass over the held-out batches.
         events: what every stage did when.
     """
@@ -76,6 +76,14 @@ class Reference:
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, Scores]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+
+    @property
+    def reached(self) -> int | None:
+        """After how many updates ``until`` was met first; None: never, or not asked for."""
+        goal = self.resolved.plan.goal
+        if goal is None:
+            return None
+        return next((n for n, scores in self.scores if goal.met(scores.loss(), scores.accuracy())), None)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers under the unsplit model's names."""
@@ -89,7 +97,8 @@ class Reference:
 def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Reference:
     """Train in this process as the plan says; a hop takes ``plan.hop_steps``.
 
-    Uses torch's current number of threads; processes use ``plan.threads``.
+    Uses torch's current number of threads; processes use ``plan.threads``. With ``until``, no batch is taken once the
+    last stage has met the goal; what is in the pipeline by then is finished.
 
     Raises:
         PlanError: recipe or plan cannot run.
@@ -109,9 +118,8 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
         for k in range(plan.stages)
     ]
     result = Reference(resolved, stages)
-    result.events = _drive(
-        cast(list[StageLike], stages), plan, inputs(recipe, plan, resolved.steps), costs or Costs(), result
-    )
+    source = inputs(recipe, plan, resolved.steps, enough=lambda: result.reached is not None)
+    result.events = _drive(cast(list[StageLike], stages), plan, source, costs or Costs(), result)
     return result
 
 

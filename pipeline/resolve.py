@@ -18,6 +18,7 @@ from pipeline.modes import MODES
 from pipeline.partition import Layer, balanced_sizes, check_partition, chosen_sizes, layers_of, split
 from pipeline.plan import DNIPlan, Plan
 from pipeline.recipe import Batch, Recipe, build_model, check_batches
+from pipeline.until import look_every
 
 __all__ = ["Resolved", "resolve", "stage_layers"]
 
@@ -32,7 +33,7 @@ class Resolved:
     """A run without open questions.
 
     Attributes:
-        plan: the plan with ``steps`` and ``sizes`` filled in.
+        plan: the plan with ``steps`` and ``sizes`` (and ``evaluate_every``, with ``until``) filled in.
         layer_names: of the whole network, in order.
         layer_parameters: number of parameters of each layer.
         layer_seconds: measured cost of each layer, or None when the plan fixed the sizes.
@@ -67,6 +68,12 @@ class Resolved:
         assert self.plan.sizes is not None
         return self.plan.sizes
 
+    @property
+    def warmup(self) -> int:
+        """Batches that do not count in a throughput: a tenth, at least one, and none that may be the last."""
+        first_look = self.plan.evaluate_every if self.plan.until is not None else None
+        return max(1, min(self.steps // 10, self.steps - 1, (first_look or self.steps) - 1))
+
 
 def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: Sequence[str] | None = None) -> Resolved:
     """Check recipe and plan against each other and fill in what was left open.
@@ -90,6 +97,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
     if plan.evaluate_every is not None and recipe.evaluation is None:
         raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
     steps = plan.steps or recipe.steps
+    plan = _with_looks(recipe, plan, steps)
     inputs, labels = check_batches(recipe, plan)
     if len(inputs) % plan.microbatches:
         raise PlanError(
@@ -116,10 +124,16 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
     forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
     if forms:
         reasons.append(("DNI", *forms[0]))
+    if plan.until is not None:
+        often = f"held-out data, looked at every {plan.evaluate_every:,} batches"
+        reasons.append(("until", str(plan.goal), f"{often}; {steps:,} batches at most"))
     if cuts and (problems := list(_unread_options(plan, {form for form, _ in forms}))):
         raise PlanError(*problems)
     if plan.channel.wire_dtype is not None:
         reasons.append(("wire", plan.channel.wire_dtype, "float32 is rounded on its way: half the bytes, not exact"))
+    held_out_batches = _count_held_out(recipe, (inputs, labels))
+    if plan.until is not None and not held_out_batches:
+        raise PlanError("until has no effect as evaluation gives no batch: leave it out, or give held-out batches.")
     return Resolved(
         plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None),
         layer_names=tuple(layer.name for layer in layers),
@@ -128,7 +142,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
         cuts=cuts,
         batch_shape=tuple(inputs.shape),
         output_shape=tuple(outputs[-1].shape),
-        held_out_batches=_count_held_out(recipe, (inputs, labels)),
+        held_out_batches=held_out_batches,
         channels=channels,
         reasons=tuple(reasons),
     )
@@ -138,6 +152,17 @@ def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
     """The layers of one stage, freshly initialised from the seed; the rest of the model is dropped."""
     assert plan.sizes is not None, "the plan is resolved"
     return split(layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
+
+
+def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
+    """The plan with the batches between two looks at the held-out data filled in, where ``until`` needs them."""
+    if plan.goal is None:
+        return plan
+    if recipe.evaluation is None:
+        raise PlanError("until has no effect without held-out batches: leave it out, or give evaluation.")
+    if plan.goal.metric == "accuracy" and recipe.correct is None:
+        raise PlanError(f"until {plan.goal}: the recipe counts no right answers; give correct, or ask for a loss.")
+    return dataclasses.replace(plan, evaluate_every=plan.evaluate_every or look_every(steps))
 
 
 def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe: Recipe) -> Cut:

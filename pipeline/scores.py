@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from pipeline.recipe import Recipe
 
-__all__ = ["Scores"]
+__all__ = ["Scores", "scores_of"]
 
 
 @dataclass(slots=True)
@@ -36,3 +38,21 @@ class Scores:
     def accuracy(self) -> float | None:
         """Share of right answers, or None for a recipe without."""
         return self.correct / self.answers if self.answers else None
+
+
+@torch.no_grad()
+def scores_of(recipe: Recipe, network: nn.Module, first: int = 0, every: int = 1) -> Scores:
+    """Go through the held-out batches with a whole network, in evaluation mode; it is in training mode afterwards.
+
+    Args:
+        recipe: gives the batches (none: scores of no rows), the loss and what is right.
+        network: inputs -> output.
+        first: index of the first batch to take.
+        every: take every n-th batch from there on.
+    """
+    scores = Scores()
+    network.eval()
+    for inputs, labels in islice(recipe.evaluation() if recipe.evaluation else (), first, None, every):
+        scores.add(recipe, network(inputs), labels)
+    network.train()
+    return scores

@@ -1,6 +1,6 @@
 """The status board: what every worker is doing now, readable by the driver even when a worker can no longer speak.
 
-| stop |  stage 0: span batch start_ns progress |  stage 1: ... |        one cache line each, one writer each
+| stop enough |  stage 0: span batch start_ns progress |  stage 1: ... |        one cache line each, one writer each
 """
 
 from __future__ import annotations
@@ -82,6 +82,15 @@ class Board:
     def stopping(self) -> bool:
         """Whether somebody asked."""
         return self._map[0] != 0
+
+    def end_early(self) -> None:
+        """Ask stage 0 to take no further training batch; all workers finish what is in the pipeline."""
+        self._map[1] = 1
+
+    @property
+    def enough(self) -> bool:
+        """Whether it was asked to."""
+        return self._map[1] != 0
 
     @staticmethod
     def unlink_name(name: str) -> None:

@@ -7,12 +7,12 @@ loader or activations k-1->k  ->  below  [ Runner ]  down  ->  activations k->k+
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pipeline.loader import inputs
 from pipeline.messages import Kind, Message
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, open_data
 from pipeline.spans import Recorder, Span
 from workers.assignment import Assignment
 from workers.bell import SPIN_S, Bell
@@ -29,8 +29,9 @@ _TRAINING = (Kind.ACTIVATION, Kind.GRADIENT)
 class Loading:
     """The data as an inlet."""
 
-    def __init__(self, assignment: Assignment, recipe: Recipe, record: Recorder) -> None:
-        self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps)
+    def __init__(self, assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[], bool]) -> None:
+        open_data(recipe, assignment.plan)
+        self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps, enough)
         self._record = record
 
     def take(self) -> Message | None:
@@ -119,8 +120,14 @@ class Ports:
 
 
 @contextlib.contextmanager
-def attached(assignment: Assignment, recipe: Recipe, record: Recorder) -> Iterator[Ports]:
+def attached(assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[], bool]) -> Iterator[Ports]:
     """Attach a worker's ends of all its channels; closes them on the way out.
+
+    Args:
+        assignment: whose channels.
+        recipe: gives the data of stage 0.
+        record: told what the worker turns to.
+        enough: asked by stage 0 before every training batch; once it is, the run comes to its end.
 
     Raises:
         TimeoutError: something was not there in time.
@@ -147,7 +154,7 @@ def attached(assignment: Assignment, recipe: Recipe, record: Recorder) -> Iterat
                 taking[edge.source] = Taking(receiver, record, delayed)
         yield Ports(
             bell=mine,
-            below=Loading(assignment, recipe, record) if k == 0 else taking[k - 1],
+            below=Loading(assignment, recipe, record, enough) if k == 0 else taking[k - 1],
             above=taking.get(k + 1),
             down=putting.get(k + 1),
             up=putting.get(k - 1),

@@ -84,7 +84,7 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     recipe = assignment.source()
     board = stack.enter_context(Board(assignment.names.board, assignment.plan.stages))
     record = SpanRecorder(assignment.index, board)
-    ports = stack.enter_context(attached(assignment, recipe, record))
+    ports = stack.enter_context(attached(assignment, recipe, record, lambda: board.enough))
     record.depth = ports.below.depth
     stage = _build(assignment, recipe, record)
     runner = _runner(assignment, stage, ports, record)

@@ -63,7 +63,7 @@ def best_microbatches(
     Blocks:
         for ``rounds`` short runs per number, a second or so each besides their steps.
     """
-    short = replace(resolved, plan=replace(resolved.plan, steps=steps, evaluate_every=None))
+    short = replace(resolved, plan=replace(resolved.plan, steps=steps, evaluate_every=None, until=None))
     tried: dict[int, float] = {}
     for count in _possible(schedule, resolved) * rounds:
         run = run_torch_schedule(

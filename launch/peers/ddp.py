@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.peers.loop import Training
+from launch.peers.loop import Training, broadcast
 from launch.peers.ranks import run_ranks
 from launch.peers.record import PeerRun, RankRun, merged
 from pipeline.errors import PlanError
@@ -17,6 +17,7 @@ from pipeline.optimizers import build_optimizer
 from pipeline.partition import layers_of
 from pipeline.recipe import Recipe, build_model
 from pipeline.resolve import Resolved
+from pipeline.scores import Scores, scores_of
 from pipeline.seeding import derived_seed, seeded
 
 __all__ = ["run_ddp"]
@@ -36,6 +37,7 @@ def run_ddp(
 
     Gradients are averaged over slices of equal size, which gives the mean over the batch: the learning rate stays.
     Layers that look at the whole batch (BatchNorm) see their rank's slice only, and rank 0's statistics count.
+    Each rank looks at its share of the held-out batches.
 
     Args:
         source: makes the recipe.
@@ -56,7 +58,7 @@ def run_ddp(
     rows = resolved.batch_shape[0]
     if rows % ranks:
         raise PlanError(f"{ranks} ranks for batches of {rows} rows: give a number of ranks that divides the rows.")
-    work = _Work(Training(source, resolved.plan, warmup, weights=weights), rows // ranks)
+    work = _Work(Training(source, resolved.plan, warmup, weights=weights), rows // ranks, ranks)
     return merged(run_ranks("DDP", work, ranks=ranks, threads=threads, within_s=within_s))
 
 
@@ -64,12 +66,14 @@ def run_ddp(
 class _Work:
     training: Training
     rows: int
+    ranks: int
 
     def __call__(self, rank: int) -> RankRun:
         recipe, plan = self.training.source(), self.training.plan
         layers = layers_of(build_model(recipe, plan.seed))
         torch.manual_seed(derived_seed(plan.seed, "rank", rank))  # slices get dropout masks of their own
-        model = DistributedDataParallel(torch.nn.Sequential(*(layer.module for layer in layers)).train())
+        network = torch.nn.Sequential(*(layer.module for layer in layers)).train()
+        model = DistributedDataParallel(network)
         optimizer = build_optimizer(plan.optimizer, [p for p in model.parameters() if p.requires_grad])
         assert optimizer is not None, "DDP refuses a model without parameters"
         mine = slice(rank * self.rows, (rank + 1) * self.rows)
@@ -83,4 +87,9 @@ class _Work:
             optimizer.step()
             return float(loss.detach())
 
-        return self.training.run(recipe, rank, step, lambda: layers)
+        def look() -> Scores:
+            for buffer in network.buffers():  # as the next training batch would do
+                buffer.copy_(broadcast(buffer, 0))
+            return scores_of(recipe, network, first=rank, every=self.ranks)
+
+        return self.training.run(recipe, rank, step, lambda: layers, look)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from launch.peers.record import HeldOut, RankRun
+from launch.timed import TimedLoop
 from pipeline.errors import PlanError
 from pipeline.partition import Layer, layers_of
 from pipeline.plan import Plan
-from pipeline.recipe import Recipe, build_model
-from pipeline.scores import Scores
+from pipeline.recipe import Recipe, build_model, open_data
+from pipeline.scores import Scores, scores_of
 
-__all__ = ["Training", "assembled"]
+__all__ = ["Training", "assembled", "broadcast"]
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Training:
 
     Attributes:
         source: makes the recipe.
-        plan: steps, seed and optimizer.
+        plan: steps, seed and optimizer, and what ends the run before its last step.
         warmup: first batches that are not timed.
-        evaluates: whether to look at the held-out batches.
+        evaluates: whether to look at the held-out batches at the end.
         weights: file for the final weights (safetensors, the unsplit model's names), or None.
     """
 
@@ -46,7 +47,12 @@ class Training:
             raise PlanError(f"warmup is {self.warmup} for {self.plan.steps} steps: at least one step must be timed.")
 
     def run(
-        self, recipe: Recipe, rank: int, step: Callable[[int], float | None], whole: Callable[[], Sequence[Layer]]
+        self,
+        recipe: Recipe,
+        rank: int,
+        step: Callable[[int], float | None],
+        whole: Callable[[], Sequence[Layer]],
+        look: Callable[[], Scores] | None,
     ) -> RankRun:
         """Train, then evaluate and write the weights in rank 0.
 
@@ -55,25 +61,28 @@ class Training:
             rank: of this process.
             step: trains on one batch; its loss, where this rank computes it.
             whole: gives the trained network; called in all ranks or in none.
+            look: this rank's part of the scores of one pass over the held-out batches; called between steps, in all
+                ranks or in none. None: nothing is to be reached.
         """
-        steps, value, begin = self.plan.steps or 0, None, 0.0
-        for index in range(steps):
-            if index == self.warmup:
-                dist.barrier()
-                begin = time.perf_counter()
+        summed = None if look is None else partial(_summed, look)
+        loop, value = TimedLoop(self.plan, self.warmup, summed, dist.barrier), None
+        open_data(recipe, self.plan)
+        for index in loop:
             value = step(index)
-        seconds = time.perf_counter() - begin
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         held_out = None
         if (self.evaluates and recipe.evaluation is not None) or self.weights is not None:
             layers = whole()
             held_out = self._finish(recipe, layers) if rank == 0 else None
-        return RankRun(steps - self.warmup, seconds, value, held_out, peak_bytes)
+        return RankRun(loop.batches, loop.seconds, value, held_out, peak_bytes, loop.reached)
 
     def _finish(self, recipe: Recipe, layers: Sequence[Layer]) -> HeldOut | None:
         if self.weights is not None:
             save_file({name: tensor.clone() for layer in layers for name, tensor in _state(layer)}, self.weights)
-        return _evaluate(recipe, layers) if self.evaluates and recipe.evaluation is not None else None
+        if not self.evaluates or recipe.evaluation is None:
+            return None
+        scores = scores_of(recipe, torch.nn.Sequential(*(layer.module for layer in layers)))
+        return HeldOut(scores.loss(), scores.accuracy())
 
 
 @torch.no_grad()
@@ -91,7 +100,7 @@ def assembled(recipe: Recipe, plan: Plan, mine: Sequence[Layer], owners: Sequenc
     for layer in whole:
         source = trained.get(layer.index, layer)
         for (_, target), (_, tensor) in zip(_state(layer), _state(source), strict=True):
-            target.copy_(_broadcast(tensor, owners[layer.index]))
+            target.copy_(broadcast(tensor, owners[layer.index]))
     return whole
 
 
@@ -99,17 +108,17 @@ def _state(layer: Layer) -> list[tuple[str, Tensor]]:
     return [(f"{layer.name}.{name}", tensor) for name, tensor in layer.module.state_dict().items()]
 
 
-def _broadcast(tensor: Tensor, owner: int) -> Tensor:
-    """As bytes: gloo does not know every dtype."""
+def broadcast(tensor: Tensor, owner: int) -> Tensor:
+    """The tensor of rank ``owner``, in every rank; as bytes, since gloo does not know every dtype."""
     flat = tensor.contiguous().reshape(-1)
     dist.broadcast(flat.view(torch.uint8), owner)
     return flat.reshape(tensor.shape)
 
 
-@torch.no_grad()
-def _evaluate(recipe: Recipe, layers: Sequence[Layer]) -> HeldOut:
-    scores = Scores()
-    network = torch.nn.Sequential(*(layer.module for layer in layers)).eval()
-    for inputs, labels in recipe.evaluation() if recipe.evaluation else ():
-        scores.add(recipe, network(inputs), labels)
-    return HeldOut(scores.loss(), scores.accuracy())
+def _summed(look: Callable[[], Scores]) -> Scores:
+    """The scores of all ranks together, the same in every rank: they all stop, or none does."""
+    part = look()
+    sums = torch.tensor([part.loss_sum, part.rows, part.correct, part.answers], dtype=torch.float64)
+    dist.all_reduce(sums)
+    loss_sum, rows, correct, answers = sums.tolist()
+    return Scores(loss_sum, int(rows), correct, int(answers))

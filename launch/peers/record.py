@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
+
+from pipeline.until import Reached
 
 __all__ = ["HeldOut", "PeerRun", "RankRun", "merged"]
 
@@ -30,6 +33,7 @@ class RankRun(msgspec.Struct, frozen=True, tag="finished"):
         last_loss: training loss of the last batch (of this rank's rows of it), or None where the loss is not computed.
         held_out: the trained model on held-out data; rank 0 only, and only if the recipe has some.
         peak_memory_bytes: peak resident memory up to the end of the training.
+        reached: when ``plan.until`` was met, by this rank's clock; None: never, or not asked for.
     """
 
     batches: int
@@ -37,6 +41,7 @@ class RankRun(msgspec.Struct, frozen=True, tag="finished"):
     last_loss: float | None
     held_out: HeldOut | None
     peak_memory_bytes: int
+    reached: Reached | None = None
 
 
 class PeerRun(msgspec.Struct, frozen=True):
@@ -49,6 +54,7 @@ class PeerRun(msgspec.Struct, frozen=True):
         accuracy: held-out accuracy, if the recipe counts right answers.
         last_loss: training loss of the last batch.
         peak_memory_bytes: peak resident memory of every rank.
+        reached: when ``plan.until`` was met, by the slowest clock; None: never, or not asked for.
     """
 
     batches: int
@@ -57,12 +63,14 @@ class PeerRun(msgspec.Struct, frozen=True):
     accuracy: float | None
     last_loss: float
     peak_memory_bytes: tuple[int, ...]
+    reached: Reached | None = None
 
 
 def merged(ranks: Sequence[RankRun]) -> PeerRun:
     """One record for all ranks: the slowest clock, the mean of the losses."""
     losses = [run.last_loss for run in ranks if run.last_loss is not None]
     last_loss, held_out = sum(losses) / len(losses), ranks[0].held_out
+    reached = [run.reached for run in ranks if run.reached is not None]
     return PeerRun(
         batches=ranks[0].batches,
         seconds=max(run.seconds for run in ranks),
@@ -70,4 +78,5 @@ def merged(ranks: Sequence[RankRun]) -> PeerRun:
         accuracy=held_out.accuracy if held_out else None,
         last_loss=last_loss,
         peak_memory_bytes=tuple(run.peak_memory_bytes for run in ranks),
+        reached=replace(reached[0], seconds=max(one.seconds for one in reached)) if reached else None,
     )

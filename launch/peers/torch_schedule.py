@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 
+from launch.peers.forward import ForwardPass
 from launch.peers.loop import Training, assembled
 from launch.peers.placement import Placement, check_microbatches, place
 from launch.peers.ranks import run_ranks
@@ -47,7 +49,8 @@ def run_torch_schedule(
     """Train with one of torch's own pipeline schedules over gloo, one rank per stage of the plan.
 
     Losses of microbatches are means over equal numbers of rows, and torch divides the summed gradients by the number of
-    microbatches: the step is that of the whole batch. BatchNorm sees one microbatch at a time.
+    microbatches: the step is that of the whole batch. BatchNorm sees one microbatch at a time. A look at the held-out
+    data takes its batches through the same stages, forward only.
 
     Args:
         source: makes the recipe.
@@ -91,7 +94,9 @@ class _Work:
         stages = split(layers_of(build_model(recipe, plan.seed)), self.placement.sizes)
         local = [layer for index in mine for layer in stages[index]]
         torch.manual_seed(derived_seed(plan.seed, "rank", rank))
-        schedule = self._schedule(recipe, [self._stage(index, stages[index]) for index in mine])
+        chains = {index: _chain(stages[index], is_first=index == 0) for index in mine}
+        schedule = self._schedule(recipe, [self._stage(index, chain) for index, chain in chains.items()])
+        look = partial(ForwardPass(self.placement, chains).scores, recipe) if plan.until is not None else None
         parameters = [p for layer in local for p in layer.module.parameters() if p.requires_grad]
         optimizer = build_optimizer(plan.optimizer, parameters)
         first, last = 0 in mine, len(stages) - 1 in mine
@@ -106,9 +111,8 @@ class _Work:
                 optimizer.step()
             return float(torch.stack(losses).detach().mean()) if last else None
 
-        return self.training.run(
-            recipe, rank, step, lambda: assembled(recipe, plan, local, self.placement.owners, rank)
-        )
+        whole = partial(assembled, recipe, plan, local, self.placement.owners, rank)
+        return self.training.run(recipe, rank, step, whole, look)
 
     def _batch(self, recipe: Recipe, index: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """What ``schedule.step`` takes: the inputs in the first stage, the labels in the last one."""
@@ -116,10 +120,10 @@ class _Work:
             inputs, labels = recipe.batch(index)
         return (inputs,), {"target": labels}
 
-    def _stage(self, index: int, layers: Sequence[Layer]) -> PipelineStage:
+    def _stage(self, index: int, chain: nn.Sequential) -> PipelineStage:
         before, after = self.placement.edges[index : index + 2]
         return PipelineStage(
-            _chain(layers, is_first=index == 0),
+            chain,
             index,
             len(self.placement.sizes),
             torch.device("cpu"),

@@ -1,0 +1,89 @@
+"""When a run may end before its last batch: the held-out data shows what was asked for.
+
+until accuracy=0.98    at least 98 % of the held-out answers are right
+until loss=1.9         the held-out loss is at most 1.9
+
+What it measures is the time to accuracy. It is called a goal here: a *target* is what a DNI learns from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+from pipeline.errors import PlanError, nearest
+
+__all__ = ["Goal", "Reached", "look_every"]
+
+_LOOKS = 40  # how often one looks in a run of full length, when nobody says: each look costs a pass over the data
+_EXAMPLES = {"accuracy": "accuracy=0.98", "loss": "loss=1.9"}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the held-out data has to show.
+
+    Attributes:
+        metric: ``accuracy``, a share in (0, 1] to reach or exceed; or ``loss``, above 0, to reach or fall below.
+        value: the number.
+    """
+
+    metric: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str, option: str) -> Self:
+        """Read ``accuracy=0.98`` or ``loss=1.9``.
+
+        Raises:
+            PlanError: an unknown metric, or a number that it cannot have.
+        """
+        metric, _, number = str(text).partition("=")
+        if metric not in _EXAMPLES:
+            raise PlanError(nearest(metric, _EXAMPLES, f"metric in {option}"))
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if metric == "accuracy" and not 0 < value <= 1:
+            raise PlanError(f"{option} {text}: give the share of right answers, in (0, 1], as in {_EXAMPLES[metric]}.")
+        if not 0 < value < math.inf:
+            raise PlanError(f"{option} {text}: give a number above 0, as in {_EXAMPLES[metric]}.")
+        return cls(metric, value)
+
+    def met(self, loss: float, accuracy: float | None) -> bool:
+        """Whether these scores are good enough; a loss that is not a number is not.
+
+        Args:
+            loss: mean per held-out row.
+            accuracy: share of right answers, or None for a recipe without.
+        """
+        if self.metric == "loss":
+            return loss <= self.value
+        return accuracy is not None and accuracy >= self.value
+
+    def __str__(self) -> str:
+        return f"{self.metric}={self.value:g}"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The first pass over the held-out batches that met the goal.
+
+    Attributes:
+        updates: training batches before it.
+        seconds: from the first batch on to the end of that pass, warm-up and all evaluations included.
+        loss: mean per held-out row.
+        accuracy: share of right answers, if the recipe counts them.
+    """
+
+    updates: int
+    seconds: float
+    loss: float
+    accuracy: float | None
+
+
+def look_every(steps: int) -> int:
+    """After how many batches to look when nobody says: 40 times in a run of ``steps`` batches."""
+    return max(1, steps // _LOOKS)
