@@ -16,9 +16,11 @@ from rich.table import Table
 from launch import rundir
 from launch.console import Console, stage_table
 from launch.environment import environment
+from launch.instrumentation import PAIR, cost_of_spans
+from launch.ledger import Account, entry, show_ledger
 from launch.options import BenchOptions
 from launch.result import SCHEMA
-from launch.rows import DEFAULT_ROWS, ROWS, Contender, Outcome
+from launch.rows import DEFAULT_ROWS, EMULATED_ROWS, ROWS, Contender, Outcome
 from launch.spread import Spread
 from launch.training import resolve_source
 from pipeline import Plan, PlanError, Recipe, nearest
@@ -48,6 +50,7 @@ class Row:
         if c.engine == "single":
             return "one process" if c.threads == 1 else f"one process, {c.threads} threads"
         name = {"ddp": "DDP", "torch": f"torch {_SHORT.get(c.mode, c.mode)}"}.get(c.engine, c.mode)
+        name = name if c.spans else f"{name}, bare"
         return f"{name} x{c.microbatches}" if c.microbatches else name
 
     @property
@@ -66,16 +69,27 @@ class Row:
         return self.outcomes[-1]
 
     @property
+    def middle(self) -> Outcome:
+        """The round of median speed."""
+        return sorted(self.outcomes, key=lambda outcome: outcome.samples_per_s)[len(self.outcomes) // 2]
+
+    @property
     def typical(self) -> Measured | None:
         """Our own figures in the round of median speed."""
-        middle = sorted(range(len(self.rates)), key=self.rates.__getitem__)[len(self.rates) // 2]
-        return self.outcomes[middle].measured
+        return self.middle.measured
+
+    @property
+    def account(self) -> Account:
+        """What a sample cost in the round of median speed."""
+        seconds, contender = self.middle.spent_s, self.contender
+        total_s = contender.stages / self.middle.samples_per_s
+        return Account(name=self.name, seconds=seconds, flop=contender.flop, total_s=total_s, note=contender.note)
 
     def speedup(self, other: Row) -> Spread:
         """Throughput over that of another row, round by round."""
         return Spread.of([mine / theirs for mine, theirs in zip(self.rates, other.rates, strict=True)])
 
-    def as_dict(self, yardstick: Row, batch_rows: int, emulated: bool) -> dict[str, Any]:
+    def as_dict(self, yardstick: Row, emulated: bool) -> dict[str, Any]:
         """One entry of ``rows`` in bench.json; what does not apply is null."""
         measured, contender = self.typical, self.contender
         stages = measured.stages if measured else ()
@@ -87,6 +101,7 @@ class Row:
             "stages": contender.stages,
             "threads": contender.threads,
             "microbatches": contender.microbatches,
+            "spans": contender.spans if contender.engine == "freewheel" else None,
             "emulated": emulated,
             "launcher": "local",
             "samples_per_s": Spread.of(self.rates).as_dict(),
@@ -97,7 +112,7 @@ class Row:
             "bubble_share": [stage.shares["waiting"] for stage in stages] or None,
             "dni_share": [stage.shares["dni"] for stage in stages] or None,
             "peak_memory_bytes": list(self.last.peak_memory_bytes),
-            "ledger": _ledger(measured, batch_rows) if measured else None,
+            "ledger": entry(self.middle.spent_s, contender.flop),
             "loss": self.last.loss,
             "accuracy": self.last.accuracy,
             "until_s": None,
@@ -114,7 +129,6 @@ class Report:
         command: what was typed.
         environment: where it was measured.
         rows: the contenders; ratios are over the first one.
-        batch_rows: rows of a batch.
         emulated: compute or links were emulated.
         left_out: rows that could not run here, with the reason.
     """
@@ -123,7 +137,6 @@ class Report:
     command: list[str]
     environment: dict[str, Any]
     rows: list[Row]
-    batch_rows: int
     emulated: bool
     left_out: dict[str, str]
 
@@ -134,7 +147,7 @@ class Report:
             "verdict": self.verdict,
             "command": self.command,
             "environment": self.environment,
-            "rows": [row.as_dict(self.rows[0], self.batch_rows, self.emulated) for row in self.rows],
+            "rows": [row.as_dict(self.rows[0], self.emulated) for row in self.rows],
             "left_out": self.left_out,
         }
 
@@ -152,28 +165,29 @@ def bench(
     """
     if plan.evaluate_every is not None:
         raise PlanError("a benchmark evaluates once, at the end of each run: leave --evaluate-every out.")
-    names = _chosen(options.rows, plan)
+    names = list(PAIR) if options.pairs else _chosen(options.rows, plan)
     resolved = resolve_source(source, plan)
     folder = rundir.new_run_dir(options.runs, options.name or rundir.default_name(source().name, "bench"))
     console.decided(source().name, resolved, folder)
     rows, left_out = _prepared(names, source, resolved, folder, console, everything="all" in options.rows)
-    for number in range(options.rounds):
-        for name, row in rows.items():
-            with console.rich.status(f"round {number + 1} of {options.rounds}: {row.name}"):
+    rounds = options.pairs or options.rounds
+    for number in range(rounds):
+        turns = list(rows.items())
+        for name, row in reversed(turns) if options.pairs and number % 2 else turns:
+            with console.rich.status(f"round {number + 1} of {rounds}: {row.name}"):
                 row.outcomes.append(row.contender.train(folder, f"{name}-{number + 1}"))
     ordered = list(rows.values())
     emulated = plan.emulate is not None or plan.link is not None
     report = Report(
-        _verdict(ordered, resolved.steps, emulated),
+        _cost(ordered) if options.pairs else _verdict(ordered, resolved.steps, emulated),
         command,
         environment(),
         ordered,
-        resolved.batch_shape[0],
         emulated,
         left_out,
     )
     _show(report, console)
-    if "all" not in options.rows:
+    if "all" not in options.rows and not options.pairs:
         console.next_command(shlex.join([*command, "--rows", "all"]), "every rival in the same table")
     return report
 
@@ -183,12 +197,11 @@ def _chosen(wanted: Sequence[str], plan: Plan) -> list[str]:
     for name in wanted:
         if name != "all" and name not in ROWS:
             raise PlanError(nearest(name, [*ROWS, "all"], "row"))
-    ours = list(MODES)
     if plan.emulate is not None or plan.link is not None:
-        theirs = [name for name in wanted if name not in (*ours, "all", *DEFAULT_ROWS)]
+        theirs = [name for name in wanted if name not in (*EMULATED_ROWS, "all", *DEFAULT_ROWS)]
         if theirs:
             raise PlanError(f"{', '.join(theirs)} cannot be emulated: leave it out, or leave out --emulate and --link.")
-        return [name for name in ours if "all" in wanted or name in wanted]
+        return [name for name in EMULATED_ROWS if "all" in wanted or name in wanted]
     return [name for name in ROWS if name == "backprop" or "all" in wanted or name in wanted]
 
 
@@ -244,20 +257,10 @@ def _verdict(rows: Sequence[Row], steps: int, emulated: bool) -> str:
     return f"Emulated. {text}" if emulated else text
 
 
-def _ledger(measured: Measured, batch_rows: int) -> dict[str, float | None]:
-    """Seconds per sample, summed over the stages; floating-point operations are not counted yet."""
-    samples = measured.batches * batch_rows
-    names = ("forward", "backward", "dni", "relay", "communication", "waiting")
-    seconds = {
-        f"{name}_s": sum(stage.shares[name] for stage in measured.stages) * measured.seconds / samples for name in names
-    }
-    return {**seconds, **{f"{name}_flop": None for name in names}}
-
-
 def _show(report: Report, console: Console) -> None:
     console.rich.print(f"\n[bold]{report.verdict}[/bold]\n")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("mode", no_wrap=True)
+    table.add_column("mode")
     scored = report.rows[0].last.accuracy is not None
     for name in (
         "samples/s",
@@ -265,28 +268,50 @@ def _show(report: Report, console: Console) -> None:
         "update ms",
         "busy%",
         "dni%",
+        "MiB",
         "correct" if scored else "loss",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
-        entry = row.as_dict(report.rows[0], report.batch_rows, report.emulated)
-        latency, speedup = entry["update_latency_s"], row.speedup(report.rows[0])
+        figures = row.as_dict(report.rows[0], report.emulated)
+        latency, speedup = figures["update_latency_s"], row.speedup(report.rows[0])
         table.add_row(
             row.name,
-            f"{entry['samples_per_s']['median']:,.0f}",
+            f"{figures['samples_per_s']['median']:,.0f}",
             f"{speedup.median:.2f} ({speedup.min:.2f}-{speedup.max:.2f})",
             f"{latency['p50'] * 1e3:.2f}" if latency else "-",
-            _percentage(entry["busy_share"]),
-            _percentage(entry["dni_share"]),
-            f"{entry['accuracy']:.2%}" if scored else f"{entry['loss']:.4f}",
+            _percentage(figures["busy_share"]),
+            _percentage(figures["dni_share"]),
+            f"{max(figures['peak_memory_bytes']) / 2**20:,.0f}",
+            f"{figures['accuracy']:.2%}" if scored else f"{figures['loss']:.4f}",
         )
     console.rich.print(table)
+    console.rich.print("[dim]MiB: peak memory of the largest process[/dim]")
     for name, reason in report.left_out.items():
         console.rich.print(f"  left out: {name}  [dim]({reason})[/dim]")
     for row in report.rows:
         if row.typical is not None:
             console.rich.print(f"\n[bold]{row.name}[/bold]")
             console.rich.print(stage_table(row.typical))
+    _show_ledger(report.rows, console)
+    if not all(row.contender.spans for row in report.rows) and (cost := _cost(report.rows)) != report.verdict:
+        console.rich.print(cost)
+
+
+def _show_ledger(rows: Sequence[Row], console: Console) -> None:
+    unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
+    alone = next((row for row in rows if row.contender.engine == "single"), None)
+    locked = max((row for row in rows if row.exact), key=lambda row: Spread.of(row.rates).median, default=None)
+    compared = [row.account if row is not None else None for row in (unlocked, alone, locked)]
+    show_ledger(console.rich, [row.account for row in rows], *compared)
+
+
+def _cost(rows: Sequence[Row]) -> str:
+    """What the spans cost, if both rows were run."""
+    full, bare = (
+        [row for row in rows if row.contender.mode == "unlocked" and row.contender.spans is s] for s in (True, False)
+    )
+    return cost_of_spans(full[0].rates, bare[0].rates) if full and bare else ""
 
 
 _SHORT = {"Interleaved1F1B": "Int-1F1B", "InterleavedZeroBubble": "Int-ZeroBubble", "ZBVZeroBubble": "ZBV"}

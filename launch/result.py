@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.measurements import Measured, measure
+from pipeline.measurements import Measured, measure, warmup_of
 from pipeline.resolve import Resolved
 from pipeline.spans import Spans
 from workers.records import Finished, Scored
@@ -56,21 +56,25 @@ class Result:
 
     @cached_property
     def spans(self) -> list[Spans]:
-        """What every worker did when."""
+        """What every worker did when; empty for a run without spans."""
         return [
             Spans(np.load(self.run_dir / "spans" / f"stage-{k}.npy", allow_pickle=False))
-            for k in range(self.resolved.plan.stages)
+            for k in range(self.resolved.plan.stages if self.resolved.plan.spans else 0)
         ]
 
     @cached_property
-    def measured(self) -> Measured:
-        """Figures from the spans; the first tenth of the batches does not count."""
-        return measure(self.spans, warmup=max(1, min(self.resolved.steps // 10, self.resolved.steps - 1)))
+    def measured(self) -> Measured | None:
+        """Figures from the spans, the warm-up left out; None for a run without spans, or of one batch."""
+        return measure(self.spans, warmup_of(self.resolved.steps)) if self.spans and self.resolved.steps > 1 else None
 
     @property
     def samples_per_s(self) -> float | None:
-        """Throughput in the steady state; None for a run of one batch."""
-        return self.measured.samples_per_s(self.resolved.batch_shape[0]) if self.resolved.steps > 1 else None
+        """Throughput in the steady state, the warm-up left out; None for a run of one batch."""
+        window_ns = self.finished[self.resolved.plan.stages - 1].window_ns
+        if window_ns is None:
+            return None
+        counted = self.resolved.steps - warmup_of(self.resolved.steps)
+        return counted * self.resolved.batch_shape[0] * 1e9 / (window_ns[1] - window_ns[0])
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the whole network under the unsplit model's names."""

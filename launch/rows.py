@@ -11,17 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from launch.console import Console
+from launch.ledger import Work, seconds_of
 from launch.peers import PeerRun, best_microbatches, run_ddp, run_torch_schedule
 from launch.single import SingleRun, run_single
 from launch.training import resolve_source, run
 from pipeline import DNIPlan, Plan, PlanError, Recipe
-from pipeline.measurements import Measured
+from pipeline.flops import count_flops
+from pipeline.measurements import Measured, warmup_of
 from pipeline.modes import MODES
 from pipeline.resolve import Resolved
 
-__all__ = ["DEFAULT_ROWS", "ROWS", "Contender", "Outcome", "warmup_of"]
+__all__ = ["DEFAULT_ROWS", "EMULATED_ROWS", "ROWS", "Contender", "Outcome"]
 
 _MICROBATCHES = (2, 4, 8)
 _TRIAL_STEPS = 12
@@ -37,6 +40,7 @@ class Outcome:
         accuracy: held-out accuracy, if the recipe counts right answers.
         peak_memory_bytes: of every process.
         measured: our own figures from the spans; None for what others run.
+        spent_s: seconds per sample, summed over the processes, by what they were spent on; None where nobody knows.
     """
 
     samples_per_s: float
@@ -44,6 +48,7 @@ class Outcome:
     accuracy: float | None
     peak_memory_bytes: tuple[int, ...]
     measured: Measured | None = None
+    spent_s: Work | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,9 @@ class Contender:
         stages: number of processes that share the work.
         threads: compute threads of each.
         microbatches: where batches are cut.
+        spans: whether our workers record what they do.
+        flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
+        note: why operations could not be counted.
         train: (folder for runs, name) -> one training run, in fresh processes; blocks until it is over.
     """
 
@@ -64,6 +72,9 @@ class Contender:
     stages: int
     threads: int
     microbatches: int | None = None
+    spans: bool = True
+    flop: Work | None = None
+    note: str | None = None
     train: Callable[[Path, str], Outcome]
 
 
@@ -71,9 +82,21 @@ Source = Callable[[], Recipe]
 Prepare = Callable[[Source, Resolved, Path], Contender]
 
 
-def warmup_of(steps: int) -> int:
-    """Batches that do not count: a tenth, at least one."""
-    return max(1, min(steps // 10, steps - 1))
+def _counted(source: Source, resolved: Resolved, plan: Plan) -> dict[str, Any]:
+    """``flop`` and ``note`` of a contender that runs ``plan``, by a look at the real stages."""
+    if plan.emulation is not None:
+        return {}
+    try:
+        stages = count_flops(source(), plan, resolved.cuts)
+    except Exception as error:  # the run meets it too and says where; a count is not worth a benchmark
+        return {"note": f"{type(error).__name__}: {error}"}
+    return {"flop": Work.of_flops(stages, resolved.batch_shape[0])}
+
+
+def _counted_unsplit(source: Source, resolved: Resolved) -> dict[str, Any]:
+    """The same for whoever trains the unsplit model. A cut adds no product, nor does splitting the backward pass."""
+    plan = replace(_in_mode(resolved.plan, "naive"), stages=1, sizes=(sum(resolved.sizes),))
+    return _counted(source, resolved, plan)
 
 
 def _rate(done: SingleRun | PeerRun, resolved: Resolved) -> float:
@@ -84,9 +107,19 @@ def _single(threads: int) -> Prepare:
     def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
         def train(runs: Path, name: str) -> Outcome:
             done = run_single(source, resolved.plan, threads=threads, warmup=warmup_of(resolved.steps))
-            return Outcome(_rate(done, resolved), done.loss, done.accuracy, (done.peak_memory_bytes,))
+            samples = done.batches * resolved.batch_shape[0]
+            rest_s = done.seconds - done.forward_s - done.backward_s
+            spent = {"forward": done.forward_s, "backward": done.backward_s, "other": rest_s}
+            return Outcome(
+                _rate(done, resolved),
+                done.loss,
+                done.accuracy,
+                (done.peak_memory_bytes,),
+                spent_s=Work(**{name: seconds / samples for name, seconds in spent.items()}),
+            )
 
-        return Contender(engine="single", mode="backprop", stages=1, threads=threads, train=train)
+        counted = _counted_unsplit(source, resolved)
+        return Contender(engine="single", mode="backprop", stages=1, threads=threads, train=train, **counted)
 
     return prepare
 
@@ -98,7 +131,8 @@ def _ddp(source: Source, resolved: Resolved, runs: Path) -> Contender:
         done = run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=warmup_of(resolved.steps))
         return Outcome(_rate(done, resolved), done.loss, done.accuracy, done.peak_memory_bytes)
 
-    return Contender(engine="ddp", mode="backprop", stages=ranks, threads=threads, train=train)
+    counted = _counted_unsplit(source, resolved)
+    return Contender(engine="ddp", mode="backprop", stages=ranks, threads=threads, train=train, **counted)
 
 
 def _torch(schedule: str) -> Prepare:
@@ -119,24 +153,29 @@ def _torch(schedule: str) -> Prepare:
             threads=threads,
             microbatches=parts,
             train=train,
+            **_counted_unsplit(source, resolved),
         )
 
     return prepare
 
 
-def _ours(mode: str) -> Prepare:
+def _ours(mode: str, *, bare: bool = False) -> Prepare:
     def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
         plan = _in_mode(resolved.plan, mode)
+        plan = replace(plan, spans=plan.spans and not bare)
         cuts = MODES[mode].cuts_batches
         if cuts and plan.microbatches == 1:
             plan = replace(plan, microbatches=_fastest_cut(source, plan, resolved.batch_shape[0], runs))
+        mine = resolve_source(source, plan)
         return Contender(
             engine="freewheel",
             mode=mode,
             stages=plan.stages,
             threads=plan.threads,
             microbatches=plan.microbatches if cuts else None,
-            train=partial(_train_ours, source, resolve_source(source, plan)),
+            spans=plan.spans,
+            train=partial(_train_ours, source, mine),
+            **_counted(source, mine, mine.plan),
         )
 
     return prepare
@@ -145,7 +184,9 @@ def _ours(mode: str) -> Prepare:
 def _train_ours(source: Source, resolved: Resolved, runs: Path, name: str) -> Outcome:
     result = run(source, resolved, runs, name, Console(quiet=True))
     peaks = tuple(result.finished[k].peak_memory_bytes for k in sorted(result.finished))
-    return Outcome(result.samples_per_s or float("nan"), result.loss, result.accuracy, peaks, result.measured)
+    rate = result.samples_per_s or float("nan")
+    spent = seconds_of(result.measured, resolved.batch_shape[0]) if result.measured is not None else None
+    return Outcome(rate, result.loss, result.accuracy, peaks, result.measured, spent)
 
 
 def _fastest_cut(source: Source, plan: Plan, rows: int, runs: Path) -> int:
@@ -188,7 +229,10 @@ ROWS: dict[str, Prepare] = {
     "torch-interleaved-zero-bubble": _torch("InterleavedZeroBubble"),
     "torch-zbv-zero-bubble": _torch("ZBVZeroBubble"),
     **{mode: _ours(mode) for mode in MODES},
+    "unlocked-bare": _ours("unlocked", bare=True),
 }
-"""Rows by name, in the order of the table."""
+"""Rows by name, in the order of the table; ``unlocked-bare`` records no spans."""
 
 DEFAULT_ROWS = ("backprop", "naive", "unlocked")
+EMULATED_ROWS = (*MODES, "unlocked-bare")
+"""Rows that emulated stages and links can run."""

@@ -28,6 +28,8 @@ class SingleRun(msgspec.Struct, frozen=True):
     Attributes:
         batches: training batches after the warm-up.
         seconds: how long they took.
+        forward_s: of it, in forward passes.
+        backward_s: of it, in the loss, the backward passes and the optimizer, as in the last stage of a pipeline.
         loss: held-out loss, or the last training loss without held-out data.
         accuracy: held-out accuracy, if the recipe counts right answers.
         peak_memory_bytes: peak resident memory.
@@ -35,6 +37,8 @@ class SingleRun(msgspec.Struct, frozen=True):
 
     batches: int
     seconds: float
+    forward_s: float
+    backward_s: float
     loss: float
     accuracy: float | None
     peak_memory_bytes: int
@@ -91,21 +95,29 @@ def _main(job: _Job, connection: Connection) -> None:
     optimizer = build_optimizer(job.plan.optimizer, [p for p in modules.parameters() if p.requires_grad])
     assert optimizer is not None, "the recipe's model has parameters"
     begin = time.perf_counter()
+    forward_s = backward_s = 0.0
     value = float("nan")
     for step in range(steps):
         if step == job.warmup:
-            begin = time.perf_counter()
+            begin, forward_s, backward_s = time.perf_counter(), 0.0, 0.0
         with seeded(job.plan.seed, "batch", step):
             inputs, labels = recipe.batch(step)
-        loss = recipe.loss(modules(inputs), labels)
+        loaded = time.perf_counter()
+        output = modules(inputs)
+        forwarded = time.perf_counter()
+        loss = recipe.loss(output, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        forward_s, backward_s = forward_s + forwarded - loaded, backward_s + time.perf_counter() - forwarded
         value = float(loss.detach())
     seconds = time.perf_counter() - begin
     scores = _evaluate(recipe, modules)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    run = SingleRun(steps - job.warmup, seconds, scores.loss() if scores.rows else value, scores.accuracy(), peak_bytes)
+    loss_now = scores.loss() if scores.rows else value
+    run = SingleRun(
+        steps - job.warmup, seconds, forward_s, backward_s, loss_now, scores.accuracy(), peak_memory_bytes=peak_bytes
+    )
     connection.send_bytes(msgspec.msgpack.encode(run))
 
 

@@ -171,9 +171,8 @@ def _follow(crew: Crew, result: Result, console: Console) -> None:
                 console.scored(record)
             elif isinstance(record, records.Finished):
                 result.finished[record.stage] = record
-    start_ns = min(int(spans.start_ns[0]) for spans in result.spans)
-    end_ns = max(int(spans.end_ns[-1]) for spans in result.spans)
-    result.seconds = (end_ns - start_ns) * 1e-9
+    finished = result.finished.values()
+    result.seconds = (max(done.end_ns for done in finished) - min(done.begin_ns for done in finished)) * 1e-9
 
 
 def _no_loss(output: Tensor, labels: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import numpy as np
 
 from pipeline.spans import Span, Spans
 
-__all__ = ["Measured", "StageMeasured", "measure"]
+__all__ = ["GROUPS", "Measured", "StageMeasured", "measure", "warmup_of"]
 
-_GROUPS: dict[str, tuple[Span, ...]] = {
+GROUPS: dict[str, tuple[Span, ...]] = {
     "forward": (Span.FORWARD,),
     "backward": (Span.BACKWARD, Span.STEP),
     "dni": (Span.DNI, Span.DNI_TRAIN),
@@ -23,6 +23,7 @@ _GROUPS: dict[str, tuple[Span, ...]] = {
     "waiting": (Span.WAIT,),
     "other": (Span.OTHER,),
 }
+"""What the spans are for: the lines of every report."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Measured:
         return asdict(self)
 
 
+def warmup_of(steps: int) -> int:
+    """Batches of a run that do not count: a tenth, at least one, never all."""
+    return max(1, min(steps // 10, steps - 1))
+
+
 def measure(stages: Sequence[Spans], warmup: int) -> Measured:
     """Measure a run.
 
@@ -103,7 +109,7 @@ def _stage(whole: Spans, window: Spans, warmup: int) -> StageMeasured:
     latencies = whole.update_latencies_s()[warmup:]
     queue = window.queue[(window.span == Span.FORWARD) & (window.queue >= 0)]
     return StageMeasured(
-        shares={name: window.share(*kinds) for name, kinds in _GROUPS.items()},
+        shares={name: window.share(*kinds) for name, kinds in GROUPS.items()},
         update_latency_s=(_at(latencies, 50), _at(latencies, 99)) if len(latencies) else None,
         gradient_age_updates=(_at(updates, 50), float(updates.max())) if len(updates) else None,
         gradient_age_s=(_at(seconds, 50), float(seconds.max())) if len(seconds) else None,

@@ -44,13 +44,20 @@ class Scored(msgspec.Struct, tag=True, frozen=True):
 
 
 class Finished(msgspec.Struct, tag=True, frozen=True):
-    """The worker did everything and wrote its files."""
+    """The worker did everything and wrote its files.
+
+    Times are on the common clock. ``window_ns``: in the last stage of a run of several batches, the ends of the last
+    batch of the warm-up and of the last batch of all.
+    """
 
     stage: int
     updated: int
     learned: int
     dropped: int
     peak_memory_bytes: int
+    begin_ns: int
+    end_ns: int
+    window_ns: tuple[int, int] | None = None
 
 
 class Failure(msgspec.Struct, tag=True, frozen=True):

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import StageError
+from pipeline.measurements import warmup_of
 from pipeline.modes import MODES
 from pipeline.policies import Action, scripted
 from pipeline.recipe import Recipe
@@ -39,7 +40,7 @@ from workers.board import Board
 from workers.clock import now_ns
 from workers.emulated import EmulatedStage
 from workers.ports import Ports, attached
-from workers.recorder import SpanRecorder
+from workers.recorder import Pulse, SpanRecorder
 from workers.shared import unlink_all
 
 __all__ = ["worker_main"]
@@ -79,28 +80,32 @@ def worker_main(assignment: Assignment, connection: Connection) -> None:
 def _work(assignment: Assignment, connection: Connection, stack: contextlib.ExitStack) -> None:
     recipe = assignment.source()
     board = stack.enter_context(Board(assignment.names.board, assignment.plan.stages))
-    record = SpanRecorder(assignment.index, board)
+    spans = SpanRecorder(assignment.index, board) if assignment.plan.spans else None
+    record = spans or Pulse(assignment.index, board)
     ports = stack.enter_context(attached(assignment, recipe, record))
-    record.depth = ports.below.depth
+    if spans is not None:
+        spans.depth = ports.below.depth
     stage = _build(assignment, recipe, record)
     runner = _runner(assignment, stage, ports, record)
-    report = _Reporter(connection)
+    report = _Reporter(connection, assignment.resolved.steps)
     runner.on_loss, runner.on_scores = report.loss, report.scores
     records.send(connection, records.Ready(assignment.index, os.getpid(), torch.get_num_threads()))
     if not connection.poll(assignment.attach_within_s):
         raise TimeoutError(f"no Go from the driver after {assignment.attach_within_s:.0f} s")
     records.receive(connection)
+    begin_ns = now_ns()
     try:
         _loop(runner, ports, board, record, assignment.plan.stall_after_s)
     finally:
-        record.save(assignment.spans_path)
+        end_ns = now_ns()
+        if spans is not None:
+            spans.save(assignment.spans_path)
     report.flush()
     _save(assignment, stage)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    records.send(
-        connection,
-        records.Finished(assignment.index, runner.updated, runner.learned, runner.dropped, peak_bytes),
-    )
+    counts = runner.updated, runner.learned, runner.dropped
+    finished = records.Finished(assignment.index, *counts, peak_bytes, begin_ns, end_ns, report.window_ns)
+    records.send(connection, finished)
 
 
 def _loop(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_after_s: float) -> None:
@@ -162,10 +167,13 @@ def _runner(assignment: Assignment, stage: Stage | EmulatedStage, ports: Ports, 
 
 
 class _Reporter:
-    """Sends training losses in groups, so that the pipe is not in the way, and scores at once."""
+    """Sends training losses in groups, so that the pipe is not in the way, and scores at once; times the run."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, steps: int) -> None:
         self._connection = connection
+        self._last, self._warm = steps - 1, warmup_of(steps) - 1
+        self._begin_ns = 0
+        self.window_ns: tuple[int, int] | None = None
         self._losses: list[float] = []
         self._first, self._sent_ns = 0, now_ns()
 
@@ -173,6 +181,10 @@ class _Reporter:
         if not self._losses:
             self._first = batch
         self._losses.append(loss)
+        if batch == self._warm:
+            self._begin_ns = now_ns()
+        elif batch == self._last:
+            self.window_ns = self._begin_ns, now_ns()
         if now_ns() - self._sent_ns > LOSSES_EVERY_NS:
             self.flush()
 
