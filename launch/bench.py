@@ -260,7 +260,7 @@ def _verdict(rows: Sequence[Row], steps: int, emulated: bool) -> str:
 def _show(report: Report, console: Console) -> None:
     console.rich.print(f"\n[bold]{report.verdict}[/bold]\n")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("mode")
+    table.add_column("mode", overflow="fold")
     scored = report.rows[0].last.accuracy is not None
     for name in (
         "samples/s",

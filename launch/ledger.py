@@ -160,7 +160,7 @@ def _table(accounts: Sequence[Account]) -> Table:
     """Two lines per row: microseconds, and millions of operations."""
     title = "where the work went, per sample, all processes together"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("mode")
+    table.add_column("mode", overflow="fold")
     table.add_column("", no_wrap=True)
     for name in (*_COLUMNS.values(), "total"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -16,10 +16,11 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
 from pipeline.cut import Cut
@@ -158,8 +159,16 @@ class _NoModules(ModuleTracker):
     def __exit__(self, *error: object) -> None: ...
 
 
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *others: Any, **options: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(gradient: torch.Size, *query_key_value: Any, **options: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, *query_key_value[:3]))
+
+
 _CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""FlopCounterMode knows the attention of GPUs only, torch 2.13."""
+"""The operators that FlopCounterMode of torch 2.13 leaves out: it knows the attention of GPUs only."""
