@@ -16,7 +16,7 @@ from rich.table import Table
 from launch import rundir
 from launch.console import Console, stage_table
 from launch.environment import environment
-from launch.instrumentation import PAIR, cost_of_spans
+from launch.instrumentation import PAIR, cost_by_count, cost_of_spans, record_s
 from launch.ledger import Account, entry, show_ledger
 from launch.options import BenchOptions
 from launch.result import SCHEMA
@@ -131,6 +131,7 @@ class Report:
         rows: the contenders; ratios are over the first one.
         emulated: compute or links were emulated.
         left_out: rows that could not run here, with the reason.
+        cost: what the spans cost, where that was compared.
     """
 
     verdict: str
@@ -139,6 +140,7 @@ class Report:
     rows: list[Row]
     emulated: bool
     left_out: dict[str, str]
+    cost: str | None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of bench.json."""
@@ -148,6 +150,7 @@ class Report:
             "command": self.command,
             "environment": self.environment,
             "rows": [row.as_dict(self.rows[0], self.emulated) for row in self.rows],
+            "instrumentation": self.cost,
             "left_out": self.left_out,
         }
 
@@ -178,13 +181,15 @@ def bench(
                 row.outcomes.append(row.contender.train(folder, f"{name}-{number + 1}"))
     ordered = list(rows.values())
     emulated = plan.emulate is not None or plan.link is not None
+    cost = _cost(ordered)
     report = Report(
-        _cost(ordered) if options.pairs else _verdict(ordered, resolved.steps, emulated),
+        cost if options.pairs and cost else _verdict(ordered, resolved.steps, emulated),
         command,
         environment(),
         ordered,
         emulated,
         left_out,
+        cost,
     )
     _show(report, console)
     if "all" not in options.rows and not options.pairs:
@@ -294,8 +299,8 @@ def _show(report: Report, console: Console) -> None:
             console.rich.print(f"\n[bold]{row.name}[/bold]")
             console.rich.print(stage_table(row.typical))
     _show_ledger(report.rows, console)
-    if not all(row.contender.spans for row in report.rows) and (cost := _cost(report.rows)) != report.verdict:
-        console.rich.print(cost)
+    if report.cost is not None and report.cost != report.verdict:
+        console.rich.print(report.cost)
 
 
 def _show_ledger(rows: Sequence[Row], console: Console) -> None:
@@ -306,12 +311,15 @@ def _show_ledger(rows: Sequence[Row], console: Console) -> None:
     show_ledger(console.rich, [row.account for row in rows], *compared)
 
 
-def _cost(rows: Sequence[Row]) -> str:
+def _cost(rows: Sequence[Row]) -> str | None:
     """What the spans cost, if both rows were run."""
     full, bare = (
         [row for row in rows if row.contender.mode == "unlocked" and row.contender.spans is s] for s in (True, False)
     )
-    return cost_of_spans(full[0].rates, bare[0].rates) if full and bare else ""
+    if not full or not bare:
+        return None
+    counted = [cost_by_count(full[0].typical, record_s())] if full[0].typical is not None else []
+    return " ".join([cost_of_spans(full[0].rates, bare[0].rates), *counted])
 
 
 _SHORT = {"Interleaved1F1B": "Int-1F1B", "InterleavedZeroBubble": "Int-ZeroBubble", "ZBVZeroBubble": "ZBV"}

@@ -1,6 +1,9 @@
-"""What the measuring itself costs: the same training with spans and without, pair by pair.
+"""What the measuring itself costs, found in two ways: the same training with spans and without, and by counting.
 
-round 1: unlocked, unlocked-bare    round 2: unlocked-bare, unlocked    ...    a drift of the machine cancels out
+    round 1: unlocked, unlocked-bare    round 2: unlocked-bare, unlocked    ...    a drift of the machine cancels out
+
+Pairs see everything, but a machine whose speed differs by several percent from run to run hides a small cost. The
+count, records of a batch times what one takes, sees nothing but the recorder, and sees it sharply.
 """
 
 from __future__ import annotations
@@ -9,7 +12,14 @@ import statistics
 from collections.abc import Sequence
 from math import comb
 
-__all__ = ["PAIR", "cost_of_spans", "median_interval"]
+from pipeline.measurements import Measured
+from pipeline.spans import Span
+from workers.board import Board
+from workers.clock import now_ns
+from workers.recorder import SpanRecorder
+from workers.shm import new_prefix
+
+__all__ = ["PAIR", "cost_by_count", "cost_of_spans", "median_interval", "record_s"]
 
 PAIR = ("unlocked", "unlocked-bare")
 """The rows that are compared."""
@@ -27,6 +37,40 @@ def cost_of_spans(with_spans: Sequence[float], without: Sequence[float]) -> str:
     low, high = interval or (min(costs), max(costs))
     of = f"95 % confidence, {len(costs)} pairs" if interval else f"smallest and largest of {len(costs)} pairs"
     return f"Instrumentation costs {statistics.median(costs):.1f} % ({low:.1f} to {high:.1f}; {of})."
+
+
+def cost_by_count(measured: Measured, one_record_s: float) -> str:
+    """The share of the time that the busiest recorder takes.
+
+    Args:
+        measured: a run with spans.
+        one_record_s: what one record takes, see ``record_s``.
+    """
+    most = max(stage.records for stage in measured.stages)
+    return (
+        f"Counted, it is {100 * most * one_record_s / measured.seconds:.2g} %: up to {most / measured.batches:.0f} "
+        f"records a batch, {one_record_s * 1e6:.1f} us each."
+    )
+
+
+def record_s(rounds: int = 20, records: int = 2000) -> float:
+    """Seconds that one record of a ``SpanRecorder`` takes here: the fastest round, as noise only adds.
+
+    Blocks for ``rounds`` times ``records`` records, some 0.1 s.
+    """
+    name = f"{new_prefix()}-r"
+    with Board(name, 1, create=True) as board:
+        Board.unlink_name(name)
+        record = SpanRecorder(0, board)
+        fastest_ns = min(_round_ns(record, records) for _ in range(rounds))
+    return fastest_ns * 1e-9 / records
+
+
+def _round_ns(record: SpanRecorder, records: int) -> int:
+    begin_ns = now_ns()
+    for number in range(records):
+        record(Span.STEP, number)
+    return now_ns() - begin_ns
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -37,6 +37,7 @@ class StageMeasured:
             where no gradient comes late.
         gradient_age_s: (p50, max) the same in seconds.
         queue: mean depth of its activation queue when a forward begins; None for the first stage.
+        records: spans it recorded.
     """
 
     shares: dict[str, float]
@@ -44,6 +45,7 @@ class StageMeasured:
     gradient_age_updates: tuple[float, float] | None
     gradient_age_s: tuple[float, float] | None
     queue: float | None
+    records: int
 
     @property
     def busy(self) -> float:
@@ -114,6 +116,7 @@ def _stage(whole: Spans, window: Spans, warmup: int) -> StageMeasured:
         gradient_age_updates=(_at(updates, 50), float(updates.max())) if len(updates) else None,
         gradient_age_s=(_at(seconds, 50), float(seconds.max())) if len(seconds) else None,
         queue=float(queue.mean()) if len(queue) else None,
+        records=len(window),
     )
 
 

@@ -16,9 +16,10 @@ from oracle import assert_same
 from test_cli import freewheel
 
 from launch import Result, RunFailed, train
-from launch.instrumentation import cost_of_spans, median_interval
+from launch.instrumentation import cost_by_count, cost_of_spans, median_interval, record_s
 from launch.ledger import seconds_of
 from pipeline import Plan
+from pipeline.measurements import Measured, StageMeasured
 from pipeline.spans import Span
 from workers.board import Board
 from workers.recorder import Pulse
@@ -64,6 +65,18 @@ def test_the_cost_is_the_time_that_spans_add() -> None:
     )
     bare = [100.0 + share for share in (0, 1, 2, 3, 4, 5)]
     assert cost_of_spans([100.0] * 6, bare) == ("Instrumentation costs 2.5 % (0.0 to 5.0; 95 % confidence, 6 pairs).")
+
+
+def test_the_cost_by_count_is_that_of_the_busiest_recorder() -> None:
+    """10 batches in 2 s: 300 records of 2 us are 0.6 ms of it."""
+    stages = tuple(StageMeasured({}, None, None, None, None, records) for records in (300, 80))
+    assert cost_by_count(Measured(batches=10, seconds=2.0, stages=stages), 2e-6) == (
+        "Counted, it is 0.03 %: up to 30 records a batch, 2.0 us each."
+    )
+
+
+def test_what_one_record_takes_is_measured_on_a_real_recorder() -> None:
+    assert 1e-8 < record_s(rounds=3, records=20_000) < 1e-3, "more records than one piece of memory holds"
 
 
 # ---------------------------------------------------------------- a run without spans
@@ -147,7 +160,8 @@ def test_pairs_say_what_instrumentation_costs(tmp_path: Path) -> None:
     assert ended.status == 0, ended.err
     bench = json.loads(file.read_text())
     assert bench["verdict"].startswith("Instrumentation costs ")
-    assert bench["verdict"].endswith("smallest and largest of 2 pairs).")
+    assert "smallest and largest of 2 pairs). Counted, it is " in bench["verdict"]
+    assert bench["instrumentation"] == bench["verdict"]
     assert ended.out.count("Instrumentation costs") == 1
     full, bare = bench["rows"]
     assert (full["mode"], full["spans"], bare["mode"], bare["spans"]) == ("unlocked", True, "unlocked", False)

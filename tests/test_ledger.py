@@ -36,7 +36,7 @@ DDP = Account(name="DDP", seconds=None, flop=None, total_s=1500 * US, note="Valu
 
 
 def _stage(**shares: float) -> StageMeasured:
-    return StageMeasured({**dict.fromkeys(GROUPS, 0.0), **shares}, None, None, None, None)
+    return StageMeasured({**dict.fromkeys(GROUPS, 0.0), **shares}, None, None, None, None, records=1)
 
 
 def test_seconds_per_sample_are_summed_over_the_stages() -> None:
