@@ -19,8 +19,7 @@ from pipeline.measurements import Measured
 
 __all__ = ["Account", "Work", "batches_to_spare", "entry", "same_work", "seconds_of", "show_ledger"]
 
-_LEGEND = """us: microseconds; Mflop: 10^6 floating-point operations, counted in products of matrices,
-convolutions and attention only"""
+_LEGEND = "us: microseconds; Mflop: 10^6 operations in products, convolutions, attention"
 
 
 @dataclass(frozen=True, kw_only=True)

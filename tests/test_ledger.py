@@ -121,6 +121,7 @@ def test_the_table_fits_into_80_columns_and_says_what_is_not_known() -> None:
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     assert max(map(len, lines)) <= 80
     assert "…" not in out.getvalue()
+    assert sum(line.startswith("us: ") for line in lines) == 1
     cells = {line.split("  ")[0]: line.split() for line in lines}
     assert cells["unlocked"][1:] == ["us", "210", "420", "35.0", "0", "15.0", "20.0", "0", "700"]
     below = lines[next(n for n, line in enumerate(lines) if line.startswith("unlocked")) + 1]
