@@ -15,9 +15,11 @@ from rich.table import Table
 from launch import rundir
 from launch.console import Console, stage_table
 from launch.environment import environment
+from launch.instrumentation import PAIR, cost_by_count, cost_of_spans, record_s
+from launch.ledger import Account, entry, show_ledger
 from launch.options import BenchOptions
 from launch.result import SCHEMA
-from launch.rows import DEFAULT_ROWS, ROWS, Contender, Outcome
+from launch.rows import DEFAULT_ROWS, EMULATED_ROWS, ROWS, Contender, Outcome
 from launch.spread import Spread
 from launch.training import resolve_source
 from launch.until import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, break_even, rivals
@@ -48,6 +50,7 @@ class Row:
         if c.engine == "single":
             return "one process" if c.threads == 1 else f"one process, {c.threads} threads"
         name = {"ddp": "DDP", "torch": f"torch {_SHORT.get(c.mode, c.mode)}"}.get(c.engine, c.mode)
+        name = name if c.spans else f"{name}, bare"
         return f"{name} x{c.microbatches}" if c.microbatches else name
 
     @property
@@ -83,6 +86,13 @@ class Row:
         """Our own figures in the round of median speed."""
         return self.middle.measured
 
+    @property
+    def account(self) -> Account:
+        """What a sample cost in the round of median speed."""
+        seconds, contender = self.middle.spent_s, self.contender
+        total_s = contender.stages / self.middle.samples_per_s
+        return Account(name=self.name, seconds=seconds, flop=contender.flop, total_s=total_s, note=contender.note)
+
     def speedup(self, other: Row) -> Spread:
         """Throughput over that of another row, round by round."""
         return Spread.of([mine / theirs for mine, theirs in zip(self.rates, other.rates, strict=True)])
@@ -100,6 +110,7 @@ class Row:
             "stages": contender.stages,
             "threads": contender.threads,
             "microbatches": contender.microbatches,
+            "spans": contender.spans if contender.engine == "freewheel" else None,
             "emulated": emulated,
             "launcher": "local",
             "samples_per_s": Spread.of(self.rates).as_dict(),
@@ -113,7 +124,7 @@ class Row:
             "peak_memory_bytes": list(self.last.peak_memory_bytes),
             "queue_depth": measured.queue_depth if measured else None,
             "bytes_moved": measured.bytes_moved if measured else None,
-            "ledger": _ledger(measured, batch_rows) if measured else None,
+            "ledger": entry(self.middle.spent_s, contender.flop),
             "loss": self.last.loss,
             "accuracy": self.last.accuracy,
             "until_s": line.seconds,
@@ -135,6 +146,7 @@ class Report:
         rows: the contenders; ratios are over the first one.
         left_out: rows that could not run here, with the reason.
         race: the way of the rows to ``plan.until``, if there is one.
+        cost: what the spans cost, where that was compared.
     """
 
     recipe: str
@@ -146,6 +158,7 @@ class Report:
     rows: list[Row]
     left_out: dict[str, str]
     race: Race | None = None
+    cost: str | None = None
 
     @property
     def batch_rows(self) -> int:
@@ -175,6 +188,7 @@ class Report:
             "command": self.command,
             "environment": self.environment,
             "rows": self.row_dicts(),
+            "instrumentation": self.cost,
             "left_out": self.left_out,
             "over_stages": None,
             "over_latency_ms": None,
@@ -203,18 +217,20 @@ class Comparison:
     rows: dict[str, Row]
     left_out: dict[str, str]
 
-    def run_round(self, number: int, console: Console, what: str) -> None:
+    def run_round(self, number: int, console: Console, what: str, *, backwards: bool = False) -> None:
         """Run every row once; blocks until all are over.
 
         Args:
             number: of the round, from 0.
             console: shows what runs.
             what: shown in front of the row.
+            backwards: the last row first.
 
         Raises:
             RunFailed: a run failed.
         """
-        for name, row in self.rows.items():
+        turns = list(self.rows.items())
+        for name, row in reversed(turns) if backwards else turns:
             with console.rich.status(f"{what}: {row.name}"):
                 row.outcomes.append(row.contender.train(self.folder, f"{name}-{number + 1}"))
 
@@ -224,9 +240,11 @@ class Comparison:
         lines, goal = [row.line for row in rows], self.resolved.plan.goal
         race = Race(goal, self.resolved, lines) if goal is not None else None
         sentences = [_verdict(rows, self.resolved, race), break_even(lines), race.verdict() if race else ""]
-        verdict = " ".join(sentence for sentence in sentences if sentence)
+        verdict, cost = " ".join(sentence for sentence in sentences if sentence), _cost(rows)
+        if cost is not None and set(self.rows) == set(PAIR):
+            verdict = cost
         return Report(
-            self.recipe, self.resolved, self.folder, verdict, command, environment(), rows, self.left_out, race
+            self.recipe, self.resolved, self.folder, verdict, command, environment(), rows, self.left_out, race, cost
         )
 
 
@@ -241,13 +259,15 @@ def bench(
         PlanError: the plan, or a row that was asked for by name, cannot run.
         RunFailed: a run failed.
     """
-    names = chosen_rows(options.rows, plan)
+    names = list(PAIR) if options.pairs else chosen_rows(options.rows, plan)
     resolved = resolve_source(source, plan)
     folder = rundir.new_run_dir(options.runs, options.name or rundir.default_name(source().name, "bench"))
     console.decided(source().name, resolved, folder)
     comparison = prepare(names, source, resolved, folder, console, everything="all" in options.rows)
-    for number in range(options.rounds):
-        comparison.run_round(number, console, f"round {number + 1} of {options.rounds}")
+    rounds = options.pairs or options.rounds
+    for number in range(rounds):
+        backwards = bool(options.pairs) and number % 2 == 1
+        comparison.run_round(number, console, f"round {number + 1} of {rounds}", backwards=backwards)
     report = comparison.report(command)
     show(report, console)
     return report
@@ -264,12 +284,11 @@ def chosen_rows(wanted: Sequence[str], plan: Plan) -> list[str]:
     for name in wanted:
         if name != "all" and name not in ROWS:
             raise PlanError(nearest(name, [*ROWS, "all"], "row"))
-    ours = list(MODES)
     if _emulated(plan):
-        theirs = [name for name in wanted if name not in (*ours, "all", *DEFAULT_ROWS)]
+        theirs = [name for name in wanted if name not in (*EMULATED_ROWS, "all", *DEFAULT_ROWS)]
         if theirs:
             raise PlanError(f"{', '.join(theirs)} cannot be emulated: leave it out, or leave out what emulates.")
-        return [name for name in ours if "all" in wanted or name in wanted]
+        return [name for name in EMULATED_ROWS if "all" in wanted or name in wanted]
     return [name for name in ROWS if name == "backprop" or "all" in wanted or name in wanted]
 
 
@@ -336,21 +355,11 @@ def _verdict(rows: Sequence[Row], resolved: Resolved, race: Race | None) -> str:
     return f"Emulated. {text}" if emulated else text
 
 
-def _ledger(measured: Measured, batch_rows: int) -> dict[str, float | None]:
-    """Seconds per sample, summed over the stages; floating-point operations are not counted yet."""
-    samples = measured.batches * batch_rows
-    names = ("forward", "backward", "dni", "relay", "communication", "waiting")
-    seconds = {
-        f"{name}_s": sum(stage.shares[name] for stage in measured.stages) * measured.seconds / samples for name in names
-    }
-    return {**seconds, **{f"{name}_flop": None for name in names}}
-
-
 def show(report: Report, console: Console) -> None:
     """Print a report: the verdict, the rows, and where the time of our own went."""
     console.rich.print(f"\n[bold]{report.verdict}[/bold]\n")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("mode", no_wrap=True)
+    table.add_column("mode", overflow="fold")
     scored = report.rows[0].last.accuracy is not None
     for name in (
         "samples/s",
@@ -358,22 +367,25 @@ def show(report: Report, console: Console) -> None:
         "update ms",
         "busy%",
         "dni%",
+        "MiB",
         "correct" if scored else "loss",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
-        entry = row.as_dict(report.rows[0], report.batch_rows, report.emulated)
-        latency, speedup = entry["update_latency_s"], row.speedup(report.rows[0])
+        figures = row.as_dict(report.rows[0], report.batch_rows, report.emulated)
+        latency, speedup = figures["update_latency_s"], row.speedup(report.rows[0])
         table.add_row(
             row.name,
-            f"{entry['samples_per_s']['median']:,.0f}",
+            f"{figures['samples_per_s']['median']:,.0f}",
             f"{speedup.median:.2f} ({speedup.min:.2f}-{speedup.max:.2f})",
             f"{latency['p50'] * 1e3:.2f}" if latency else "-",
-            _percentage(entry["busy_share"]),
-            _percentage(entry["dni_share"]),
-            f"{entry['accuracy']:.2%}" if scored else f"{entry['loss']:.4f}",
+            _percentage(figures["busy_share"]),
+            _percentage(figures["dni_share"]),
+            f"{max(figures['peak_memory_bytes']) / 2**20:,.0f}",
+            f"{figures['accuracy']:.2%}" if scored else f"{figures['loss']:.4f}",
         )
     console.rich.print(table)
+    console.rich.print("[dim]MiB: peak memory of the largest process[/dim]")
     if report.race is not None:
         console.rich.print(report.race.table())
         console.rich.print(f"[dim]{report.race.note()}[/dim]")
@@ -383,6 +395,28 @@ def show(report: Report, console: Console) -> None:
         if row.typical is not None:
             console.rich.print(f"\n[bold]{row.name}[/bold]")
             console.rich.print(stage_table(row.typical))
+    _show_ledger(report.rows, console)
+    if report.cost is not None and report.cost != report.verdict:
+        console.rich.print(report.cost)
+
+
+def _show_ledger(rows: Sequence[Row], console: Console) -> None:
+    unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
+    alone = next((row for row in rows if row.contender.engine == "single"), None)
+    locked = max((row for row in rows if row.exact), key=lambda row: Spread.of(row.rates).median, default=None)
+    compared = [row.account if row is not None else None for row in (unlocked, alone, locked)]
+    show_ledger(console.rich, [row.account for row in rows], *compared)
+
+
+def _cost(rows: Sequence[Row]) -> str | None:
+    """What the spans cost, if both rows were run."""
+    full, bare = (
+        [row for row in rows if row.contender.mode == "unlocked" and row.contender.spans is s] for s in (True, False)
+    )
+    if not full or not bare:
+        return None
+    counted = [cost_by_count(full[0].typical, record_s())] if full[0].typical is not None else []
+    return " ".join([cost_of_spans(full[0].rates, bare[0].rates), *counted])
 
 
 _SHORT = {"Interleaved1F1B": "Int-1F1B", "InterleavedZeroBubble": "Int-ZeroBubble", "ZBVZeroBubble": "ZBV"}

@@ -109,6 +109,7 @@ def _after_training(recipe: str, arguments: list[str], plan: Plan, steps: int) -
         left_out.append("--dni.")
     if steps < 2:
         left_out.append("--steps")
+    arguments = [argument for argument in arguments if argument not in ("--spans", "--no-spans")]
     command = shlex.join(["freewheel", "bench", recipe, *_without(left_out, arguments)])
     return command, f"how {plan.mode} compares with the other modes here"
 

@@ -82,7 +82,7 @@ class Console:
     def finished(self, result: Result) -> None:
         """The last screen of a training run."""
         self._print_whole(f"\n[bold]{escape(result.summary())}[/bold]")
-        if result.steps > 1:
+        if result.measured is not None:
             self.rich.print(stage_table(result.measured))
             self.rich.print(f"[dim]{_legend(result.measured)}[/dim]")
         if dropped := sum(record.dropped for record in result.finished.values()):

@@ -54,7 +54,7 @@ class Result:
     @property
     def start_ns(self) -> int:
         """When the first worker began, on the common clock."""
-        return min(int(spans.start_ns[0]) for spans in self.spans)
+        return min(done.begin_ns for done in self.finished.values())
 
     @property
     def reached(self) -> Reached | None:
@@ -82,19 +82,25 @@ class Result:
 
     @cached_property
     def spans(self) -> list[Spans]:
-        """What every worker did when."""
-        return read_spans(self.run_dir)
+        """What every worker did when; empty for a run without spans."""
+        return read_spans(self.run_dir) if self.resolved.plan.spans else []
 
     @cached_property
-    def measured(self) -> Measured:
-        """Figures from the spans; the first tenth of the batches does not count."""
+    def measured(self) -> Measured | None:
+        """Figures from the spans, the warm-up left out; None for a run without spans, or of one batch."""
+        if not self.spans or self.steps < 2:
+            return None
         sent = [(self.finished[k].down_bytes, self.finished[k].up_bytes) for k in sorted(self.finished)]
         return measure(self.spans, self.resolved.warmup, sent)
 
     @property
     def samples_per_s(self) -> float | None:
-        """Throughput in the steady state; None for a run of one batch."""
-        return self.measured.samples_per_s(self.resolved.batch_shape[0]) if self.steps > 1 else None
+        """Throughput in the steady state, the warm-up left out; None for a run of one batch."""
+        window_ns = self.finished[self.resolved.plan.stages - 1].window_ns
+        if window_ns is None:
+            return None
+        counted = self.steps - self.resolved.warmup
+        return counted * self.resolved.batch_shape[0] * 1e9 / (window_ns[1] - window_ns[0])
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the whole network under the unsplit model's names."""
@@ -139,7 +145,7 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """The fields of result.json."""
         plan, reached, rows = self.resolved.plan, self.reached, self.resolved.batch_shape[0]
-        measured = self.measured if self.steps > 1 else None
+        measured = self.measured
         return {
             "schema": SCHEMA,
             "mode": plan.mode,

@@ -11,18 +11,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from launch.console import Console
+from launch.ledger import Work, seconds_of
 from launch.peers import PeerRun, best_microbatches, run_ddp, run_torch_schedule
 from launch.single import SingleRun, run_single
 from launch.training import resolve_source, run
 from pipeline import DNIPlan, Plan, PlanError, Recipe
+from pipeline.flops import count_flops
 from pipeline.measurements import Measured
 from pipeline.modes import MODES
 from pipeline.resolve import Resolved
 from pipeline.until import Reached
 
-__all__ = ["DEFAULT_ROWS", "ROWS", "Contender", "Outcome"]
+__all__ = ["DEFAULT_ROWS", "EMULATED_ROWS", "ROWS", "Contender", "Outcome"]
 
 _MICROBATCHES = (2, 4, 8)
 _TRIAL_STEPS = 12
@@ -40,6 +43,7 @@ class Outcome:
         measured: our own figures from the spans; None for what others run, and for a run of one batch.
         run_dir: folder of our own run, where its spans lie; None for what others run.
         reached: when ``plan.until`` was met; None: never, or not asked for.
+        spent_s: seconds per sample, summed over the processes, by what they were spent on; None where nobody knows.
     """
 
     samples_per_s: float
@@ -49,6 +53,7 @@ class Outcome:
     measured: Measured | None = None
     run_dir: Path | None = None
     reached: Reached | None = None
+    spent_s: Work | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,9 @@ class Contender:
         stages: number of processes that share the work.
         threads: compute threads of each.
         microbatches: where batches are cut.
+        spans: whether our workers record what they do.
+        flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
+        note: why operations could not be counted.
         train: (folder for runs, name) -> one training run, in fresh processes; blocks until it is over.
     """
 
@@ -69,6 +77,9 @@ class Contender:
     stages: int
     threads: int
     microbatches: int | None = None
+    spans: bool = True
+    flop: Work | None = None
+    note: str | None = None
     train: Callable[[Path, str], Outcome]
 
 
@@ -77,9 +88,31 @@ Prepare = Callable[[Source, Resolved, Path], Contender]
 
 
 def _outcome(done: SingleRun | PeerRun, resolved: Resolved) -> Outcome:
-    rate = done.batches * resolved.batch_shape[0] / done.seconds
-    peaks = done.peak_memory_bytes if isinstance(done, PeerRun) else (done.peak_memory_bytes,)
-    return Outcome(rate, done.loss, done.accuracy, peaks, reached=done.reached)
+    samples = done.batches * resolved.batch_shape[0]
+    if isinstance(done, PeerRun):
+        peaks, spent = done.peak_memory_bytes, None
+    else:
+        rest_s = done.seconds - done.forward_s - done.backward_s
+        parts = {"forward": done.forward_s, "backward": done.backward_s, "other": rest_s}
+        peaks, spent = (done.peak_memory_bytes,), Work(**{name: s / samples for name, s in parts.items()})
+    return Outcome(samples / done.seconds, done.loss, done.accuracy, peaks, reached=done.reached, spent_s=spent)
+
+
+def _counted(source: Source, resolved: Resolved, plan: Plan) -> dict[str, Any]:
+    """``flop`` and ``note`` of a contender that runs ``plan``, by a look at the real stages."""
+    if plan.emulation is not None:
+        return {}
+    try:
+        stages = count_flops(source(), plan, resolved.cuts)
+    except Exception as error:  # the run meets it too and says where; a count is not worth a benchmark
+        return {"note": f"{type(error).__name__}: {error}"}
+    return {"flop": Work.of_flops(stages, resolved.batch_shape[0])}
+
+
+def _counted_unsplit(source: Source, resolved: Resolved) -> dict[str, Any]:
+    """The same for whoever trains the unsplit model. A cut adds no product, nor does splitting the backward pass."""
+    plan = replace(_in_mode(resolved.plan, "naive"), stages=1, sizes=(sum(resolved.sizes),))
+    return _counted(source, resolved, plan)
 
 
 def _single(threads: int) -> Prepare:
@@ -87,7 +120,8 @@ def _single(threads: int) -> Prepare:
         def train(runs: Path, name: str) -> Outcome:
             return _outcome(run_single(source, resolved.plan, threads=threads, warmup=resolved.warmup), resolved)
 
-        return Contender(engine="single", mode="backprop", stages=1, threads=threads, train=train)
+        counted = _counted_unsplit(source, resolved)
+        return Contender(engine="single", mode="backprop", stages=1, threads=threads, train=train, **counted)
 
     return prepare
 
@@ -98,7 +132,8 @@ def _ddp(source: Source, resolved: Resolved, runs: Path) -> Contender:
     def train(runs: Path, name: str) -> Outcome:
         return _outcome(run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=resolved.warmup), resolved)
 
-    return Contender(engine="ddp", mode="backprop", stages=ranks, threads=threads, train=train)
+    counted = _counted_unsplit(source, resolved)
+    return Contender(engine="ddp", mode="backprop", stages=ranks, threads=threads, train=train, **counted)
 
 
 def _torch(schedule: str) -> Prepare:
@@ -119,24 +154,29 @@ def _torch(schedule: str) -> Prepare:
             threads=threads,
             microbatches=parts,
             train=train,
+            **_counted_unsplit(source, resolved),
         )
 
     return prepare
 
 
-def _ours(mode: str) -> Prepare:
+def _ours(mode: str, *, bare: bool = False) -> Prepare:
     def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
         plan = _in_mode(resolved.plan, mode)
+        plan = replace(plan, spans=plan.spans and not bare)
         cuts = MODES[mode].cuts_batches
         if cuts and plan.microbatches == 1:
             plan = replace(plan, microbatches=_fastest_cut(source, plan, resolved.batch_shape[0], runs))
+        mine = resolve_source(source, plan)
         return Contender(
             engine="freewheel",
             mode=mode,
             stages=plan.stages,
             threads=plan.threads,
             microbatches=plan.microbatches if cuts else None,
-            train=partial(_train_ours, source, resolve_source(source, plan)),
+            spans=plan.spans,
+            train=partial(_train_ours, source, mine),
+            **_counted(source, mine, mine.plan),
         )
 
     return prepare
@@ -146,8 +186,9 @@ def _train_ours(source: Source, resolved: Resolved, runs: Path, name: str) -> Ou
     result = run(source, resolved, runs, name, Console(quiet=True))
     peaks = tuple(result.finished[k].peak_memory_bytes for k in sorted(result.finished))
     rate = result.samples_per_s or result.steps * resolved.batch_shape[0] / result.seconds
-    measured = result.measured if result.steps > 1 else None
-    return Outcome(rate, result.loss, result.accuracy, peaks, measured, result.run_dir, result.reached)
+    measured = result.measured
+    spent = seconds_of(measured, resolved.batch_shape[0]) if measured is not None else None
+    return Outcome(rate, result.loss, result.accuracy, peaks, measured, result.run_dir, result.reached, spent)
 
 
 def _fastest_cut(source: Source, plan: Plan, rows: int, runs: Path) -> int:
@@ -191,7 +232,10 @@ ROWS: dict[str, Prepare] = {
     "torch-interleaved-zero-bubble": _torch("InterleavedZeroBubble"),
     "torch-zbv-zero-bubble": _torch("ZBVZeroBubble"),
     **{mode: _ours(mode) for mode in MODES},
+    "unlocked-bare": _ours("unlocked", bare=True),
 }
-"""Rows by name, in the order of the table."""
+"""Rows by name, in the order of the table; ``unlocked-bare`` records no spans."""
 
 DEFAULT_ROWS = ("backprop", "naive", "unlocked")
+EMULATED_ROWS = (*MODES, "unlocked-bare")
+"""Rows that emulated stages and links can run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -29,6 +30,8 @@ class SingleRun(msgspec.Struct, frozen=True):
     Attributes:
         batches: training batches after the warm-up.
         seconds: how long they took, looks at the held-out data between them included.
+        forward_s: of it, in forward passes.
+        backward_s: of it, in the loss, the backward passes and the optimizer, as in the last stage of a pipeline.
         loss: held-out loss, or the last training loss without held-out data.
         accuracy: held-out accuracy, if the recipe counts right answers.
         peak_memory_bytes: peak resident memory.
@@ -37,6 +40,8 @@ class SingleRun(msgspec.Struct, frozen=True):
 
     batches: int
     seconds: float
+    forward_s: float
+    backward_s: float
     loss: float
     accuracy: float | None
     peak_memory_bytes: int
@@ -94,18 +99,27 @@ def _main(job: _Job, connection: Connection) -> None:
     optimizer = build_optimizer(job.plan.optimizer, [p for p in modules.parameters() if p.requires_grad])
     assert optimizer is not None, "the recipe's model has parameters"
     loop = TimedLoop(job.plan, job.warmup, look=lambda: scores_of(recipe, modules))
+    forward_s = backward_s = 0.0
     value = float("nan")
     open_data(recipe, job.plan)
     for step in loop:
+        if step == job.warmup:
+            forward_s = backward_s = 0.0
         with seeded(job.plan.seed, "batch", step):
             inputs, labels = recipe.batch(step)
-        loss = recipe.loss(modules(inputs), labels)
+        loaded = time.perf_counter()
+        output = modules(inputs)
+        forwarded = time.perf_counter()
+        loss = recipe.loss(output, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        forward_s, backward_s = forward_s + forwarded - loaded, backward_s + time.perf_counter() - forwarded
         value = float(loss.detach())
     scores = scores_of(recipe, modules)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     held_out = scores.loss() if scores.rows else value
-    run = SingleRun(loop.batches, loop.seconds, held_out, scores.accuracy(), peak_bytes, loop.reached)
+    run = SingleRun(
+        loop.batches, loop.seconds, forward_s, backward_s, held_out, scores.accuracy(), peak_bytes, loop.reached
+    )
     connection.send_bytes(msgspec.msgpack.encode(run))

@@ -183,8 +183,8 @@ def _follow(crew: Crew, board: Board, result: Result, console: Console) -> None:
                 console.scored(record)
             elif isinstance(record, records.Finished):
                 result.finished[record.stage] = record
-    end_ns = max(int(spans.end_ns[-1]) for spans in result.spans)
-    result.seconds = (end_ns - result.start_ns) * 1e-9
+    ended_ns = max(done.end_ns for done in result.finished.values())
+    result.seconds = (ended_ns - result.start_ns) * 1e-9
 
 
 def _no_loss(output: Tensor, labels: Tensor) -> Tensor:

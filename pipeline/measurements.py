@@ -10,9 +10,9 @@ import numpy as np
 
 from pipeline.spans import Span, Spans
 
-__all__ = ["Measured", "StageMeasured", "measure"]
+__all__ = ["GROUPS", "Measured", "StageMeasured", "measure"]
 
-_GROUPS: dict[str, tuple[Span, ...]] = {
+GROUPS: dict[str, tuple[Span, ...]] = {
     "forward": (Span.FORWARD,),
     "backward": (Span.BACKWARD, Span.STEP),
     "dni": (Span.DNI, Span.DNI_TRAIN),
@@ -23,6 +23,7 @@ _GROUPS: dict[str, tuple[Span, ...]] = {
     "waiting": (Span.WAIT,),
     "other": (Span.OTHER,),
 }
+"""What the spans are for: the lines of every report."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class StageMeasured:
             stage. What an emulated link has on its way waits there too.
         sent_bytes: (down, up) bytes of the tensors it sends for a training batch, a mean over the whole run; None where
             nobody counted.
+        records: spans it recorded.
     """
 
     shares: dict[str, float]
@@ -46,6 +48,7 @@ class StageMeasured:
     gradient_age_updates: tuple[float, float] | None
     gradient_age_s: tuple[float, float] | None
     queue_depth: tuple[float, float] | None
+    records: int
     sent_bytes: tuple[float, float] | None = None
 
     @property
@@ -133,12 +136,13 @@ def _stage(whole: Spans, window: Spans, warmup: int, sent: tuple[float, float] |
     latencies = whole.update_latencies_s()[warmup:]
     queue = window.queue[(window.span == Span.FORWARD) & (window.queue >= 0)]
     return StageMeasured(
-        shares={name: window.share(*kinds) for name, kinds in _GROUPS.items()},
+        shares={name: window.share(*kinds) for name, kinds in GROUPS.items()},
         update_latency_s=(_at(latencies, 50), _at(latencies, 99)) if len(latencies) else None,
         gradient_age_updates=(_at(updates, 50), float(updates.max())) if len(updates) else None,
         gradient_age_s=(_at(seconds, 50), float(seconds.max())) if len(seconds) else None,
         queue_depth=(_at(queue, 50), float(queue.max())) if len(queue) else None,
         sent_bytes=sent,
+        records=len(window),
     )
 
 

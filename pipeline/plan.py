@@ -120,6 +120,8 @@ class Plan:
     """End the run when held-out data shows accuracy=0.98 (at least) or loss=1.9 (at most); steps is then the most."""
     threads: int = 1
     """Compute threads of each worker."""
+    spans: bool = True
+    """Record what every worker does when; without it only throughput and loss are known of a run."""
     emulate: str | None = None
     """Replace compute by sleep: stage_ms=10 or stage_ms=10,dni_ms=0.2. Nothing is learned; for seeing many stages."""
     link: str | None = None

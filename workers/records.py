@@ -46,7 +46,9 @@ class Scored(msgspec.Struct, tag=True, frozen=True):
 class Finished(msgspec.Struct, tag=True, frozen=True):
     """The worker did everything and wrote its files.
 
-    ``down_bytes`` and ``up_bytes`` are what it sent over the whole run for training: tensors only.
+    Times are on the common clock. ``window_ns``: in the last stage of a run of several batches, the ends of the last
+    batch of the warm-up and of the last batch of all. ``down_bytes`` and ``up_bytes`` are what it sent over the whole
+    run for training: tensors only.
     """
 
     stage: int
@@ -54,6 +56,9 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
     learned: int
     dropped: int
     peak_memory_bytes: int
+    begin_ns: int
+    end_ns: int
+    window_ns: tuple[int, int] | None = None
     down_bytes: int = 0
     up_bytes: int = 0
 

@@ -41,7 +41,7 @@ from workers.channel import ChannelBroken
 from workers.clock import now_ns
 from workers.emulated import EmulatedStage
 from workers.ports import Ports, attached
-from workers.recorder import SpanRecorder
+from workers.recorder import Pulse, SpanRecorder
 from workers.shared import unlink_all
 
 __all__ = ["worker_main"]
@@ -83,33 +83,35 @@ def worker_main(assignment: Assignment, connection: Connection) -> None:
 def _work(assignment: Assignment, connection: Connection, stack: contextlib.ExitStack) -> None:
     recipe = assignment.source()
     board = stack.enter_context(Board(assignment.names.board, assignment.plan.stages))
-    record = SpanRecorder(assignment.index, board)
+    spans = SpanRecorder(assignment.index, board) if assignment.plan.spans else None
+    record = spans or Pulse(assignment.index, board)
     ports = stack.enter_context(attached(assignment, recipe, record, lambda: board.enough))
-    record.depth = ports.below.depth
+    if spans is not None:
+        spans.depth = ports.below.depth
     stage = _build(assignment, recipe, record)
     runner = _runner(assignment, stage, ports, record)
-    report = _Reporter(connection)
+    report = _Reporter(connection, assignment.resolved.warmup)
     runner.on_loss, runner.on_scores = report.loss, report.scores
     records.send(connection, records.Ready(assignment.index, os.getpid(), torch.get_num_threads()))
     if not connection.poll(assignment.attach_within_s):
         raise TimeoutError(f"no Go from the driver after {assignment.attach_within_s:.0f} s")
     records.receive(connection)
+    begin_ns = now_ns()
     try:
         _loop(runner, ports, board, record, assignment.plan.stall_after_s)
     except ChannelBroken:
         _leave_word_to_the_cause(board)
         raise
     finally:
-        record.save(assignment.spans_path)
+        end_ns = now_ns()
+        if spans is not None:
+            spans.save(assignment.spans_path)
     report.flush()
     _save(assignment, stage)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    records.send(
-        connection,
-        records.Finished(
-            assignment.index, runner.updated, runner.learned, runner.dropped, peak_bytes, *ports.sent_bytes
-        ),
-    )
+    counts = runner.updated, runner.learned, runner.dropped
+    times = begin_ns, end_ns, report.window_ns
+    records.send(connection, records.Finished(assignment.index, *counts, peak_bytes, *times, *ports.sent_bytes))
 
 
 def _loop(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_after_s: float) -> None:
@@ -181,10 +183,12 @@ def _runner(assignment: Assignment, stage: Stage | EmulatedStage, ports: Ports, 
 
 
 class _Reporter:
-    """Sends training losses in groups, so that the pipe is not in the way, and scores at once."""
+    """Sends training losses in groups, so that the pipe is not in the way, and scores at once; times the run."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, warmup: int) -> None:
+        self._connection, self._warmup = connection, warmup
+        self._begin_ns = 0
+        self.window_ns: tuple[int, int] | None = None
         self._losses: list[float] = []
         self._first, self._sent_ns = 0, now_ns()
 
@@ -192,6 +196,10 @@ class _Reporter:
         if not self._losses:
             self._first = batch
         self._losses.append(loss)
+        if batch == self._warmup - 1:
+            self._begin_ns = now_ns()
+        elif batch >= self._warmup:
+            self.window_ns = self._begin_ns, now_ns()
         if now_ns() - self._sent_ns > LOSSES_EVERY_NS:
             self.flush()
 

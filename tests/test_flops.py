@@ -1,0 +1,167 @@
+"""Floating-point operations against numbers worked out by hand: a product of [m, k] and [k, n] is 2 m k n of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import problems
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_same
+from torch import Tensor, nn
+
+from launch.recipes.mlp import mlp
+from launch.recipes.perceptron import perceptron
+from pipeline import Batch, DNIPlan, Plan, Recipe, StageError, run_reference
+from pipeline.flops import StageFlops, count_flops
+from pipeline.resolve import resolve
+
+H, B, C = 48, 256, 10  # width of every layer, rows of a batch, classes
+FULL, HEAD = 2 * B * H * H, 2 * B * H * C  # one product of a hidden layer, and of the head
+WINDOW = 128  # rows that label_residual trains on at most
+
+
+def _count(recipe: Recipe, **plan: Any) -> tuple[StageFlops, ...]:
+    resolved = resolve(recipe, Plan(balance="layers", **plan))
+    return count_flops(recipe, resolved.plan, resolved.cuts)
+
+
+def _label_residual(rows: float, trained_on: float) -> float:
+    """C and v in one product of C + 1 columns, A in one of C; learning adds two of each shape: gradients, and A's g."""
+    prediction = 2 * rows * H * (C + 1) + 2 * rows * H * C
+    learning = 2 * trained_on * H * (2 * (C + 1) + 3 * C)
+    return prediction + learning
+
+
+# four hidden layers and the head; stage 0 has two layers, stage 1 two and the head
+RECIPE = mlp(hidden=H, layers=4, batch=B)
+BELOW, ABOVE = (2 * FULL, 3 * FULL), (2 * FULL + HEAD, 4 * FULL + 2 * HEAD)  # (forward, backward)
+"""Forward is a product per layer, backward two, less one for the gradient of the data."""
+
+
+def _of(pair: tuple[int, int], **others: float) -> StageFlops:
+    return StageFlops(forward=pair[0], backward=pair[1], **others)
+
+
+@pytest.mark.parametrize(
+    "plan", [{"mode": "naive"}, {"mode": "gpipe", "microbatches": 4}, {"mode": "1f1b", "microbatches": 2}], ids=str
+)
+def test_locked_stages_do_together_what_one_process_does(plan: dict[str, Any]) -> None:
+    assert _count(RECIPE, sizes=(2, 3), **plan) == (_of(BELOW), _of(ABOVE))
+    (alone,) = _count(RECIPE, stages=1, mode="naive")
+    assert alone == _of((BELOW[0] + ABOVE[0], BELOW[1] + ABOVE[1]))
+
+
+def test_stashed_weights_cost_no_product() -> None:
+    assert _count(RECIPE, sizes=(2, 3), mode="async-1f1b") == (_of(BELOW), _of(ABOVE))
+
+
+def test_unlocked_adds_the_dni_and_nothing_else() -> None:
+    """K = 2, label_residual: it predicts for all rows and trains on a window of 128."""
+    assert _count(RECIPE, sizes=(2, 3)) == (_of(BELOW, dni=_label_residual(B, WINDOW)), _of(ABOVE))
+
+
+@pytest.mark.parametrize(
+    ("dni", "dni_flop"),
+    [
+        (DNIPlan(rows=0.25), _label_residual(B, B / 4)),
+        (DNIPlan(every=4), _label_residual(B, WINDOW / 4)),
+        (DNIPlan(form="linear"), 3 * 2 * B * (H + C) * H),
+    ],
+    ids=["a quarter of the rows", "every fourth target", "linear: prediction, prediction again, its weights"],
+)
+def test_what_the_dni_does_counts(dni: DNIPlan, dni_flop: float) -> None:
+    assert _count(RECIPE, sizes=(2, 3), dni=dni) == (_of(BELOW, dni=dni_flop), _of(ABOVE))
+
+
+@pytest.mark.parametrize(("targets", "every"), [("true", 1), ("mixed", 1), ("true", 4), ("mixed", 5)])
+def test_a_relay_is_the_input_gradient_of_the_stages_between(targets: str, every: int) -> None:
+    """Two layers each; of one batch in ``every`` the gradient flows, and only then is an input gradient taken."""
+    first, between, last = _count(RECIPE, stages=3, sizes=(1, 2, 2), targets=targets, true_every=every)
+    predicted = _label_residual(B, 0)
+    dni = predicted + (_label_residual(B, WINDOW) - predicted) / every
+    _same(first, _of((FULL, FULL), dni=dni))
+    _same(between, _of((2 * FULL, 3 * FULL), dni=dni, relay=2 * FULL / every))
+    _same(last, _of((FULL + HEAD, FULL + 2 * HEAD + FULL / every)))
+
+
+def _same(mine: StageFlops, truth: StageFlops) -> None:
+    for name in ("forward", "backward", "dni", "relay"):
+        assert getattr(mine, name) == pytest.approx(getattr(truth, name), rel=1e-12), name
+    assert mine.total == pytest.approx(truth.forward + truth.backward + truth.dni + truth.relay)
+
+
+def test_a_local_loss_takes_no_input_gradient_and_three_products_per_layer_of_its_head() -> None:
+    hidden = 16
+    below, above = _count(RECIPE, sizes=(2, 3), mode="local", dni=DNIPlan(hidden=hidden))
+    assert below == _of(BELOW, dni=3 * (2 * B * H * hidden + 2 * B * hidden * C))
+    assert above == _of((ABOVE[0], ABOVE[1] - FULL)), "nothing is sent down"
+
+
+class Attention(nn.Module):
+    """Self-attention without projections."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [rows, heads, time, width], float32."""
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def attending() -> nn.Sequential:
+    """A projection, and attention over what it gives."""
+    return nn.Sequential(nn.Linear(8, 8), Attention())
+
+
+def positions(index: int) -> Batch:
+    """[rows, heads, time, width] and targets of the same shape."""
+    inputs = torch.randn(3, 2, 5, 8, generator=torch.Generator().manual_seed(index))
+    return inputs, inputs
+
+
+def test_attention_on_the_cpu_counts() -> None:
+    """Two products forward; backward five, as the scores are computed again. It was once 0: torch knows GPUs only."""
+    recipe = Recipe(name="attention", model=attending, batches=positions, loss=F.mse_loss, steps=2)
+    (alone,) = _count(recipe, stages=1, mode="naive")
+    product, projection = 2 * 3 * 2 * 5 * 5 * 8, 2 * 3 * 2 * 5 * 8 * 8
+    assert alone == _of((2 * product + projection, 5 * product + projection))
+
+
+@pytest.mark.parametrize("mode", ["naive", "async-1f1b", "local", "unlocked"])
+def test_counting_changes_no_run(mode: str) -> None:
+    """Dropout, BatchNorm and layers that write to their input: neither weights nor random numbers are touched."""
+    recipe, plan = problems.recipe(), Plan(stages=2, sizes=(3, 5), steps=4, mode=mode)
+    truth = run_reference(recipe, plan).state_tensors()
+    before = torch.get_rng_state()
+    resolved = resolve(recipe, plan)
+    assert torch.equal(torch.get_rng_state(), before)
+    first = count_flops(recipe, resolved.plan, resolved.cuts)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same(run_reference(recipe, plan).state_tensors(), truth)
+    assert count_flops(recipe, resolved.plan, resolved.cuts) == first
+    assert not [hooks for hooks in _global_hooks() if hooks]
+
+
+def _global_hooks() -> list[Any]:
+    from torch.nn.modules import module
+
+    return [module._global_forward_pre_hooks, module._global_forward_hooks]
+
+
+def test_every_relay_of_a_network_with_everything_is_counted() -> None:
+    """torch's own tracker of modules hooks a stage's input, and a relay then fails."""
+    counted = _count(problems.recipe(), stages=4, sizes=(1, 3, 2, 2), targets="true")
+    product = 2 * problems.ROWS * 24 * 24
+    assert [stage.relay for stage in counted] == [0, 0, product, 0], "there is no product in the layers of stage 1"
+
+
+def test_a_layer_that_fails_is_named() -> None:
+    recipe = replace(RECIPE, model=partial(_with_failure, RECIPE))
+    resolved = resolve(recipe, Plan(sizes=(2, 4)))
+    with pytest.raises(StageError, match="stage 1, layer 5, batch 1: ZeroDivisionError: as planned"):
+        count_flops(recipe, resolved.plan, resolved.cuts)
+
+
+def _with_failure(recipe: Recipe) -> nn.Sequential:
+    return nn.Sequential(*perceptron(H, H, 5, C), problems.FailsAt(0))
