@@ -6,7 +6,7 @@ round 1: backprop, naive, unlocked    round 2: backprop, naive, unlocked    ... 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from launch.environment import environment
 from launch.instrumentation import PAIR, cost_by_count, cost_of_spans, record_s
 from launch.ledger import Account, entry, show_ledger
 from launch.options import BenchOptions
+from launch.quality import LEGEND, StageQuality, quality_table
 from launch.result import SCHEMA
 from launch.rows import DEFAULT_ROWS, EMULATED_ROWS, ROWS, Contender, Outcome
 from launch.spread import Spread
-from launch.training import resolve_source
+from launch.training import resolve_source, run
 from launch.until import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, break_even, rivals
 from pipeline import Plan, PlanError, Recipe, nearest
 from pipeline.measurements import Measured
@@ -147,6 +148,7 @@ class Report:
         left_out: rows that could not run here, with the reason.
         race: the way of the rows to ``plan.until``, if there is one.
         cost: what the spans cost, where that was compared.
+        quality: of the synthetic gradients, by stage, from a run of its own; empty where nothing was sampled.
     """
 
     recipe: str
@@ -159,6 +161,7 @@ class Report:
     left_out: dict[str, str]
     race: Race | None = None
     cost: str | None = None
+    quality: list[StageQuality] = field(default_factory=list)
 
     @property
     def batch_rows(self) -> int:
@@ -189,6 +192,7 @@ class Report:
             "environment": self.environment,
             "rows": self.row_dicts(),
             "instrumentation": self.cost,
+            "quality": [each.as_dict() for each in self.quality] or None,
             "left_out": self.left_out,
             "over_stages": None,
             "over_latency_ms": None,
@@ -260,7 +264,7 @@ def bench(
         RunFailed: a run failed.
     """
     names = list(PAIR) if options.pairs else chosen_rows(options.rows, plan)
-    resolved = resolve_source(source, plan)
+    resolved = resolve_source(source, replace(plan, quality_every=None))
     folder = rundir.new_run_dir(options.runs, options.name or rundir.default_name(source().name, "bench"))
     console.decided(source().name, resolved, folder)
     comparison = prepare(names, source, resolved, folder, console, everything="all" in options.rows)
@@ -269,8 +273,17 @@ def bench(
         backwards = bool(options.pairs) and number % 2 == 1
         comparison.run_round(number, console, f"round {number + 1} of {rounds}", backwards=backwards)
     report = comparison.report(command)
+    if options.quality and "unlocked" in names and not options.pairs and not report.emulated and plan.stages > 1:
+        with console.rich.status("unlocked once more, with samples of the true gradient"):
+            report.quality = _quality(source, resolved, plan.quality_every, folder)
     show(report, console)
     return report
+
+
+def _quality(source: Callable[[], Recipe], resolved: Resolved, every: int | None, folder: Path) -> list[StageQuality]:
+    """Of the synthetic gradients of one more unlocked run, whose speed counts nowhere."""
+    sampled = replace(resolved.plan, quality_every=every or max(1, resolved.steps // _SAMPLES))
+    return run(source, resolve_source(source, sampled), folder, "quality", Console(quiet=True)).quality
 
 
 def chosen_rows(wanted: Sequence[str], plan: Plan) -> list[str]:
@@ -395,6 +408,10 @@ def show(report: Report, console: Console) -> None:
         if row.typical is not None:
             console.rich.print(f"\n[bold]{row.name}[/bold]")
             console.rich.print(stage_table(row.typical))
+    if report.quality:
+        console.rich.print()
+        console.rich.print(quality_table(report.quality))
+        console.rich.print(f"[dim]{LEGEND}[/dim]")
     _show_ledger(report.rows, console)
     if report.cost is not None and report.cost != report.verdict:
         console.rich.print(report.cost)
@@ -419,6 +436,8 @@ def _cost(rows: Sequence[Row]) -> str | None:
     return " ".join([cost_of_spans(full[0].rates, bare[0].rates), *counted])
 
 
+_SAMPLES = 20
+"""Batches of a run whose quality is sampled, where the user does not say."""
 _SHORT = {"Interleaved1F1B": "Int-1F1B", "InterleavedZeroBubble": "Int-ZeroBubble", "ZBVZeroBubble": "ZBV"}
 
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from launch.quality import LEGEND, quality_table
 from launch.result import Result
 from pipeline.channels import CHANNELS
 from pipeline.measurements import Measured
@@ -85,6 +86,9 @@ class Console:
         if result.measured is not None:
             self.rich.print(stage_table(result.measured))
             self.rich.print(f"[dim]{_legend(result.measured)}[/dim]")
+        if result.quality:
+            self.rich.print(quality_table(result.quality))
+            self.rich.print(f"[dim]{LEGEND}[/dim]")
         if dropped := sum(record.dropped for record in result.finished.values()):
             self.rich.print(f"  {dropped:,} targets were dropped: raise --channel.gradient-slots")
 
@@ -134,7 +138,7 @@ def _legend(measured: Measured) -> str:
     return text
 
 
-_SHORT = {"communication": "send+recv", "evaluate": "eval", "waiting": "wait", "backward": "back+step"}
+_SHORT = {"communication": "comm", "evaluate": "eval", "waiting": "wait", "backward": "back+step"}
 _TARGETS = {
     "bootstrap": "a DNI learns from the synthetic gradient above it",
     "true": "every DNI learns from the true gradient, late",

@@ -66,6 +66,8 @@ class BenchOptions(RunOptions):
     torch-interleaved-zero-bubble, torch-zbv-zero-bubble, our modes, unlocked-bare (no spans), or all."""
     rounds: int = 5
     """Rounds; in each, every row runs once."""
+    quality: bool = True
+    """Run unlocked once more after the rounds, and compare its synthetic gradients with the true ones."""
     over_stages: tuple[int, ...] = ()
     """Compare at these numbers of stages too, e.g. 1 2 4 8: throughput and update latency over the number of stages."""
     over_latency_ms: tuple[float, ...] = ()

@@ -12,12 +12,13 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from launch.quality import StageQuality, summarised
 from launch.rundir import read_spans
 from pipeline.measurements import Measured, measure
 from pipeline.resolve import Resolved
 from pipeline.spans import Spans
 from pipeline.until import Reached
-from workers.records import Finished, Scored
+from workers.records import Finished, Judged, Scored
 
 __all__ = ["SCHEMA", "Result"]
 
@@ -35,6 +36,7 @@ class Result:
         losses: training loss of every batch.
         scores: every pass over the held-out batches.
         finished: what each worker reported at its end.
+        judged: quality of the synthetic gradients of every sampled batch, by ``plan.quality_every``.
         met: the first pass over the held-out batches that met ``plan.until``; None: none did, or not asked for.
     """
 
@@ -44,6 +46,7 @@ class Result:
     losses: list[float] = field(default_factory=list)
     scores: list[Scored] = field(default_factory=list)
     finished: dict[int, Finished] = field(default_factory=dict)
+    judged: list[Judged] = field(default_factory=list)
     met: Scored | None = None
 
     @property
@@ -67,6 +70,11 @@ class Result:
             loss=self.met.loss,
             accuracy=self.met.accuracy,
         )
+
+    @property
+    def quality(self) -> list[StageQuality]:
+        """How good the synthetic gradients were, per stage; empty where nothing was sampled."""
+        return summarised(self.judged, self.steps)
 
     @property
     def loss(self) -> float:
@@ -164,6 +172,7 @@ class Result:
             "peak_memory_bytes": [self.finished[k].peak_memory_bytes for k in sorted(self.finished)],
             "queue_depth": measured.queue_depth if measured else None,
             "bytes_moved": measured.bytes_moved if measured else None,
+            "quality": [each.as_dict() for each in self.quality] or None,
         }
 
     def write(self, path: Path) -> None:

@@ -219,6 +219,7 @@ def _in_mode(plan: Plan, mode: str) -> Plan:
         dni=DNIPlan(hidden=plan.dni.hidden, lr=plan.dni.lr) if keep_dni else DNIPlan(),
         deterministic=False,
         hop_steps=0.0,
+        quality_every=None,
     )
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from multiprocessing import current_process
 from pathlib import Path
 
+import msgspec
 from torch import Tensor, nn
 
 from launch import rundir
@@ -181,6 +182,9 @@ def _follow(crew: Crew, board: Board, result: Result, console: Console) -> None:
                     time_ns=record.time_ns,
                 )
                 console.scored(record)
+            elif isinstance(record, records.Judged):
+                result.judged.append(record)
+                rundir.write_metric(metrics, "quality", **msgspec.structs.asdict(record))
             elif isinstance(record, records.Finished):
                 result.finished[record.stage] = record
     ended_ns = max(done.end_ns for done in result.finished.values())

@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[Span, ...]] = {
     "load": (Span.LOAD,),
     "evaluate": (Span.EVALUATE,),
     "waiting": (Span.WAIT,),
-    "other": (Span.OTHER,),
+    "other": (Span.OTHER, Span.QUALITY),
 }
 """What the spans are for: the lines of every report."""
 

@@ -38,13 +38,14 @@ _CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
 class Kind(enum.IntEnum):
-    """What a message is. All but GRADIENT flow down; END flows down and is echoed up."""
+    """What a message is. GRADIENT and SAMPLE go back; all others flow down, and END is echoed."""
 
     ACTIVATION = 1
     GRADIENT = 2
     EVALUATION = 3  # an activation of a held-out batch: no gradient comes back
     REPORT = 4  # ends one pass over the held-out batches; `batch` is the number of updates before it
     END = 5
+    SAMPLE = 6  # the true gradient of a sampled batch: nothing learns from it, it judges the synthetic ones
 
 
 @dataclass(frozen=True, slots=True)

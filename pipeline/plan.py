@@ -116,6 +116,9 @@ class Plan:
     """Delay of one hop in the reference driver (and in deterministic runs), in steps of a stage."""
     evaluate_every: int | None = None
     """Evaluate after every n batches; None: only at the end, and with until 40 times."""
+    quality_every: int | None = None
+    """Unlocked: compare the synthetic gradients of every n-th batch with the true one; None: never. It costs each stage
+    a copy of its weights and a second backward pass for such a batch."""
     until: str | None = None
     """End the run when held-out data shows accuracy=0.98 (at least) or loss=1.9 (at most); steps is then the most."""
     threads: int = 1
@@ -183,7 +186,8 @@ class Plan:
         if self.channel.gradient_slots is not None:
             return self.channel.gradient_slots
         stages_above = 1 if self.targets == "bootstrap" else self.stages - 1 - cut
-        return max(stages_above * (self.activation_slots + 1), self.microbatches, self.stages) + 2
+        samples = 0 if self.quality_every is None else self.stages * (self.activation_slots + 1)
+        return max(stages_above * (self.activation_slots + 1), self.microbatches, self.stages) + 2 + samples
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values; a factory appears by its name."""
@@ -235,6 +239,7 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
         ("steps", plan.steps, 1),
         ("true_every", plan.true_every, 1),
         ("evaluate_every", plan.evaluate_every, 1),
+        ("quality_every", plan.quality_every, 1),
         ("threads", plan.threads, 1),
         ("dni.hidden", plan.dni.hidden, 1),
         ("dni.every", plan.dni.every, 1),
@@ -276,7 +281,14 @@ def _without_effect(plan: Plan) -> Iterator[str]:
     if mode is not None and not mode.cuts_batches and plan.microbatches != 1:
         yield f"microbatches has no effect with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b."
     if mode is not None and mode.gradient != "synthetic":
-        for name in ("targets", "mix", "true_every", "deterministic", *(["dni"] if mode.gradient == "true" else [])):
+        for name in (
+            "targets",
+            "mix",
+            "true_every",
+            "deterministic",
+            "quality_every",
+            *(["dni"] if mode.gradient == "true" else []),
+        ):
             if getattr(plan, name) != getattr(defaults, name):
                 yield f"{name} has no effect with mode {plan.mode}: leave it out, or choose mode unlocked."
     elif plan.targets == "bootstrap" and plan.true_every != 1:
@@ -291,6 +303,10 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
     if plan.deterministic and plan.until is not None:
         yield "until ends a run when word of it gets around, which no deterministic run repeats: leave one of them out."
+    if plan.stages == 1 and plan.quality_every is not None:
+        yield "quality_every has no effect with 1 stage, which has no DNI: leave it out."
+    if plan.emulate is not None and plan.quality_every is not None:
+        yield "quality_every has no effect with emulate, where nothing is learned: leave one of them out."
     if plan.emulate is not None and plan.until is not None:
         yield "until has no effect with emulate, where nothing is learned: leave one of them out."
     if plan.dni.factory is not None and plan.dni.form != "auto":

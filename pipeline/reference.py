@@ -21,6 +21,7 @@ from pipeline.messages import Message
 from pipeline.modes import MODES
 from pipeline.plan import Plan
 from pipeline.policies import Action
+from pipeline.quality import Quality
 from pipeline.recipe import Recipe
 from pipeline.resolve import Resolved, resolve, stage_layers
 from pipeline.runner import Runner, StageLike
@@ -69,6 +70,7 @@ class Reference:
         losses: training loss of every batch; fewer than planned where ``until`` ended the run.
         scores: (number of updates, scores) of every pass over the held-out batches.
         events: what every stage did when.
+        qualities: of every stage below the last: its synthetic gradients of the sampled batches against the true ones.
     """
 
     resolved: Resolved
@@ -76,6 +78,7 @@ class Reference:
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, Scores]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    qualities: dict[int, list[Quality]] = field(default_factory=dict)
 
     @property
     def reached(self) -> int | None:
@@ -184,6 +187,8 @@ def _drive(
     runners = _connect(stages, plan, source, costs, clock)
     if result is not None:
         runners[-1].on_loss = lambda batch, loss: result.losses.append(loss)
+        for k, runner in enumerate(runners):
+            runner.on_quality = result.qualities.setdefault(k, []).append
         runners[-1].on_scores = lambda updates, scores: result.scores.append((updates, scores))
     busy_until = [0] * len(runners)
     counts: list[dict[Action, int]] = [{} for _ in runners]
@@ -251,6 +256,7 @@ class _Phantom:
     def __init__(self, index: int, plan: Plan) -> None:
         self._flow = Flow(plan, index)
         self.index, self.last, self.scores = index, self._flow.last, Scores()
+        self._updated = -1
 
     def forward(self, batch: int, x: Any, labels: Any, microbatch: int = 0) -> Tensor:
         return self._EMPTY
@@ -262,12 +268,19 @@ class _Phantom:
         return None
 
     def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
+        self._updated = batch
         return self._EMPTY if self._flow.at_update(batch) else None
 
     def step(self, batch: int) -> None: ...
 
     def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
         return self._EMPTY if self._flow.relays(batch) else None
+
+    def true_gradient(self) -> Tensor | None:
+        return self._EMPTY if self.last and self._flow.samples(self._updated) else None
+
+    def judge(self, batch: int, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, self._EMPTY
 
     def loss_of(self, batch: int) -> float:
         return float("nan")

@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.errors import StageError
 from pipeline.messages import Kind, Message
 from pipeline.policies import Action, Policy, View
+from pipeline.quality import Quality
 from pipeline.scores import Scores
 from pipeline.spans import Recorder, Span, silent
 
@@ -54,6 +55,8 @@ class StageLike(Protocol):
     def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None: ...
     def step(self, batch: int) -> None: ...
     def learn(self, batch: int, gradient: Tensor) -> Tensor | None: ...
+    def true_gradient(self) -> Tensor | None: ...
+    def judge(self, batch: int, gradient: Tensor) -> tuple[Quality | None, Tensor | None]: ...
     def evaluate(self, batch: int, x: Tensor, labels: Tensor) -> Tensor: ...
     def loss_of(self, batch: int) -> float: ...
 
@@ -72,6 +75,7 @@ class Runner:
         record: told what the worker turns to.
         on_loss: last stage: called with (batch, training loss).
         on_scores: last stage: called with (number of updates, scores of a pass over the held-out batches).
+        on_quality: below the last stage: called with the quality of every sampled batch.
         stages: number of stages of the pipeline.
         microbatches: microbatches per batch.
         forwarded, backwarded: counts of training microbatches.
@@ -89,6 +93,7 @@ class Runner:
     record: Recorder = silent
     on_loss: Callable[[int, float], None] = field(default=lambda batch, loss: None)
     on_scores: Callable[[int, Scores], None] = field(default=lambda updates, scores: None)
+    on_quality: Callable[[Quality], None] = field(default=lambda quality: None)
     stages: int = 1
     microbatches: int = 1
     forwarded: int = 0
@@ -181,6 +186,7 @@ class Runner:
         self.backwarded += 1
         if below is not None:
             self._send_up(Message(Kind.GRADIENT, batch, self.stage.index, (below,), microbatch=part))
+        self._send_sample(batch, self.stage.true_gradient())
         if part < self.microbatches - 1:
             return
         self.stage.step(batch)
@@ -190,6 +196,12 @@ class Runner:
 
     def _learn(self) -> None:
         message = self._taken_gradient(None)
+        if message.kind is Kind.SAMPLE:
+            quality, below = self.stage.judge(message.batch, message.tensors[0])
+            if quality is not None:
+                self.on_quality(quality)
+            self._send_sample(message.batch, below)
+            return
         relayed = self.stage.learn(message.batch, message.tensors[0])
         self.learned += 1
         if relayed is not None:
@@ -228,11 +240,19 @@ class Runner:
             self.down.put(message)
 
     def _send_up(self, message: Message) -> None:
-        """Never blocks: what finds no room waits, and of what waits only the newest is kept."""
+        """Never blocks: what finds no room waits, and of the gradients that wait only the newest is kept."""
         if self.up is not None:
             self.record(Span.SEND, message.batch)
-            self.dropped += len(self._unsent)
-            self._unsent = [message]
+            samples = [waiting for waiting in self._unsent if waiting.kind is Kind.SAMPLE]
+            self.dropped += len(self._unsent) - len(samples)
+            self._unsent = [*samples, message]
+            self._flush()
+
+    def _send_sample(self, batch: int, gradient: Tensor | None) -> None:
+        """Never blocks either; samples are few, and none is dropped."""
+        if gradient is not None and self.up is not None:
+            self.record(Span.SEND, batch)
+            self._unsent.append(Message(Kind.SAMPLE, batch, self.stage.index, (gradient,)))
             self._flush()
 
     def _flush(self) -> None:

@@ -30,6 +30,7 @@ from pipeline.local_loss import LocalLoss
 from pipeline.optimizers import build_optimizer
 from pipeline.partition import Layer
 from pipeline.plan import Plan
+from pipeline.quality import Quality, compare
 from pipeline.recipe import Recipe
 from pipeline.scores import Scores
 from pipeline.seeding import seed_layer
@@ -51,6 +52,17 @@ class _Kept:
     leaves: list[Tensor]  # what the gradients are taken for: the parameters, or their stashed copies
     synthetic: Tensor | None = None
     loss: float = float("nan")
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What a stage keeps of a sampled batch until its true gradient comes."""
+
+    x: Tensor
+    h: Tensor
+    leaves: list[Tensor]
+    synthetic: Tensor
+    gradients: list[Tensor | None]  # of the parameters, under the synthetic gradient
 
 
 @dataclass
@@ -95,6 +107,8 @@ class Stage:
         first = self.layers[0].module
         self._writes_to_input = any(getattr(module, "inplace", False) for module in first.modules())
         self._kept: dict[tuple[int, int], _Kept] = {}
+        self._samples: dict[int, _Sample] = {}
+        self._true_gradient: Tensor | None = None
         self.scores = Scores()
 
     # ------------------------------------------------------------------ one training batch
@@ -119,7 +133,8 @@ class Stage:
         x = x.detach()
         stash = self._flow.stashes(batch)
         leaf, samples, enter = self._entrance(batch, x, stash)
-        if x.is_floating_point() and (self._flow.at_update(batch) or self._flow.relays(batch)):
+        sampled = self._flow.samples(batch) and self.index > 0
+        if x.is_floating_point() and (sampled or self._flow.at_update(batch) or self._flow.relays(batch)):
             leaf.requires_grad_()
         h, leaves = self._run(batch * self.plan.microbatches + microbatch, x, stash, enter)
         self._kept[batch, microbatch] = _Kept(leaf, h, labels, samples, leaves)
@@ -156,18 +171,20 @@ class Stage:
                     raise FloatingPointError(
                         f"the loss is {kept.loss}: lower the learning rate, or look at the inputs of this batch"
                     )
-            relays_later = self._flow.relays(batch)
+            relays_later, sampled = self._flow.relays(batch), self._flow.samples(batch)
             sends_now = kept.x.requires_grad and self._flow.at_update(batch)
             if microbatch == 0 and self.optimizer is not None:
                 self.optimizer.zero_grad(set_to_none=True)
             inputs = kept.leaves if relays_later else None  # the gradient of x comes later, in learn
             if output.requires_grad and inputs != []:
-                torch.autograd.backward(output, gradient, retain_graph=relays_later, inputs=inputs)
+                torch.autograd.backward(output, gradient, retain_graph=relays_later or sampled, inputs=inputs)
         except Exception as error:
             raise self._error(error, None, batch) from error
         below, kept.x.grad = kept.x.grad, None
         if self._flow.stashes(batch):
             self._take_gradients(kept.leaves)
+        if sampled:
+            self._keep_for_judgement(batch, kept, below)
         self._keep_for_target(batch, microbatch, relays_later)
         if not sends_now:
             return None
@@ -209,8 +226,35 @@ class Stage:
         if self.plan.targets == "mixed":
             assert kept.synthetic is not None
             gradient = torch.lerp(kept.synthetic, gradient, self.plan.mix)
-        (relayed,) = torch.autograd.grad(kept.h, [kept.x], gradient, allow_unused=True)
+        keep = self._flow.samples(batch)
+        (relayed,) = torch.autograd.grad(kept.h, [kept.x], gradient, allow_unused=True, retain_graph=keep)
         return (relayed if relayed is not None else torch.zeros_like(kept.x))[kept.samples]
+
+    def true_gradient(self) -> Tensor | None:
+        """Last stage: the input gradient of the whole batch that was just updated, if it is sampled; gives it once."""
+        gradient, self._true_gradient = self._true_gradient, None
+        return gradient
+
+    def judge(self, batch: int, gradient: Tensor) -> tuple[Quality, Tensor | None]:
+        """Compare the synthetic gradient of a sampled batch with the true one.
+
+        Args:
+            batch: its batch id; what is kept of older samples (their true gradients were dropped) goes.
+            gradient: the true gradient, like the stage's output.
+
+        Returns:
+            The quality, and the true gradient of the stage below; None in the first stage.
+        """
+        self.record(Span.QUALITY, batch)
+        for older in [key for key in self._samples if key < batch]:
+            del self._samples[older]
+        sample = self._samples.pop(batch)
+        wanted = sample.leaves if self.index == 0 else [sample.x, *sample.leaves]
+        found = torch.autograd.grad(sample.h, wanted, gradient, allow_unused=True)
+        below = None if self.index == 0 else found[0]
+        under_g = found[len(wanted) - len(sample.leaves) :]
+        quality = compare(batch, sample.synthetic, gradient, sample.gradients, under_g)
+        return quality, torch.zeros_like(sample.x) if below is None and self.index > 0 else below
 
     def loss_of(self, batch: int) -> float:
         """The training loss of a batch whose backward is done, once; last stage only."""
@@ -263,7 +307,7 @@ class Stage:
             return x, slice(None), None
         samples = self._window.of(batch)
         leaf = x[samples]
-        enter = None if stash else on_window(self.layers[0].module, leaf, samples)
+        enter = None if stash or self._flow.samples(batch) else on_window(self.layers[0].module, leaf, samples)
         return (x, samples, None) if enter is None else (leaf, slice(None), enter)
 
     def _run(
@@ -302,6 +346,14 @@ class Stage:
         }
         copies.update((id(b), b.clone()) for b in self._modules.buffers())
         return copies
+
+    def _keep_for_judgement(self, batch: int, kept: _Kept, below: Tensor | None) -> None:
+        if self.last:
+            self._true_gradient = below if below is not None else torch.zeros_like(kept.x)
+            return
+        assert kept.synthetic is not None, "a stage below the last one updates from its DNI"
+        gradients = [parameter.grad for parameter in self._parameters]
+        self._samples[batch] = _Sample(kept.x, kept.h, kept.leaves, kept.synthetic, gradients)
 
     def _keep_for_target(self, batch: int, microbatch: int, relays_later: bool) -> None:
         """Keep of a batch only what is still needed: the loss, h and the labels, the graph too, or nothing."""

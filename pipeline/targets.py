@@ -63,9 +63,14 @@ class Flow:
         """Whether the stage below only trains its DNI on what it gets from this one, and passes nothing on."""
         return self.plan.unlocked and (self.index == 1 or self.plan.targets == "bootstrap")
 
+    def samples(self, batch: int) -> bool:
+        """Whether the true gradient of this batch travels all the way down, to see how good the synthetic ones were."""
+        every = self.plan.quality_every
+        return self.plan.unlocked and every is not None and (batch + 1) % every == 0
+
     def stashes(self, batch: int) -> bool:
         """Whether the weights will change between the forward of this batch and the last backward through it."""
-        return self.relays(batch) or (self.mode.stashes and not self.last)
+        return self.relays(batch) or ((self.mode.stashes or self.samples(batch)) and not self.last)
 
     def _flows(self, batch: int) -> bool:
         return batch % self.plan.true_every == 0

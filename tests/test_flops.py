@@ -29,11 +29,13 @@ def _count(recipe: Recipe, **plan: Any) -> tuple[StageFlops, ...]:
     return count_flops(recipe, resolved.plan, resolved.cuts)
 
 
-def _label_residual(rows: float, trained_on: float) -> float:
-    """C and v in one product of C + 1 columns, A in one of C; learning adds two of each shape: gradients, and A's g."""
-    prediction = 2 * rows * H * (C + 1) + 2 * rows * H * C
-    learning = 2 * trained_on * H * (2 * (C + 1) + 3 * C)
-    return prediction + learning
+def _label_residual(rows: int, trained_on: int, often: float = 1.0) -> float:
+    """C and v in one product of C + 1 columns, A in one of C; learning takes two of each, and all the small squares."""
+    gram = 2 * C * C * H + 2 * rows * C * C
+    prediction = 2 * rows * H * (C + 1) + 2 * rows * H * C + gram
+    wide = 2 * trained_on * H * 2 * ((C + 1) + C)
+    thin = 2 * (2 * C * C * H + 2 * trained_on * C * C)
+    return prediction + often * (wide + thin)
 
 
 # four hidden layers and the head; stage 0 has two layers, stage 1 two and the head
@@ -67,8 +69,8 @@ def test_unlocked_adds_the_dni_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("dni", "dni_flop"),
     [
-        (DNIPlan(rows=0.25), _label_residual(B, B / 4)),
-        (DNIPlan(every=4), _label_residual(B, WINDOW / 4)),
+        (DNIPlan(rows=0.25), _label_residual(B, B // 4)),
+        (DNIPlan(every=4), _label_residual(B, WINDOW, 1 / 4)),
         (DNIPlan(form="linear"), 3 * 2 * B * (H + C) * H),
     ],
     ids=["a quarter of the rows", "every fourth target", "linear: prediction, prediction again, its weights"],
@@ -81,8 +83,7 @@ def test_what_the_dni_does_counts(dni: DNIPlan, dni_flop: float) -> None:
 def test_a_relay_is_the_input_gradient_of_the_stages_between(targets: str, every: int) -> None:
     """Two layers each; of one batch in ``every`` the gradient flows, and only then is an input gradient taken."""
     first, between, last = _count(RECIPE, stages=3, sizes=(1, 2, 2), targets=targets, true_every=every)
-    predicted = _label_residual(B, 0)
-    dni = predicted + (_label_residual(B, WINDOW) - predicted) / every
+    dni = _label_residual(B, WINDOW, 1 / every)
     _same(first, _of((FULL, FULL), dni=dni))
     _same(between, _of((2 * FULL, 3 * FULL), dni=dni, relay=2 * FULL / every))
     _same(last, _of((FULL + HEAD, FULL + 2 * HEAD + FULL / every)))

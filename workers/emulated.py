@@ -87,6 +87,13 @@ class EmulatedStage:
         self._record(Span.EVALUATE, batch)
         return torch.zeros(len(labels), *self._output_shape[1:])
 
+    def true_gradient(self) -> None:
+        """Nothing is sampled."""
+
+    def judge(self, batch: int, gradient: Tensor) -> tuple[None, None]:
+        """Nothing is sampled."""
+        return None, None
+
     def loss_of(self, batch: int) -> float:
         """There is none."""
         return 0.0

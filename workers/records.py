@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Failure", "Finished", "Go", "Loss", "Ready", "Record", "Scored", "receive", "send"]
+__all__ = ["Failure", "Finished", "Go", "Judged", "Loss", "Ready", "Record", "Scored", "receive", "send"]
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -43,6 +43,17 @@ class Scored(msgspec.Struct, tag=True, frozen=True):
     time_ns: int
 
 
+class Judged(msgspec.Struct, tag=True, frozen=True):
+    """How good a stage's synthetic gradient of a sampled batch was; see ``pipeline.quality.Quality``."""
+
+    stage: int
+    batch: int
+    cosine: float
+    norm_ratio: float
+    error: float
+    time_ns: int
+
+
 class Finished(msgspec.Struct, tag=True, frozen=True):
     """The worker did everything and wrote its files.
 
@@ -75,7 +86,7 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     batch: int | None = None
 
 
-Record = Ready | Go | Loss | Scored | Finished | Failure
+Record = Ready | Go | Loss | Scored | Judged | Finished | Failure
 
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Record)
 _encoder = msgspec.msgpack.Encoder()

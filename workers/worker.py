@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from multiprocessing import connection as mp_connection
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 from pipeline.errors import StageError
 from pipeline.modes import MODES
 from pipeline.policies import Action, scripted
+from pipeline.quality import Quality
 from pipeline.recipe import Recipe
 from pipeline.reference import schedule
 from pipeline.resolve import stage_layers
@@ -92,6 +94,7 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     runner = _runner(assignment, stage, ports, record)
     report = _Reporter(connection, assignment.resolved.warmup)
     runner.on_loss, runner.on_scores = report.loss, report.scores
+    runner.on_quality = partial(report.quality, assignment.index)
     records.send(connection, records.Ready(assignment.index, os.getpid(), torch.get_num_threads()))
     if not connection.poll(assignment.attach_within_s):
         raise TimeoutError(f"no Go from the driver after {assignment.attach_within_s:.0f} s")
@@ -207,6 +210,10 @@ class _Reporter:
         self.flush()
         scored = records.Scored(updates, scores.loss(), scores.accuracy(), scores.rows, now_ns())
         records.send(self._connection, scored)
+
+    def quality(self, stage: int, quality: Quality) -> None:
+        found = quality.cosine, quality.norm_ratio, quality.error
+        records.send(self._connection, records.Judged(stage, quality.batch, *found, now_ns()))
 
     def flush(self) -> None:
         if self._losses:

@@ -25,6 +25,7 @@ PHASES: dict[Span, str] = {
     Span.RECEIVE: "send + receive",
     Span.LOAD: "other",
     Span.EVALUATE: "other",
+    Span.QUALITY: "other",
     Span.OTHER: "other",
 }
 """The phase of every kind of span; waiting has none, it is left blank."""
