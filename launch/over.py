@@ -13,9 +13,10 @@ from typing import Any
 from rich.table import Table
 
 from launch import rundir
-from launch.bench import Report, Row, chosen_rows, prepare, show
+from launch.bench import chosen_rows, prepare
 from launch.console import Console
 from launch.options import BenchOptions
+from launch.report import Report, Row, show
 from launch.spread import Spread
 from launch.training import resolve_source
 from pipeline import Plan, PlanError, Recipe

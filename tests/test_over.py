@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from launch.bench import Report
 from launch.console import Console
 from launch.options import BenchOptions, parse
 from launch.over import AXES, Sweep, axis_of, bench_over, mode_name
 from launch.plots.curves import curves_of
+from launch.report import Report
 from pipeline import Plan, PlanError
 
 ROWS, HIDDEN = 8, 16

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.bench import Report, Row, bench
+from launch.bench import bench
 from launch.console import Console
 from launch.options import BenchOptions, parse
 from launch.over import AXES, Sweep, bench_over
@@ -25,6 +25,7 @@ from launch.plots.blocks import PHASES, Block, Window, blocks, period_s, shared_
 from launch.plots.curves import apart
 from launch.plots.timeline import shown_rows
 from launch.plots.words import curves_title, subtitle, throughput_title, timeline_title, times
+from launch.report import Report, Row
 from launch.rows import Contender, Outcome
 from launch.rundir import read_spans
 from pipeline import Plan

@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from launch import cli, train
-from launch.bench import Report, bench
+from launch.bench import bench
 from launch.console import Console
 from launch.options import BenchOptions, RunOptions, parse
 from launch.peers import PeerRun, run_ddp, run_torch_schedule
+from launch.report import Report
 from launch.single import SingleRun, run_single
 from launch.sources import NamedRecipe
 from launch.timed import TimedLoop

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from launch.bench import Report
 from launch.console import Console
+from launch.report import Report
 
 __all__ = ["INSTALL", "draw"]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from launch.bench import Row
 from launch.over import Sweep, mode_name
 from launch.plots import style
 from launch.plots.words import curves_title, subtitle
+from launch.report import Row
 from launch.spread import Spread
 
 __all__ = ["Curve", "apart", "curves_of", "draw_curves"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.bench import Report
 from launch.over import Sweep
 from launch.plots.curves import draw_curves
 from launch.plots.throughput import draw_throughput
 from launch.plots.timeline import draw_timeline, shown_rows
+from launch.report import Report
 
 __all__ = ["draw_all"]
 

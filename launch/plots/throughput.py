@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launch.bench import Report, Row
 from launch.plots import style
 from launch.plots.words import subtitle, throughput_title, times
+from launch.report import Report, Row
 from launch.spread import Spread
 
 __all__ = ["draw_throughput"]

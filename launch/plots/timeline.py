@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from launch.bench import Report, Row
 from launch.plots import style
 from launch.plots.blocks import PHASES, Block, blocks, shared_window_s, window_of
 from launch.plots.words import subtitle, timeline_title
+from launch.report import Report, Row
 from launch.rundir import read_spans
 
 __all__ = ["draw_timeline", "shown_rows"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from launch.bench import Report
 from launch.over import Sweep
 from launch.plots.style import SEPARATOR
+from launch.report import Report
 from launch.spread import Spread
 
 __all__ = ["curves_title", "subtitle", "throughput_title", "timeline_title", "times"]
