@@ -13,11 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.spread import Spread
 from pipeline.flops import StageFlops
 from pipeline.measurements import Measured
 
-__all__ = ["Account", "Work", "batches_to_spare", "entry", "same_work", "seconds_of", "show_ledger"]
+__all__ = ["Account", "Work", "entry", "same_work", "seconds_of", "show_ledger"]
 
 _LEGEND = "us: microseconds; Mflop: 10^6 operations in products, convolutions, attention"
 
@@ -131,25 +130,12 @@ def same_work(unlocked: Account, alone: Account | None, locked: Account | None) 
     return "The same work, only moved in time? " + " ".join(parts) if parts else None
 
 
-def batches_to_spare(ratio: Spread, rival: str) -> str:
-    """How many more batches than a rival unlocked training may need before its gain is gone.
-
-    Args:
-        ratio: throughput of unlocked over the rival's, round by round.
-        rival: name of the rival, the best exact locked row.
-    """
-    more, least, most = (100 * (value - 1) for value in (ratio.median, ratio.min, ratio.max))
-    if more <= 0:
-        return f"Unlocked pays only if it needs {-more:.0f} % ({-most:.0f} to {-least:.0f}) fewer batches than {rival}."
-    return f"The gain is gone when unlocked needs {more:.0f} % ({least:.0f} to {most:.0f}) more batches than {rival}."
-
-
 _COLUMNS = {
     "forward": "forward",
     "backward": "back+step",
     "dni": "DNI",
     "relay": "relay",
-    "communication": "send+recv",
+    "communication": "comm",
     "waiting": "wait",
     "other": "other",
 }

@@ -44,6 +44,11 @@ BELOW, ABOVE = (2 * FULL, 3 * FULL), (2 * FULL + HEAD, 4 * FULL + 2 * HEAD)  # (
 """Forward is a product per layer, backward two, less one for the gradient of the data."""
 
 
+def _above(window: int) -> tuple[int, int]:
+    """ABOVE, where the DNI below trains on ``window`` rows: the first layer finds the input gradient of those only."""
+    return ABOVE[0], ABOVE[1] - FULL * (B - window) // B
+
+
 def _of(pair: tuple[int, int], **others: float) -> StageFlops:
     return StageFlops(forward=pair[0], backward=pair[1], **others)
 
@@ -62,21 +67,21 @@ def test_stashed_weights_cost_no_product() -> None:
 
 
 def test_unlocked_adds_the_dni_and_nothing_else() -> None:
-    """K = 2, label_residual: it predicts for all rows and trains on a window of 128."""
-    assert _count(RECIPE, sizes=(2, 3)) == (_of(BELOW, dni=_label_residual(B, WINDOW)), _of(ABOVE))
+    """K = 2, label_residual: it predicts for all rows and needs the gradient of a window of 128."""
+    assert _count(RECIPE, sizes=(2, 3)) == (_of(BELOW, dni=_label_residual(B, WINDOW)), _of(_above(WINDOW)))
 
 
 @pytest.mark.parametrize(
-    ("dni", "dni_flop"),
+    ("dni", "dni_flop", "window"),
     [
-        (DNIPlan(rows=0.25), _label_residual(B, B // 4)),
-        (DNIPlan(every=4), _label_residual(B, WINDOW, 1 / 4)),
-        (DNIPlan(form="linear"), 3 * 2 * B * (H + C) * H),
+        (DNIPlan(rows=0.25), _label_residual(B, B // 4), B // 4),
+        (DNIPlan(every=4), _label_residual(B, WINDOW, 1 / 4), WINDOW),
+        (DNIPlan(form="linear"), 3 * 2 * B * (H + C) * H, B),
     ],
     ids=["a quarter of the rows", "every fourth target", "linear: prediction, prediction again, its weights"],
 )
-def test_what_the_dni_does_counts(dni: DNIPlan, dni_flop: float) -> None:
-    assert _count(RECIPE, sizes=(2, 3), dni=dni) == (_of(BELOW, dni=dni_flop), _of(ABOVE))
+def test_what_the_dni_does_counts(dni: DNIPlan, dni_flop: float, window: int) -> None:
+    assert _count(RECIPE, sizes=(2, 3), dni=dni) == (_of(BELOW, dni=dni_flop), _of(_above(window)))
 
 
 @pytest.mark.parametrize(("targets", "every"), [("true", 1), ("mixed", 1), ("true", 4), ("mixed", 5)])

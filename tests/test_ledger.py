@@ -7,8 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from launch.ledger import Account, Work, batches_to_spare, entry, same_work, seconds_of, show_ledger
-from launch.spread import Spread
+from launch.ledger import Account, Work, entry, same_work, seconds_of, show_ledger
 from pipeline.flops import StageFlops
 from pipeline.measurements import GROUPS, Measured, StageMeasured
 
@@ -94,17 +93,6 @@ def test_waiting_that_does_not_fall_is_said() -> None:
 def test_nothing_to_compare_with_no_sentence() -> None:
     assert same_work(UNLOCKED, None, None) is None
     assert same_work(UNLOCKED, DDP, DDP) is None
-
-
-def test_batches_to_spare() -> None:
-    gain = Spread(median=1.48, min=1.45, max=1.53)
-    assert batches_to_spare(gain, "naive") == (
-        "The gain is gone when unlocked needs 48 % (45 to 53) more batches than naive."
-    )
-    loss = Spread(median=0.9, min=0.8, max=0.95)
-    assert batches_to_spare(loss, "1f1b x4") == (
-        "Unlocked pays only if it needs 10 % (5 to 20) fewer batches than 1f1b x4."
-    )
 
 
 def test_the_table_fits_into_80_columns_and_says_what_is_not_known() -> None:
