@@ -111,6 +111,7 @@ class Row:
             "emulated": emulated,
             "launcher": "local",
             "samples_per_s": Spread.of(self.rates).as_dict(),
+            "predicted_samples_per_s": contender.predicted and contender.predicted * batch_rows,
             "speedup": self.speedup(yardstick).as_dict(),
             "update_latency_s": {"p50": latency[0], "p99": latency[1]} if latency else None,
             "gradient_age_updates": {"p50": age[0], "max": age[1]} if age else None,
@@ -219,7 +220,16 @@ def verdict_of(rows: Sequence[Row], resolved: Resolved, race: Race | None) -> st
     text += "."
     if slower:
         text += f" Unlocking loses here against {', '.join(slower)}."
-    return f"Emulated. {text}" if emulated else text
+    return f"Emulated. {text}{_of_the_limit(unlocked, resolved)}" if emulated else text
+
+
+def _of_the_limit(unlocked: Row, resolved: Resolved) -> str:
+    lengths = resolved.plan.emulation
+    if lengths is None or not lengths.stage_ms:
+        return ""
+    limit = 1e3 / lengths.stage_ms * resolved.batch_shape[0]
+    share = Spread.of([rate / limit for rate in unlocked.rates])
+    return f" It reaches {share.median:.1%} ({share.min:.1%} to {share.max:.1%}) of the limit, a batch per stage time."
 
 
 def show(report: Report, console: Console) -> None:
@@ -228,15 +238,8 @@ def show(report: Report, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("mode", overflow="fold")
     scored = report.rows[0].last.accuracy is not None
-    for name in (
-        "samples/s",
-        f"x {report.rows[0].name}",
-        "update ms",
-        "busy%",
-        "dni%",
-        "MiB",
-        "correct" if scored else "loss",
-    ):
+    outcome = ("cost model",) if report.emulated else ("MiB", "correct" if scored else "loss")
+    for name in ("samples/s", f"x {report.rows[0].name}", "update ms", "busy%", "dni%", *outcome):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
         figures = row.as_dict(report.rows[0], report.batch_rows, report.emulated)
@@ -248,11 +251,13 @@ def show(report: Report, console: Console) -> None:
             f"{latency['p50'] * 1e3:.2f}" if latency else "-",
             _percentage(figures["busy_share"]),
             _percentage(figures["dni_share"]),
-            f"{max(figures['peak_memory_bytes']) / 2**20:,.0f}",
-            f"{figures['accuracy']:.2%}" if scored else f"{figures['loss']:.4f}",
+            *(_predicted(figures) if report.emulated else _outcome(figures, scored)),
         )
     console.rich.print(table)
-    console.rich.print("[dim]MiB: peak memory of the largest process[/dim]")
+    if report.emulated:
+        console.rich.print("[dim]cost model: samples/s by the same policies on a virtual clock[/dim]")
+    else:
+        console.rich.print("[dim]MiB: peak memory of the largest process[/dim]")
     if report.race is not None:
         console.rich.print(report.race.table())
         console.rich.print(f"[dim]{report.race.note()}[/dim]")
@@ -269,6 +274,16 @@ def show(report: Report, console: Console) -> None:
     _show_ledger(report.rows, console)
     if report.cost is not None and report.cost != report.verdict:
         console.rich.print(report.cost)
+
+
+def _outcome(figures: dict[str, Any], scored: bool) -> tuple[str, str]:
+    learned = f"{figures['accuracy']:.2%}" if scored else f"{figures['loss']:.4f}"
+    return f"{max(figures['peak_memory_bytes']) / 2**20:,.0f}", learned
+
+
+def _predicted(figures: dict[str, Any]) -> tuple[str]:
+    predicted = figures["predicted_samples_per_s"]
+    return ("-" if predicted is None else f"{predicted:,.0f}",)
 
 
 def _show_ledger(rows: Sequence[Row], console: Console) -> None:

@@ -19,6 +19,7 @@ from launch.peers import PeerRun, best_microbatches, run_ddp, run_torch_schedule
 from launch.single import SingleRun, run_single
 from launch.training import resolve_source, run
 from pipeline import DNIPlan, Plan, PlanError, Recipe
+from pipeline.cost_model import predicted_batches_per_s
 from pipeline.flops import count_flops
 from pipeline.measurements import Measured
 from pipeline.modes import MODES
@@ -68,6 +69,7 @@ class Contender:
         microbatches: where batches are cut.
         spans: whether our workers record what they do.
         flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
+        predicted: batches per second by the cost model; None: nothing is emulated, or it cannot say.
         note: why operations could not be counted.
         train: (folder for runs, name) -> one training run, in fresh processes; blocks until it is over.
     """
@@ -78,6 +80,7 @@ class Contender:
     threads: int
     microbatches: int | None = None
     spans: bool = True
+    predicted: float | None = None
     flop: Work | None = None
     note: str | None = None
     train: Callable[[Path, str], Outcome]
@@ -175,6 +178,7 @@ def _ours(mode: str, *, bare: bool = False) -> Prepare:
             threads=plan.threads,
             microbatches=plan.microbatches if cuts else None,
             spans=plan.spans,
+            predicted=predicted_batches_per_s(mine.plan, mine.warmup),
             train=partial(_train_ours, source, mine),
             **_counted(source, mine, mine.plan),
         )

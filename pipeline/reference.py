@@ -29,7 +29,7 @@ from pipeline.scores import Scores
 from pipeline.stage import Stage
 from pipeline.targets import Flow
 
-__all__ = ["Costs", "Event", "Reference", "run_reference", "schedule"]
+__all__ = ["Costs", "Event", "Reference", "run_reference", "schedule", "timeline"]
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,15 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
 
 def schedule(plan: Plan, held_out_batches: int, costs: Costs | None = None) -> list[list[Action]]:
     """The order of actions of every stage, without computing anything."""
+    events = timeline(plan, held_out_batches, costs or Costs())
+    return [[event.action for event in events if event.stage == k] for k in range(plan.stages)]
+
+
+def timeline(plan: Plan, held_out_batches: int, costs: Costs) -> list[Event]:
+    """What every stage does when, on the virtual clock, without computing anything; in order of begin."""
     assert plan.steps is not None, "the plan is resolved"
     phantoms: list[StageLike] = [_Phantom(k, plan) for k in range(plan.stages)]
-    source = phantom_inputs(plan, plan.steps, held_out_batches)
-    events = _drive(phantoms, plan, source, costs or Costs(), None)
-    return [[event.action for event in events if event.stage == k] for k in range(plan.stages)]
+    return _drive(phantoms, plan, phantom_inputs(plan, plan.steps, held_out_batches), costs, None)
 
 
 @dataclass
