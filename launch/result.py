@@ -36,6 +36,7 @@ class Result:
         scores: every pass over the held-out batches.
         finished: what each worker reported at its end.
         met: the first pass over the held-out batches that met ``plan.until``; None: none did, or not asked for.
+        launcher: who started the workers, ``local`` or ``torchrun``.
     """
 
     resolved: Resolved
@@ -45,6 +46,7 @@ class Result:
     scores: list[Scored] = field(default_factory=list)
     finished: dict[int, Finished] = field(default_factory=dict)
     met: Scored | None = None
+    launcher: str = "local"
 
     @property
     def steps(self) -> int:
@@ -143,6 +145,7 @@ class Result:
         return {
             "schema": SCHEMA,
             "mode": plan.mode,
+            "launcher": self.launcher,
             "stages": plan.stages,
             "steps": self.steps,
             "samples": self.steps * rows,
