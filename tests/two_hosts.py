@@ -61,9 +61,14 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def _host(namespace: str, letter: str, number: int, own: list[str]) -> Host:
-    name = f"host-{letter}"
+    name, other = f"host-{letter}", "ba"["ab".index(letter)]
+    # A host's own name leads to its loopback, as Debian writes it: no address to tell others.
+    known = f"127.0.0.1 localhost\\n127.0.1.1 {name}\\n{_NETWORK}.{3 - number} host-{other}\\n"
     enter = ["ip", "netns", "exec", namespace, "unshare", "--uts", "--mount", *own, "--", "sh", "-c"]
-    prepare = f'hostname {name} && mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+    prepare = (
+        f"hostname {name} && mount -t tmpfs tmpfs /dev/shm && printf '{known}' > /dev/shm/hosts && "
+        'mount --bind /dev/shm/hosts /etc/hosts && exec "$@"'
+    )
     return Host(name, f"{_NETWORK}.{number}", (*enter, prepare, "sh"))
 
 
