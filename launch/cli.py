@@ -13,15 +13,16 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 
-from launch import torchrun
+from launch import ray_launcher, torchrun
 from launch.bench import bench
 from launch.bench_channel import bench_channel, print_rows
 from launch.console import Console
 from launch.environment import environment
-from launch.options import BenchOptions, Parsed, RunOptions, parse, parse_channel
+from launch.options import BenchOptions, Parsed, parse, parse_channel
 from launch.over import axis_of, bench_over
 from launch.plots import draw
 from launch.ranks import Rank
+from launch.ray_options import TrainOptions
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
 from launch.training import Launcher, resolve_source, run
@@ -100,7 +101,9 @@ def _command(arguments: list[str]) -> int:
 def _train(recipe: str, arguments: list[str]) -> int:
     if (rank := Rank.current()) is not None:
         return torchrun.train(rank, recipe, arguments, _trained)
-    parsed = parse(recipe, arguments, RunOptions, "freewheel train")
+    parsed = parse(recipe, arguments, TrainOptions, "freewheel train")
+    if parsed.run.launcher == "ray":
+        return ray_launcher.train(recipe, arguments, parsed, _trained)
     return _trained(recipe, arguments, parsed, resolve_source(parsed.source, parsed.plan))
 
 
@@ -119,7 +122,7 @@ def _trained(
 
 def _after_training(recipe: str, arguments: list[str], plan: Plan, steps: int) -> tuple[str, str]:
     """A benchmark of the same training: what is only about this run, or refused by bench, is left out."""
-    left_out = ["--mode", "--name", "--json", "--microbatches"]
+    left_out = ["--mode", "--name", "--json", "--microbatches", "--launcher", "--address", "--ray."]
     if plan.until is None:
         left_out.append("--evaluate-every")
     if not plan.unlocked:

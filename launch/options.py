@@ -113,8 +113,17 @@ class Parsed:
     run: Any
 
 
-def parse(recipe: str, arguments: Sequence[str], run_type: type[RunOptions], prog: str) -> Parsed:
+def parse(
+    recipe: str, arguments: Sequence[str], run_type: type[RunOptions], prog: str, *, writes: bool = True
+) -> Parsed:
     """Parse the options behind a recipe's name. Exits with status 2 and one message when they are wrong.
+
+    Args:
+        recipe: name or path.
+        arguments: the options.
+        run_type: which options there are besides the plan's and the recipe's.
+        prog: the command, for messages.
+        writes: whether this process writes what the run leaves; only then the paths for it are checked.
 
     Raises:
         PlanError: no such recipe, or values that cannot work; all that are seen without the recipe come at once.
@@ -139,7 +148,8 @@ def parse(recipe: str, arguments: Sequence[str], run_type: type[RunOptions], pro
             args=list(arguments),
             config=(tyro.conf.SuppressFixed,),
         )
-    _check(options.run, options.plan)
+    if writes:
+        _check(options.run, options.plan)
     chosen = {f.name: getattr(options.recipe, f.name) for f in dataclasses.fields(own)}
     if _SEED in inspect.signature(entry.make).parameters:
         chosen[_SEED] = options.plan.seed

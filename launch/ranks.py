@@ -28,7 +28,7 @@ from workers.control import Hello, Reception, Wire, called
 from workers.gloo import INTERFACE, address_towards
 from workers.shm import new_prefix
 
-__all__ = ["MEET_WITHIN_S", "Asked", "Rank"]
+__all__ = ["MEET_WITHIN_S", "Asked", "Rank", "memory"]
 
 MEET_WITHIN_S = 120.0
 """How long ranks wait for each other at the start."""
@@ -101,7 +101,7 @@ class Rank:
 
     def hello(self, problems: list[str] | None = None) -> Hello:
         """How this rank introduces itself to the driver."""
-        return Hello(self.index, os.getpid(), socket.gethostname(), _memory(), new_prefix(), problems or [])
+        return Hello(self.index, os.getpid(), socket.gethostname(), memory(), new_prefix(), problems or [])
 
     def reception(self) -> Reception:
         """Rank 0: take calls from now on, and tell the others where.
@@ -185,7 +185,7 @@ class Rank:
         return mine
 
 
-def _memory() -> str:
+def memory() -> str:
     """Differs between processes that cannot share memory: other hosts, other containers."""
     boot, shm = Path("/proc/sys/kernel/random/boot_id"), Path("/dev/shm")
     parts = [socket.gethostname(), boot.read_text().strip() if boot.exists() else ""]

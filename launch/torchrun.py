@@ -14,28 +14,23 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
-import json
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 
-import torch
-
+from launch.agreement import assignment, preparing, profile
 from launch.options import Parsed, RunOptions, parse
 from launch.ranks import MEET_WITHIN_S, Asked, Rank
-from launch.training import Launcher, Working, resolve_source, without_loss
+from launch.training import Launcher, Working, resolve_source
 from pipeline import PlanError, Recipe
 from pipeline.resolve import Resolved
 from workers.agent import DriverGone, serve
-from workers.assignment import Assignment, Names
-from workers.control import Hello, Task, Wire
+from workers.control import Hello, Wire
 from workers.edges import rendezvous
 from workers.fleet import Fleet
-from workers.gloo import Rendezvous
 
 __all__ = ["train"]
 
@@ -87,7 +82,7 @@ def _drive(rank: Rank, recipe: str, arguments: list[str], trained: Trained) -> i
             resolved = resolve_source(parsed.source, parsed.plan, hosts)
             agreed.append(resolved)
             with rendezvous(resolved, reception.host) as meeting:
-                fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, _profile(resolved))
+                fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
                 return trained(recipe, arguments, parsed, resolved, Launcher("torchrun", _working(fleet)))
 
 
@@ -107,7 +102,7 @@ def _follow(rank: Rank, recipe: str, arguments: list[str]) -> int:
     asked = Asked()
     try:
         with contextlib.closing(rank.call(asked)) as wire:
-            return serve(wire, rank.hello(problems), _prepare(rank.index, parsed), asked)
+            return serve(wire, rank.hello(problems), preparing(rank.index, parsed), asked)
     except (DriverGone, TimeoutError) as gone:
         if not (asked() or problems) and getattr(gone, "told", True):
             print(f"freewheel: rank {rank.index} on {socket.gethostname()}: {gone}", file=sys.stderr)
@@ -142,45 +137,4 @@ def _working(
 def _own_agent(wire: Wire, hello: Hello, parsed: Parsed, agreed: Sequence[Resolved], asked: Callable[[], bool]) -> None:
     """The agent in the driver's process: it needs not resolve again what the driver has."""
     with contextlib.suppress(DriverGone):
-        serve(wire, hello, lambda task: _assignment(0, parsed, agreed[0], task), asked)
-
-
-def _prepare(index: int, parsed: Parsed | None) -> Callable[[Task], Assignment]:
-    """What makes this rank's assignment from the driver's task."""
-
-    def prepare(task: Task) -> Assignment:
-        assert parsed is not None, "the driver ends a run whose ranks have problems"
-        plan = replace(parsed.plan, sizes=tuple(task.sizes), cuts=None)
-        resolved = resolve_source(parsed.source, plan, task.hosts, stage=index)
-        mine = _profile(resolved)
-        problems = [
-            f"its {what} is {mine.get(what)}, that of rank 0 {value}: give all ranks the same command, recipe and data."
-            for what, value in task.profile.items()
-            if mine.get(what) != value
-        ]
-        if problems:
-            raise PlanError(*problems)
-        return _assignment(index, parsed, resolved, task)
-
-    return prepare
-
-
-def _assignment(index: int, parsed: Parsed, resolved: Resolved, task: Task) -> Assignment:
-    meeting = Rendezvous(*task.meeting) if task.meeting else None
-    return Assignment(index, without_loss(resolved), parsed.source, Names(task.prefix), Path(), meeting)
-
-
-def _profile(resolved: Resolved) -> dict[str, str]:
-    """What all ranks have to agree on, as texts that can be compared and shown."""
-    layers = zip(resolved.layer_names, resolved.layer_parameters, strict=True)
-    cuts = [(cut.activation_shape, cut.activation_dtype, cut.label_shape, cut.label_dtype) for cut in resolved.cuts]
-    plan = {what: json.dumps(value, default=str) for what, value in resolved.plan.as_dict().items()}
-    return {
-        "torch": str(torch.__version__),
-        "list of layers and their parameters": ", ".join(f"{name} ({count:,})" for name, count in layers),
-        "shape of a batch": str(list(resolved.batch_shape)),
-        "shape of the output": str(list(resolved.output_shape)),
-        "list of what crosses the cuts": str(cuts),
-        "number of held-out batches": str(resolved.held_out_batches),
-        **{f"plan's {what}": value for what, value in plan.items()},
-    }
+        serve(wire, hello, lambda task: assignment(0, parsed, agreed[0], task), asked)

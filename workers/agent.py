@@ -61,6 +61,7 @@ def serve(
     hello: control.Hello,
     prepare: Callable[[control.Task], Assignment],
     asked: Callable[[], bool],
+    observe: Callable[[control.Status], None] | None = None,
 ) -> int:
     """Take part in one run.
 
@@ -69,6 +70,7 @@ def serve(
         hello: who this is.
         prepare: makes the worker's assignment from the task; what it raises goes to the driver, who reports it.
         asked: whether somebody asked this process to end (SIGINT, SIGTERM).
+        observe: gets what the worker does, twice a second, before the driver does.
 
     Returns:
         the exit status that the driver gave.
@@ -79,7 +81,7 @@ def serve(
     Blocks:
         until the driver stops the run or is gone; 900 s for the task.
     """
-    agent = _Agent(wire, hello, asked)
+    agent = _Agent(wire, hello, asked, observe or _nobody)
     try:
         try:
             agent.run(prepare)
@@ -98,9 +100,15 @@ def serve(
 
 
 class _Agent:
-    def __init__(self, wire: Wire, hello: control.Hello, asked: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        hello: control.Hello,
+        asked: Callable[[], bool],
+        observe: Callable[[control.Status], None],
+    ) -> None:
         self.started = False
-        self._wire, self._hello, self._asked = wire, hello, asked
+        self._wire, self._hello, self._asked, self._observe = wire, hello, asked, observe
         self._interrupted_at: float | None = None
         self._worker: RankWorker | None = None
         self._stack = contextlib.ExitStack()
@@ -167,7 +175,9 @@ class _Agent:
             for record in worker.said():
                 self._wire.send(record)
             if now_ns() - told_ns > _STATUS_EVERY_NS:
-                self._wire.send(worker.status())
+                status = worker.status()
+                self._observe(status)
+                self._wire.send(status)
                 told_ns = now_ns()
             heard = self._hear()
             for record in heard:
@@ -215,3 +225,7 @@ class _Agent:
             elif time.monotonic() - self._interrupted_at > _STOP_WITHIN_S:
                 raise control.Gone(f"no answer to an interrupt within {_STOP_WITHIN_S:.0f} s")
         return heard
+
+
+def _nobody(status: control.Status) -> None:
+    """Nobody here wants to know."""

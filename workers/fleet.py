@@ -38,6 +38,7 @@ _PREPARED_WITHIN_S = 300.0
 _CLOCK_ROUNDS = 8
 _ANSWER_WITHIN_S = 30.0
 _LAST_WORDS_WITHIN_S = 1.0
+_REASON_WITHIN_S = 1.5
 _STOPPED_WITHIN_S = 6.0
 _ALIVE_EVERY_S = 5.0
 
@@ -88,23 +89,29 @@ class Fleet:
     Args:
         world: number of ranks, which is the number of stages.
         asked: whether somebody asked this process to end (SIGINT, SIGTERM).
+        lost: (rank, seconds to wait for an answer) -> what whoever started an agent knows about its end; None: nothing,
+            or that it lives.
     """
 
-    def __init__(self, world: int, asked: Callable[[], bool]) -> None:
+    def __init__(
+        self, world: int, asked: Callable[[], bool], lost: Callable[[int, float], str | None] | None = None
+    ) -> None:
         self.members: list[Member] = []
-        self._world, self._asked = world, asked
+        self._world, self._asked, self._lost = world, asked, lost or _unknown
+        self._own: Member | None = None
         self._resolved: Resolved | None = None
         self._files: list[dict[str, Path]] = []
         self._stopped = False
         self._alive_at = 0.0
 
-    def gather(self, own: Wire, reception: Reception, within_s: float) -> None:
+    def gather(self, own: Wire | None, reception: Reception, within_s: float, memory: str | None = None) -> None:
         """Wait for all agents, and compare clocks with those on other hosts.
 
         Args:
-            own: the wire to the agent in this process.
+            own: the wire to the agent in this process; None: there is none.
             reception: where the others come.
             within_s: until when they must have come, in seconds.
+            memory: names the shared memory that this process sees, as in `control.Hello`; None: that of its own agent.
 
         Raises:
             PlanError: somebody did not come, or says why it cannot take part.
@@ -114,28 +121,32 @@ class Fleet:
             until all are there, at most ``within_s``, and 30 s for the answers.
         """
         end = time.monotonic() + within_s
-        wires = [own]
+        wires = [] if own is None else [own]
         while len(wires) < self._world and time.monotonic() < end:
             if self._asked():
                 raise KeyboardInterrupt
             if (wire := reception.accept(_LOOK_EVERY_S)) is not None:
                 wires.append(wire)
+            elif dead := {rank: why for rank in range(self._world) if (why := self._lost(rank, 0.0))}:
+                raise PlanError(*(f"rank {rank} has ended before it came: {why}." for rank, why in dead.items()))
         self.members = [Member(wire, control.Hello(-1, 0, "?", "", "")) for wire in wires]
         for member in self.members:
             member.hello = cast(control.Hello, self._answer(member, control.Hello))
+        self._own = None if own is None else self.members[0]
         self.members.sort(key=lambda member: member.hello.rank)
         missing = sorted(set(range(self._world)) - {member.hello.rank for member in self.members})
         if missing:
             raise PlanError(
                 f"ranks {', '.join(map(str, missing))} of {self._world} did not come within {within_s:.0f} s: look at "
-                "what torchrun printed on their hosts, and whether they can connect to "
+                "what was printed on their hosts, and whether they can connect to "
                 f"{reception.host}:{reception.port} (see GLOO_SOCKET_IFNAME in docs/deployment.md)."
             )
         problems = [(member.hello, problem) for member in self.members for problem in member.hello.problems]
         if problems:
             raise PlanError(*(f"rank {hello.rank} on {hello.host}: {problem}" for hello, problem in problems))
+        here = memory or (self._own.hello.memory if self._own else None)
         for member in self.members:
-            if member.hello.memory != self.members[0].hello.memory:
+            if member.hello.memory != here:
                 member.offset_ns = self._offset_ns(member)
 
     @property
@@ -191,14 +202,14 @@ class Fleet:
         assert self._resolved is not None, "prepare comes before run"
         self._files = [files_of(Assignment(k, self._resolved, _none, Names(""), run_dir)) for k in range(self._world)]
         for member in self.members:
-            self._tell(member, control.Start(str(run_dir) if member is self.members[0] else None))
+            self._tell(member, control.Start(str(run_dir) if member is self._own else None))
         for _, record in self._until(records.Ready, start_within_s):
             if isinstance(record, records.Ready):
                 yield record
         for member in self.members:
             self._tell(member, records.Go())
         for _, record in self._until(records.Finished, self._resolved.plan.stall_after_s):
-            if isinstance(record, records.Loss | records.Scored | records.Finished):
+            if isinstance(record, records.Loss | records.Scored | records.Judged | records.Finished):
                 yield record
 
     def end_early(self) -> None:
@@ -263,6 +274,8 @@ class Fleet:
             elif time.monotonic() - since > patience_s:
                 raise self._stall(patience_s)
             for member in self.members:
+                if member.hello.rank in awaited and (why := self._lost(member.hello.rank, 0.0)):
+                    member.gone = member.gone or why  # the next look reports it, after what it may still have said
                 if time.monotonic() - member.heard > patience_s:
                     raise self._gone(member, f"no word from it for {patience_s:.0f} s")
 
@@ -293,6 +306,7 @@ class Fleet:
 
     def _gone(self, member: Member, why: str) -> failures.RunFailed:
         rank = member.hello.rank
+        why = self._lost(rank, _REASON_WITHIN_S) or why
         return failures.RunFailed(
             f"stage {rank}: rank {rank} (pid {member.hello.pid}{self._on(member)}) is gone without a word ({why}): "
             "it was killed, or its host or the network is down; look at the system's log there",
@@ -340,8 +354,13 @@ class Fleet:
             self._write(member, record)
         elif isinstance(record, records.Ready):
             member.pid = record.pid
-        elif isinstance(record, records.Loss | records.Scored | records.Failure):
+        elif isinstance(record, records.Loss | records.Scored | records.Judged | records.Failure):
             return msgspec.structs.replace(record, time_ns=record.time_ns - member.offset_ns)
+        elif isinstance(record, records.Finished):
+            late = member.offset_ns
+            window = record.window_ns and (record.window_ns[0] - late, record.window_ns[1] - late)
+            times = {"begin_ns": record.begin_ns - late, "end_ns": record.end_ns - late, "window_ns": window}
+            return msgspec.structs.replace(record, **times)
         return record
 
     def _write(self, member: Member, piece: control.File) -> None:
@@ -405,3 +424,7 @@ def _by_signal(death: control.Died) -> bool:
 
 def _none() -> Any:
     raise AssertionError("the driver makes no recipe from an assignment")
+
+
+def _unknown(rank: int, within_s: float) -> None:
+    """Nobody knows more than what the wires say."""

@@ -1,0 +1,71 @@
+"""What a driver and agents that load the recipe by themselves have to agree on, and an agent's assignment from it.
+
+The driver decides what the plan left open, such as the split by measured time; every agent resolves the same plan with
+that decision, and compares what it sees with the driver's profile before anything starts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from launch.options import Parsed
+from launch.training import resolve_source, without_loss
+from pipeline import PlanError
+from pipeline.resolve import Resolved
+from workers.assignment import Assignment, Names
+from workers.control import Task
+from workers.gloo import Rendezvous
+
+__all__ = ["assignment", "preparing", "profile"]
+
+
+def preparing(index: int, parsed: Parsed | None) -> Callable[[Task], Assignment]:
+    """What makes one agent's assignment from the driver's task; for ``workers.agent.serve``.
+
+    Args:
+        index: the agent's rank, which is its stage.
+        parsed: recipe and plan as this process understands them; None: it did not, and the driver ends the run.
+    """
+
+    def prepare(task: Task) -> Assignment:
+        assert parsed is not None, "the driver ends a run whose ranks have problems"
+        plan = replace(parsed.plan, sizes=tuple(task.sizes), cuts=None)
+        resolved = resolve_source(parsed.source, plan, task.hosts, stage=index)
+        mine = profile(resolved)
+        problems = [
+            f"its {what} is {mine.get(what)}, that of rank 0 {value}: give all ranks the same command, recipe and data."
+            for what, value in task.profile.items()
+            if mine.get(what) != value
+        ]
+        if problems:
+            raise PlanError(*problems)
+        return assignment(index, parsed, resolved, task)
+
+    return prepare
+
+
+def assignment(index: int, parsed: Parsed, resolved: Resolved, task: Task) -> Assignment:
+    """One agent's part of the run; its folder is filled in at the start."""
+    meeting = Rendezvous(*task.meeting) if task.meeting else None
+    return Assignment(index, without_loss(resolved), parsed.source, Names(task.prefix), Path(), meeting)
+
+
+def profile(resolved: Resolved) -> dict[str, str]:
+    """What all ranks have to agree on, as texts that can be compared and shown."""
+    layers = zip(resolved.layer_names, resolved.layer_parameters, strict=True)
+    cuts = [(cut.activation_shape, cut.activation_dtype, cut.label_shape, cut.label_dtype) for cut in resolved.cuts]
+    plan = {what: json.dumps(value, default=str) for what, value in resolved.plan.as_dict().items()}
+    return {
+        "torch": str(torch.__version__),
+        "list of layers and their parameters": ", ".join(f"{name} ({count:,})" for name, count in layers),
+        "shape of a batch": str(list(resolved.batch_shape)),
+        "shape of the output": str(list(resolved.output_shape)),
+        "list of what crosses the cuts": str(cuts),
+        "number of held-out batches": str(resolved.held_out_batches),
+        **{f"plan's {what}": value for what, value in plan.items()},
+    }

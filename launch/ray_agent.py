@@ -1,0 +1,149 @@
+"""What runs inside the Ray actor of one stage: the same agent as in a rank of torchrun, and its worker as a child.
+
+    driver  <--wire-->  actor: agent  <--pipe-->  worker process
+
+Ray carries one argument to the actor, bytes with a `Call` in MessagePack, and status words back. What is trained
+travels on the run's own channels, what is said on the run's own wire.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from launch.agreement import preparing
+from launch.options import Parsed, parse
+from launch.ranks import memory
+from launch.ray_options import TrainOptions
+from pipeline import PlanError
+from pipeline.spans import Span
+from workers.agent import DriverGone, serve
+from workers.control import Hello, Status, called
+from workers.shm import new_prefix
+
+__all__ = ["THREAD_VARIABLES", "Call", "StageAgent"]
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""What tells numerical libraries how many threads to use; Ray sets the first one to an actor's CPUs."""
+_CONNECT_WITHIN_S = 20.0
+
+
+class Call(msgspec.Struct, frozen=True):
+    """What an actor is told: plain data, no code.
+
+    Attributes:
+        stage: which stage.
+        host: address of the driver.
+        port: its port for agents.
+        key: of the run; who does not know it is not let in.
+        recipe: name or path, as typed.
+        arguments: options of plan and recipe, as typed.
+        folder: the driver's working folder; relative paths are relative to it where it exists.
+        threads: with how many threads the worker computes.
+    """
+
+    stage: int
+    host: str
+    port: int
+    key: bytes
+    recipe: str
+    arguments: list[str]
+    folder: str
+    threads: int
+
+
+class StageAgent:
+    """The agent of one stage in a process that Ray started.
+
+    Args:
+        node: how the node is called in messages.
+        node_id: the node's whole id; only stages on one node share memory.
+    """
+
+    def __init__(self, node: str, node_id: str) -> None:
+        self._node, self._node_id = node, node_id
+        self._stage = -1
+        self._stop = threading.Event()
+        self._last: Status | None = None
+
+    def run(self, call: bytes) -> int:
+        """Take part in one run.
+
+        Args:
+            call: a `Call` in MessagePack.
+
+        Returns:
+            the exit status that the driver gave; 1: the driver is gone.
+
+        Raises:
+            OSError: the driver cannot be reached from this node.
+
+        Blocks:
+            until the driver stops the run or is gone.
+        """
+        told = msgspec.msgpack.decode(call, type=Call)
+        self._stage = told.stage
+        _settle(told)
+        parsed, problems = _understood(told)
+        where = f"{self._node_id}/{memory()}"
+        hello = Hello(told.stage, os.getpid(), self._node, where, new_prefix(), problems)
+        with contextlib.closing(called(told.host, told.port, told.key, _CONNECT_WITHIN_S)) as wire:
+            try:
+                return serve(wire, hello, preparing(told.stage, parsed), self._stop.is_set, observe=self._note)
+            except DriverGone as gone:
+                print(f"freewheel: stage {told.stage} on {self._node}: {gone}", file=sys.stderr)
+                return 1
+
+    def status(self) -> Mapping[str, Any]:
+        """What the stage does now; answers while `run` is busy.
+
+        Returns:
+            stage, node, pid of this process; of its worker: span (what it does, None before the start), batch (or -1),
+            progress (how often it turned to work) and state (its process's letter in /proc).
+        """
+        last = self._last
+        return {
+            "stage": self._stage,
+            "node": self._node_id,
+            "pid": os.getpid(),
+            "span": None if last is None else Span(last.span).name.lower(),
+            "batch": -1 if last is None else last.batch,
+            "progress": 0 if last is None else last.progress,
+            "state": "" if last is None else last.state,
+        }
+
+    def stop(self) -> None:
+        """End the whole run, as Ctrl-C at the driver does. Does not wait for it."""
+        self._stop.set()
+
+    def _note(self, status: Status) -> None:
+        self._last = status
+
+
+def _settle(told: Call) -> None:
+    """Make this process, and so the worker it starts, like one of a local run."""
+    for name in THREAD_VARIABLES:
+        os.environ[name] = str(told.threads)
+    with contextlib.suppress(OSError):
+        os.chdir(told.folder)
+    # multiprocessing would run this file, which is Ray's default_worker.py, in the worker: a second of imports.
+    sys.modules["__main__"].__file__ = None
+
+
+def _understood(told: Call) -> tuple[Parsed | None, list[str]]:
+    """Recipe and plan, or why there are none here."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return parse(told.recipe, told.arguments, TrainOptions, "freewheel train", writes=False), []
+    except PlanError as error:
+        return None, list(error.problems)
+    except SystemExit:
+        return None, [f"it refuses the options: {' '.join(said.getvalue().split())}"]

@@ -1,0 +1,132 @@
+"""``train --launcher ray``: one Ray actor per stage in a placement group, supervised like the ranks of torchrun.
+
+this process    driver: console, run folder, verdict
+   |  Ray       starts the actors, says where they are, and what it knows when one is gone
+   |  wire      everything else that driver and stages tell each other (workers.control)
+actor k         agent -> worker of stage k
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from launch.agreement import profile
+from launch.options import Parsed
+from launch.ranks import MEET_WITHIN_S, Asked, memory
+from launch.ray_agent import Call
+from launch.ray_options import TrainOptions, needs_of
+from launch.training import Launcher, Working, resolve_source
+from pipeline import PlanError, Recipe
+from pipeline.channels import choose_channels
+from pipeline.resolve import Resolved
+from pipeline.spans import Span
+from workers import records
+from workers.control import Reception
+from workers.edges import rendezvous
+from workers.fleet import Fleet
+
+__all__ = ["train"]
+
+Trained = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
+"""(recipe, arguments, what they say, the resolved plan, who starts the workers) -> exit status."""
+_LOOKS = 50
+_NOT_AT_WORK = (Span.WAIT, Span.OTHER)
+
+
+def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -> int:
+    """``freewheel train --launcher ray``.
+
+    Args:
+        recipe: name or path.
+        arguments: the options.
+        parsed: what they say.
+        trained: runs the training and shows what came out.
+
+    Returns:
+        the exit status.
+
+    Raises:
+        PlanError: Ray is not there or has no room, or something cannot run on a node; no worker was started.
+        RunFailed: a worker, an actor or a node failed; everything was stopped and cleaned up.
+        KeyboardInterrupt: this process, or an actor's ``stop``, was asked to end the run.
+
+    Blocks:
+        until the training is over.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise PlanError("launcher ray needs the package ray, which is not installed: pip install 'freewheel[ray]'.")
+    from launch import ray_cluster  # an optional package
+
+    options: TrainOptions = parsed.run
+    plan, address = parsed.plan, options.address or "auto"
+    needs = needs_of(options.ray, plan.threads)
+    resolved = resolve_source(parsed.source, plan)  # what cannot run is refused before Ray is asked
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(ray_cluster.connected(address, needs, plan.stages))
+        asked = Asked()
+        actors = stack.enter_context(
+            cluster.stages(needs, plan.stages, options.ray.strategy, options.ray.wait_s, asked)
+        )
+        reception = stack.enter_context(Reception(cluster.host))
+        fleet = Fleet(plan.stages, asked, lost=actors.lost)
+        stack.callback(fleet.hang_up)
+        with fleet:
+            actors.call(_calls(recipe, arguments, plan.stages, plan.threads, reception))
+            fleet.gather(None, reception, MEET_WITHIN_S, memory=f"{cluster.node_id}/{memory()}")
+            if plan.link is not None and len(set(fleet.hosts)) > 1:
+                raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
+            resolved = _placed(resolved, fleet.hosts, options)
+            with rendezvous(resolved, reception.host) as meeting:
+                fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
+                working = _working(fleet, lambda run: ray_cluster.Gauges(run).show)
+                return trained(recipe, arguments, parsed, resolved, Launcher("ray", working))
+
+
+def _calls(recipe: str, arguments: Sequence[str], stages: int, threads: int, reception: Reception) -> list[Call]:
+    where = reception.host, reception.port, reception.key
+    return [Call(k, *where, recipe, list(arguments), os.getcwd(), threads) for k in range(stages)]
+
+
+def _placed(resolved: Resolved, hosts: Sequence[str], options: TrainOptions) -> Resolved:
+    """With the channels that fit the places, and these among the reasons, for the first screen and plan.json."""
+    channels = choose_channels(resolved.plan.channels, hosts)
+    places = ", ".join(f"{stage} on {host}" for stage, host in enumerate(hosts))
+    reason = "ray", places, f"one actor each, {options.ray.strategy}"
+    return replace(resolved, channels=channels, reasons=(*resolved.reasons, reason))
+
+
+_Show = Callable[[float, float | None, Sequence[float]], None]
+
+
+def _working(
+    fleet: Fleet, shown: Callable[[str], _Show]
+) -> Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]:
+    @contextlib.contextmanager
+    def working(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
+        yield _metered(fleet, fleet.run(run_dir), resolved, shown(run_dir.name)), fleet.end_early
+
+    return working
+
+
+def _metered(
+    fleet: Fleet, reported: Iterator[records.Record], resolved: Resolved, show: _Show
+) -> Iterator[records.Record]:
+    """Pass on what is reported, and show what it says in Ray's metrics."""
+    looks = [deque[bool](maxlen=_LOOKS) for _ in range(resolved.plan.stages)]
+    rows = resolved.batch_shape[0]
+    last_ns: int | None = None
+    for record in reported:
+        if isinstance(record, records.Loss):
+            for stage, seen in enumerate(looks):
+                seen.append(fleet.read(stage).span not in _NOT_AT_WORK)
+            since_s = None if last_ns is None else (record.time_ns - last_ns) * 1e-9
+            rate = rows * len(record.losses) / since_s if since_s else None
+            show(sum(record.losses) / len(record.losses), rate, [sum(seen) / len(seen) for seen in looks])
+            last_ns = record.time_ns
+        yield record
