@@ -64,7 +64,7 @@ def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator
         until connected; 5 s where nobody answers. Ray's own start takes seconds.
     """
     local = address == "local"
-    with _authentication(own_token=local):
+    with _environment(own_token=local):
         where = _own(needs, stages) if local else {"address": _reachable(address)}
         try:
             ray.init(**where, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=True)
@@ -139,7 +139,7 @@ class Actors:
         custom = {name: amount for name, amount in needs.items() if name != "CPU"}
         self.node_ids: list[str] = []
         self._runs: list[Any] = []
-        actor: Any = _ACTOR(_Stage)
+        actor: Any = _ACTOR(Stage)
         self._actors = [
             actor.options(
                 name=f"{run}-stage-{stage}",
@@ -217,7 +217,7 @@ class Gauges:
             self._busy.set(share, {**self._run, "stage": str(stage)})
 
 
-class _Stage:
+class Stage:
     """`StageAgent` as an actor: ``run`` keeps one thread, control methods have two of their own."""
 
     def __init__(self) -> None:
@@ -245,28 +245,27 @@ def _own_address() -> str:
 
 
 @contextlib.contextmanager
-def _authentication(*, own_token: bool) -> Iterator[None]:
-    """Set the mode explicitly, and put everything back. Ray keeps both in a cache, which is told."""
-    before = {name: os.environ.get(name) for name in (_MODE, _TOKEN, _TOKEN_PATH)}
-    if before[_MODE] is None:
+def _environment(*, own_token: bool) -> Iterator[None]:
+    """Set how to authenticate explicitly, and put back every variable of Ray's, which it changes on its own too."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    if _MODE not in before:
         if own_token:
             os.environ[_TOKEN] = secrets.token_hex(32)
             os.environ.pop(_TOKEN_PATH, None)
-        has_token = own_token or before[_TOKEN] or before[_TOKEN_PATH] or (Path.home() / ".ray" / "auth_token").exists()
-        os.environ[_MODE] = "token" if has_token else "disabled"
+        sources = os.environ.get(_TOKEN), os.environ.get(_TOKEN_PATH), (Path.home() / ".ray" / "auth_token").exists()
+        os.environ[_MODE] = "token" if any(sources) else "disabled"
     _forget_authentication()
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            del os.environ[name]
+        os.environ.update(before)
         _forget_authentication()
 
 
 def _forget_authentication() -> None:
+    """Ray keeps mode and token in a cache."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
@@ -284,8 +283,8 @@ def _reachable(address: str) -> str:
         found = canonicalize_bootstrap_address_or_die(address)
     except (ConnectionError, ValueError, OSError) as error:
         raise PlanError(
-            f"address {address}: no Ray cluster was found ({_first_line(error)}): start one (ray start --head), give "
-            "its HOST:PORT, or --address local for a Ray of this run's own."
+            f"address {address}: no Ray cluster was found: start one (ray start --head), give its HOST:PORT, or "
+            f"--address local for a Ray of this run's own. (Ray: {_first_line(error)})"
         ) from error
     host, _, port = found.rpartition(":")
     try:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,34 +20,23 @@ HERE = Path(__file__).parent
 _TAG = "FREEWHEEL_TEST"
 
 
-class Torchrun:
-    """One ``torchrun ... -m launch ARGUMENTS``, and everybody that belongs to it.
+class Program:
+    """A command, and everybody that belongs to it.
 
     Args:
-        arguments: of Freewheel's command.
+        command: the command.
         cwd: where it runs.
-        ranks: ranks on this host.
-        options: more options of torchrun.
-        prefix: a command that starts it, such as ``ip netns exec NAME``.
-        env: more environment.
+        env: more environment; None: without that variable.
     """
 
-    def __init__(
-        self,
-        arguments: str,
-        cwd: Path,
-        ranks: int = 2,
-        options: Sequence[str] = (),
-        prefix: Sequence[str] = (),
-        env: dict[str, str] | None = None,
-    ) -> None:
+    def __init__(self, command: Sequence[str], cwd: Path, env: Mapping[str, str | None] | None = None) -> None:
         self.tag = uuid.uuid4().hex
         self._shared_before = _shared()
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *options]
         path = os.pathsep.join([str(HERE.parent), str(HERE)])
+        wanted = {**os.environ, "PYTHONPATH": path, _TAG: self.tag, **(env or {})}
         self.process = subprocess.Popen(
-            [*prefix, *launcher, "-m", "launch", *arguments.split()],
-            env={**os.environ, "PYTHONPATH": path, _TAG: self.tag, **(env or {})},
+            command,
+            env={name: value for name, value in wanted.items() if value is not None},
             cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -81,16 +70,6 @@ class Torchrun:
         """All living processes of it, orphans included."""
         return [process for process in psutil.process_iter() if _environment(process).get(_TAG) == self.tag]
 
-    def rank(self, index: int) -> psutil.Process:
-        """The process of a rank."""
-        (found,) = (process for process in self._of_rank(index) if "launch" in process.cmdline())
-        return found
-
-    def worker(self, index: int) -> psutil.Process:
-        """The worker of a rank: the child of its fork server."""
-        (found,) = (p for p in self._of_rank(index) if (parent := p.parent()) and "forkserver" in str(parent.cmdline()))
-        return found
-
     def left_in_shared_memory(self) -> list[str]:
         """What has come into /dev/shm since, and belongs to a process that is no more."""
         new = _shared() - self._shared_before
@@ -102,6 +81,41 @@ class Torchrun:
         for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+class Torchrun(Program):
+    """One ``torchrun ... -m launch ARGUMENTS``, and everybody that belongs to it.
+
+    Args:
+        arguments: of Freewheel's command.
+        cwd: where it runs.
+        ranks: ranks on this host.
+        options: more options of torchrun.
+        prefix: a command that starts it, such as ``ip netns exec NAME``.
+        env: more environment.
+    """
+
+    def __init__(
+        self,
+        arguments: str,
+        cwd: Path,
+        ranks: int = 2,
+        options: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+    ) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *options]
+        super().__init__([*prefix, *launcher, "-m", "launch", *arguments.split()], cwd, env)
+
+    def rank(self, index: int) -> psutil.Process:
+        """The process of a rank."""
+        (found,) = (process for process in self._of_rank(index) if "launch" in process.cmdline())
+        return found
+
+    def worker(self, index: int) -> psutil.Process:
+        """The worker of a rank: the child of its fork server."""
+        (found,) = (p for p in self._of_rank(index) if (parent := p.parent()) and "forkserver" in str(parent.cmdline()))
+        return found
 
     def _of_rank(self, index: int) -> list[psutil.Process]:
         return [process for process in self.family() if _environment(process).get("RANK") == str(index)]
