@@ -117,3 +117,22 @@ def test_a_failure_on_the_other_host_is_told_on_the_first(what: str, hosts: tupl
     }
     assert expected[what] in line
     assert "on host-b)" in line
+
+
+def test_a_cable_that_is_pulled_ends_both_sides(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """No connection breaks, there is only silence: each side notices by itself, long before the stall limit."""
+    with _on_both(hosts, f"train {HERE / 'endless.py'} --stall-after-s 100 --name r --runs .", tmp_path) as (a, b):
+        a.wait_for("held-out loss")
+        with hosts[1].unplugged():
+            start = time.monotonic()
+            ended = [program.ended() for program in (a, b)]
+            seconds = time.monotonic() - start
+    (line,) = [line for line in ended[0][2].splitlines() if line.startswith("freewheel: ")]
+    assert line.startswith("freewheel: stage 1: rank 1 (pid ")
+    assert " on host-b) is gone without a word ([Errno " in line, "timed out, or no route to host"
+    (line,) = [line for line in ended[1][2].splitlines() if line.startswith("freewheel: ")]
+    assert line.startswith(
+        "freewheel: rank 1 on host-b: the driver (rank 0) is gone ([Errno 110] Connection timed out)"
+    )
+    assert [status for status, _, _ in ended] == [1, 1]
+    assert seconds < 50

@@ -28,11 +28,23 @@ class Host:
         name: its host name.
         address: its address.
         prefix: what a command on it begins with.
+        cable: the namespace, and its end of the cable.
     """
 
     name: str
     address: str
     prefix: tuple[str, ...]
+    cable: tuple[str, str]
+
+    @contextlib.contextmanager
+    def unplugged(self) -> Iterator[None]:
+        """Nothing comes or goes any more, and nobody is told."""
+        namespace, link = self.cable
+        _ip("-n", namespace, "link", "set", link, "down")
+        try:
+            yield
+        finally:
+            _ip("-n", namespace, "link", "set", link, "up")
 
 
 @contextlib.contextmanager
@@ -54,13 +66,14 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             _ip("-n", name, "addr", "add", f"{_NETWORK}.{k + 1}/24", "dev", link)
             for device in ("lo", link):
                 _ip("-n", name, "link", "set", device, "up")
-        yield _host(names[0], "a", 1, []), _host(names[1], "b", 2, ["--time", f"--monotonic={CLOCK_AHEAD_S}", "--fork"])
+        ahead = ["--time", f"--monotonic={CLOCK_AHEAD_S}", "--fork"]
+        yield _host(names[0], links[0], "a", 1, []), _host(names[1], links[1], "b", 2, ahead)
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=10)
 
 
-def _host(namespace: str, letter: str, number: int, own: list[str]) -> Host:
+def _host(namespace: str, link: str, letter: str, number: int, own: list[str]) -> Host:
     name, other = f"host-{letter}", "ba"["ab".index(letter)]
     # A host's own name leads to its loopback, as Debian writes it: no address to tell others.
     known = f"127.0.0.1 localhost\\n127.0.1.1 {name}\\n{_NETWORK}.{3 - number} host-{other}\\n"
@@ -69,7 +82,7 @@ def _host(namespace: str, letter: str, number: int, own: list[str]) -> Host:
         f"hostname {name} && mount -t tmpfs tmpfs /dev/shm && printf '{known}' > /dev/shm/hosts && "
         'mount --bind /dev/shm/hosts /etc/hosts && exec "$@"'
     )
-    return Host(name, f"{_NETWORK}.{number}", (*enter, prepare, "sh"))
+    return Host(name, f"{_NETWORK}.{number}", (*enter, prepare, "sh"), (namespace, link))
 
 
 def _ip(*arguments: str) -> None:
