@@ -145,13 +145,14 @@ def test_variables_of_ray_are_set_explicitly_and_put_back(monkeypatch: pytest.Mo
     """A local Ray gets a token of its own, so that nobody else on the host can use it."""
     for name in _FORGET:
         monkeypatch.delenv(name, raising=False)
-    before = _ray_variables()
+    before, children = _ray_variables(), psutil.Process().children(recursive=True)
     with ray_cluster.connected("local", {"CPU": 1.0}, 1) as cluster:
         assert os.environ["RAY_AUTH_MODE"] == "token"
         assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
         assert cluster.node_id
     assert _ray_variables() == before
-    assert not psutil.Process().children(recursive=True)
+    left = set(psutil.Process().children(recursive=True)) - set(children)
+    assert not psutil.wait_procs(left, timeout=10)[1]
 
 
 # ---------------------------------------------------------------- a cluster of several nodes
