@@ -31,10 +31,12 @@ from workers.control import Reception
 from workers.edges import rendezvous
 from workers.fleet import Fleet
 
-__all__ = ["train"]
+__all__ = ["showing", "train"]
 
 Trained = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
 """(recipe, arguments, what they say, the resolved plan, who starts the workers) -> exit status."""
+Show = Callable[[float, float | None, Sequence[float]], None]
+"""(loss, samples per second if known, busy share of every stage) -> None."""
 _LOOKS = 50
 _NOT_AT_WORK = (Span.WAIT, Span.OTHER)
 
@@ -84,8 +86,25 @@ def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -
             resolved = _placed(resolved, fleet.hosts, options)
             with rendezvous(resolved, reception.host) as meeting:
                 fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
-                working = _working(fleet, lambda run: ray_cluster.Gauges(run).show)
+                working = showing(fleet, lambda run: ray_cluster.Gauges(run).show)
                 return trained(recipe, arguments, parsed, resolved, Launcher("ray", working))
+
+
+def showing(
+    fleet: Fleet, shown: Callable[[str], Show]
+) -> Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]:
+    """What `launch.training.Launcher.working` needs, showing what is reported as metrics on the way.
+
+    Args:
+        fleet: the agents, prepared.
+        shown: name of the run -> who shows its metrics.
+    """
+
+    @contextlib.contextmanager
+    def working(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
+        yield _metered(fleet, fleet.run(run_dir), resolved, shown(run_dir.name)), fleet.end_early
+
+    return working
 
 
 def _calls(recipe: str, arguments: Sequence[str], stages: int, threads: int, reception: Reception) -> list[Call]:
@@ -101,21 +120,8 @@ def _placed(resolved: Resolved, hosts: Sequence[str], options: TrainOptions) -> 
     return replace(resolved, channels=channels, reasons=(*resolved.reasons, reason))
 
 
-_Show = Callable[[float, float | None, Sequence[float]], None]
-
-
-def _working(
-    fleet: Fleet, shown: Callable[[str], _Show]
-) -> Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]:
-    @contextlib.contextmanager
-    def working(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
-        yield _metered(fleet, fleet.run(run_dir), resolved, shown(run_dir.name)), fleet.end_early
-
-    return working
-
-
 def _metered(
-    fleet: Fleet, reported: Iterator[records.Record], resolved: Resolved, show: _Show
+    fleet: Fleet, reported: Iterator[records.Record], resolved: Resolved, show: Show
 ) -> Iterator[records.Record]:
     """Pass on what is reported, and show what it says in Ray's metrics."""
     looks = [deque[bool](maxlen=_LOOKS) for _ in range(resolved.plan.stages)]
