@@ -13,17 +13,20 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 
+from launch import torchrun
 from launch.bench import bench
 from launch.bench_channel import bench_channel, print_rows
 from launch.console import Console
 from launch.environment import environment
-from launch.options import BenchOptions, RunOptions, parse, parse_channel
+from launch.options import BenchOptions, Parsed, RunOptions, parse, parse_channel
 from launch.over import axis_of, bench_over
 from launch.plots import draw
+from launch.ranks import Rank
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
-from launch.training import resolve_source, run
+from launch.training import Launcher, resolve_source, run
 from pipeline import Plan, PlanError, nearest
+from pipeline.resolve import Resolved
 from workers.failures import RunFailed
 
 __all__ = ["main"]
@@ -33,6 +36,8 @@ _USAGE = f"""usage: freewheel COMMAND RECIPE [options]
   freewheel train RECIPE    train on worker processes of this host
   freewheel bench RECIPE    locked against unlocked, verdict first
   freewheel bench channel   shared memory and gloo: latency and bandwidth of a hop
+
+  torchrun --nproc-per-node K -m launch train RECIPE    one stage per rank, on one host or several
 
 RECIPE: {", ".join(BUILT_IN)}, or the path of a Python file.
 Options of a command with a recipe: freewheel COMMAND RECIPE --help
@@ -46,13 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _guarded(arguments: list[str]) -> int:
     """Every error becomes one message and a status; no traceback for what the user can mend."""
-    errors = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+    rank = Rank.current()
+    others = rank is not None and rank.index > 0  # all have the same arguments: one of them speaks for all
+    errors = RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=others)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return _command(arguments)
     except PlanError as error:
         for problem in error.problems:
             errors.print(f"freewheel: {problem}", markup=False)
+        if others and rank is not None:
+            rank.leave_the_word()
         return 2
     except RunFailed as failure:
         if failure.details:
@@ -89,11 +98,19 @@ def _command(arguments: list[str]) -> int:
 
 
 def _train(recipe: str, arguments: list[str]) -> int:
+    if (rank := Rank.current()) is not None:
+        return torchrun.train(rank, recipe, arguments, _trained)
     parsed = parse(recipe, arguments, RunOptions, "freewheel train")
+    return _trained(recipe, arguments, parsed, resolve_source(parsed.source, parsed.plan))
+
+
+def _trained(
+    recipe: str, arguments: list[str], parsed: Parsed, resolved: Resolved, launcher: Launcher | None = None
+) -> int:
+    """Run it, and show and write what came out."""
     console = Console(quiet=parsed.run.quiet)
-    resolved = resolve_source(parsed.source, parsed.plan)
     command = ["freewheel", "train", recipe, *arguments]
-    result = run(parsed.source, resolved, parsed.run.runs, parsed.run.name, console, command)
+    result = run(parsed.source, resolved, parsed.run.runs, parsed.run.name, console, command, launcher)
     console.finished(result)
     console.next_command(*_after_training(recipe, arguments, parsed.plan, resolved.steps))
     _write_json(parsed.run.json, result.as_dict())
@@ -126,6 +143,11 @@ def _without(left_out: Sequence[str], arguments: list[str]) -> Iterator[str]:
 
 
 def _bench(recipe: str, arguments: list[str]) -> int:
+    if Rank.current() is not None:
+        raise PlanError(
+            "bench is not there under torchrun yet: start it without torchrun, or run train, mode by mode; every run "
+            "leaves its figures in result.json."
+        )
     if recipe == "channel":
         return _bench_channel(arguments)
     parsed = parse(recipe, arguments, BenchOptions, "freewheel bench")

@@ -38,6 +38,7 @@ class Result:
         finished: what each worker reported at its end.
         judged: quality of the synthetic gradients of every sampled batch, by ``plan.quality_every``.
         met: the first pass over the held-out batches that met ``plan.until``; None: none did, or not asked for.
+        launcher: who started the workers, ``local`` or ``torchrun``.
     """
 
     resolved: Resolved
@@ -48,6 +49,7 @@ class Result:
     finished: dict[int, Finished] = field(default_factory=dict)
     judged: list[Judged] = field(default_factory=list)
     met: Scored | None = None
+    launcher: str = "local"
 
     @property
     def steps(self) -> int:
@@ -157,6 +159,7 @@ class Result:
         return {
             "schema": SCHEMA,
             "mode": plan.mode,
+            "launcher": self.launcher,
             "stages": plan.stages,
             "steps": self.steps,
             "samples": self.steps * rows,

@@ -64,10 +64,13 @@ def default_name(recipe: str, plan_mode: str) -> str:
     return f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{fit_for_a_folder}-{plan_mode}"
 
 
-def write_plan(run_dir: Path, recipe_name: str, resolved: Resolved, command: Iterable[str]) -> None:
+def write_plan(
+    run_dir: Path, recipe_name: str, resolved: Resolved, command: Iterable[str], launcher: str = "local"
+) -> None:
     """Write plan.json: the resolved plan and what was decided, with reasons."""
     content = {
         "recipe": recipe_name,
+        "launcher": launcher,
         "command": list(command),
         "plan": resolved.plan.as_dict(),
         "layers": list(resolved.layer_names),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import current_process
 from pathlib import Path
@@ -16,20 +17,36 @@ from torch import Tensor, nn
 from launch import rundir
 from launch.console import Console
 from launch.measure import layer_seconds
+from launch.ranks import Rank
 from launch.result import Result
 from launch.sources import GivenRecipe, check_travels
 from pipeline import Batch, Plan, PlanError, Recipe
 from pipeline.resolve import Resolved, resolve
 from workers import records
 from workers.assignment import Assignment, Names
-from workers.board import Board
 from workers.crew import Crew
 from workers.edges import rendezvous
 from workers.failures import RunFailed
 from workers.shared import needed_bytes, shared_memory
 from workers.shm import check_shared_memory, new_prefix
 
-__all__ = ["resolve_source", "run", "train"]
+__all__ = ["Launcher", "Working", "resolve_source", "run", "train", "without_loss"]
+
+Working = tuple[Iterator[records.Record], Callable[[], None]]
+"""Workers at work: what they report, and how to ask them to take no further batch."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Who starts the workers of a run.
+
+    Attributes:
+        name: how it is called in the files of the run.
+        working: (source, resolved plan, folder of the run) -> the workers, ended on the way out.
+    """
+
+    name: str
+    working: Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]
 
 
 def train(
@@ -70,6 +87,8 @@ def train(
     Blocks:
         until the training is over. A run without progress ends after ``plan.stall_after_s``.
     """
+    if Rank.current() is not None:
+        raise PlanError("train() is not there under torchrun yet: use its command line, torchrun ... -m launch train.")
     if plan.steps is None:
         raise PlanError("steps is not given: say how many batches to train on, Plan(steps=...).")
     if problems := list(rundir.name_problems(name)):
@@ -79,13 +98,16 @@ def train(
     return run(source, resolve_source(source, plan), Path(runs), name, Console(quiet=quiet))
 
 
-def resolve_source(source: Callable[[], Recipe], plan: Plan, hosts: Sequence[str] | None = None) -> Resolved:
+def resolve_source(
+    source: Callable[[], Recipe], plan: Plan, hosts: Sequence[str] | None = None, stage: int = 0
+) -> Resolved:
     """Everything that can be said before a process starts.
 
     Args:
         source: makes the recipe.
         plan: the wish.
         hosts: name of the host of every stage's worker; None: all on this one.
+        stage: one whose worker is on this host.
 
     Raises:
         PlanError: recipe and plan do not fit, or there is too little shared memory.
@@ -106,7 +128,8 @@ def resolve_source(source: Callable[[], Recipe], plan: Plan, hosts: Sequence[str
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
         resolved = resolve(recipe, plan, partial(layer_seconds, threads=plan.threads), hosts)
-    check_shared_memory(needed_bytes(resolved))
+    here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[stage]]
+    check_shared_memory(needed_bytes(resolved, here))
     return resolved
 
 
@@ -117,8 +140,9 @@ def run(
     name: str | None,
     console: Console,
     command: Sequence[str] | None = None,
+    launcher: Launcher | None = None,
 ) -> Result:
-    """Run a resolved plan on local processes and write its folder.
+    """Run a resolved plan and write its folder.
 
     Args:
         source: makes the recipe.
@@ -127,6 +151,7 @@ def run(
         name: name of the run's folder; None: time, recipe and mode.
         console: what the user sees.
         command: what was typed, for plan.json; None: this program's own arguments.
+        launcher: who starts the workers; None: this process, on this host.
 
     Raises:
         PlanError: the folder of the run cannot be made.
@@ -135,16 +160,13 @@ def run(
     recipe = source()
     run_dir = rundir.new_run_dir(runs, rundir.default_name(recipe.name, resolved.plan.mode) if name is None else name)
     run_dir = run_dir.resolve()
-    rundir.write_plan(run_dir, recipe.name, resolved, sys.argv if command is None else command)
+    launcher = launcher or Launcher("local", _local)
+    rundir.write_plan(run_dir, recipe.name, resolved, sys.argv if command is None else command, launcher.name)
     console.decided(recipe.name, resolved, run_dir)
-    result = Result(resolved, run_dir)
-    names = Names(new_prefix())
-    bare = replace(resolved, cuts=tuple(replace(cut, loss=_no_loss) for cut in resolved.cuts))
+    result = Result(resolved, run_dir, launcher=launcher.name)
     try:
-        with shared_memory(resolved, names) as board, rendezvous(resolved) as meeting:
-            assignments = [Assignment(k, bare, source, names, run_dir, meeting) for k in range(resolved.plan.stages)]
-            with Crew(assignments, board) as crew, console.training(result):
-                _follow(crew, board, result, console)
+        with launcher.working(source, resolved, run_dir) as working, console.training(result):
+            _follow(*working, result, console)
     except RunFailed as failure:
         (run_dir / "failure.txt").write_text(f"{failure}\n\n{failure.details}\n")
         raise
@@ -153,12 +175,24 @@ def run(
     return result
 
 
-def _follow(crew: Crew, board: Board, result: Result, console: Console) -> None:
+@contextlib.contextmanager
+def _local(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
+    """Workers on this host, children of this process."""
+    names, bare = Names(new_prefix()), without_loss(resolved)
+    with shared_memory(resolved, names) as board, rendezvous(resolved) as meeting:
+        assignments = [Assignment(k, bare, source, names, run_dir, meeting) for k in range(resolved.plan.stages)]
+        with Crew(assignments, board) as crew:
+            yield crew.run(), board.end_early
+
+
+def _follow(
+    reported: Iterator[records.Record], end_early: Callable[[], None], result: Result, console: Console
+) -> None:
     """Take in what the workers report; end the run once its goal is met."""
     goal = result.resolved.plan.goal
     rows = result.resolved.batch_shape[0]
     with rundir.metrics_file(result.run_dir) as metrics:
-        for record in crew.run():
+        for record in reported:
             if isinstance(record, records.Ready):
                 console.ready(record)
             elif isinstance(record, records.Loss):
@@ -171,7 +205,7 @@ def _follow(crew: Crew, board: Board, result: Result, console: Console) -> None:
                 result.scores.append(record)
                 if goal is not None and result.met is None and goal.met(record.loss, record.accuracy):
                     result.met = record
-                    board.end_early()
+                    end_early()
                 rundir.write_metric(
                     metrics,
                     "evaluation",
@@ -189,6 +223,11 @@ def _follow(crew: Crew, board: Board, result: Result, console: Console) -> None:
                 result.finished[record.stage] = record
     ended_ns = max(done.end_ns for done in result.finished.values())
     result.seconds = (ended_ns - result.start_ns) * 1e-9
+
+
+def without_loss(resolved: Resolved) -> Resolved:
+    """As it travels to a worker process: the user's loss may not travel, and the worker's recipe gives it."""
+    return replace(resolved, cuts=tuple(replace(cut, loss=_no_loss) for cut in resolved.cuts))
 
 
 def _no_loss(output: Tensor, labels: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ class Edge:
 
     Attributes:
         kind: what carries it, a key of ``pipeline.channels.CHANNELS``.
-        name: under which both ends find each other.
-        label: what errors call it.
+        name: under which both ends find each other on one host.
+        label: what errors call it, and under which both ends find each other at the run's own rendezvous.
         source: stage that sends.
         target: stage that receives.
         slots: how many messages fit.
@@ -76,10 +76,15 @@ def slot_bytes(cut: Cut, wire_dtype: torch.dtype | None = None) -> tuple[int, in
 
 
 @contextlib.contextmanager
-def rendezvous(resolved: Resolved) -> Iterator[Rendezvous | None]:
-    """Host, on this host, what the workers of a run need to find each other; None where shared memory does."""
+def rendezvous(resolved: Resolved, host: str = "127.0.0.1") -> Iterator[Rendezvous | None]:
+    """Host, in this process, what the workers of a run need to find each other; None where shared memory does.
+
+    Args:
+        resolved: the run.
+        host: this host's address, as all workers reach it.
+    """
     if any(choice.kind == "gloo" for choice in resolved.channels):
-        with Rendezvous.hosted() as hosted:
+        with Rendezvous.hosted(host) as hosted:
             yield hosted
     else:
         yield None
@@ -129,7 +134,7 @@ def _gloo_sender(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: fl
     assert meeting is not None, "an edge over gloo needs a rendezvous"
     return RemoteSender.attach(
         meeting,
-        edge.name,
+        edge.label,
         label=edge.label,
         slots=edge.slots,
         slot_bytes=edge.slot_bytes,
@@ -143,7 +148,7 @@ def _gloo_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: 
     assert meeting is not None, "an edge over gloo needs a rendezvous"
     return RemoteReceiver.attach(
         meeting,
-        edge.name,
+        edge.label,
         label=edge.label,
         slots=edge.slots,
         slot_bytes=edge.slot_bytes,

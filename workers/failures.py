@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from typing import Protocol
 
 from pipeline.spans import Span
-from workers.board import Board, Status
+from workers.board import Status
 from workers.records import Failure
 
-__all__ = ["RunFailed", "killed", "stalled"]
+__all__ = ["RunFailed", "Statuses", "killed", "nobody_moves", "process_state", "stalled"]
 
 _WAITING = (Span.WAIT, Span.OTHER)
 
@@ -31,10 +32,10 @@ class RunFailed(RuntimeError):
         self.stage, self.layer, self.batch, self.details = stage, layer, batch, details
 
     @classmethod
-    def from_record(cls, failure: Failure) -> RunFailed:
-        """What a worker reported before it ended."""
+    def from_record(cls, failure: Failure, host: str = "") -> RunFailed:
+        """What a worker reported before it ended; ``host`` where there is more than this one."""
         return cls(
-            f"{failure.message} (pid {failure.pid})",
+            f"{failure.message} (pid {failure.pid}{_on(host)})",
             stage=failure.stage,
             layer=failure.layer,
             batch=failure.batch,
@@ -42,38 +43,69 @@ class RunFailed(RuntimeError):
         )
 
 
-def killed(stage: int, pid: int, exit_code: int, status: Status) -> RunFailed:
-    """A worker ended without a word."""
+def killed(stage: int, pid: int, exit_code: int, status: Status, host: str = "") -> RunFailed:
+    """A worker ended without a word; ``host`` where there is more than this one."""
     how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exited with {exit_code}"
     doing = f", {status.span.name.lower()} of batch {status.batch}" if status.batch >= 0 else ""
     return RunFailed(
-        f"stage {stage} (pid {pid}) {how}{doing}; look at the system's log for an out-of-memory kill",
+        f"stage {stage} (pid {pid}{_on(host)}) {how}{doing}; look at the system's log for an out-of-memory kill",
         stage=stage,
         batch=status.batch if status.batch >= 0 else None,
     )
 
 
-def stalled(board: Board, pids: Sequence[int], stall_after_s: float, stacks: str) -> RunFailed:
-    """Nobody did anything new: name the stage that began its work longest ago, and who waits."""
-    lines = [_line(stage, board.read(stage), pid) for stage, pid in enumerate(pids)]
-    busy = [k for k in range(len(pids)) if board.read(k).span not in _WAITING]
-    suspects = [k for k, pid in enumerate(pids) if _process_state(pid) == "T"] or busy or list(range(len(pids)))
+class Statuses(Protocol):
+    """Where to read what every worker does now."""
+
+    def read(self, stage: int) -> Status:
+        """What a stage does."""
+        ...
+
+
+def stalled(board: Statuses, pids: Sequence[int], stall_after_s: float, stacks: str) -> RunFailed:
+    """As ``nobody_moves``, for workers of this host."""
+    return nobody_moves(board, [(f"pid {pid}", process_state(pid)) for pid in pids], stall_after_s, stacks)
+
+
+def nobody_moves(board: Statuses, workers: Sequence[tuple[str, str]], stall_after_s: float, stacks: str) -> RunFailed:
+    """Nobody did anything new: name the stage that began its work longest ago, and who waits.
+
+    Args:
+        board: what every worker does.
+        workers: of every stage: what to call its process, like ``"pid 12"``, and the process's state letter.
+        stall_after_s: how long nothing happened.
+        stacks: where the stacks of the workers lie.
+    """
+    stages = range(len(workers))
+    lines = [_line(stage, board.read(stage), *worker) for stage, worker in enumerate(workers)]
+    busy = [k for k in stages if board.read(k).span not in _WAITING]
+    suspects = [k for k in stages if workers[k][1] == "T"] or busy or list(stages)
     culprit = min(suspects, key=lambda stage: board.read(stage).start_ns)
+    name, state = workers[culprit]
     lines[culprit] += "   <- oldest work" if culprit in busy else "   <- here"
     message = (
-        f"no progress for {stall_after_s:.1f} s: stage {culprit} (pid {pids[culprit]}) "
-        f"{_doing(board.read(culprit))} for {board.read(culprit).age_s():.1f} s{_stopped(pids[culprit])}"
+        f"no progress for {stall_after_s:.1f} s: stage {culprit} ({name}) "
+        f"{_doing(board.read(culprit))} for {board.read(culprit).age_s():.1f} s{_stopped(state)}"
     )
     details = "\n".join([*lines, f"stacks of the workers: {stacks}    raise the limit: --stall-after-s"])
     status = board.read(culprit)
     return RunFailed(message, stage=culprit, batch=status.batch if status.batch >= 0 else None, details=details)
 
 
-def _line(stage: int, status: Status, pid: int) -> str:
-    state = "waits" if status.span in _WAITING else "busy "
+def process_state(pid: int) -> str:
+    """The state letter of /proc, or '' where there is no such thing."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _line(stage: int, status: Status, name: str, state: str) -> str:
+    what = "waits" if status.span in _WAITING else "busy "
     return (
-        f"  stage {stage}  {state}  {status.span.name.lower():<10} batch {status.batch:<7} "
-        f"{status.age_s():7.1f} s  pid {pid}{_stopped(pid)}"
+        f"  stage {stage}  {what}  {status.span.name.lower():<10} batch {status.batch:<7} "
+        f"{status.age_s():7.1f} s  {name}{_stopped(state)}"
     )
 
 
@@ -82,14 +114,9 @@ def _doing(status: Status) -> str:
     return f"is in {status.span.name.lower()}{batch}"
 
 
-def _stopped(pid: int) -> str:
-    return " (the process is stopped: SIGSTOP, or a debugger)" if _process_state(pid) == "T" else ""
+def _stopped(state: str) -> str:
+    return " (the process is stopped: SIGSTOP, or a debugger)" if state == "T" else ""
 
 
-def _process_state(pid: int) -> str:
-    """The state letter of /proc, or '' where there is no such thing."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
+def _on(host: str) -> str:
+    return f" on {host}" if host else ""

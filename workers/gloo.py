@@ -15,6 +15,7 @@ What gloo really does, seen with torch 2.13, and what follows from it:
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,14 +28,28 @@ from torch import Tensor
 
 from workers.channel import ChannelTimeout
 
-__all__ = ["Meeting", "Pair", "PairBroken", "Rendezvous"]
+__all__ = ["INTERFACE", "Meeting", "Pair", "PairBroken", "Rendezvous", "address_towards"]
 
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Environment variable, known from torch: the network interface to use."""
 _FOREVER = timedelta(days=365)
 _AT_ONCE = timedelta(milliseconds=1)
 
 
 class PairBroken(ConnectionError):
     """The connection of a pair is gone: the other process died, or this side cut it."""
+
+
+def address_towards(host: str, port: int) -> str:
+    """This host's address on the way to another host; connecting a datagram socket sends nothing.
+
+    Raises:
+        OSError: there is no way to that host, or no such host.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,8 @@ class Rendezvous:
     @contextlib.contextmanager
     def hosted(cls, host: str = "127.0.0.1") -> Iterator[Self]:
         """Host the store in this process, on a free port of ``host``'s address only, until the block is left."""
-        with socket.create_server((host, 0), backlog=1024) as listening:
+        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+        with socket.create_server((host, 0), family=family, backlog=1024) as listening:
             port = listening.getsockname()[1]
             store = dist.TCPStore(  # type: ignore[attr-defined]
                 host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
@@ -63,6 +79,9 @@ class Rendezvous:
 
     def join(self, within_s: float) -> Meeting:
         """Connect to the store.
+
+        The process's pairs then listen at its address as seen from the store's host, or at the (first) interface that
+        ``GLOO_SOCKET_IFNAME`` names.
 
         Raises:
             ChannelTimeout: nothing answered within ``within_s`` seconds.
@@ -78,19 +97,14 @@ class Rendezvous:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=within_s),
             )
-            return Meeting(store, dist.ProcessGroupGloo.create_device(hostname=self._own_address()))
+            interface = os.environ.get(INTERFACE, "").partition(",")[0]
+            where = {"interface": interface} if interface else {"hostname": address_towards(self.host, self.port)}
+            return Meeting(store, dist.ProcessGroupGloo.create_device(**where))
         except RuntimeError as error:  # torch's own errors and gloo's are RuntimeErrors
             raise ChannelTimeout(
                 f"no store answered at {self.host}:{self.port} within {within_s:.3g} s ({_first_line(error)}): is the "
                 "process that hosts it alive, and its port reachable from here?"
             ) from error
-
-    def _own_address(self) -> str:
-        """This host's address as seen from the store's; connecting a datagram socket sends nothing."""
-        family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)
-            return str(probe.getsockname()[0])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from pipeline.resolve import Resolved
@@ -15,22 +15,32 @@ from workers.shm import check_shared_memory, create_ring, ring_bytes, sweep_stal
 __all__ = ["needed_bytes", "shared_memory", "unlink_all"]
 
 
-def needed_bytes(resolved: Resolved) -> int:
-    """Bytes of shared memory the channels of a run take; 0 where others carry them all."""
-    return sum(ring_bytes(edge.slots, edge.slot_bytes) for edge in _rings(resolved, Names("")))
+def needed_bytes(resolved: Resolved, here: Collection[int] | None = None) -> int:
+    """Bytes of shared memory the channels of a run take; 0 where others carry them all.
+
+    Args:
+        resolved: the run.
+        here: the stages whose workers are on the host in question; None: all.
+    """
+    return sum(ring_bytes(edge.slots, edge.slot_bytes) for edge in _rings(resolved, Names(""), here))
 
 
 @contextmanager
-def shared_memory(resolved: Resolved, names: Names) -> Iterator[Board]:
+def shared_memory(resolved: Resolved, names: Names, here: Collection[int] | None = None) -> Iterator[Board]:
     """Make the channels, the bells and the board of a run; remove their names at the end, whatever happens.
+
+    Args:
+        resolved: the run.
+        names: of what is made.
+        here: the stages whose workers are on this host; None: all.
 
     Raises:
         PlanError: too little shared memory.
     """
     sweep_stale()
-    check_shared_memory(needed_bytes(resolved))
+    check_shared_memory(needed_bytes(resolved, here))
     try:
-        for edge in _rings(resolved, names):
+        for edge in _rings(resolved, names, here):
             create_ring(edge.name, edge.slots, edge.slot_bytes)
         for stage in range(resolved.plan.stages):
             Bell.create(names.bell(stage)).close()
@@ -49,5 +59,7 @@ def unlink_all(resolved: Resolved, names: Names) -> None:
     Board.unlink_name(names.board)
 
 
-def _rings(resolved: Resolved, names: Names) -> Iterator[Edge]:
-    return (edge for edge in edges_of(resolved, names) if edge.kind == "shm")
+def _rings(resolved: Resolved, names: Names, here: Collection[int] | None = None) -> Iterator[Edge]:
+    """The edges in shared memory. Both ends of one are on the same host, so one end tells where it is."""
+    rings = (edge for edge in edges_of(resolved, names) if edge.kind == "shm")
+    return (edge for edge in rings if here is None or edge.source in here)

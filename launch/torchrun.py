@@ -1,0 +1,186 @@
+"""``train`` under torchrun: one stage per rank, on one host or several. Rank 0 is the driver as well.
+
+    torchrun --nproc-per-node 2 -m launch train digits
+
+    rank 0    driver: console, run folder, verdict       agent -> worker of stage 0
+    rank 1                                               agent -> worker of stage 1
+
+All ranks have the same arguments, and each loads the recipe by itself. Rank 0 decides what is open, such as the split
+by measured time, and the others check that they see the same.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import json
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from multiprocessing import Pipe
+from pathlib import Path
+
+import torch
+
+from launch.options import Parsed, RunOptions, parse
+from launch.ranks import MEET_WITHIN_S, Asked, Rank
+from launch.training import Launcher, Working, resolve_source, without_loss
+from pipeline import PlanError, Recipe
+from pipeline.resolve import Resolved
+from workers.agent import DriverGone, serve
+from workers.assignment import Assignment, Names
+from workers.control import Hello, Task, Wire
+from workers.edges import rendezvous
+from workers.fleet import Fleet
+from workers.gloo import Rendezvous
+
+__all__ = ["train"]
+
+Trained = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
+"""(recipe, arguments, what they say, the resolved plan, who starts the workers) -> exit status."""
+
+
+def train(rank: Rank, recipe: str, arguments: list[str], trained: Trained) -> int:
+    """This rank's part of ``freewheel train``.
+
+    Args:
+        rank: this process.
+        recipe: name or path.
+        arguments: the options; without ``--stages`` there are as many as ranks.
+        trained: on rank 0 runs the training and shows what came out.
+
+    Returns:
+        the exit status.
+
+    Raises:
+        PlanError: on rank 0: something cannot run, on whichever rank; no worker was started.
+        RunFailed: on rank 0: a worker or a rank failed; everything was stopped and cleaned up.
+        KeyboardInterrupt: a rank was asked to end.
+
+    Blocks:
+        until the training is over.
+    """
+    drives = rank.index == 0
+    return _drive(rank, recipe, arguments, trained) if drives else _follow(rank, recipe, arguments)
+
+
+def _drive(rank: Rank, recipe: str, arguments: list[str], trained: Trained) -> int:
+    with rank.reception() as reception:
+        parsed = _parsed(rank, recipe, arguments)
+        asked = Asked()
+        mine, agents = (Wire(end) for end in Pipe())
+        fleet = Fleet(rank.world, asked)
+        atexit.register(fleet.hang_up)  # no rank may exit before this one has said why
+        with fleet:
+            agreed: list[Resolved] = []
+            own = threading.Thread(
+                target=_own_agent, args=(agents, rank.hello(), parsed, agreed, asked), name="agent", daemon=True
+            )
+            own.start()
+            fleet.gather(mine, reception, MEET_WITHIN_S)
+            hosts = fleet.hosts
+            if parsed.plan.link is not None and len(set(hosts)) > 1:
+                raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
+            resolved = resolve_source(parsed.source, parsed.plan, hosts)
+            agreed.append(resolved)
+            with rendezvous(resolved, reception.host) as meeting:
+                fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, _profile(resolved))
+                return trained(recipe, arguments, parsed, resolved, Launcher("torchrun", _working(fleet)))
+
+
+def _follow(rank: Rank, recipe: str, arguments: list[str]) -> int:
+    problems: list[str] = []
+    parsed: Parsed | None = None
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):  # rank 0 says the same
+            parsed = _parsed(rank, recipe, arguments)
+    except PlanError as error:
+        problems = list(error.problems)
+    except SystemExit as ended:
+        if not ended.code:
+            return 0
+        problems = [f"it refuses the options: {' '.join(said.getvalue().split())}"]
+    asked = Asked()
+    try:
+        with contextlib.closing(rank.call(asked)) as wire:
+            return serve(wire, rank.hello(problems), _prepare(rank.index, parsed), asked)
+    except (DriverGone, TimeoutError) as gone:
+        if not (asked() or problems) and getattr(gone, "told", True):
+            print(f"freewheel: rank {rank.index} on {socket.gethostname()}: {gone}", file=sys.stderr)
+        return 1
+
+
+def _parsed(rank: Rank, recipe: str, arguments: list[str]) -> Parsed:
+    """The options, with one stage per rank."""
+    given = any(argument.partition("=")[0] == "--stages" for argument in arguments)
+    parsed = parse(
+        recipe, [*arguments, *([] if given else ["--stages", str(rank.world)])], RunOptions, "freewheel train"
+    )
+    stages = parsed.plan.stages
+    if stages != rank.world:
+        raise PlanError(
+            f"{stages} stages for {rank.world} ranks of torchrun: every rank runs one stage; start {stages} ranks "
+            f"(--nproc-per-node times --nnodes), or give --stages {rank.world}."
+        )
+    return parsed
+
+
+def _working(
+    fleet: Fleet,
+) -> Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]:
+    @contextlib.contextmanager
+    def working(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
+        yield fleet.run(run_dir), fleet.end_early
+
+    return working
+
+
+def _own_agent(wire: Wire, hello: Hello, parsed: Parsed, agreed: Sequence[Resolved], asked: Callable[[], bool]) -> None:
+    """The agent in the driver's process: it needs not resolve again what the driver has."""
+    with contextlib.suppress(DriverGone):
+        serve(wire, hello, lambda task: _assignment(0, parsed, agreed[0], task), asked)
+
+
+def _prepare(index: int, parsed: Parsed | None) -> Callable[[Task], Assignment]:
+    """What makes this rank's assignment from the driver's task."""
+
+    def prepare(task: Task) -> Assignment:
+        assert parsed is not None, "the driver ends a run whose ranks have problems"
+        plan = replace(parsed.plan, sizes=tuple(task.sizes), cuts=None)
+        resolved = resolve_source(parsed.source, plan, task.hosts, stage=index)
+        mine = _profile(resolved)
+        problems = [
+            f"its {what} is {mine.get(what)}, that of rank 0 {value}: give all ranks the same command, recipe and data."
+            for what, value in task.profile.items()
+            if mine.get(what) != value
+        ]
+        if problems:
+            raise PlanError(*problems)
+        return _assignment(index, parsed, resolved, task)
+
+    return prepare
+
+
+def _assignment(index: int, parsed: Parsed, resolved: Resolved, task: Task) -> Assignment:
+    meeting = Rendezvous(*task.meeting) if task.meeting else None
+    return Assignment(index, without_loss(resolved), parsed.source, Names(task.prefix), Path(), meeting)
+
+
+def _profile(resolved: Resolved) -> dict[str, str]:
+    """What all ranks have to agree on, as texts that can be compared and shown."""
+    layers = zip(resolved.layer_names, resolved.layer_parameters, strict=True)
+    cuts = [(cut.activation_shape, cut.activation_dtype, cut.label_shape, cut.label_dtype) for cut in resolved.cuts]
+    plan = {what: json.dumps(value, default=str) for what, value in resolved.plan.as_dict().items()}
+    return {
+        "torch": str(torch.__version__),
+        "list of layers and their parameters": ", ".join(f"{name} ({count:,})" for name, count in layers),
+        "shape of a batch": str(list(resolved.batch_shape)),
+        "shape of the output": str(list(resolved.output_shape)),
+        "list of what crosses the cuts": str(cuts),
+        "number of held-out batches": str(resolved.held_out_batches),
+        **{f"plan's {what}": value for what, value in plan.items()},
+    }

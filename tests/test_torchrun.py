@@ -1,0 +1,161 @@
+"""``torchrun ... -m launch train``: real torchrun processes, the numbers of local workers, failures told once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from oracle import assert_same
+from safetensors.torch import load_file
+from torchrun_program import HERE, Torchrun, torchrun
+
+from launch.console import Console
+from launch.recipes.digits import digits
+from launch.training import resolve_source, run
+from pipeline import Plan
+
+pytestmark = pytest.mark.processes
+HOST = socket.gethostname()
+
+
+def _failed(program: Torchrun) -> tuple[str, list[str]]:
+    """What a run that failed wrote to stdout, and Freewheel's own lines on stderr; it is over within 10 s from now."""
+    start = time.monotonic()
+    status, out, err = program.ended(within_s=30.0)
+    assert time.monotonic() - start < 10, err
+    assert status != 0
+    return out, [line for line in err.splitlines() if line.startswith("freewheel: ")]
+
+
+@pytest.mark.parametrize(("sizes", "channels"), [((3, 3), "auto"), ((2, 2, 2), "gloo")])
+def test_locked_training_equals_local_workers_bit_for_bit(
+    sizes: tuple[int, ...], channels: str, tmp_path: Path
+) -> None:
+    plan = Plan(mode="naive", stages=len(sizes), sizes=sizes, steps=12)
+    source = partial(digits, hidden=32)
+    local = run(source, resolve_source(source, plan), tmp_path, "local", Console(quiet=True), ["test"])
+    typed = f"train digits --hidden 32 --mode naive --sizes {' '.join(map(str, sizes))} --steps 12 --name r --runs . "
+    with torchrun(typed + f"--channels {channels} --json r.json", tmp_path, ranks=len(sizes)) as program:
+        status, out, err = program.ended()
+    assert status == 0, err
+    assert_same(load_file(tmp_path / "r" / "model.safetensors"), local.state_tensors())
+    assert_same(load_file(tmp_path / "r" / "optimizer.safetensors"), local.optimizer_tensors())
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["launcher"], result["accuracy"]) == ("torchrun", local.accuracy)
+    assert json.loads((tmp_path / "r" / "plan.json").read_text())["launcher"] == "torchrun"
+    reason = "shared memory, 4 slots  (all workers on this host" if channels == "auto" else "gloo, 4 slots  (as asked"
+    assert f"  channels   {reason}" in out
+    assert out.count("digits: naive") == 1, "one rank speaks"
+    assert "freewheel" not in err
+    assert len(list((tmp_path / "r" / "spans").iterdir())) == len(sizes)
+    assert not (tmp_path / "r" / "parts").exists()
+
+
+def test_unlocked_training_learns_and_ends_at_its_goal(tmp_path: Path) -> None:
+    """The threads are the plan's, whatever torchrun's OMP_NUM_THREADS; stages are as many as ranks."""
+    typed = "train digits --hidden 128 --until accuracy=0.9 --steps 2000 --threads 2 --name r --runs ."
+    with torchrun(typed, tmp_path) as program:
+        status, out, err = program.ended()
+    assert status == 0, err
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert result["stages"] == 2
+    assert result["until_samples"] is not None
+    assert result["accuracy"] >= 0.9
+    assert result["steps"] < 2000
+    assert "threads    2 per worker" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "train digits --stages 3",
+            "3 stages for 2 ranks of torchrun: every rank runs one stage; start 3 ranks (--nproc-per-node times "
+            "--nnodes), or give --stages 2.",
+        ),
+        ("train digits --sizes 1 2 3", "sizes has 3 numbers for 2 stages: give one number of layers per stage."),
+        ("bench digits", "bench is not there under torchrun yet: start it without torchrun, or run train, "),
+    ],
+)
+def test_what_cannot_run_is_said_once_before_anything_starts(arguments: str, message: str, tmp_path: Path) -> None:
+    with torchrun(f"{arguments} --runs .", tmp_path) as program:
+        status, out, err = program.ended()
+    (line,) = [line for line in err.splitlines() if line.startswith("freewheel: ")]
+    assert line.startswith(f"freewheel: {message}")
+    assert status != 0
+    assert "exitcode  : 2" in err
+    assert not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
+    with torchrun(f"train {HERE / 'different.py'} --runs .", tmp_path) as program:
+        status, _, err = program.ended()
+    lines = [line for line in err.splitlines() if line.startswith("freewheel: ")]
+    assert lines[0] == (
+        f"freewheel: rank 1 on {HOST}: its list of layers and their parameters is 0 (117), 1 (0), 2 (50), that of "
+        "rank 0 0 (104), 1 (0), 2 (45): give all ranks the same command, recipe and data."
+    )
+    assert all(line.startswith(f"freewheel: rank 1 on {HOST}: its ") for line in lines)
+    assert status != 0
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- failures
+
+
+def test_an_exception_in_a_layer_travels_whole_and_is_told_once(tmp_path: Path) -> None:
+    with torchrun(f"train {HERE / 'failing.py'} --runs . --name r", tmp_path) as program:
+        status, _, err = program.ended()
+    assert status != 0
+    (line,) = [line for line in err.splitlines() if line.startswith("freewheel: ")]
+    assert line.startswith("freewheel: stage 1, layer 5, batch 5: ZeroDivisionError: as planned (pid ")
+    assert line.endswith(f" on {HOST})")
+    assert err.count("raise ZeroDivisionError") == 1, "the worker's traceback"
+    assert err.index("freewheel: stage 1") < err.index("ChildFailedError"), "ours comes before torchrun's summary"
+    assert "as planned" in (tmp_path / "r" / "failure.txt").read_text()
+
+
+@pytest.mark.parametrize("who", ["worker 1", "rank 1", "rank 0"])
+def test_whoever_is_killed_is_named_and_everybody_ends(who: str, tmp_path: Path) -> None:
+    what, index = who.split()
+    with torchrun(f"train {HERE / 'endless.py'} --runs . --name r", tmp_path) as program:
+        program.wait_for("held-out loss")
+        victim = getattr(program, what)(int(index))
+        victim.kill()
+        _, lines = _failed(program)
+    if who == "rank 0":  # nobody is left to report but the other ranks, if torchrun lets them
+        assert all(line.startswith(f"freewheel: rank 1 on {HOST}: the driver (rank 0) is gone") for line in lines)
+        return
+    (line,) = lines
+    if who == "worker 1":
+        assert line.startswith(f"freewheel: stage 1 (pid {victim.pid} on {HOST}) was killed by SIGKILL, ")
+    else:
+        assert line.startswith(f"freewheel: stage 1: rank 1 (pid {victim.pid} on {HOST}) is gone without a word (")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_torchrun_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
+    with torchrun(f"train {HERE / 'endless.py'} --runs . --name r", tmp_path) as program:
+        program.wait_for("held-out loss")
+        program.process.send_signal(number)
+        _, lines = _failed(program)
+    assert lines == ["freewheel: interrupted; all workers were stopped"]
+
+
+def test_a_stopped_worker_is_reported_with_the_stacks_of_the_others(tmp_path: Path) -> None:
+    with torchrun(f"train {HERE / 'endless.py'} --stall-after-s 3 --runs . --name r", tmp_path) as program:
+        program.wait_for("held-out loss")
+        program.worker(0).send_signal(signal.SIGSTOP)
+        status, _, err = program.ended()
+    assert status != 0
+    (line,) = [line for line in err.splitlines() if line.startswith("freewheel: ")]
+    assert line.startswith("freewheel: no progress for 3.0 s: stage 0 (pid ")
+    assert "the process is stopped" in line
+    assert "  stage 1  waits  wait " in err
+    assert "worker.py" in (tmp_path / "r" / "stacks-1.txt").read_text(), "stage 1 sent its stacks over the wire"

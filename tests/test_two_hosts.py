@@ -1,0 +1,138 @@
+"""torchrun on two hosts that share neither memory nor a clock nor, as far as Freewheel goes, a disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from oracle import assert_same
+from safetensors.torch import load_file
+from torchrun_program import HERE, Torchrun, torchrun
+from two_hosts import Host, two_hosts
+
+from launch.console import Console
+from launch.recipes.digits import digits
+from launch.rundir import read_spans
+from launch.training import resolve_source, run
+from pipeline import Plan
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[tuple[Host, Host]]:
+    """Host a and host b."""
+    with two_hosts() as both:
+        yield both
+
+
+_MEET: dict[str, Callable[[Host, int], list[str]]] = {
+    "static": lambda first, k: [f"--node-rank={k}", f"--master-addr={first.address}", "--master-port=29517"],
+    "c10d": lambda first, k: [
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={first.name}:29518",
+        "--rdzv-id=tests",
+    ],
+}
+
+
+@contextlib.contextmanager
+def _on_both(
+    hosts: tuple[Host, Host], arguments: str, folder: Path, ranks: tuple[int, int] = (1, 1), meet: str = "static"
+) -> Iterator[tuple[Torchrun, Torchrun]]:
+    """torchrun on both, each in a folder of its own; they meet at host a, in one of torchrun's two ways."""
+    with contextlib.ExitStack() as stack:
+        programs = []
+        for k, (host, here) in enumerate(zip(hosts, ranks, strict=True)):
+            (folder / host.name).mkdir()
+            options = ["--nnodes=2", *_MEET[meet](hosts[0], k)]
+            how = {"ranks": here, "options": options, "prefix": host.prefix}
+            programs.append(stack.enter_context(torchrun(arguments, folder / host.name, **how)))
+        yield programs[0], programs[1]
+
+
+def test_two_hosts_train_over_gloo_and_equal_one(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """Three stages, two on host a: one cut in shared memory, the other between the hosts."""
+    sizes = (2, 2, 2)
+    plan = Plan(mode="naive", stages=3, sizes=sizes, steps=12)
+    source = partial(digits, hidden=32)
+    local = run(source, resolve_source(source, plan), tmp_path, "local", Console(quiet=True), ["test"])
+    typed = "train digits --hidden 32 --mode naive --sizes 2 2 2 --steps 12 --name r --runs ."
+    with _on_both(hosts, typed, tmp_path, ranks=(2, 1)) as (a, b):
+        status, out, err = a.ended()
+        other = b.ended()
+    assert status == 0, err + other[2]
+    assert other[:2] == (0, "")
+    folder = tmp_path / "host-a" / "r"
+    assert_same(load_file(folder / "model.safetensors"), local.state_tensors())
+    assert_same(load_file(folder / "optimizer.safetensors"), local.optimizer_tensors())
+    cuts = json.loads((folder / "plan.json").read_text())["channels"]
+    assert [(cut["kind"], cut["why"]) for cut in cuts] == [
+        ("shm", "both workers on one host"),
+        ("gloo", "host-a and host-b are two hosts"),
+    ]
+    assert "0-1 shared memory, 1-2 gloo" in out
+    assert not list((tmp_path / "host-b").iterdir()), "everything lies where rank 0 is"
+    spans = read_spans(folder)
+    begin, end = max(int(s.start_ns[0]) for s in spans), min(int(s.end_ns[-1]) for s in spans)
+    assert begin < end, "the spans of all stages overlap: they are on one clock"
+
+
+def test_unlocked_training_between_two_hosts_learns(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    typed = "train digits --hidden 128 --until accuracy=0.9 --steps 2000 --name r --runs ."
+    with _on_both(hosts, typed, tmp_path, meet="c10d") as both:
+        ended = [program.ended() for program in both]
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    (driver,) = [host for host in hosts if (tmp_path / host.name / "r").is_dir()]  # c10d chooses who is rank 0
+    result = json.loads((tmp_path / driver.name / "r" / "result.json").read_text())
+    assert result["accuracy"] >= 0.9
+    assert result["steps"] < 2000
+    assert 0 < result["seconds"] < 60, "on one clock"
+
+
+@pytest.mark.parametrize("what", ["an exception", "a kill", "a rank's kill"])
+def test_a_failure_on_the_other_host_is_told_on_the_first(what: str, hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    recipe = "failing.py" if what == "an exception" else "endless.py"
+    with _on_both(hosts, f"train {HERE / recipe} --name r --runs .", tmp_path) as (a, b):
+        if what != "an exception":
+            a.wait_for("held-out loss")
+            (b.worker(1) if what == "a kill" else b.rank(1)).kill()
+            start = time.monotonic()
+        status, _, err = a.ended()
+        other = b.ended()
+        if what != "an exception":
+            assert time.monotonic() - start < 10
+    assert status != 0
+    assert other[0] != 0
+    (line,) = [line for line in (err + other[2]).splitlines() if line.startswith("freewheel: ")]
+    expected = {
+        "an exception": "stage 1, layer 5, batch 5: ZeroDivisionError: as planned (pid ",
+        "a kill": "was killed by SIGKILL, ",
+        "a rank's kill": "is gone without a word (",
+    }
+    assert expected[what] in line
+    assert "on host-b)" in line
+
+
+def test_a_cable_that_is_pulled_ends_both_sides(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """No connection breaks, there is only silence: each side notices by itself, long before the stall limit."""
+    with _on_both(hosts, f"train {HERE / 'endless.py'} --stall-after-s 100 --name r --runs .", tmp_path) as (a, b):
+        a.wait_for("held-out loss")
+        with hosts[1].unplugged():
+            start = time.monotonic()
+            ended = [program.ended() for program in (a, b)]
+            seconds = time.monotonic() - start
+    (line,) = [line for line in ended[0][2].splitlines() if line.startswith("freewheel: ")]
+    assert line.startswith("freewheel: stage 1: rank 1 (pid ")
+    assert " on host-b) is gone without a word ([Errno " in line, "timed out, or no route to host"
+    (line,) = [line for line in ended[1][2].splitlines() if line.startswith("freewheel: ")]
+    assert line.startswith(
+        "freewheel: rank 1 on host-b: the driver (rank 0) is gone ([Errno 110] Connection timed out)"
+    )
+    assert [status for status, _, _ in ended] == [1, 1]
+    assert seconds < 50

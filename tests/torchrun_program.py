@@ -1,0 +1,130 @@
+"""torchrun as a program for tests: everything it starts is found by a tag in the environment, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+HERE = Path(__file__).parent
+_TAG = "FREEWHEEL_TEST"
+
+
+class Torchrun:
+    """One ``torchrun ... -m launch ARGUMENTS``, and everybody that belongs to it.
+
+    Args:
+        arguments: of Freewheel's command.
+        cwd: where it runs.
+        ranks: ranks on this host.
+        options: more options of torchrun.
+        prefix: a command that starts it, such as ``ip netns exec NAME``.
+        env: more environment.
+    """
+
+    def __init__(
+        self,
+        arguments: str,
+        cwd: Path,
+        ranks: int = 2,
+        options: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.tag = uuid.uuid4().hex
+        self._shared_before = _shared()
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *options]
+        path = os.pathsep.join([str(HERE.parent), str(HERE)])
+        self.process = subprocess.Popen(
+            [*prefix, *launcher, "-m", "launch", *arguments.split()],
+            env={**os.environ, "PYTHONPATH": path, _TAG: self.tag, **(env or {})},
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, text: str, within_s: float = 60.0) -> None:
+        """Block until a line of stdout has a text; whoever is late is killed."""
+        assert self.process.stdout is not None
+        late = threading.Timer(within_s, self.kill)
+        late.start()
+        try:
+            said = list(itertools.takewhile(lambda line: text not in line, self.process.stdout))
+            assert self.process.poll() is None, f"no '{text}' within {within_s} s: {''.join(said)}"
+        finally:
+            late.cancel()
+            late.join()
+
+    def ended(self, within_s: float = 80.0) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr) once it has ended by itself, and nobody and nothing of it is left."""
+        out, err = self.process.communicate(timeout=within_s)
+        deadline = time.monotonic() + 10.0
+        while (left := self.family()) and time.monotonic() < deadline:
+            psutil.wait_procs(left, timeout=0.2)
+        assert not left, f"processes left behind: {left}\n{err}"
+        assert not self.left_in_shared_memory(), f"{self.left_in_shared_memory()}\n{err}"
+        return self.process.returncode, out, err
+
+    def family(self) -> list[psutil.Process]:
+        """All living processes of it, orphans included."""
+        return [process for process in psutil.process_iter() if _environment(process).get(_TAG) == self.tag]
+
+    def rank(self, index: int) -> psutil.Process:
+        """The process of a rank."""
+        (found,) = (process for process in self._of_rank(index) if "launch" in process.cmdline())
+        return found
+
+    def worker(self, index: int) -> psutil.Process:
+        """The worker of a rank: the child of its fork server."""
+        (found,) = (p for p in self._of_rank(index) if (parent := p.parent()) and "forkserver" in str(parent.cmdline()))
+        return found
+
+    def left_in_shared_memory(self) -> list[str]:
+        """What has come into /dev/shm since, and belongs to a process that is no more."""
+        new = _shared() - self._shared_before
+        owners = {name: re.search(r"fw-(\d+)-", name) for name in new}
+        return sorted(name for name, owner in owners.items() if owner and not psutil.pid_exists(int(owner[1])))
+
+    def kill(self) -> None:
+        """End everybody."""
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _of_rank(self, index: int) -> list[psutil.Process]:
+        return [process for process in self.family() if _environment(process).get("RANK") == str(index)]
+
+
+@contextlib.contextmanager
+def torchrun(arguments: str, cwd: Path, **how: object) -> Iterator[Torchrun]:
+    """Start it; whatever happens, nobody of it outlives the block."""
+    program = Torchrun(arguments, cwd, **how)  # type: ignore[arg-type]
+    try:
+        yield program
+    finally:
+        program.kill()
+        program.process.communicate(timeout=10)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return {} if process.status() == psutil.STATUS_ZOMBIE else process.environ()
+    except psutil.Error:
+        return {}
+
+
+def _shared() -> set[str]:
+    folder = Path("/dev/shm")
+    return {entry.name for entry in folder.iterdir() if "fw-" in entry.name} if folder.is_dir() else set()

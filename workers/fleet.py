@@ -1,0 +1,407 @@
+"""The driver's side of a run of many ranks: gather the agents, prepare and start them, listen, end them all.
+
+    with Fleet(...) as fleet:                hangs up on nobody before the program ends: who hung up last has the word
+        fleet.gather(reception, ...)         every rank said hello, and the clocks are compared
+        fleet.prepare(tasks)                 every rank agrees with its task
+        for record in fleet.run():           what the workers report, on the driver's clock; the first real failure
+
+It is `workers.crew.Crew` with the workers out of reach: what they do now comes as a record, twice a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection as mp_connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import msgspec
+import numpy as np
+
+from pipeline.errors import PlanError
+from pipeline.resolve import Resolved
+from pipeline.spans import SPAN_DTYPE, Span
+from workers import control, failures, records
+from workers.assignment import Assignment, Names
+from workers.board import Status
+from workers.clock import now_ns
+from workers.control import Reception, Wire
+from workers.rank_worker import files_of
+
+__all__ = ["Fleet", "Member"]
+
+_LOOK_EVERY_S = 0.2
+_PREPARED_WITHIN_S = 300.0
+_CLOCK_ROUNDS = 8
+_ANSWER_WITHIN_S = 30.0
+_LAST_WORDS_WITHIN_S = 1.0
+_STOPPED_WITHIN_S = 6.0
+_ALIVE_EVERY_S = 5.0
+
+
+_STATUS_OF: tuple[tuple[type | tuple[type, ...], int], ...] = (
+    (type(None), 0),
+    (PlanError, 2),
+    (KeyboardInterrupt, 130),
+    (object, 1),
+)
+
+
+@dataclass
+class Member:
+    """One agent, as the driver sees it.
+
+    Attributes:
+        wire: the connection to it.
+        hello: who it is.
+        offset_ns: its clock minus the driver's.
+        status: what its worker does, on the driver's clock.
+        state: the state letter of its worker's process.
+        pid: its worker's process, once that is ready.
+        heard: when it last said anything, on this program's clock in seconds.
+        gone: why nothing comes from it any more.
+        words: the types of the records it has sent.
+    """
+
+    wire: Wire
+    hello: control.Hello
+    offset_ns: int = 0
+    status: Status = field(default_factory=lambda: Status(Span.OTHER, -1, now_ns(), 0))
+    state: str = ""
+    pid: int = 0
+    heard: float = field(default_factory=time.monotonic)
+    gone: str | None = None
+    words: set[type] = field(default_factory=set)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no more is to be expected of it after an interrupt."""
+        return self.gone is not None or not self.words.isdisjoint({control.Interrupted, control.Died, records.Failure})
+
+
+class Fleet:
+    """The agents of one run.
+
+    Args:
+        world: number of ranks, which is the number of stages.
+        asked: whether somebody asked this process to end (SIGINT, SIGTERM).
+    """
+
+    def __init__(self, world: int, asked: Callable[[], bool]) -> None:
+        self.members: list[Member] = []
+        self._world, self._asked = world, asked
+        self._resolved: Resolved | None = None
+        self._files: list[dict[str, Path]] = []
+        self._stopped = False
+        self._alive_at = 0.0
+
+    def gather(self, own: Wire, reception: Reception, within_s: float) -> None:
+        """Wait for all agents, and compare clocks with those on other hosts.
+
+        Args:
+            own: the wire to the agent in this process.
+            reception: where the others come.
+            within_s: until when they must have come, in seconds.
+
+        Raises:
+            PlanError: somebody did not come, or says why it cannot take part.
+            KeyboardInterrupt: this process was asked to end.
+
+        Blocks:
+            until all are there, at most ``within_s``, and 30 s for the answers.
+        """
+        end = time.monotonic() + within_s
+        wires = [own]
+        while len(wires) < self._world and time.monotonic() < end:
+            if self._asked():
+                raise KeyboardInterrupt
+            if (wire := reception.accept(_LOOK_EVERY_S)) is not None:
+                wires.append(wire)
+        self.members = [Member(wire, control.Hello(-1, 0, "?", "", "")) for wire in wires]
+        for member in self.members:
+            member.hello = cast(control.Hello, self._answer(member, control.Hello))
+        self.members.sort(key=lambda member: member.hello.rank)
+        missing = sorted(set(range(self._world)) - {member.hello.rank for member in self.members})
+        if missing:
+            raise PlanError(
+                f"ranks {', '.join(map(str, missing))} of {self._world} did not come within {within_s:.0f} s: look at "
+                "what torchrun printed on their hosts, and whether they can connect to "
+                f"{reception.host}:{reception.port} (see GLOO_SOCKET_IFNAME in docs/deployment.md)."
+            )
+        problems = [(member.hello, problem) for member in self.members for problem in member.hello.problems]
+        if problems:
+            raise PlanError(*(f"rank {hello.rank} on {hello.host}: {problem}" for hello, problem in problems))
+        for member in self.members:
+            if member.hello.memory != self.members[0].hello.memory:
+                member.offset_ns = self._offset_ns(member)
+
+    @property
+    def hosts(self) -> list[str]:
+        """Name of the host of every rank; ranks that share no memory have different ones."""
+        names: dict[str, str] = {}
+        for member in self.members:
+            name, number = member.hello.host, 1
+            while member.hello.memory not in names and name in names.values():
+                number += 1
+                name = f"{member.hello.host}#{number}"
+            names.setdefault(member.hello.memory, name)
+        return [names[member.hello.memory] for member in self.members]
+
+    def prepare(self, resolved: Resolved, meeting: tuple[str, int] | None, profile: Mapping[str, str]) -> None:
+        """Tell every agent its task, and wait until all agree; see ``control.Task``.
+
+        Raises:
+            PlanError: an agent cannot do it; what differs, and where.
+
+        Blocks:
+            while the agents load the recipe and try the model once, at most 300 s.
+        """
+        hosts, makers = self.hosts, dict[str, Member]()
+        for member, host in zip(self.members, hosts, strict=True):
+            makers.setdefault(host, member)
+        for member, host in zip(self.members, hosts, strict=True):
+            maker = makers[host]
+            task = control.Task(
+                list(resolved.sizes), hosts, maker.hello.prefix, maker is member, meeting, dict(profile)
+            )
+            self._tell(member, task)
+        problems: list[str] = []
+        self._resolved = resolved
+        for member, record in self._until(control.Prepared, _PREPARED_WITHIN_S):
+            if isinstance(record, control.Prepared):
+                problems += [f"rank {member.hello.rank} on {member.hello.host}: {text}" for text in record.problems]
+        if problems:
+            raise PlanError(*problems)
+
+    def run(self, run_dir: Path, start_within_s: float = 120.0) -> Iterator[records.Record]:
+        """Start the workers, then the training, and yield what the workers report, until all have finished.
+
+        Times are on the driver's clock, and the files of all workers lie in ``run_dir`` in the end.
+
+        Raises:
+            failures.RunFailed: a worker reported a failure or died, an agent is gone, or nobody made progress.
+            KeyboardInterrupt: this process, or an agent, was asked to end.
+
+        Blocks:
+            until something is reported; a stalled run ends after the plan's ``stall_after_s``.
+        """
+        assert self._resolved is not None, "prepare comes before run"
+        self._files = [files_of(Assignment(k, self._resolved, _none, Names(""), run_dir)) for k in range(self._world)]
+        for member in self.members:
+            self._tell(member, control.Start(str(run_dir) if member is self.members[0] else None))
+        for _, record in self._until(records.Ready, start_within_s):
+            if isinstance(record, records.Ready):
+                yield record
+        for member in self.members:
+            self._tell(member, records.Go())
+        for _, record in self._until(records.Finished, self._resolved.plan.stall_after_s):
+            if isinstance(record, records.Loss | records.Scored | records.Finished):
+                yield record
+
+    def end_early(self) -> None:
+        """Ask stage 0 to take no further training batch; all workers finish what is in the pipeline."""
+        self._tell(self.members[0], control.Enough())
+
+    def read(self, stage: int) -> Status:
+        """What a stage's worker did when last heard of."""
+        return self.members[stage].status
+
+    def stop(self, status: int) -> None:
+        """End all workers, and wait until their agents have cleaned up; the agents exit once this program has.
+
+        Args:
+            status: what the agents exit with.
+
+        Blocks:
+            until all have answered, at most 6 s.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        for member in self.members:
+            self._tell(member, control.Stop(status))
+        end = time.monotonic() + _STOPPED_WITHIN_S
+        while time.monotonic() < end and not all(m.gone or control.Stopped in m.words for m in self.members):
+            self._hear()
+
+    def hang_up(self) -> None:
+        """Let the agents go. After a failure only once it is reported: torchrun ends everybody when one exits."""
+        for member in self.members:
+            member.wire.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop(next(status for kinds, status in _STATUS_OF if isinstance(error, kinds)))
+
+    # ------------------------------------------------------------------ private
+
+    def _until(self, last: type, patience_s: float) -> Iterator[tuple[Member, control.Control]]:
+        """What is heard until every agent has sent one record of type ``last``."""
+        awaited = set(range(self._world))
+        progress, since = self._progress(), time.monotonic()
+        for member in self.members:
+            member.heard = since
+        while awaited:
+            heard = self._hear()
+            self._raise_failure(heard)
+            if self._asked() or any(isinstance(record, control.Interrupted) for _, record in heard):
+                self._raise_interrupt()
+            for member, record in heard:
+                if isinstance(record, last):
+                    awaited.discard(member.hello.rank)
+                yield member, record
+            said = any(not isinstance(record, control.Status | control.Time) for _, record in heard)
+            if said or self._progress() != progress:
+                progress, since = self._progress(), time.monotonic()
+            elif time.monotonic() - since > patience_s:
+                raise self._stall(patience_s)
+            for member in self.members:
+                if time.monotonic() - member.heard > patience_s:
+                    raise self._gone(member, f"no word from it for {patience_s:.0f} s")
+
+    def _raise_failure(self, heard: Sequence[tuple[Member, control.Control]]) -> None:
+        """The first thing that went wrong, if any: what a worker says, else a worker's death, else an agent's."""
+        wrong = (records.Failure, control.Died)
+        if not any(isinstance(record, wrong) for _, record in heard) and not any(m.gone for m in self.members):
+            return
+        heard = [*heard, *self._hear()]  # the cause was sent before its consequences, but maybe read after
+        failed = [(member, record) for member, record in heard if isinstance(record, records.Failure)]
+        died = [(member, record) for member, record in heard if isinstance(record, control.Died)]
+        if failed and not any(_by_signal(record) for _, record in died):
+            member, failure = min(failed, key=lambda one: one[1].time_ns)
+            raise failures.RunFailed.from_record(failure, self._host(member))
+        if died:
+            member, death = min(died, key=lambda one: one[1].exit_code)
+            status = member.status
+            raise failures.killed(member.hello.rank, death.pid, death.exit_code, status, self._host(member))
+        lost = next(member for member in self.members if member.gone)
+        raise self._gone(lost, lost.gone or "")
+
+    def _raise_interrupt(self) -> None:
+        """Somebody asked this or another rank to end: torchrun, because a rank died, or because the user asked it."""
+        end = time.monotonic() + _LAST_WORDS_WITHIN_S
+        while time.monotonic() < end and not all(member.quiet for member in self.members):
+            self._raise_failure(self._hear())
+        raise KeyboardInterrupt
+
+    def _gone(self, member: Member, why: str) -> failures.RunFailed:
+        rank = member.hello.rank
+        return failures.RunFailed(
+            f"stage {rank}: rank {rank} (pid {member.hello.pid}{self._on(member)}) is gone without a word ({why}): "
+            "it was killed, or its host or the network is down; look at the system's log there",
+            stage=rank,
+            batch=member.status.batch if member.status.batch >= 0 else None,
+        )
+
+    def _stall(self, patience_s: float) -> failures.RunFailed:
+        for member in self.members:
+            self._tell(member, control.Dump())
+        end = time.monotonic() + 2 * _LAST_WORDS_WITHIN_S
+        while time.monotonic() < end:
+            self._hear()
+        workers = [(f"pid {member.pid}{self._on(member)}", member.state) for member in self.members]
+        stacks = str(self._files[0]["stacks"].with_name("stacks-*.txt")) if self._files else "none"
+        return failures.nobody_moves(self, workers, patience_s, stacks)
+
+    def _hear(self) -> list[tuple[Member, control.Control]]:
+        """What has been said, times on the driver's clock; waits a moment for something to happen."""
+        reachable = [member for member in self.members if member.gone is None]
+        mp_connection.wait(cast(Any, [member.wire for member in reachable]), _LOOK_EVERY_S)
+        if time.monotonic() - self._alive_at > _ALIVE_EVERY_S:
+            self._alive_at = time.monotonic()
+            for member in reachable:
+                self._tell(member, control.Clock())
+        return [(member, record) for member in reachable for record in self._drain(member)]
+
+    def _drain(self, member: Member) -> Iterator[control.Control]:
+        try:
+            while member.wire.poll():
+                record = self._taken(member, member.wire.receive())
+                member.words.add(type(record))
+                member.heard = time.monotonic()
+                yield record
+        except (control.Gone, msgspec.DecodeError) as gone:
+            member.gone = str(gone)
+
+    def _taken(self, member: Member, record: control.Control) -> control.Control:
+        """Note what is for the driver's eyes, and turn times into the driver's own."""
+        if isinstance(record, control.Status):
+            start_ns = record.start_ns - member.offset_ns if record.start_ns else member.status.start_ns
+            member.status = Status(Span(record.span), record.batch, start_ns, record.progress)
+            member.state = record.state
+        elif isinstance(record, control.File):
+            self._write(member, record)
+        elif isinstance(record, records.Ready):
+            member.pid = record.pid
+        elif isinstance(record, records.Loss | records.Scored | records.Failure):
+            return msgspec.structs.replace(record, time_ns=record.time_ns - member.offset_ns)
+        return record
+
+    def _write(self, member: Member, piece: control.File) -> None:
+        path = self._files[member.hello.rank][piece.what]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(piece.data)
+        if piece.last and piece.what == "spans" and member.offset_ns:
+            spans = np.load(path, allow_pickle=False)
+            assert spans.dtype == SPAN_DTYPE, "spans come from a worker of this version"
+            spans["start_ns"] -= member.offset_ns
+            np.save(path, spans, allow_pickle=False)
+
+    def _offset_ns(self, member: Member) -> int:
+        """Its clock minus ours, from the quickest of a few answers: right to half of what that one took."""
+        offsets: dict[int, int] = {}
+        for _ in range(_CLOCK_ROUNDS):
+            before_ns = now_ns()
+            self._tell(member, control.Clock())
+            answer = cast(control.Time, self._answer(member, control.Time))
+            after_ns = now_ns()
+            offsets[after_ns - before_ns] = answer.time_ns - (before_ns + after_ns) // 2
+        return offsets[min(offsets)]
+
+    def _answer(self, member: Member, kind: type) -> control.Control:
+        """The next record of a kind from one agent, before anything else runs."""
+        end = time.monotonic() + _ANSWER_WITHIN_S
+        while time.monotonic() < end and member.gone is None:
+            if self._asked():
+                raise KeyboardInterrupt
+            mp_connection.wait(cast(Any, [member.wire]), _LOOK_EVERY_S)
+            for record in self._drain(member):
+                if isinstance(record, kind):
+                    return record
+        rank = member.hello.rank
+        raise PlanError(
+            f"rank {rank} ({member.hello.host}) {member.gone or 'does not answer'}: look at what it "
+            "printed on its host."
+        )
+
+    def _tell(self, member: Member, record: control.Control) -> None:
+        if member.gone is None:
+            try:
+                member.wire.send(record)
+            except control.Gone as gone:
+                member.gone = str(gone)
+
+    def _progress(self) -> int:
+        return sum(member.status.progress for member in self.members)
+
+    def _host(self, member: Member) -> str:
+        return member.hello.host
+
+    def _on(self, member: Member) -> str:
+        return f" on {member.hello.host}"
+
+
+def _by_signal(death: control.Died) -> bool:
+    return death.exit_code < 0
+
+
+def _none() -> Any:
+    raise AssertionError("the driver makes no recipe from an assignment")
