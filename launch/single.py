@@ -17,7 +17,6 @@ from pipeline.partition import layers_of
 from pipeline.plan import Plan
 from pipeline.recipe import Recipe, build_model, open_data
 from pipeline.scores import scores_of
-from pipeline.seeding import seeded
 from pipeline.until import Reached
 from workers.processes import process_context
 
@@ -105,8 +104,7 @@ def _main(job: _Job, connection: Connection) -> None:
     for step in loop:
         if step == job.warmup:
             forward_s = backward_s = 0.0
-        with seeded(job.plan.seed, "batch", step):
-            inputs, labels = recipe.batch(step)
+        inputs, labels = recipe.seeded_batch(job.plan.seed, step)
         loaded = time.perf_counter()
         output = modules(inputs)
         forwarded = time.perf_counter()

@@ -25,7 +25,7 @@ def predicted_batches_per_s(plan: Plan, warmup: int) -> float | None:
 
     Returns:
         Batches per second, between the last stage's update number ``warmup`` and its last; None where nothing is
-        emulated, or the bandwidth of a link is limited, of which the virtual clock knows nothing.
+        emulated, a stage takes no time, or a link's bandwidth is limited, of which the virtual clock knows nothing.
     """
     lengths, link = plan.emulation, plan.links
     if lengths is None or (link is not None and link.bandwidth_mbps) or plan.steps is None or plan.steps <= warmup:
@@ -35,7 +35,9 @@ def predicted_batches_per_s(plan: Plan, warmup: int) -> float | None:
     costs = Costs(forward=round(stage / 3), backward=round(stage * 2 / 3 + dni), learn=round(dni))
     latency = link.latency_ms * _TICKS_PER_MS if link is not None else 0.0
     step = costs.forward + costs.backward
-    events = timeline(replace(plan, hop_steps=latency / step if step else 0.0), 0, costs)
+    if not step:
+        return None
+    events = timeline(replace(plan, hop_steps=latency / step), 0, costs)
     ends = [e.end for e in events if e.stage == plan.stages - 1 and e.action in (Action.UPDATE, Action.BACKWARD)]
     ends = ends[plan.microbatches - 1 :: plan.microbatches]
     ticks = ends[-1] - ends[warmup - 1]

@@ -80,8 +80,7 @@ def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageF
     """
     assert plan.sizes is not None, "the plan is resolved"
     assert plan.emulation is None, "a stage that sleeps computes nothing"
-    with seeded(plan.seed, "batch", 0):
-        x, labels = recipe.batch(0)
+    x, labels = recipe.seeded_batch(plan.seed, 0)
     counted = []
     with seeded(plan.seed, "flops"):  # stages seed the global generator for their layers
         for index, layers in enumerate(split(layers_of(build_model(recipe, plan.seed)), plan.sizes)):

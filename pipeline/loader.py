@@ -14,7 +14,6 @@ import torch
 from pipeline.messages import Kind, Message
 from pipeline.plan import Plan
 from pipeline.recipe import Batch, Recipe, same_shape
-from pipeline.seeding import seeded
 
 __all__ = ["SOURCE", "evaluation_steps", "inputs", "phantom_inputs"]
 
@@ -48,8 +47,7 @@ def inputs(recipe: Recipe, plan: Plan, steps: int, enough: Callable[[], bool] = 
                 yield from _held_out(recipe, step)
             steps = step
             break
-        with seeded(plan.seed, "batch", step):
-            batch = recipe.batch(step)
+        batch = recipe.seeded_batch(plan.seed, step)
         first = first or batch
         same_shape(step, batch, first)
         for index, part in enumerate(_cut(batch, plan.microbatches)):

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["Action", "Policy", "View", "async_1f1b", "gpipe", "naive", "one_f_one_b", "scripted", "unlocked"]
 
@@ -39,8 +39,7 @@ class Action(enum.Enum):
     WAIT = "."  # until something changes
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """All a policy may know. Whole batches count as one microbatch each in modes that do not cut them.
 
     Attributes:

@@ -58,6 +58,13 @@ class Recipe:
             return self.batches(index)
         return self.batches[index % len(self.batches)]
 
+    def seeded_batch(self, seed: int, index: int) -> Batch:
+        """Training batch ``index`` with whatever is random in it drawn from (seed, index)."""
+        if isinstance(self.batches, list | tuple):  # nothing is random, and batches may be small
+            return self.batch(index)
+        with seeded(seed, "batch", index):
+            return self.batch(index)
+
 
 @dataclass(frozen=True)
 class ArrayBatches:
@@ -112,8 +119,7 @@ def open_data(recipe: Recipe, plan: Plan) -> None:
     What a recipe imports and reads when it is first asked is no part of the training.
     """
     if plan.goal is not None:
-        with seeded(plan.seed, "batch", 0):
-            recipe.batch(0)
+        recipe.seeded_batch(plan.seed, 0)
         next(iter(recipe.evaluation() if recipe.evaluation else ()), None)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -32,7 +32,8 @@ def seed_layer(seed: int, layer: int, batch: int) -> None:
 @contextmanager
 def seeded(seed: int, *purpose: int | str) -> Iterator[None]:
     """Run a block with the global generator seeded for ``purpose``; the generator's state is restored after it."""
-    with torch.random.fork_rng(enabled=torch.cuda.is_initialized()):
+    on_devices = torch.random.fork_rng() if torch.cuda.is_initialized() else nullcontext()
+    with on_devices:
         before = torch.get_rng_state()
         try:
             _seed_all(derived_seed(seed, *purpose))

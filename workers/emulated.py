@@ -5,7 +5,9 @@ Everything else is real: processes, channels, policies, spans.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -48,25 +50,26 @@ class EmulatedStage:
     def forward(self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0) -> Tensor:
         """A third of the stage's time."""
         self._record(Span.FORWARD, batch)
-        self._input_shapes[batch, microbatch] = x.shape
-        self._sleep(self._part_ms / 3)
-        return torch.zeros(len(labels), *self._output_shape[1:])
+        with self._lasting(self._part_ms / 3):
+            self._input_shapes[batch, microbatch] = x.shape
+            return torch.zeros(len(labels), *self._output_shape[1:])
 
     def predict(self, batch: int) -> Tensor | None:
         """Half of the DNI's time; nothing in the last stage."""
         if not self.last:
             self._record(Span.DNI, batch)
-            self._sleep(self._emulation.dni_ms / 2)
+            with self._lasting(self._emulation.dni_ms / 2):
+                return None
         return None
 
     def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
         """Two thirds of the stage's time."""
         self._record(Span.BACKWARD, batch)
-        self._sleep(self._part_ms * 2 / 3)
-        shape = self._input_shapes[batch, microbatch]
-        if not self._flow.relays(batch):
-            del self._input_shapes[batch, microbatch]
-        return torch.zeros(shape) if self._flow.at_update(batch) else None
+        with self._lasting(self._part_ms * 2 / 3):
+            shape = self._input_shapes[batch, microbatch]
+            if not self._flow.relays(batch):
+                del self._input_shapes[batch, microbatch]
+            return torch.zeros(shape) if self._flow.at_update(batch) else None
 
     def step(self, batch: int) -> None:
         """Part of the stage's time already."""
@@ -75,12 +78,12 @@ class EmulatedStage:
     def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
         """Half of the DNI's time, and a third of the stage's for a relay."""
         self._record(Span.DNI_TRAIN, batch)
-        self._sleep(self._emulation.dni_ms / 2)
-        if not self._flow.relays(batch):
-            return None
+        with self._lasting(self._emulation.dni_ms / 2):
+            if not self._flow.relays(batch):
+                return None
         self._record(Span.RELAY, batch)
-        self._sleep(self._part_ms / 3)
-        return torch.zeros(self._input_shapes.pop((batch, 0)))
+        with self._lasting(self._part_ms / 3):
+            return torch.zeros(self._input_shapes.pop((batch, 0)))
 
     def evaluate(self, batch: int, x: Tensor, labels: Tensor) -> Tensor:
         """Nothing is learned, so nothing is measured: passes on at once."""
@@ -104,12 +107,14 @@ class EmulatedStage:
 
     optimizer_tensors = state_tensors
 
-    def _sleep(self, milliseconds: float) -> None:
-        """Sleep; what the system overslept is taken off the next time, so that the sum is right."""
-        length_ns = round(milliseconds * 1e6) - self._owed_ns
-        begin = now_ns()
-        if length_ns > 0:
-            time.sleep(length_ns * 1e-9)
+    @contextlib.contextmanager
+    def _lasting(self, milliseconds: float) -> Iterator[None]:
+        """A block that lasts that long. What the system overslept is taken off the next, so that the sum is right."""
+        begin, length_ns = now_ns(), round(milliseconds * 1e6) - self._owed_ns
+        yield
+        left_ns = length_ns - (now_ns() - begin)
+        if left_ns > 0:
+            time.sleep(left_ns * 1e-9)
         self._owed_ns = now_ns() - begin - length_ns
 
 

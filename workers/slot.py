@@ -13,7 +13,9 @@ into the other.
 
 from __future__ import annotations
 
+import ctypes
 import struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,13 +43,14 @@ class Slot:
         wire_dtype: what a written message's activation or gradient is narrowed to; None: it travels as it is.
     """
 
-    __slots__ = ("_body", "_narrow", "_record", "_serial", "_specs", "_tensors", "_wire_dtype", "used_bytes")
+    __slots__ = ("_body", "_narrow", "_record", "_rooms", "_serial", "_specs", "_tensors", "_wire_dtype", "used_bytes")
 
     def __init__(self, memory: memoryview, wire_dtype: torch.dtype | None = None) -> None:
         self._record, self._body = memory[:ALIGNMENT_BYTES], memory[ALIGNMENT_BYTES:]
         self._serial = 0  # no message has it: the first write makes it 1
         self._specs: list[tuple[torch.dtype, torch.Size]] | None = None
         self._tensors: tuple[Tensor, ...] = ()
+        self._rooms: tuple[_Room | None, ...] = ()
         self._wire_dtype, self._narrow = wire_dtype, False
         self.used_bytes = 0
         """Bytes of the memory that the last written message takes."""
@@ -61,8 +64,11 @@ class Slot:
         """
         specs = [(tensor.dtype, tensor.shape) for tensor in message.tensors]
         if specs == self._specs:
-            for mine, tensor in zip(self._tensors, message.tensors, strict=True):
-                mine.copy_(tensor.detach())
+            for mine, room, tensor in zip(self._tensors, self._rooms, message.tensors, strict=True):
+                if room is not None and tensor.is_contiguous():
+                    ctypes.memmove(room.address, tensor.data_ptr(), room.size)
+                else:
+                    mine.copy_(tensor.detach())
         else:
             self._lay_out(message)
             self._specs = specs
@@ -104,8 +110,23 @@ class Slot:
         write_into(self._body, sent, layout)
         self._narrow = sent is not message
         self._tensors = _laid_over(self._body)
+        self._rooms = tuple(map(_room, self._tensors, message.tensors))
         self.used_bytes = ALIGNMENT_BYTES + layout.total_bytes
         self._serial += 1
+
+
+class _Room(NamedTuple):
+    """Where the bytes of a tensor go. A plain copy there takes half of what torch's takes for a small tensor."""
+
+    address: int
+    size: int
+
+
+def _room(mine: Tensor, sent: Tensor) -> _Room | None:
+    """None where the bytes are not copied as they are: narrowed, or not in this process's memory."""
+    if mine.dtype != sent.dtype or sent.device.type != "cpu" or not mine.numel():
+        return None
+    return _Room(mine.data_ptr(), mine.numel() * mine.element_size())
 
 
 def _laid_over(body: memoryview) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from pipeline.partition import layers_of
 from pipeline.recipe import Recipe, build_model
 from pipeline.resolve import Resolved
 from pipeline.scores import Scores, scores_of
-from pipeline.seeding import derived_seed, seeded
+from pipeline.seeding import derived_seed
 
 __all__ = ["run_ddp"]
 
@@ -79,8 +79,7 @@ class _Work:
         mine = slice(rank * self.rows, (rank + 1) * self.rows)
 
         def step(index: int) -> float:
-            with seeded(plan.seed, "batch", index):
-                inputs, labels = recipe.batch(index)
+            inputs, labels = recipe.seeded_batch(plan.seed, index)
             loss = recipe.loss(model(inputs[mine]), labels[mine])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

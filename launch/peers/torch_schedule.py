@@ -28,7 +28,7 @@ from pipeline.optimizers import build_optimizer
 from pipeline.partition import Layer, layers_of, split
 from pipeline.recipe import Recipe, build_model
 from pipeline.resolve import Resolved
-from pipeline.seeding import derived_seed, seeded
+from pipeline.seeding import derived_seed
 
 __all__ = ["run_torch_schedule"]
 
@@ -116,8 +116,7 @@ class _Work:
 
     def _batch(self, recipe: Recipe, index: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """What ``schedule.step`` takes: the inputs in the first stage, the labels in the last one."""
-        with seeded(self.training.plan.seed, "batch", index):
-            inputs, labels = recipe.batch(index)
+        inputs, labels = recipe.seeded_batch(self.training.plan.seed, index)
         return (inputs,), {"target": labels}
 
     def _stage(self, index: int, chain: nn.Sequential) -> PipelineStage:
