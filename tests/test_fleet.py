@@ -79,7 +79,7 @@ class Agent:
 def _fleet(training: Callable[[Wire], None], problems: Sequence[str] = ()) -> Iterator[tuple[Fleet, list[Agent]]]:
     """A gathered fleet of two, and its agents; rank 1 does the training that the test is about."""
     mine, theirs = (Wire(end) for end in Pipe())
-    agents = [Agent(theirs, 0, lambda wire: wire.send(records.Finished(0, 5, 0, 0, 1)))]
+    agents = [Agent(theirs, 0, lambda wire: wire.send(records.Finished(0, 5, 0, 0, 1, now_ns(), now_ns())))]
     fleet = Fleet(2, lambda: False)
     with Reception("127.0.0.1") as reception:
 
@@ -115,7 +115,7 @@ def test_times_and_spans_come_on_the_clock_of_the_driver(tmp_path: Path) -> None
             half = len(content) // 2
             wire.send(control.File(what, content[:half], last=False))
             wire.send(control.File(what, content[half:], last=True))
-        wire.send(records.Finished(1, 5, 0, 0, 1))
+        wire.send(records.Finished(1, 5, 0, 0, 1, now_ns() + AHEAD_NS, now_ns() + AHEAD_NS))
 
     with _fleet(training) as (fleet, agents):
         resolved = resolve_source(problems.recipe, PLAN)
