@@ -24,6 +24,7 @@ from pathlib import Path
 from launch.agreement import assignment, preparing, profile
 from launch.options import Parsed, RunOptions, parse
 from launch.ranks import MEET_WITHIN_S, Asked, Rank
+from launch.ray_options import check_no_launcher
 from launch.training import Launcher, Working, resolve_source
 from pipeline import PlanError, Recipe
 from pipeline.resolve import Resolved
@@ -111,6 +112,7 @@ def _follow(rank: Rank, recipe: str, arguments: list[str]) -> int:
 
 def _parsed(rank: Rank, recipe: str, arguments: list[str]) -> Parsed:
     """The options, with one stage per rank."""
+    check_no_launcher(arguments, "torchrun starts the ranks, one per stage: leave it out, or start without torchrun.")
     given = any(argument.partition("=")[0] == "--stages" for argument in arguments)
     parsed = parse(
         recipe, [*arguments, *([] if given else ["--stages", str(rank.world)])], RunOptions, "freewheel train"
