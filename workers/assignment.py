@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,17 @@ from pipeline.plan import Plan
 from pipeline.recipe import Recipe
 from pipeline.resolve import Resolved
 from workers.gloo import Rendezvous
+from workers.unnamed import UnnamedFile
 
-__all__ = ["Assignment", "Names"]
+__all__ = ["FILES", "Assignment", "Names"]
+
+FILES = {
+    "spans": "spans/stage-{}.npy",
+    "model": "parts/model-{}.safetensors",
+    "optimizer": "parts/optimizer-{}.safetensors",
+    "stacks": "stacks-{}.txt",
+}
+"""What a worker writes, and where in the folder of the run it lies."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,10 @@ class Assignment:
         resolved: the run; its cuts carry no loss here, the recipe gives it.
         source: makes the recipe; importable by name, since every worker calls it for itself.
         names: of the shared memory.
-        run_dir: where the worker writes its spans and its part of the weights.
+        run_dir: the folder of the run.
         rendezvous: where workers without common memory meet; None where every channel is in shared memory.
         attach_within_s: how long to look for the others.
+        unnamed: what the worker writes instead of files in that folder, by the names of ``FILES``; None: those.
     """
 
     index: int
@@ -59,6 +69,7 @@ class Assignment:
     run_dir: Path
     rendezvous: Rendezvous | None = None
     attach_within_s: float = 60.0
+    unnamed: Mapping[str, UnnamedFile] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -71,10 +82,8 @@ class Assignment:
         return self.index == self.plan.stages - 1
 
     @property
-    def spans_path(self) -> Path:
-        """Where the spans go."""
-        return self.run_dir / "spans" / f"stage-{self.index}.npy"
-
-    def part_path(self, what: str) -> Path:
-        """Where this stage's tensors go: ``what`` is ``model`` or ``optimizer``."""
-        return self.run_dir / "parts" / f"{what}-{self.index}.safetensors"
+    def files(self) -> dict[str, Path]:
+        """Where the worker writes, by the names of ``FILES``."""
+        if self.unnamed is not None:
+            return {what: file.path for what, file in self.unnamed.items()}
+        return {what: self.run_dir / place.format(self.index) for what, place in FILES.items()}

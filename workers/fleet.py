@@ -29,7 +29,6 @@ from workers.assignment import Assignment, Names
 from workers.board import Status
 from workers.clock import now_ns
 from workers.control import Reception, Wire
-from workers.rank_worker import files_of
 
 __all__ = ["Fleet", "Member"]
 
@@ -200,7 +199,7 @@ class Fleet:
             until something is reported; a stalled run ends after the plan's ``stall_after_s``.
         """
         assert self._resolved is not None, "prepare comes before run"
-        self._files = [files_of(Assignment(k, self._resolved, _none, Names(""), run_dir)) for k in range(self._world)]
+        self._files = [Assignment(k, self._resolved, _none, Names(""), run_dir).files for k in range(self._world)]
         for member in self.members:
             self._tell(member, control.Start(str(run_dir) if member is self._own else None))
         for _, record in self._until(records.Ready, start_within_s):
