@@ -302,7 +302,7 @@ def _build_form(form: str, cut: Cut, plan: DNIPlan) -> Form:
         case "label_residual":
             return LabelResidual(cut)
         case "loss_model":
-            return LossModel(cut, plan.hidden, plan.beta)
+            return LossModel(cut, plan.hidden)
         case _:
             assert plan.factory is not None, f"describe_form gave {form}"
             return Custom(plan.factory(cut))

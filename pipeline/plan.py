@@ -50,8 +50,6 @@ class DNIPlan:
     """Hidden units of the forms that have a hidden layer (mlp, conv, loss_model)."""
     lr: float = 3e-3
     """Learning rate of the DNI's own Adam."""
-    beta: float = 1.0
-    """loss_model: weight of the gradient matching term beside the loss term."""
     rows: float = 1.0
     """Fraction of a batch's rows the DNI trains on, in (0, 1]."""
     every: int | None = None
@@ -259,7 +257,6 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
         ("hop_steps", plan.hop_steps),
         ("optimizer.momentum", plan.optimizer.momentum),
         ("optimizer.weight_decay", plan.optimizer.weight_decay),
-        ("dni.beta", plan.dni.beta),
     ):
         if not (_is_number(number) and number >= 0):
             yield f"{name} is {number}: it must be a number, at least 0."

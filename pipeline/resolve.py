@@ -25,7 +25,7 @@ __all__ = ["Resolved", "resolve", "stage_layers"]
 Measure = Callable[[Sequence[Layer], Sequence[Tensor]], list[float]]
 """(layers, what goes into each of them) -> seconds of forward and backward of each."""
 
-_FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model"), "beta": ("loss_model",)}
+_FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model")}
 
 
 @dataclass(frozen=True)

@@ -161,14 +161,13 @@ def test_predictions_have_the_dtype_of_the_activation(dtype: torch.dtype) -> Non
         (CLASSIFIER, "linear", 0.5),
         (CLASSIFIER, "mlp", 0.4),
         (CLASSIFIER, "label_residual", 0.6),
-        (CLASSIFIER, "loss_model", 0.3),
+        (CLASSIFIER, "loss_model", 0.95),
         (REGRESSION, "linear", 0.05),
         (REGRESSION, "mlp", 0.3),
-        (REGRESSION, "loss_model", 0.9),
         (TOKENS, "linear", 0.5),
         (TOKENS, "mlp", 0.4),
         (TOKENS, "label_residual", 0.6),
-        (TOKENS, "loss_model", 0.3),
+        (TOKENS, "loss_model", 0.95),
         (IMAGES, "conv", 0.9),
         (IMAGES, "loss_model", 0.9),
     ],
@@ -190,9 +189,38 @@ def test_loss_model_is_the_gradient_of_its_own_loss(cut: Cut) -> None:
     dni = build_dni(cut, DNIPlan(form="loss_model"), seed=0)
     h, labels, _ = problem(cut)()
     dni.learn(h, labels, torch.randn_like(h) * 1e3, batch=0)  # a large sigma: nothing is clipped
+    with torch.no_grad():
+        for parameter, start in ((dni.form.back, 0), (dni.form.share, 1)):
+            if parameter is not None:
+                parameter.fill_(start)
     h.requires_grad_()
     (expected,) = torch.autograd.grad(cut.loss(dni.form.head(h), labels), h)
     torch.testing.assert_close(dni.predict(h, labels), expected)
+
+
+@pytest.mark.parametrize("cut", [CLASSIFIER, REGRESSION, TOKENS, IMAGES])
+def test_loss_model_has_the_gradients_autograd_gives(cut: Cut) -> None:
+    """C of its loss, over all samples; A of the squared error of the whole prediction, over the window."""
+    dni, _ = trained(cut, 20, form="loss_model")
+    form, (h, labels, g) = dni.form, problem(cut)()
+    some, target = slice(0, len(h) // 2), torch.randn_like(g)[: len(h) // 2]
+    form.meet(h, labels, dni.sigma, some)
+    form.gradients(h[some], labels[some], target, dni.sigma)
+    own = torch.autograd.grad(cut.loss(form.head(h), labels), form.own_parameters())
+    for parameter, right in zip(form.own_parameters(), own, strict=True):
+        torch.testing.assert_close(parameter.grad, right)
+
+    back, share = (parameter.detach().requires_grad_() for parameter in (form.back, form.share))
+    leaf = h[some].clone().requires_grad_()
+    output = form.head(leaf)
+    wrong, of_model = torch.autograd.grad(cut.loss(output, labels[some]), (output, leaf))
+    rows = output.shape[:-1].numel() if cut is TOKENS else len(leaf)
+    correction = (wrong.reshape(rows, -1) * rows) @ back
+    prediction = share * of_model / 2 / dni.sigma + correction.reshape(leaf.shape)  # half a batch weighs each row twice
+    torch.testing.assert_close(form.predict(h[some], labels[some], dni.sigma), prediction.detach())
+    for_back, for_share = torch.autograd.grad(F.mse_loss(prediction, target), (back, share))
+    torch.testing.assert_close(form.back.grad, for_back)
+    torch.testing.assert_close(form.share.grad, for_share)
 
 
 def test_label_residual_by_hand() -> None:
@@ -228,7 +256,7 @@ def test_label_residual_has_the_gradients_autograd_gives(cut: Cut) -> None:
         torch.testing.assert_close(parameter.grad, right)
 
 
-@pytest.mark.parametrize("form", ["label_residual"])
+@pytest.mark.parametrize("form", ["label_residual", "loss_model"])
 def test_what_needs_no_gradient_is_learned_when_the_batch_is_met(form: str) -> None:
     """The rest waits for the target, so a target that is late is all that can be late."""
     dni, _ = trained(CLASSIFIER, 3, form=form)
@@ -343,7 +371,7 @@ def test_cuts_and_seeds_start_from_different_weights() -> None:
     plan = DNIPlan(form="loss_model")
     places = ((CLASSIFIER, 0), (CLASSIFIER, 1), (replace(CLASSIFIER, index=2), 0))
     dnis = [build_dni(cut, plan, seed) for cut, seed in places]
-    firsts = {next(dni.form.parameters()).flatten()[0].item() for dni in dnis}
+    firsts = {dni.form.head[0].weight.flatten()[0].item() for dni in dnis}
     assert len(firsts) == 3
 
 
