@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from workers.assignment import Assignment
 from workers.bell import Bell
 from workers.board import Board
 from workers.failures import process_state
-from workers.processes import process_context
+from workers.processes import process_context, start_fork_server
 from workers.worker import worker_main
 
 __all__ = ["RankWorker", "files_of"]
@@ -51,7 +50,7 @@ class RankWorker:
         self.board = Board(assignment.names.board, assignment.plan.stages)
         self._bell = Bell.attach(assignment.names.bell(assignment.index), 1.0)
         context = process_context(type(assignment.source).__module__, "workers.rank_worker")
-        _start_fork_server()
+        start_fork_server()
         self._pipe, self._theirs = context.Pipe()
         self._process = context.Process(
             target=_rank_worker, args=(assignment, self._theirs), name=f"stage-{assignment.index}"
@@ -134,18 +133,5 @@ def _pieces(what: str, path: Path) -> Iterator[control.File]:
 
 
 def _rank_worker(assignment: Assignment, connection: Connection) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # inherited from the fork server, see below
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # inherited from the fork server
     worker_main(assignment, connection)
-
-
-def _start_fork_server() -> None:
-    """torchrun ends a rank by SIGTERM to its process group. The fork server reaps the worker, so it has to outlive it.
-
-    A signal mask is inherited, and unlike a handler it can be set in any thread.
-    """
-    resource_tracker.ensure_running()  # it would undo the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
