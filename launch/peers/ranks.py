@@ -8,7 +8,7 @@ Whoever started them has a place for every rank and a store at which they form t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import connection as mp_connection
 from typing import Any, Protocol, cast
@@ -121,7 +121,7 @@ class _Here:
                 waiting = dict(crew)
 
                 def hear(within_s: float) -> Mapping[int, Said]:
-                    ready = mp_connection.wait(cast(Any, list(waiting.values())), within_s)
+                    ready: Sequence[object] = mp_connection.wait(cast(Any, list(waiting.values())), within_s)
                     heard = [rank for rank, one in waiting.items() if one in ready]
                     return {rank: waiting.pop(rank).take() for rank in heard}
 
