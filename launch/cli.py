@@ -169,7 +169,7 @@ def _benched(recipe: str, arguments: list[str], parsed: Parsed, site: Site) -> i
     for path in (report.folder / "bench.json", parsed.run.json):
         _write_json(path, report.as_dict())
     draw(report, console)
-    if "all" not in parsed.run.rows:
+    if "all" not in parsed.run.rows and not site.hosts:
         console.next_command(shlex.join([*command, "--rows", "all"]), "every rival in the same table")
     return 0
 
