@@ -79,7 +79,9 @@ def test_unlocked_training_learns_and_ends_at_its_goal(tmp_path: Path) -> None:
             "--nnodes), or give --stages 2.",
         ),
         ("train digits --sizes 1 2 3", "sizes has 3 numbers for 2 stages: give one number of layers per stage."),
-        ("bench digits", "bench is not there under torchrun yet: start it without torchrun, or run train, "),
+        ("bench digits --over-stages 2 3", "over_stages cannot be had under torchrun, where every rank runs one stage"),
+        ("bench digits --stages 3", "3 stages for 2 ranks of torchrun: every rank runs one stage; start 3 ranks"),
+        ("bench channel", "bench channel measures a hop on this host: start it without torchrun."),
     ],
 )
 def test_what_cannot_run_is_said_once_before_anything_starts(arguments: str, message: str, tmp_path: Path) -> None:
