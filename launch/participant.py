@@ -29,7 +29,8 @@ from workers.agent import DriverGone, farewell, serve
 from workers.assignment import Assignment
 from workers.clock import now_ns
 from workers.control import Hello, Task, Wire
-from workers.processes import process_context, start_fork_server
+from workers.processes import process_context
+from workers.rank_worker import start_fork_server
 
 __all__ = ["Prepare", "take_part"]
 

@@ -20,7 +20,8 @@ from pipeline.recipe import Recipe, build_model, open_data
 from pipeline.scores import scores_of
 from pipeline.until import Reached
 from workers.failures import RunFailed
-from workers.processes import end_with_the_parent, process_context
+from workers.parent import end_with_the_parent
+from workers.processes import process_context
 
 __all__ = ["SingleRun", "run_single"]
 

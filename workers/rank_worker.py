@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from workers.assignment import Assignment
 from workers.bell import Bell
 from workers.board import Board
 from workers.failures import process_state
-from workers.processes import process_context, start_fork_server
+from workers.processes import process_context
 from workers.worker import worker_main
 
-__all__ = ["RankWorker", "files_of"]
+__all__ = ["RankWorker", "files_of", "start_fork_server"]
 
 _GRACE_S = 2.0
 _DUMP_WITHIN_S = 1.0
@@ -133,5 +134,18 @@ def _pieces(what: str, path: Path) -> Iterator[control.File]:
 
 
 def _rank_worker(assignment: Assignment, connection: Connection) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # inherited from the fork server
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # inherited from the fork server, see below
     worker_main(assignment, connection)
+
+
+def start_fork_server() -> None:
+    """torchrun ends a rank by SIGTERM to its process group. The fork server reaps the worker, so it has to outlive it.
+
+    A signal mask is inherited, and unlike a handler it can be set in any thread.
+    """
+    resource_tracker.ensure_running()  # it would undo the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

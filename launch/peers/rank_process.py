@@ -23,7 +23,8 @@ from launch.interfaces import interface_towards
 from launch.peers.loop import Rival, Training
 from launch.peers.record import Died, Failed, RankRun, Said
 from workers.gloo import INTERFACE, Rendezvous
-from workers.processes import end_with_the_parent, process_context
+from workers.parent import end_with_the_parent
+from workers.processes import process_context
 
 __all__ = ["RankProcess", "Seat"]
 
