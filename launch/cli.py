@@ -22,7 +22,7 @@ from launch.options import BenchOptions, Parsed, parse, parse_channel
 from launch.over import axis_of, bench_over
 from launch.plots import draw
 from launch.ranks import Rank
-from launch.ray_options import TrainOptions
+from launch.ray_options import LAUNCHER_OPTIONS, TrainOptions, check_no_launcher
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
 from launch.site import LOCAL, Site
@@ -123,7 +123,7 @@ def _trained(
 
 def _after_training(recipe: str, arguments: list[str], plan: Plan, steps: int) -> tuple[str, str]:
     """A benchmark of the same training: what is only about this run, or refused by bench, is left out."""
-    left_out = ["--mode", "--name", "--json", "--microbatches", "--launcher", "--address", "--ray."]
+    left_out = ["--mode", "--name", "--json", "--microbatches", *LAUNCHER_OPTIONS]
     if plan.until is None:
         left_out.append("--evaluate-every")
     if not plan.unlocked:
@@ -148,6 +148,7 @@ def _without(left_out: Sequence[str], arguments: list[str]) -> Iterator[str]:
 
 def _bench(recipe: str, arguments: list[str]) -> int:
     rank = Rank.current()
+    check_no_launcher(arguments, "bench starts all workers on this host by itself: leave it out, or use train.")
     if recipe == "channel":
         if rank is not None:
             raise PlanError("bench channel measures a hop on this host: start it without torchrun.")

@@ -29,6 +29,7 @@ from launch.coordinator import Coordinator, OwnPart
 from launch.options import BenchOptions, Parsed, RunOptions, parse
 from launch.participant import take_part
 from launch.ranks import MEET_WITHIN_S, Asked, Rank
+from launch.ray_options import check_no_launcher
 from launch.site import Site
 from launch.training import Launcher, Working
 from pipeline import PlanError, Recipe
@@ -74,7 +75,7 @@ def train(rank: Rank, recipe: str, arguments: list[str], trained: Trained) -> in
     def part(wire: Wire, parsed: Parsed | None, problems: list[str], asked: Asked) -> int:
         return serve(wire, rank.hello(problems), preparing(rank.index, parsed), asked)
 
-    return _follow(rank, partial(_parsed, rank, recipe, arguments, RunOptions, "freewheel train"), part)
+    return _follow(rank, partial(_parsed, rank, recipe, arguments), part)
 
 
 def bench(rank: Rank, recipe: str, arguments: list[str], benched: Benched) -> int:
@@ -98,7 +99,7 @@ def bench(rank: Rank, recipe: str, arguments: list[str], benched: Benched) -> in
 
 def _drive(rank: Rank, recipe: str, arguments: list[str], trained: Trained) -> int:
     with rank.reception() as reception:
-        parsed = _parsed(rank, recipe, arguments, RunOptions, "freewheel train")
+        parsed = _parsed(rank, recipe, arguments)
         asked = Asked()
         mine, agents = (Wire(end) for end in Pipe())
         fleet = Fleet(rank.world, asked)
@@ -159,8 +160,15 @@ def _follow(rank: Rank, parse: Callable[[], Parsed], part: _Part) -> int:
         return 1
 
 
-def _parsed(rank: Rank, recipe: str, arguments: list[str], options: type[RunOptions], prog: str) -> Parsed:
+def _parsed(
+    rank: Rank,
+    recipe: str,
+    arguments: list[str],
+    options: type[RunOptions] = RunOptions,
+    prog: str = "freewheel train",
+) -> Parsed:
     """The options, with one stage per rank."""
+    check_no_launcher(arguments, "torchrun starts the ranks, one per stage: leave it out, or start without torchrun.")
     given = any(argument.partition("=")[0] == "--stages" for argument in arguments)
     arguments = [*arguments, *([] if given else ["--stages", str(rank.world)])]
     parsed = parse(recipe, arguments, options, prog)

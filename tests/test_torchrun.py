@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from torchrun_program import HERE, Torchrun, torchrun
 
 from launch.console import Console
+from launch.ranks import Rank
 from launch.recipes.digits import digits
+from launch.torchrun import _parsed
 from launch.training import resolve_source, run
-from pipeline import Plan
+from pipeline import Plan, PlanError
 
 pytestmark = pytest.mark.processes
 HOST = socket.gethostname()
@@ -93,6 +95,11 @@ def test_what_cannot_run_is_said_once_before_anything_starts(arguments: str, mes
     assert "exitcode  : 2" in err
     assert not out
     assert not list(tmp_path.iterdir())
+
+
+def test_options_of_a_launcher_have_no_place_under_torchrun() -> None:
+    with pytest.raises(PlanError, match=r"^launcher, ray\.cpus: torchrun starts the ranks, one per stage: "):
+        _parsed(Rank(0, 2, 1, "a", 1, ""), "digits", ["--launcher", "ray", "--ray.cpus=2"])
 
 
 def test_a_recipe_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
