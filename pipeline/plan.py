@@ -54,8 +54,9 @@ class DNIPlan:
     """loss_model: weight of the gradient matching term beside the loss term."""
     rows: float = 1.0
     """Fraction of a batch's rows the DNI trains on, in (0, 1]."""
-    every: int = 1
-    """The DNI trains on the targets of every n-th batch."""
+    every: int | None = None
+    """Targets flow, and the DNI trains on them, for every n-th batch; None: as the form wants (label_residual 2, others
+    1)."""
     factory: Callable[..., nn.Module] | None = None
     """A user's own DNI: factory(cut) -> module, module(h, labels) -> prediction shaped like h. Python only."""
 
@@ -101,7 +102,7 @@ class Plan:
     mix: float = 0.5
     """targets mixed: the lambda of BP(lambda), weight of the true gradient."""
     true_every: int = 1
-    """targets true and mixed: the true gradient of one batch in n flows."""
+    """targets true and mixed: the true gradient of one batch in n flows. The same as dni.every."""
     optimizer: OptimizerPlan = field(default_factory=OptimizerPlan)
     """How a stage steps."""
     dni: DNIPlan = field(default_factory=DNIPlan)
@@ -147,6 +148,11 @@ class Plan:
     def unlocked(self) -> bool:
         """Whether stages update from synthetic gradients."""
         return MODES[self.mode].gradient == "synthetic"
+
+    @property
+    def target_every(self) -> int:
+        """Of how many batches one gives a target."""
+        return self.dni.every or self.true_every
 
     @property
     def emulation(self) -> Emulation | None:
@@ -293,6 +299,8 @@ def _without_effect(plan: Plan) -> Iterator[str]:
                 yield f"{name} has no effect with mode {plan.mode}: leave it out, or choose mode unlocked."
     elif plan.targets == "bootstrap" and plan.true_every != 1:
         yield "true_every has no effect with targets bootstrap: leave it out, or choose targets true or mixed."
+    if plan.true_every != 1 and plan.dni.every not in (None, plan.true_every):
+        yield "true_every and dni.every both say how often a target flows: give one of them."
     if mode is not None and plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
         yield "mix has an effect with targets mixed only: leave it out, or choose targets mixed."
     if plan.optimizer.momentum and plan.optimizer.rule != "sgd":

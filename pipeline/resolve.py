@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.channels import ChannelChoice, choose_channels
 from pipeline.cut import Cut
-from pipeline.dni import describe_form
+from pipeline.dni import describe_form, target_every
 from pipeline.errors import PlanError
 from pipeline.modes import MODES
 from pipeline.partition import Layer, balanced_sizes, check_partition, chosen_sizes, layers_of, split
@@ -33,7 +33,7 @@ class Resolved:
     """A run without open questions.
 
     Attributes:
-        plan: the plan with ``steps`` and ``sizes`` (and ``evaluate_every``, with ``until``) filled in.
+        plan: the plan with ``steps``, ``sizes`` and ``dni.every`` (and ``evaluate_every``, with ``until``) filled in.
         layer_names: of the whole network, in order.
         layer_parameters: number of parameters of each layer.
         layer_seconds: measured cost of each layer, or None when the plan fixed the sizes.
@@ -135,7 +135,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
     if plan.until is not None and not held_out_batches:
         raise PlanError("until has no effect as evaluation gives no batch: leave it out, or give held-out batches.")
     return Resolved(
-        plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None),
+        plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None, dni=_with_every(plan, cuts)),
         layer_names=tuple(layer.name for layer in layers),
         layer_parameters=tuple(sum(p.numel() for p in layer.module.parameters()) for layer in layers),
         layer_seconds=seconds,
@@ -163,6 +163,14 @@ def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
     if plan.goal.metric == "accuracy" and recipe.correct is None:
         raise PlanError(f"until {plan.goal}: the recipe counts no right answers; give correct, or ask for a loss.")
     return dataclasses.replace(plan, evaluate_every=plan.evaluate_every or look_every(steps))
+
+
+def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
+    """The DNI's plan with how often a target flows filled in."""
+    if not plan.unlocked:
+        return plan.dni
+    every = plan.true_every if plan.true_every != 1 else target_every(cuts, plan.dni)
+    return dataclasses.replace(plan.dni, every=every)
 
 
 def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe: Recipe) -> Cut:

@@ -147,7 +147,7 @@ class Stage:
         self.record(Span.DNI, batch)
         kept, source = self._kept[batch, 0], self.dni or self.local
         assert source is not None, "a stage that updates at once has something to update from"
-        kept.synthetic = source.predict(kept.h.detach(), kept.labels)
+        kept.synthetic = source.meet(kept.h.detach(), kept.labels, batch)
         return kept.synthetic
 
     def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
@@ -158,7 +158,7 @@ class Stage:
         Returns:
             What the stage below is to get now: dL/dx of the samples its DNI trains on (``Window``; all of them in modes
             without DNIs), or None when nothing is sent at this point (first stage; targets ``true`` and ``mixed`` below
-            the last stage; not one of ``true_every``).
+            the last stage; not a batch whose target flows).
         """
         self.record(Span.BACKWARD, batch)
         kept = self._kept[batch, microbatch]

@@ -195,7 +195,7 @@ def test_all_mistakes_come_at_once() -> None:
     [
         Plan(),
         Plan(mode="naive", stages=1, steps=3),
-        Plan(targets="mixed", mix=0.9, true_every=2, dni=DNIPlan(form="loss_model", beta=0.0, rows=0.5, every=3)),
+        Plan(targets="mixed", mix=0.9, true_every=3, dni=DNIPlan(form="loss_model", beta=0.0, rows=0.5, every=3)),
         Plan(optimizer=OptimizerPlan(rule="sgd", momentum=0.9, weight_decay=1e-4), sizes=(1, 3)),
         Plan(stages=3, cuts=("blocks.1", "head"), dni=DNIPlan(factory=nn.Identity)),
     ],

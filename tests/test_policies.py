@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import Plan
+from pipeline import DNIPlan, Plan
 from pipeline.loader import phantom_inputs
 from pipeline.policies import Action, View, naive, scripted, unlocked
 from pipeline.reference import Costs, Event, _drive, _Phantom, schedule
@@ -131,3 +131,10 @@ def test_true_every_lets_one_gradient_in_n_flow() -> None:
     plan = Plan(stages=3, steps=12, targets="true", true_every=4)
     learned = [order.count(Action.LEARN) for order in schedule(plan, held_out_batches=0)]
     assert learned == [3, 3, 0]
+
+
+@pytest.mark.parametrize("targets", ["bootstrap", "true", "mixed"])
+def test_a_dni_that_wants_few_targets_is_sent_few(targets: str) -> None:
+    plan = Plan(stages=3, steps=12, targets=targets, dni=DNIPlan(every=5))
+    learned = [order.count(Action.LEARN) for order in schedule(plan, held_out_batches=0)]
+    assert learned == [3, 3, 0], "batches 0, 5 and 10"
