@@ -9,7 +9,6 @@ actor k         agent -> worker of stage k
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -61,10 +60,13 @@ def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -
     Blocks:
         until the training is over.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise PlanError("launcher ray needs the package ray, which is not installed: pip install 'freewheel[ray]'.")
-    from launch import ray_cluster  # an optional package
-
+    try:
+        from launch import ray_cluster  # an optional package
+    except ImportError as error:
+        raise PlanError(
+            f"launcher ray needs the package ray, 2.59 or newer, which is not there ({error}): "
+            "pip install 'freewheel[ray]'."
+        ) from error
     options: TrainOptions = parsed.run
     plan, address = parsed.plan, options.address or "auto"
     needs = needs_of(options.ray, plan.threads)

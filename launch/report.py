@@ -109,7 +109,7 @@ class Row:
             "microbatches": contender.microbatches,
             "spans": contender.spans if contender.engine == "freewheel" else None,
             "emulated": emulated,
-            "launcher": "local",
+            "launcher": contender.launcher,
             "samples_per_s": Spread.of(self.rates).as_dict(),
             "predicted_samples_per_s": contender.predicted and contender.predicted * batch_rows,
             "speedup": self.speedup(yardstick).as_dict(),

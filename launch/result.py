@@ -101,16 +101,19 @@ class Result:
         if not self.spans or self.steps < 2:
             return None
         sent = [(self.finished[k].down_bytes, self.finished[k].up_bytes) for k in sorted(self.finished)]
-        return measure(self.spans, self.resolved.warmup, sent)
+        return measure(self.spans, self.resolved.warmup, sent, self._window_ns)
 
     @property
     def samples_per_s(self) -> float | None:
         """Throughput in the steady state, the warm-up left out; None for a run of one batch."""
-        window_ns = self.finished[self.resolved.plan.stages - 1].window_ns
-        if window_ns is None:
+        if (window_ns := self._window_ns) is None:
             return None
         counted = self.steps - self.resolved.warmup
         return counted * self.resolved.batch_shape[0] * 1e9 / (window_ns[1] - window_ns[0])
+
+    @property
+    def _window_ns(self) -> tuple[int, int] | None:
+        return self.finished[self.resolved.plan.stages - 1].window_ns
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the whole network under the unsplit model's names."""

@@ -1,7 +1,7 @@
 """The rows of a benchmark: every way to train that can be compared, ours and theirs, behind one call each.
 
-kind.prepare(source, resolved, threads) -> contender     finds what has to be found first (microbatches); may refuse
-contender.run(runs, name) -> Outcome                     one training run, in fresh processes
+ROWS[name](source, resolved, runs, site) -> contender    finds what has to be found first (microbatches); may refuse
+contender.train(runs, name) -> Outcome                   one training run, in fresh processes
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from launch.console import Console
 from launch.ledger import Work, seconds_of
 from launch.peers import PeerRun, best_microbatches, run_ddp, run_torch_schedule
 from launch.single import SingleRun, run_single
-from launch.training import resolve_source, run
+from launch.site import Site
+from launch.training import run
 from pipeline import DNIPlan, Plan, PlanError, Recipe
 from pipeline.cost_model import predicted_batches_per_s
 from pipeline.flops import count_flops
@@ -71,6 +72,7 @@ class Contender:
         flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
         predicted: batches per second by the cost model; None: nothing is emulated, or it cannot say.
         note: why operations could not be counted.
+        launcher: who starts the processes.
         train: (folder for runs, name) -> one training run, in fresh processes; blocks until it is over.
     """
 
@@ -83,11 +85,12 @@ class Contender:
     predicted: float | None = None
     flop: Work | None = None
     note: str | None = None
+    launcher: str = "local"
     train: Callable[[Path, str], Outcome]
 
 
 Source = Callable[[], Recipe]
-Prepare = Callable[[Source, Resolved, Path], Contender]
+Prepare = Callable[[Source, Resolved, Path, Site], Contender]
 
 
 def _outcome(done: SingleRun | PeerRun, resolved: Resolved) -> Outcome:
@@ -119,9 +122,10 @@ def _counted_unsplit(source: Source, resolved: Resolved) -> dict[str, Any]:
 
 
 def _single(threads: int) -> Prepare:
-    def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
+    def prepare(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
         def train(runs: Path, name: str) -> Outcome:
-            return _outcome(run_single(source, resolved.plan, threads=threads, warmup=resolved.warmup), resolved)
+            done = run_single(source, resolved.plan, threads=threads, warmup=resolved.warmup, look=site.look)
+            return _outcome(done, resolved)
 
         counted = _counted_unsplit(source, resolved)
         return Contender(engine="single", mode="backprop", stages=1, threads=threads, train=train, **counted)
@@ -129,24 +133,31 @@ def _single(threads: int) -> Prepare:
     return prepare
 
 
-def _ddp(source: Source, resolved: Resolved, runs: Path) -> Contender:
+def _ddp(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
     ranks, threads = resolved.plan.stages, resolved.plan.threads
 
     def train(runs: Path, name: str) -> Outcome:
-        return _outcome(run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=resolved.warmup), resolved)
+        done = run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=resolved.warmup, places=site.places)
+        return _outcome(done, resolved)
 
     counted = _counted_unsplit(source, resolved)
     return Contender(engine="ddp", mode="backprop", stages=ranks, threads=threads, train=train, **counted)
 
 
 def _torch(schedule: str) -> Prepare:
-    def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
+    def prepare(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
         threads = resolved.plan.threads
-        parts = best_microbatches(source, resolved, schedule, threads=threads).microbatches
+        parts = best_microbatches(source, resolved, schedule, threads=threads, places=site.places).microbatches
 
         def train(runs: Path, name: str) -> Outcome:
             done = run_torch_schedule(
-                source, resolved, schedule, microbatches=parts, threads=threads, warmup=resolved.warmup
+                source,
+                resolved,
+                schedule,
+                microbatches=parts,
+                threads=threads,
+                warmup=resolved.warmup,
+                places=site.places,
             )
             return _outcome(done, resolved)
 
@@ -164,13 +175,13 @@ def _torch(schedule: str) -> Prepare:
 
 
 def _ours(mode: str, *, bare: bool = False) -> Prepare:
-    def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
+    def prepare(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
         plan = _in_mode(resolved.plan, mode)
         plan = replace(plan, spans=plan.spans and not bare)
         cuts = MODES[mode].cuts_batches
         if cuts and plan.microbatches == 1:
-            plan = replace(plan, microbatches=_fastest_cut(source, plan, resolved.batch_shape[0], runs))
-        mine = resolve_source(source, plan)
+            plan = replace(plan, microbatches=_fastest_cut(source, plan, resolved.batch_shape[0], runs, site))
+        mine = site.resolve(source, plan)
         return Contender(
             engine="freewheel",
             mode=mode,
@@ -179,15 +190,15 @@ def _ours(mode: str, *, bare: bool = False) -> Prepare:
             microbatches=plan.microbatches if cuts else None,
             spans=plan.spans,
             predicted=predicted_batches_per_s(mine.plan, mine.warmup),
-            train=partial(_train_ours, source, mine),
+            train=partial(_train_ours, source, mine, site),
             **_counted(source, mine, mine.plan),
         )
 
     return prepare
 
 
-def _train_ours(source: Source, resolved: Resolved, runs: Path, name: str) -> Outcome:
-    result = run(source, resolved, runs, name, Console(quiet=True))
+def _train_ours(source: Source, resolved: Resolved, site: Site, runs: Path, name: str) -> Outcome:
+    result = run(source, resolved, runs, name, Console(quiet=True), launcher=site.launcher)
     peaks = tuple(result.finished[k].peak_memory_bytes for k in sorted(result.finished))
     rate = result.samples_per_s or result.steps * resolved.batch_shape[0] / result.seconds
     measured = result.measured
@@ -195,13 +206,13 @@ def _train_ours(source: Source, resolved: Resolved, runs: Path, name: str) -> Ou
     return Outcome(rate, result.loss, result.accuracy, peaks, measured, result.run_dir, result.reached, spent)
 
 
-def _fastest_cut(source: Source, plan: Plan, rows: int, runs: Path) -> int:
+def _fastest_cut(source: Source, plan: Plan, rows: int, runs: Path, site: Site) -> int:
     """The number of microbatches that runs fastest in a short trial."""
     tried: dict[int, float] = {}
     short = replace(plan, steps=_TRIAL_STEPS, evaluate_every=None, until=None)
     for parts in (parts for parts in _MICROBATCHES if rows % parts == 0):
-        trial = resolve_source(source, replace(short, microbatches=parts))
-        tried[parts] = _train_ours(source, trial, runs, f"{plan.mode}-trial-{parts}").samples_per_s
+        trial = site.resolve(source, replace(short, microbatches=parts))
+        tried[parts] = _train_ours(source, trial, site, runs, f"{plan.mode}-trial-{parts}").samples_per_s
     if not tried:
         raise PlanError(f"{plan.mode} needs a batch that 2, 4 or 8 divides, not {rows} rows: change --batch.")
     return max(tried, key=tried.__getitem__)

@@ -101,7 +101,12 @@ class Measured:
         return asdict(self)
 
 
-def measure(stages: Sequence[Spans], warmup: int, sent_bytes: Sequence[tuple[int, int]] | None = None) -> Measured:
+def measure(
+    stages: Sequence[Spans],
+    warmup: int,
+    sent_bytes: Sequence[tuple[int, int]] | None = None,
+    window_ns: tuple[int, int] | None = None,
+) -> Measured:
     """Measure a run.
 
     The window reaches from the end of the last stage's step of batch ``warmup - 1`` to the end of its last step: in
@@ -111,6 +116,9 @@ def measure(stages: Sequence[Spans], warmup: int, sent_bytes: Sequence[tuple[int
         stages: the spans of every stage.
         warmup: batches that do not count, at least 1.
         sent_bytes: per stage, what it sent (down, up) over the whole run for training, in bytes.
+        window_ns: the same two moments as the last stage took them itself, on the clock of the spans, so that these
+            figures and its throughput are of one window; None: the ends of the spans, in which the report of a step's
+            loss may be as well.
 
     Raises:
         ValueError: fewer than ``warmup`` + 1 batches.
@@ -119,7 +127,7 @@ def measure(stages: Sequence[Spans], warmup: int, sent_bytes: Sequence[tuple[int
     if len(ends) <= warmup or warmup < 1:
         raise ValueError(f"{len(ends)} batches and {warmup} of warm-up: at least one must count.")
     batches = sorted(ends)
-    start_ns, end_ns = ends[batches[warmup - 1]], ends[batches[-1]]
+    start_ns, end_ns = window_ns or (ends[batches[warmup - 1]], ends[batches[-1]])
     sent = [(down / len(batches), up / len(batches)) for down, up in sent_bytes or ()]
     return Measured(
         batches=len(batches) - warmup,

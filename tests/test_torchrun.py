@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from torchrun_program import HERE, Torchrun, torchrun
 
 from launch.console import Console
+from launch.ranks import Rank
 from launch.recipes.digits import digits
+from launch.torchrun import _parsed
 from launch.training import resolve_source, run
-from pipeline import Plan
+from pipeline import Plan, PlanError
 
 pytestmark = pytest.mark.processes
 HOST = socket.gethostname()
@@ -79,7 +81,9 @@ def test_unlocked_training_learns_and_ends_at_its_goal(tmp_path: Path) -> None:
             "--nnodes), or give --stages 2.",
         ),
         ("train digits --sizes 1 2 3", "sizes has 3 numbers for 2 stages: give one number of layers per stage."),
-        ("bench digits", "bench is not there under torchrun yet: start it without torchrun, or run train, "),
+        ("bench digits --over-stages 2 3", "over_stages cannot be had under torchrun, where every rank runs one stage"),
+        ("bench digits --stages 3", "3 stages for 2 ranks of torchrun: every rank runs one stage; start 3 ranks"),
+        ("bench channel", "bench channel measures a hop on this host: start it without torchrun."),
     ],
 )
 def test_what_cannot_run_is_said_once_before_anything_starts(arguments: str, message: str, tmp_path: Path) -> None:
@@ -91,6 +95,11 @@ def test_what_cannot_run_is_said_once_before_anything_starts(arguments: str, mes
     assert "exitcode  : 2" in err
     assert not out
     assert not list(tmp_path.iterdir())
+
+
+def test_options_of_a_launcher_have_no_place_under_torchrun() -> None:
+    with pytest.raises(PlanError, match=r"^launcher, ray\.cpus: torchrun starts the ranks, one per stage: "):
+        _parsed(Rank(0, 2, 1, "a", 1, ""), "digits", ["--launcher", "ray", "--ray.cpus=2"])
 
 
 def test_a_recipe_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "Gone",
     "Hello",
     "Interrupted",
+    "Note",
     "Prepared",
     "Reception",
     "Start",
@@ -143,6 +144,12 @@ class File(msgspec.Struct, tag=True, frozen=True):
     last: bool
 
 
+class Note(msgspec.Struct, tag=True, frozen=True):
+    """Either way: a record of those who use a wire for more than one run, as MessagePack."""
+
+    content: bytes
+
+
 class Enough(msgspec.Struct, tag=True, frozen=True):
     """Driver to agent: take no further training batch, finish what is in the pipeline."""
 
@@ -175,6 +182,7 @@ Control = (
     | Status
     | Died
     | File
+    | Note
     | Enough
     | Dump
     | Interrupted

@@ -41,6 +41,7 @@ _LAST_WORDS_WITHIN_S = 1.0
 _REASON_WITHIN_S = 1.5
 _STOPPED_WITHIN_S = 6.0
 _ALIVE_EVERY_S = 5.0
+_SILENT_S = 60.0
 
 
 _STATUS_OF: tuple[tuple[type | tuple[type, ...], int], ...] = (
@@ -103,6 +104,7 @@ class Fleet:
         self._files: list[dict[str, Path]] = []
         self._stopped = False
         self._alive_at = 0.0
+        self._attended_at = float("-inf")
 
     def gather(self, own: Wire | None, reception: Reception, within_s: float, memory: str | None = None) -> None:
         """Wait for all agents, and compare clocks with those on other hosts.
@@ -211,6 +213,41 @@ class Fleet:
         for _, record in self._until(records.Finished, self._resolved.plan.stall_after_s):
             if isinstance(record, records.Loss | records.Scored | records.Judged | records.Finished):
                 yield record
+
+    def note(self, rank: int, content: bytes) -> None:
+        """Tell one agent something that is not about a run of this fleet; see ``control.Note``. Does not block."""
+        self._tell(self.members[rank], control.Note(content))
+
+    def attend(self, patience_s: float = _SILENT_S) -> list[tuple[int, bytes]]:
+        """Listen to agents that are not in a run of this fleet; to be called often while they do anything.
+
+        Args:
+            patience_s: how long an agent may be silent, in seconds.
+
+        Returns:
+            the notes that came: (rank, content).
+
+        Raises:
+            failures.RunFailed: an agent is gone, or silent for too long.
+            KeyboardInterrupt: this process, or an agent, was asked to end.
+
+        Blocks:
+            at most 0.2 s where nothing comes.
+        """
+        now = time.monotonic()
+        if now - self._attended_at > _ALIVE_EVERY_S:  # nobody listened, so nobody was asked
+            for member in self.members:
+                member.heard = now
+        heard = self._hear()
+        self._attended_at = time.monotonic()
+        for member in self.members:
+            member.gone = member.gone or self._lost(member.hello.rank, 0.0)
+            if member.gone is None and self._attended_at - member.heard > patience_s:
+                member.gone = f"no word from it for {patience_s:.0f} s"
+        self._raise_failure(heard)
+        if self._asked() or any(isinstance(record, control.Interrupted) for _, record in heard):
+            self._raise_interrupt()
+        return [(member.hello.rank, record.content) for member, record in heard if isinstance(record, control.Note)]
 
     def end_early(self) -> None:
         """Ask stage 0 to take no further training batch; all workers finish what is in the pipeline."""

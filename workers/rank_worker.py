@@ -19,7 +19,7 @@ from workers.failures import process_state
 from workers.processes import process_context
 from workers.worker import worker_main
 
-__all__ = ["RankWorker", "files_of"]
+__all__ = ["RankWorker", "files_of", "start_fork_server"]
 
 _GRACE_S = 2.0
 _DUMP_WITHIN_S = 1.0
@@ -51,7 +51,7 @@ class RankWorker:
         self.board = Board(assignment.names.board, assignment.plan.stages)
         self._bell = Bell.attach(assignment.names.bell(assignment.index), 1.0)
         context = process_context(type(assignment.source).__module__, "workers.rank_worker")
-        _start_fork_server()
+        start_fork_server()
         self._pipe, self._theirs = context.Pipe()
         self._process = context.Process(
             target=_rank_worker, args=(assignment, self._theirs), name=f"stage-{assignment.index}"
@@ -138,7 +138,7 @@ def _rank_worker(assignment: Assignment, connection: Connection) -> None:
     worker_main(assignment, connection)
 
 
-def _start_fork_server() -> None:
+def start_fork_server() -> None:
     """torchrun ends a rank by SIGTERM to its process group. The fork server reaps the worker, so it has to outlive it.
 
     A signal mask is inherited, and unlike a handler it can be set in any thread.
