@@ -25,6 +25,10 @@ __all__ = ["Resolved", "resolve", "stage_layers"]
 Measure = Callable[[Sequence[Layer], Sequence[Tensor]], list[float]]
 """(layers, what goes into each of them) -> seconds of forward and backward of each."""
 
+_AVERAGES = {
+    "gradients": "gradients are averaged before every step: as one process on the {0.replicas} batches of a step",
+    "weights": "weights are averaged every {0.average_every} steps, nobody waits for it, and at the end",
+}
 _FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model"), "beta": ("loss_model",)}
 
 
@@ -36,6 +40,7 @@ class Resolved:
         plan: the plan with ``steps`` and ``sizes`` (and ``evaluate_every``, with ``until``) filled in.
         layer_names: of the whole network, in order.
         layer_parameters: number of parameters of each layer.
+        layer_bytes: of each layer's parameters and buffers, and one more for each of them.
         layer_seconds: measured cost of each layer, or None when the plan fixed the sizes.
         cuts: what is known at each cut; no loss inside, see ``cut``.
         batch_shape: shape of the inputs of a batch.
@@ -48,6 +53,7 @@ class Resolved:
     plan: Plan
     layer_names: tuple[str, ...]
     layer_parameters: tuple[int, ...]
+    layer_bytes: tuple[int, ...]
     layer_seconds: tuple[float, ...] | None
     cuts: tuple[Cut, ...]
     batch_shape: tuple[int, ...]
@@ -67,6 +73,17 @@ class Resolved:
         """Layers per stage."""
         assert self.plan.sizes is not None
         return self.plan.sizes
+
+    @property
+    def state_bytes(self) -> tuple[int, ...]:
+        """Of each stage: bytes of its parameters and buffers, and one more for each of them."""
+        starts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
+        return tuple(sum(self.layer_bytes[i : i + n]) for i, n in zip(starts, self.sizes, strict=True))
+
+    @property
+    def step_rows(self) -> int:
+        """Rows that one step of all replicas trains on."""
+        return self.batch_shape[0] * self.plan.replicas
 
     @property
     def warmup(self) -> int:
@@ -124,6 +141,8 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
     forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
     if forms:
         reasons.append(("DNI", *forms[0]))
+    if plan.replicas > 1:
+        reasons.append(("replicas", str(plan.replicas), _AVERAGES[MODES[plan.mode].averages].format(plan)))
     if plan.until is not None:
         often = f"held-out data, looked at every {plan.evaluate_every:,} batches"
         reasons.append(("until", str(plan.goal), f"{often}; {steps:,} batches at most"))
@@ -138,6 +157,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
         plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None),
         layer_names=tuple(layer.name for layer in layers),
         layer_parameters=tuple(sum(p.numel() for p in layer.module.parameters()) for layer in layers),
+        layer_bytes=tuple(sum(t.nbytes + 1 for t in layer.module.state_dict().values()) for layer in layers),
         layer_seconds=seconds,
         cuts=cuts,
         batch_shape=tuple(inputs.shape),

@@ -32,6 +32,7 @@ class Span(enum.IntEnum):
     RELAY = 10  # turning the true gradient at the output into the one at the input
     EVALUATE = 11
     QUALITY = 12  # comparing a synthetic gradient with the true one
+    AVERAGE = 13  # giving the other replicas a share, and taking the average
 
 
 SPAN_DTYPE = np.dtype([("span", "<i8"), ("batch", "<i8"), ("queue", "<i8"), ("start_ns", "<i8")])

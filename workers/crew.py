@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self
 
+from pipeline.replicas import worker_of
 from workers import failures, records
 from workers.assignment import Assignment
 from workers.bell import Bell
@@ -36,7 +37,7 @@ class Crew:
     """The workers of one run.
 
     Args:
-        assignments: one per stage.
+        assignments: one per worker, in the order of their numbers.
         board: the run's status board.
         start_within_s: how long building and attaching may take.
     """
@@ -50,7 +51,7 @@ class Crew:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids, by stage."""
+        """Process ids, by worker."""
         return [process.pid or 0 for process in self._processes]
 
     def __enter__(self) -> Self:
@@ -58,10 +59,12 @@ class Crew:
         self._interrupts.__enter__()
         try:
             for assignment in self._assignments:
-                self._bells.append(Bell.attach(assignment.names.bell(assignment.index), 1.0))
+                self._bells.append(Bell.attach(assignment.names.bell(assignment.worker), 1.0))
                 mine, theirs = context.Pipe()
                 process = context.Process(
-                    target=worker_main, args=(assignment, theirs), name=f"stage-{assignment.index}"
+                    target=worker_main,
+                    args=(assignment, theirs),
+                    name=assignment.called.replace(", ", "-").replace(" ", "-"),
                 )
                 process.start()
                 theirs.close()
@@ -111,25 +114,27 @@ class Crew:
                 raise failures.RunFailed.from_record(min(failed, key=lambda failure: failure.time_ns))
             for record in heard:
                 if isinstance(record, last):
-                    awaited.discard(record.stage)
+                    awaited.discard(worker_of(self._assignments[0].plan, record.replica, record.stage))
                 yield record
             for k in awaited.intersection(dead):
                 process = self._processes[k]
-                raise failures.killed(k, process.pid or 0, process.exitcode or 0, self._board.read(k))
+                status, who = self._board.read(k), self._assignments[k]
+                died = process.pid or 0, process.exitcode or 0
+                raise failures.killed(who.index, *died, status, name=who.called)
             if heard or self._board.progress() != progress:
                 progress, since = self._board.progress(), time.monotonic()
             elif time.monotonic() - since > patience_s:
                 raise self._stall(patience_s)
 
-    def _hear(self, stages: set[int]) -> list[records.Record]:
+    def _hear(self, workers: set[int]) -> list[records.Record]:
         """What has been said; waits a moment for something to happen."""
-        watched = [item for k in stages for item in (self._pipes[k], self._processes[k].sentinel)]
+        watched = [item for k in workers for item in (self._pipes[k], self._processes[k].sentinel)]
         mp_connection.wait(watched, _LOOK_EVERY_S)
-        return self._drain(stages)
+        return self._drain(workers)
 
-    def _drain(self, stages: set[int]) -> list[records.Record]:
+    def _drain(self, workers: set[int]) -> list[records.Record]:
         heard: list[records.Record] = []
-        for k in stages:
+        for k in workers:
             with contextlib.suppress(EOFError, OSError):
                 while self._pipes[k].poll():
                     heard.append(records.receive(self._pipes[k]))
@@ -140,7 +145,8 @@ class Crew:
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)  # faulthandler writes the stacks
-        return failures.stalled(self._board, self.pids, patience_s, str(run_dir / "stacks-*.txt"))
+        plan = self._assignments[0].plan
+        return failures.stalled(self._board, self.pids, patience_s, str(run_dir / "stacks-*.txt"), plan)
 
     def _end(self) -> None:
         """Ask, wait a little, then kill: each worker's whole process group, grandchildren included."""

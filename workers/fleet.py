@@ -322,7 +322,8 @@ class Fleet:
             self._hear()
         workers = [(f"pid {member.pid}{self._on(member)}", member.state) for member in self.members]
         stacks = str(self._files[0]["stacks"].with_name("stacks-*.txt")) if self._files else "none"
-        return failures.nobody_moves(self, workers, patience_s, stacks)
+        assert self._resolved is not None, "nobody is waited for before prepare"
+        return failures.nobody_moves(self, workers, patience_s, stacks, self._resolved.plan)
 
     def _hear(self) -> list[tuple[Member, control.Control]]:
         """What has been said, times on the driver's clock; waits a moment for something to happen."""

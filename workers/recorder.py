@@ -23,7 +23,7 @@ class SpanRecorder:
     """A ``Recorder`` (see ``pipeline.spans``) with a clock. One call costs about a microsecond.
 
     Args:
-        stage: index of the stage.
+        worker: number of the worker.
         board: where its status goes.
 
     Attributes:
@@ -32,8 +32,8 @@ class SpanRecorder:
 
     depth: Callable[[], int] | None = None
 
-    def __init__(self, stage: int, board: Board) -> None:
-        self._stage, self._board = stage, board
+    def __init__(self, worker: int, board: Board) -> None:
+        self._worker, self._board = worker, board
         self._full: list[array[int]] = []
         self._chunk, self._position = _empty_chunk(), 0
         self._progress = 0
@@ -49,7 +49,7 @@ class SpanRecorder:
         self._position = position + _FIELDS
         if span is not Span.WAIT and span is not Span.OTHER:
             self._progress += 1
-        self._board.write(self._stage, span, batch, start_ns, self._progress)
+        self._board.write(self._worker, span, batch, start_ns, self._progress)
         if self._position == len(chunk):
             self._full.append(chunk)
             self._chunk, self._position = _empty_chunk(), 0
@@ -69,19 +69,19 @@ class Pulse:
     four actions of a stage and when it begins to wait. Every other call costs 0.1 us.
 
     Args:
-        stage: index of the stage.
+        worker: number of the worker.
         board: where its status goes.
     """
 
-    def __init__(self, stage: int, board: Board) -> None:
-        self._stage, self._board = stage, board
+    def __init__(self, worker: int, board: Board) -> None:
+        self._worker, self._board = worker, board
         self._progress = 0
 
     def __call__(self, span: Span, batch: int) -> None:
         """From now on the worker does ``span`` with ``batch``."""
         if span in _TOLD:
             self._progress += span is not Span.WAIT
-            self._board.write(self._stage, span, batch, now_ns(), self._progress)
+            self._board.write(self._worker, span, batch, now_ns(), self._progress)
 
 
 def _empty_chunk() -> array[int]:
