@@ -25,7 +25,7 @@ from launch.training import Launcher, Working, resolve_source
 from pipeline import PlanError, Recipe
 from pipeline.channels import choose_channels
 from pipeline.resolve import Resolved
-from pipeline.spans import Span
+from pipeline.spans import WAITING, Span
 from workers import records
 from workers.control import Reception
 from workers.edges import rendezvous
@@ -38,7 +38,7 @@ Trained = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
 Show = Callable[[float, float | None, Sequence[float]], None]
 """(loss, samples per second if known, busy share of every stage) -> None."""
 _LOOKS = 50
-_NOT_AT_WORK = (Span.WAIT, Span.OTHER)
+_NOT_AT_WORK = (*WAITING, Span.OTHER)
 
 
 def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -> int:

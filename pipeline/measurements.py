@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.spans import Span, Spans
+from pipeline.spans import WAITING, Span, Spans
 
 __all__ = ["GROUPS", "Measured", "StageMeasured", "measure"]
 
@@ -20,7 +20,7 @@ GROUPS: dict[str, tuple[Span, ...]] = {
     "communication": (Span.SEND, Span.RECEIVE, Span.AVERAGE),
     "load": (Span.LOAD,),
     "evaluate": (Span.EVALUATE,),
-    "waiting": (Span.WAIT,),
+    "waiting": WAITING,
     "other": (Span.OTHER, Span.QUALITY),
 }
 """What the spans are for: the lines of every report."""

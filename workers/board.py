@@ -20,7 +20,6 @@ __all__ = ["Board", "Status"]
 
 _LINE_BYTES = 64
 _STATUS = struct.Struct("<qqqq")
-_IDLE = (int(Span.WAIT), int(Span.OTHER))
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Protocol
 
 from pipeline.plan import Plan
 from pipeline.replicas import called
-from pipeline.spans import Span
+from pipeline.spans import WAITING, Span
 from workers.board import Status
 from workers.records import Failure
 
 __all__ = ["RunFailed", "Statuses", "killed", "nobody_moves", "process_state", "stalled"]
 
-_WAITING = (Span.WAIT, Span.OTHER)
+_WAITING = (*WAITING, Span.OTHER)
 
 
 class RunFailed(RuntimeError):

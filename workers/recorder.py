@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.spans import SPAN_DTYPE, Span
+from pipeline.spans import SPAN_DTYPE, WAITING, Span
 from workers.board import Board
 from workers.clock import now_ns
 
@@ -16,7 +16,8 @@ __all__ = ["Pulse", "SpanRecorder"]
 
 _CHUNK = 1 << 14  # records per piece of memory: 512 KiB
 _FIELDS = len(SPAN_DTYPE.names or ())
-_TOLD = (Span.FORWARD, Span.BACKWARD, Span.DNI_TRAIN, Span.EVALUATE, Span.WAIT)
+_TOLD = (Span.FORWARD, Span.BACKWARD, Span.DNI_TRAIN, Span.EVALUATE, *WAITING)
+_NO_PROGRESS = (*WAITING, Span.OTHER)
 
 
 class SpanRecorder:
@@ -47,7 +48,7 @@ class SpanRecorder:
         chunk[position + 2] = self.depth() if span is Span.FORWARD and self.depth is not None else -1
         chunk[position + 3] = start_ns
         self._position = position + _FIELDS
-        if span is not Span.WAIT and span is not Span.OTHER:
+        if span not in _NO_PROGRESS:
             self._progress += 1
         self._board.write(self._worker, span, batch, start_ns, self._progress)
         if self._position == len(chunk):
@@ -80,7 +81,7 @@ class Pulse:
     def __call__(self, span: Span, batch: int) -> None:
         """From now on the worker does ``span`` with ``batch``."""
         if span in _TOLD:
-            self._progress += span is not Span.WAIT
+            self._progress += span not in WAITING
             self._board.write(self._worker, span, batch, now_ns(), self._progress)
 
 

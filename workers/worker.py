@@ -142,12 +142,14 @@ def _loop(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_
 
 def _wait(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_after_s: float) -> None:
     """Until somebody rings, or a message that an emulated link holds back is due."""
-    record(Span.WAIT, runner.forwarded)
+    record(Span.HELD if runner.averager.held else Span.WAIT, runner.forwarded)
     # The driver ends a stalled run first, with a better report; this is for when the driver cannot.
-    deadline_ns = now_ns() + int(2 * give_up_after_s * 1e9)
+    deadline_ns, progress = now_ns() + int(2 * give_up_after_s * 1e9), board.progress()
     while not ports.wait(LOOK_UP_EVERY_S):
         if board.stopping:
             raise Stopped
+        if runner.averager.held and board.progress() != progress:  # for as long as the other replicas need
+            deadline_ns, progress = now_ns() + int(2 * give_up_after_s * 1e9), board.progress()
         if now_ns() > deadline_ns:
             raise TimeoutError(f"nothing came for {2 * give_up_after_s:.0f} s: {runner.view()}")
     record(Span.OTHER, -1)
