@@ -67,6 +67,8 @@ def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -
 
     options: TrainOptions = parsed.run
     plan, address = parsed.plan, options.address or "auto"
+    if plan.replicas > 1:
+        raise PlanError("replicas are not there with launcher ray yet: leave replicas out, or the launcher.")
     needs = needs_of(options.ray, plan.threads)
     resolved = resolve_source(parsed.source, plan)  # what cannot run is refused before Ray is asked
     with contextlib.ExitStack() as stack:

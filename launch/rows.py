@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.console import Console
+from launch.joined import joined
 from launch.ledger import Work, seconds_of
 from launch.peers import PeerRun, best_microbatches, run_ddp, run_torch_schedule
 from launch.single import SingleRun, run_single
@@ -64,13 +65,14 @@ class Contender:
     Attributes:
         engine: whose code trains: single, ddp, torch or freewheel.
         mode: ``backprop``, a torch schedule, or one of our modes.
-        stages: number of processes that share the work.
+        stages: number of processes that share the work of a batch.
         threads: compute threads of each.
         microbatches: where batches are cut.
         spans: whether our workers record what they do.
         flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
         predicted: batches per second by the cost model; None: nothing is emulated, or it cannot say.
         note: why operations could not be counted.
+        replicas: how many there are of these.
         train: (folder for runs, name) -> one training run, in fresh processes; blocks until it is over.
     """
 
@@ -83,6 +85,7 @@ class Contender:
     predicted: float | None = None
     flop: Work | None = None
     note: str | None = None
+    replicas: int = 1
     train: Callable[[Path, str], Outcome]
 
 
@@ -120,6 +123,8 @@ def _counted_unsplit(source: Source, resolved: Resolved) -> dict[str, Any]:
 
 def _single(threads: int) -> Prepare:
     def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
+        source, resolved = joined(source, resolved)
+
         def train(runs: Path, name: str) -> Outcome:
             return _outcome(run_single(source, resolved.plan, threads=threads, warmup=resolved.warmup), resolved)
 
@@ -130,7 +135,8 @@ def _single(threads: int) -> Prepare:
 
 
 def _ddp(source: Source, resolved: Resolved, runs: Path) -> Contender:
-    ranks, threads = resolved.plan.stages, resolved.plan.threads
+    ranks, threads = resolved.plan.workers, resolved.plan.threads
+    source, resolved = joined(source, resolved)
 
     def train(runs: Path, name: str) -> Outcome:
         return _outcome(run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=resolved.warmup), resolved)
@@ -141,6 +147,7 @@ def _ddp(source: Source, resolved: Resolved, runs: Path) -> Contender:
 
 def _torch(schedule: str) -> Prepare:
     def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
+        source, resolved = joined(source, resolved)
         threads = resolved.plan.threads
         parts = best_microbatches(source, resolved, schedule, threads=threads).microbatches
 
@@ -179,6 +186,7 @@ def _ours(mode: str, *, bare: bool = False) -> Prepare:
             microbatches=plan.microbatches if cuts else None,
             spans=plan.spans,
             predicted=predicted_batches_per_s(mine.plan, mine.warmup),
+            replicas=plan.replicas,
             train=partial(_train_ours, source, mine),
             **_counted(source, mine, mine.plan),
         )
@@ -189,7 +197,7 @@ def _ours(mode: str, *, bare: bool = False) -> Prepare:
 def _train_ours(source: Source, resolved: Resolved, runs: Path, name: str) -> Outcome:
     result = run(source, resolved, runs, name, Console(quiet=True))
     peaks = tuple(result.finished[k].peak_memory_bytes for k in sorted(result.finished))
-    rate = result.samples_per_s or result.steps * resolved.batch_shape[0] / result.seconds
+    rate = result.samples_per_s or result.samples / result.seconds
     measured = result.measured
     spent = seconds_of(measured, resolved.batch_shape[0]) if measured is not None else None
     return Outcome(rate, result.loss, result.accuracy, peaks, measured, result.run_dir, result.reached, spent)
@@ -217,6 +225,7 @@ def _in_mode(plan: Plan, mode: str) -> Plan:
         plan,
         mode=mode,
         microbatches=plan.microbatches if MODES[mode].cuts_batches else 1,
+        average_every=plan.average_every if MODES[mode].averages == "weights" else defaults.average_every,
         targets=defaults.targets,
         mix=defaults.mix,
         true_every=1,

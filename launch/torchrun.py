@@ -115,6 +115,8 @@ def _parsed(rank: Rank, recipe: str, arguments: list[str]) -> Parsed:
     parsed = parse(
         recipe, [*arguments, *([] if given else ["--stages", str(rank.world)])], RunOptions, "freewheel train"
     )
+    if parsed.plan.replicas > 1:
+        raise PlanError("replicas are not there under torchrun yet: leave replicas out, or start without torchrun.")
     stages = parsed.plan.stages
     if stages != rank.world:
         raise PlanError(
