@@ -168,12 +168,19 @@ def _channels(resolved: Resolved) -> tuple[str, str]:
     mebibytes = needed_bytes(resolved) / 2**20
     memory = f"; {mebibytes:.1f} MiB" if mebibytes else ""
     if not choices:
-        return CHANNELS["shm"], f"between the replicas{memory}"
+        kind = "gloo" if resolved.plan.channels == "auto" and len(set(resolved.hosts)) > 1 else "shm"
+        return CHANNELS[kind], f"between the replicas{memory}"
     if len(set(choices)) == 1:
         return f"{CHANNELS[choices[0].kind]}, {slots}", f"{choices[0].why}{memory}"
-    value = ", ".join(f"{k}-{k + 1} {CHANNELS[choice.kind]}" for k, choice in enumerate(choices))
-    why = ", ".join(f"{k}-{k + 1} {choice.why}" for k, choice in enumerate(choices))
+    cuts = [_cut(resolved, index) for index in range(len(choices))]
+    value = ", ".join(f"{cut} {CHANNELS[choice.kind]}" for cut, choice in zip(cuts, choices, strict=True))
+    why = ", ".join(f"{cut} {choice.why}" for cut, choice in zip(cuts, choices, strict=True))
     return f"{value}, {slots}", f"{why}{memory}"
+
+
+def _cut(resolved: Resolved, index: int) -> str:
+    replica, k = divmod(index, len(resolved.cuts))
+    return f"{k}-{k + 1}" if resolved.plan.replicas == 1 else f"{replica}.{k}-{replica}.{k + 1}"
 
 
 def _decision_line(what: str, value: str, why: str) -> Table:

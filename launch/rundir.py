@@ -76,7 +76,15 @@ def write_plan(
         "layers": list(resolved.layer_names),
         "layer_parameters": list(resolved.layer_parameters),
         "layer_seconds": list(resolved.layer_seconds) if resolved.layer_seconds else None,
-        "channels": [{"cut": k, "kind": choice.kind, "why": choice.why} for k, choice in enumerate(resolved.channels)],
+        "channels": [
+            {
+                "cut": index % len(resolved.cuts),
+                "replica": index // len(resolved.cuts),
+                "kind": choice.kind,
+                "why": choice.why,
+            }
+            for index, choice in enumerate(resolved.channels)
+        ],
         "decided": [{"what": what, "value": value, "why": why} for what, value, why in resolved.reasons],
     }
     (run_dir / "plan.json").write_text(json.dumps(content, indent=2, default=str) + "\n")

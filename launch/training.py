@@ -101,15 +101,15 @@ def train(
 
 
 def resolve_source(
-    source: Callable[[], Recipe], plan: Plan, hosts: Sequence[str] | None = None, stage: int = 0
+    source: Callable[[], Recipe], plan: Plan, hosts: Sequence[str] | None = None, worker: int = 0
 ) -> Resolved:
     """Everything that can be said before a process starts.
 
     Args:
         source: makes the recipe.
         plan: the wish.
-        hosts: name of the host of every stage's worker; None: all on this one.
-        stage: one whose worker is on this host.
+        hosts: name of the host of every worker, those of replica 0 first; None: all on this one.
+        worker: one that is on this host.
 
     Raises:
         PlanError: recipe and plan do not fit, or there is too little shared memory.
@@ -130,7 +130,7 @@ def resolve_source(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
         resolved = resolve(recipe, plan, partial(layer_seconds, threads=plan.threads), hosts)
-    here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[stage]]
+    here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[worker]]
     check_shared_memory(needed_bytes(resolved, here))
     return resolved
 

@@ -46,7 +46,8 @@ class Resolved:
         batch_shape: shape of the inputs of a batch.
         output_shape: shape of the network's output for it.
         held_out_batches: batches of one evaluation pass.
-        channels: what carries each cut.
+        channels: what carries each cut, those of replica 0 first.
+        hosts: name of the host of every worker, those of replica 0 first.
         reasons: (what was decided, value, why), for the first screen.
     """
 
@@ -60,6 +61,7 @@ class Resolved:
     output_shape: tuple[int, ...]
     held_out_batches: int
     channels: tuple[ChannelChoice, ...]
+    hosts: tuple[str, ...]
     reasons: tuple[tuple[str, str, str], ...]
 
     @property
@@ -102,7 +104,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
         plan: the wish.
         measure: measures layers when the plan asks for a balance by time; without it layers count alike (the
             reference driver has no clock).
-        hosts: name of the host of every stage's worker; None: one host.
+        hosts: name of the host of every worker, those of replica 0 first; None: one host.
 
     Raises:
         PlanError: see ``Plan.check``, ``check_batches``, ``check_partition``, and: a loss that does not take the output
@@ -110,7 +112,8 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
             between two hosts.
     """
     plan.check()
-    channels = choose_channels(plan.channels, hosts or ["this host"] * plan.stages)
+    hosts = hosts or ["this host"] * plan.workers
+    channels = choose_channels(plan.channels, hosts, plan.replicas)
     if plan.evaluate_every is not None and recipe.evaluation is None:
         raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
     steps = plan.steps or recipe.steps
@@ -164,6 +167,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
         output_shape=tuple(outputs[-1].shape),
         held_out_batches=held_out_batches,
         channels=channels,
+        hosts=tuple(hosts),
         reasons=tuple(reasons),
     )
 

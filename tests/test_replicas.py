@@ -21,7 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from launch import Result, RunFailed, train
-from launch.sources import NamedRecipe
+from launch.bench import bench
+from launch.console import Console
+from launch.joined import JoinedRecipe
+from launch.options import BenchOptions
+from launch.recipes.digits import digits
 from pipeline import OptimizerPlan, Plan, PlanError, Recipe, correct_predictions, run_reference
 from pipeline.averaging import WeightAverager
 from pipeline.errors import StageError
@@ -322,8 +326,7 @@ def test_deterministic_replicas_of_processes_equal_the_reference_driver_bit_for_
 
 
 def test_two_unlocked_replicas_learn_digits() -> None:
-    source = NamedRecipe("digits", ())()
-    mine = run_reference(source, Plan(stages=2, replicas=2, steps=150, average_every=8))
+    mine = run_reference(digits(hidden=128), Plan(stages=2, replicas=2, steps=120))
     accuracy = mine.scores[-1][1].accuracy()
     assert accuracy is not None
     assert accuracy > 0.9
@@ -448,3 +451,35 @@ def test_a_model_that_differs_from_process_to_process_is_refused() -> None:
         StageError, match=r"stage 3: replica 1 expected share 0 .*torch.Size\(\[5\]\).* from replica 0, got"
     ):
         other.offer((torch.zeros(5),))
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+@pytest.mark.processes
+def test_a_benchmark_compares_with_one_process_on_the_batches_of_a_step_together(tmp_path: Path) -> None:
+    """The same samples and as many updates in every row: the exact ones end with the same loss."""
+    plan = Plan(stages=2, sizes=(3, 5), replicas=2, steps=6)
+    options = BenchOptions(runs=tmp_path, rows=("backprop", "naive", "unlocked"), rounds=1, quality=False)
+    report = bench(recipe, plan, options, ["test"], Console(quiet=True)).as_dict()
+    single, naive, unlocked = report["rows"]
+    assert [(row["stages"], row["replicas"]) for row in report["rows"]] == [(1, 1), (2, 2), (2, 2)]
+    assert naive["loss"] == pytest.approx(single["loss"], rel=1e-9)
+    assert unlocked["loss"] != pytest.approx(single["loss"], rel=1e-9)
+    assert len(naive["busy_share"]) == 4
+    assert "Unlocked, 2 stages, 2 replicas:" in report["verdict"]
+
+
+def test_joined_batches_are_drawn_as_the_replicas_draw_them() -> None:
+    """From the seeds of their own numbers, not from that of the step."""
+    source = replace(recipe(), batches=random_batch)
+    plan = Plan(replicas=3, seed=7)
+    inputs, labels = JoinedRecipe(lambda: source, plan)().seeded_batch(7, 2)
+    mine = [source.seeded_batch(7, number) for number in (6, 7, 8)]
+    assert torch.equal(inputs, torch.cat([one for one, _ in mine]))
+    assert torch.equal(labels, torch.cat([one for _, one in mine]))
+    assert not torch.equal(mine[0][0], mine[1][0])
+
+
+def random_batch(index: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(4, problems.WIDTH), torch.randint(problems.CLASSES, (4,))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.averaging import share_bytes
-from pipeline.channels import narrowed
+from pipeline.channels import kind_between, narrowed
 from pipeline.cut import Cut
 from pipeline.messages import Kind, Message, layout_of
 from pipeline.replicas import worker_of
@@ -69,7 +69,9 @@ def edges_of(resolved: Resolved, names: Names) -> Iterator[Edge]:
 
 def _edges_of_replica(resolved: Resolved, names: Names, replica: int) -> Iterator[Edge]:
     plan, of = resolved.plan, f" of replica {replica}" if resolved.plan.replicas > 1 else ""
-    for k, (cut, choice) in enumerate(zip(resolved.cuts, resolved.channels, strict=True)):
+    num_cuts = len(resolved.cuts)
+    choices = resolved.channels[replica * num_cuts : (replica + 1) * num_cuts]
+    for k, (cut, choice) in enumerate(zip(resolved.cuts, choices, strict=True)):
         size, up = slot_bytes(cut, plan.wire_dtype)
         w, slots, wire = worker_of(plan, replica, k), plan.activation_slots, plan.wire_dtype
         label = f"activations {k}->{k + 1}{of}"
@@ -81,12 +83,12 @@ def _edges_of_replica(resolved: Resolved, names: Names, replica: int) -> Iterato
 def _edges_between_replicas(resolved: Resolved, names: Names) -> Iterator[Edge]:
     """One slot each: a replica that has no room for a share goes on without."""
     plan = resolved.plan
-    kind = "shm" if plan.channels == "auto" else plan.channels
     for k, state_bytes in enumerate(resolved.state_bytes):
         for one, other in itertools.permutations(range(plan.replicas), 2):
             source, target = worker_of(plan, one, k), worker_of(plan, other, k)
             label = f"averages {one}->{other} of stage {k}"
             name = names.averages(source, target)
+            kind = kind_between(plan.channels, resolved.hosts[source], resolved.hosts[target])
             yield Edge(kind, "averages", name, label, source, target, 1, share_bytes(state_bytes))
 
 
@@ -107,7 +109,7 @@ def rendezvous(resolved: Resolved, host: str = "127.0.0.1") -> Iterator[Rendezvo
         resolved: the run.
         host: this host's address, as all workers reach it.
     """
-    if any(choice.kind == "gloo" for choice in resolved.channels):
+    if any(edge.kind == "gloo" for edge in edges_of(resolved, Names(""))):
         with Rendezvous.hosted(host) as hosted:
             yield hosted
     else:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from pipeline.plan import Plan
 from pipeline.spans import Span
-from workers.board import Board
+from workers.failures import Statuses
 
 __all__ = ["Progress"]
 
@@ -25,7 +25,7 @@ class Progress:
         patience_s: how long nothing may happen.
     """
 
-    def __init__(self, board: Board, plan: Plan, patience_s: float) -> None:
+    def __init__(self, board: Statuses, plan: Plan, patience_s: float) -> None:
         self._board, self._patience_s = board, patience_s
         self._replicas = [range(r * plan.stages, (r + 1) * plan.stages) for r in range(plan.replicas)]
         self._seen = [self._count(workers) for workers in self._replicas]

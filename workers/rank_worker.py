@@ -76,8 +76,9 @@ class RankWorker:
                 record = records.receive(self._pipe)
                 self._said_all = isinstance(record, records.Finished | records.Failure)
                 if isinstance(record, records.Finished) and self._sends_files:
-                    for what in _RESULTS:
-                        yield from _pieces(what, files_of(self.assignment)[what])
+                    for what, path in files_of(self.assignment).items():
+                        if what in _RESULTS and path.exists():
+                            yield from _pieces(what, path)
                 yield record
         if dead and not self._said_all:
             self._said_all = True
