@@ -133,7 +133,8 @@ class Plan:
     spans: bool = True
     """Record what every worker does when; without it only throughput and loss are known of a run."""
     emulate: str | None = None
-    """Replace compute by sleep: stage_ms=10 or stage_ms=10,dni_ms=0.2. Nothing is learned; for seeing many stages."""
+    """Replace compute by sleep: stage_ms=10 or stage_ms=10,dni_ms=0.2. Nothing is learned, and replicas have no weights
+    to exchange; for seeing many stages."""
     link: str | None = None
     """Delay every message: latency_ms=50,bandwidth_mbps=100 (either may be left out)."""
     stall_after_s: float = 60.0

@@ -18,13 +18,12 @@ from pipeline.averaging import Averager, averager_of
 from pipeline.exchange import ROOM, Exchange
 from pipeline.loader import inputs, phantom_inputs
 from pipeline.messages import Message
-from pipeline.modes import MODES
 from pipeline.phantom import Phantom
 from pipeline.plan import Plan
-from pipeline.policies import Action, averaged
+from pipeline.policies import Action
 from pipeline.quality import Quality
 from pipeline.recipe import Recipe
-from pipeline.replicas import plan_of, worker_of
+from pipeline.replicas import plan_of, policy_of, worker_of
 from pipeline.resolve import Resolved, resolve, stage_layers
 from pipeline.runner import Runner, StageLike
 from pipeline.scores import Scores
@@ -273,7 +272,7 @@ def _connect(
     return [
         Runner(
             stage=stage,
-            policy=averaged(MODES[plan.mode].policy) if plan.replicas > 1 else MODES[plan.mode].policy,
+            policy=policy_of(plan),
             stages=plan.stages,
             microbatches=plan.microbatches,
             below=Source(source) if k == 0 else downs[k - 1],

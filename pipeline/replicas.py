@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pipeline.modes import MODES
 from pipeline.plan import Plan
+from pipeline.policies import Policy, averaged
 from pipeline.seeding import derived_seed
 
-__all__ = ["batch_of", "called", "plan_of", "worker_of"]
+__all__ = ["batch_of", "called", "plan_of", "policy_of", "worker_of"]
 
 
 def worker_of(plan: Plan, replica: int, stage: int) -> int:
@@ -31,6 +33,12 @@ def batch_of(plan: Plan, replica: int, step: int) -> int:
 def plan_of(plan: Plan, replica: int) -> Plan:
     """The plan as a replica's stages see it: replica 0 has the run's seed, every other one a seed of its own."""
     return plan if replica == 0 else replace(plan, seed=derived_seed(plan.seed, "replica", replica))
+
+
+def policy_of(plan: Plan) -> Policy:
+    """What says what a stage does next: the mode's policy, and where there are replicas when averages are taken."""
+    policy = MODES[plan.mode].policy
+    return policy if plan.replicas == 1 else averaged(policy)
 
 
 def called(plan: Plan, replica: int, stage: int) -> str:

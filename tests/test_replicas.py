@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import problems
 import pytest
@@ -38,6 +39,8 @@ from pipeline.replicas import plan_of
 from pipeline.scores import scores_of
 from pipeline.seeding import seed_layer
 from pipeline.spans import Span, silent
+from workers.board import Status
+from workers.progress import Progress
 
 STEPS = 12
 SPLITS = {1: (8,), 2: (3, 5)}
@@ -378,6 +381,39 @@ def test_trouble_in_one_replica_ends_all(mode: str, number: int, says: str, tmp_
     with pytest.raises(RunFailed, match=says) as caught:
         _train(plan, tmp_path, model=partial(refusing, int(number)), batches=batch_11_is_bad)
     assert (caught.value.stage, caught.value.batch) == (1, 5)
+
+
+class Told:
+    """A board on which nobody but the test writes: (span, progress) of every worker."""
+
+    def __init__(self, *workers: tuple[Span, int]) -> None:
+        self.workers = list(workers)
+
+    def read(self, worker: int) -> Status:
+        span, progress = self.workers[worker]
+        return Status(span, 0, 0, progress)
+
+
+def test_a_replica_that_waits_for_another_is_not_stuck_one_that_does_not_is() -> None:
+    """Two replicas of two stages; five seconds of patience, on a clock of the test's own."""
+    with mock.patch("workers.progress.time") as clock:
+        clock.monotonic.return_value = 0.0
+        board = Told((Span.FORWARD, 1), (Span.FORWARD, 1), (Span.FORWARD, 1), (Span.FORWARD, 1))
+        progress = Progress(board, Plan(stages=2, replicas=2), patience_s=5.0)
+        everybody = {0, 1, 2, 3}
+
+        board.workers[0], board.workers[2] = (Span.HELD, 1), (Span.FORWARD, 2)
+        clock.monotonic.return_value = 6.0
+        assert not progress.stalled((), everybody), "replica 0 waits for replica 1, which goes on"
+        board.workers[2] = (Span.FORWARD, 3)
+        clock.monotonic.return_value = 7.0
+        board.workers[0] = (Span.WAIT, 1)
+        assert progress.stalled((), everybody), "replica 0 waits for nobody and has done nothing for 7 s"
+        assert not progress.stalled((), {2, 3}), "it is done"
+        assert not progress.stalled((0,), everybody), "it has just said something"
+        board.workers[0] = (Span.HELD, 1)
+        clock.monotonic.return_value = 13.0
+        assert progress.stalled((), everybody), "nobody has done anything since"
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,11 @@ from safetensors.torch import save_file
 from pipeline.averaging import averager_of
 from pipeline.errors import StageError
 from pipeline.exchange import Exchange
-from pipeline.modes import MODES
-from pipeline.policies import Action, averaged, scripted
+from pipeline.policies import Action, scripted
 from pipeline.quality import Quality
 from pipeline.recipe import Recipe
 from pipeline.reference import schedule
-from pipeline.replicas import plan_of
+from pipeline.replicas import plan_of, policy_of
 from pipeline.resolve import stage_layers
 from pipeline.runner import Runner
 from pipeline.scores import Scores
@@ -144,12 +143,12 @@ def _wait(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_
     """Until somebody rings, or a message that an emulated link holds back is due."""
     record(Span.HELD if runner.averager.held else Span.WAIT, runner.forwarded)
     # The driver ends a stalled run first, with a better report; this is for when the driver cannot.
-    deadline_ns, progress = now_ns() + int(2 * give_up_after_s * 1e9), board.progress()
+    deadline_ns, progress = now_ns() + int(2 * give_up_after_s * 1e9), -1
     while not ports.wait(LOOK_UP_EVERY_S):
         if board.stopping:
             raise Stopped
-        if runner.averager.held and board.progress() != progress:  # for as long as the other replicas need
-            deadline_ns, progress = now_ns() + int(2 * give_up_after_s * 1e9), board.progress()
+        if (seen := board.progress()) != progress:  # replicas may wait for each other for as long as somebody works
+            deadline_ns, progress = now_ns() + int(2 * give_up_after_s * 1e9), seen
         if now_ns() > deadline_ns:
             raise TimeoutError(f"nothing came for {2 * give_up_after_s:.0f} s: {runner.view()}")
     record(Span.OTHER, -1)
@@ -180,9 +179,7 @@ def _runner(
     assignment: Assignment, stage: Stage | EmulatedStage, ports: Ports, record: Recorder, board: Board
 ) -> Runner:
     plan = assignment.plan
-    policy = MODES[plan.mode].policy
-    if plan.replicas > 1:
-        policy = averaged(policy)
+    policy = policy_of(plan)
     if plan.deterministic:
         policy = scripted(schedule(plan, assignment.resolved.held_out_batches)[assignment.worker])
     exchange = Exchange(assignment.index, assignment.replica, ports.to_peers, ports.from_peers)
