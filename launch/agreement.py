@@ -32,14 +32,14 @@ def preparing(index: int, parsed: Parsed | None) -> Callable[[Task], Assignment]
     """What makes one agent's assignment from the driver's task; for ``workers.agent.serve``.
 
     Args:
-        index: the agent's rank, which is its stage.
+        index: the agent's rank, which is its worker's number (``pipeline.replicas``).
         parsed: recipe and plan as this process understands them; None: it did not, and the driver ends the run.
     """
 
     def prepare(task: Task) -> Assignment:
         assert parsed is not None, "the driver ends a run whose ranks have problems"
         plan = replace(parsed.plan, sizes=tuple(task.sizes), cuts=None)
-        resolved = resolve_source(parsed.source, plan, task.hosts, stage=index)
+        resolved = resolve_source(parsed.source, plan, task.hosts, worker=index)
         mine = profile(resolved)
         problems = [
             f"its {what} is {mine.get(what)}, that of rank 0 {value}: give all ranks the same command, recipe and data."
@@ -56,7 +56,9 @@ def preparing(index: int, parsed: Parsed | None) -> Callable[[Task], Assignment]
 def assignment(index: int, parsed: Parsed, resolved: Resolved, task: Task) -> Assignment:
     """One agent's part of the run; its folder is filled in at the start."""
     meeting = Rendezvous(*task.meeting) if task.meeting else None
-    return Assignment(index, without_loss(resolved), parsed.source, Names(task.prefix), Path(), meeting)
+    replica, stage = divmod(index, resolved.plan.stages)
+    names, bare = Names(task.prefix), without_loss(resolved)
+    return Assignment(stage, bare, parsed.source, names, Path(), meeting, replica=replica)
 
 
 def resolved_on(hosts: Sequence[str], source: Callable[[], Recipe], plan: Plan) -> Resolved:

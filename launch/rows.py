@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.console import Console
+from launch.joined import joined
 from launch.ledger import Work, seconds_of
 from launch.peers import PeerRun, best_microbatches, run_ddp, run_torch_schedule
 from launch.single import SingleRun, run_single
@@ -65,7 +66,7 @@ class Contender:
     Attributes:
         engine: whose code trains: single, ddp, torch or freewheel.
         mode: ``backprop``, a torch schedule, or one of our modes.
-        stages: number of processes that share the work.
+        stages: number of processes that share the work of a batch.
         threads: compute threads of each.
         microbatches: where batches are cut.
         spans: whether our workers record what they do.
@@ -73,6 +74,7 @@ class Contender:
         predicted: batches per second by the cost model; None: nothing is emulated, or it cannot say.
         note: why operations could not be counted.
         launcher: who starts the processes.
+        replicas: how many there are of these.
         train: (folder for runs, name) -> one training run, in fresh processes; blocks until it is over.
     """
 
@@ -86,6 +88,7 @@ class Contender:
     flop: Work | None = None
     note: str | None = None
     launcher: str = "local"
+    replicas: int = 1
     train: Callable[[Path, str], Outcome]
 
 
@@ -123,6 +126,8 @@ def _counted_unsplit(source: Source, resolved: Resolved) -> dict[str, Any]:
 
 def _single(threads: int) -> Prepare:
     def prepare(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
+        source, resolved = joined(source, resolved)
+
         def train(runs: Path, name: str) -> Outcome:
             done = run_single(source, resolved.plan, threads=threads, warmup=resolved.warmup, look=site.look)
             return _outcome(done, resolved)
@@ -134,7 +139,8 @@ def _single(threads: int) -> Prepare:
 
 
 def _ddp(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
-    ranks, threads = resolved.plan.stages, resolved.plan.threads
+    ranks, threads = resolved.plan.workers, resolved.plan.threads
+    source, resolved = joined(source, resolved)
 
     def train(runs: Path, name: str) -> Outcome:
         done = run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=resolved.warmup, places=site.places)
@@ -146,6 +152,7 @@ def _ddp(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contende
 
 def _torch(schedule: str) -> Prepare:
     def prepare(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
+        source, resolved = joined(source, resolved)
         threads = resolved.plan.threads
         parts = best_microbatches(source, resolved, schedule, threads=threads, places=site.places).microbatches
 
@@ -190,6 +197,7 @@ def _ours(mode: str, *, bare: bool = False) -> Prepare:
             microbatches=plan.microbatches if cuts else None,
             spans=plan.spans,
             predicted=predicted_batches_per_s(mine.plan, mine.warmup),
+            replicas=plan.replicas,
             train=partial(_train_ours, source, mine, site),
             **_counted(source, mine, mine.plan),
         )
@@ -200,7 +208,7 @@ def _ours(mode: str, *, bare: bool = False) -> Prepare:
 def _train_ours(source: Source, resolved: Resolved, site: Site, runs: Path, name: str) -> Outcome:
     result = run(source, resolved, runs, name, Console(quiet=True), launcher=site.launcher)
     peaks = tuple(result.finished[k].peak_memory_bytes for k in sorted(result.finished))
-    rate = result.samples_per_s or result.steps * resolved.batch_shape[0] / result.seconds
+    rate = result.samples_per_s or result.samples / result.seconds
     measured = result.measured
     spent = seconds_of(measured, resolved.batch_shape[0]) if measured is not None else None
     return Outcome(rate, result.loss, result.accuracy, peaks, measured, result.run_dir, result.reached, spent)
@@ -228,6 +236,7 @@ def _in_mode(plan: Plan, mode: str) -> Plan:
         plan,
         mode=mode,
         microbatches=plan.microbatches if MODES[mode].cuts_batches else 1,
+        average_every=plan.average_every if MODES[mode].averages == "weights" else defaults.average_every,
         targets=defaults.targets,
         mix=defaults.mix,
         true_every=1,

@@ -55,7 +55,7 @@ def train(rank: Rank, recipe: str, arguments: list[str], trained: Trained) -> in
     Args:
         rank: this process.
         recipe: name or path.
-        arguments: the options; without ``--stages`` there are as many as ranks.
+        arguments: the options; without ``--stages`` there are as many as ranks, shared out to the replicas.
         trained: on rank 0 runs the training and shows what came out.
 
     Returns:
@@ -167,16 +167,18 @@ def _parsed(
     options: type[RunOptions] = RunOptions,
     prog: str = "freewheel train",
 ) -> Parsed:
-    """The options, with one stage per rank."""
+    """The options, with one stage (of one replica) per rank."""
     check_no_launcher(arguments, "torchrun starts the ranks, one per stage: leave it out, or start without torchrun.")
     given = any(argument.partition("=")[0] == "--stages" for argument in arguments)
-    arguments = [*arguments, *([] if given else ["--stages", str(rank.world)])]
-    parsed = parse(recipe, arguments, options, prog)
-    stages = parsed.plan.stages
-    if stages != rank.world:
+    stages = [] if given else ["--stages", str(max(1, rank.world // _replicas(arguments)))]
+    parsed = parse(recipe, [*arguments, *stages], options, prog)
+    plan = parsed.plan
+    if plan.workers != rank.world:
+        times = f" times {plan.replicas} replicas" if plan.replicas > 1 else ""
+        instead = f", or give --stages {rank.world // plan.replicas}" if rank.world % plan.replicas == 0 else ""
         raise PlanError(
-            f"{stages} stages for {rank.world} ranks of torchrun: every rank runs one stage; start {stages} ranks "
-            f"(--nproc-per-node times --nnodes), or give --stages {rank.world}."
+            f"{plan.stages} stages{times} for {rank.world} ranks of torchrun: every rank runs one stage; start "
+            f"{plan.workers} ranks (--nproc-per-node times --nnodes){instead}."
         )
     return parsed
 
@@ -186,6 +188,16 @@ def _parsed_for_bench(rank: Rank, recipe: str, arguments: list[str]) -> Parsed:
     if parsed.run.over_stages:
         raise PlanError("over_stages cannot be had under torchrun, where every rank runs one stage: leave it out.")
     return parsed
+
+
+def _replicas(arguments: Sequence[str]) -> int:
+    """What ``--replicas`` says; 1 without it, or where it is no number, which is found later."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name == "--replicas":
+            value = value if equals else following
+            return max(1, int(value)) if value.isdecimal() else 1
+    return 1
 
 
 def _working(

@@ -81,12 +81,19 @@ class Plan:
 
     stages: int = 2
     """Number of stages, one worker process each."""
+    replicas: int = 1
+    """Number of pipelines, each of so many stages. In step i replica r trains on batch i * replicas + r. Locked modes
+    average gradients before every step, and so equal training on the batches of a step together, but for BatchNorm,
+    which sees its own replica's batch. The other modes average weights, see average_every."""
+    average_every: int = 8
+    """Replicas of modes that are not locked: steps of a stage from one average of its weights to the next. Nobody waits
+    for an average but at the end of the run; what was learned meanwhile is kept."""
     mode: str = "unlocked"
     """Who may update when: naive, gpipe, 1f1b (locked, exact), async-1f1b, local, or unlocked."""
     microbatches: int = 1
     """Modes gpipe and 1f1b: into how many microbatches a batch is cut."""
     steps: int | None = None
-    """Training batches; None: what the recipe suggests."""
+    """Training batches of each replica; None: what the recipe suggests."""
     seed: int = 0
     """Seed of the weights, of the data order and of everything random in a layer."""
     sizes: tuple[int, ...] | None = None
@@ -125,7 +132,8 @@ class Plan:
     spans: bool = True
     """Record what every worker does when; without it only throughput and loss are known of a run."""
     emulate: str | None = None
-    """Replace compute by sleep: stage_ms=10 or stage_ms=10,dni_ms=0.2. Nothing is learned; for seeing many stages."""
+    """Replace compute by sleep: stage_ms=10 or stage_ms=10,dni_ms=0.2. Nothing is learned, and replicas have no weights
+    to exchange; for seeing many stages."""
     link: str | None = None
     """Delay every message: latency_ms=50,bandwidth_mbps=100 (either may be left out)."""
     stall_after_s: float = 60.0
@@ -141,6 +149,11 @@ class Plan:
         if problems:
             raise PlanError(*problems)
         return self
+
+    @property
+    def workers(self) -> int:
+        """Number of worker processes."""
+        return self.stages * self.replicas
 
     @property
     def unlocked(self) -> bool:
@@ -239,6 +252,8 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
 def _out_of_range(plan: Plan) -> Iterator[str]:
     for name, value, least in (
         ("stages", plan.stages, 1),
+        ("replicas", plan.replicas, 1),
+        ("average_every", plan.average_every, 1),
         ("microbatches", plan.microbatches, 1),
         ("steps", plan.steps, 1),
         ("true_every", plan.true_every, 1),
@@ -283,6 +298,10 @@ def _without_effect(plan: Plan) -> Iterator[str]:
     mode = MODES.get(plan.mode)
     if mode is not None and not mode.cuts_batches and plan.microbatches != 1:
         yield f"microbatches has no effect with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b."
+    if plan.average_every != defaults.average_every and plan.replicas == 1:
+        yield "average_every has no effect without replicas: leave it out, or add replicas."
+    elif mode is not None and mode.averages != "weights" and plan.average_every != defaults.average_every:
+        yield f"average_every has no effect with mode {plan.mode}, which averages at every step: leave it out."
     if mode is not None and mode.gradient != "synthetic":
         for name in (
             "targets",

@@ -6,15 +6,16 @@ import pytest
 
 from pipeline import DNIPlan, Plan
 from pipeline.loader import phantom_inputs
+from pipeline.phantom import Phantom
 from pipeline.policies import Action, View, naive, scripted, unlocked
-from pipeline.reference import Costs, Event, _drive, _Phantom, schedule
+from pipeline.reference import Costs, Event, _drive, schedule
 
 
 def _diagram(plan: Plan, costs: Costs) -> list[str]:
     """Which action of which batch each stage does at each tick, with costs of one tick."""
     assert plan.steps is not None
-    phantoms = [_Phantom(k, plan) for k in range(plan.stages)]
-    events = _drive(phantoms, plan, phantom_inputs(plan, plan.steps, 0), costs, None)
+    phantoms = [Phantom(k, plan) for k in range(plan.stages)]
+    events = _drive([phantoms], plan, lambda replica, enough: phantom_inputs(plan, plan.steps, 0), costs, None)
     shown = [event for event in events if event.batch < plan.steps * plan.microbatches and event.end > event.start]
     width = max(event.end for event in shown)
     lines = []

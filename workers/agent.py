@@ -135,7 +135,8 @@ class _Agent:
         task = cast(control.Task, self._await(control.Task))
         try:
             assignment = prepare(task)
-            here = [stage for stage, host in enumerate(task.hosts) if host == task.hosts[assignment.index]]
+            mine = task.hosts[assignment.worker]
+            here = [worker for worker, host in enumerate(task.hosts) if host == mine]
             if task.makes_memory:
                 self._stack.enter_context(shared_memory(assignment.resolved, assignment.names, here))
         except PlanError as error:

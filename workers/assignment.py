@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.plan import Plan
 from pipeline.recipe import Recipe
+from pipeline.replicas import called, worker_of
 from pipeline.resolve import Resolved
 from workers.gloo import Rendezvous
 
@@ -25,17 +26,21 @@ class Names:
         """The status board."""
         return f"{self.prefix}-s"
 
-    def bell(self, stage: int) -> str:
-        """The bell of a worker."""
-        return f"{self.prefix}-b{stage}"
+    def bell(self, worker: int) -> str:
+        """The bell of a worker, by its number (``pipeline.replicas``)."""
+        return f"{self.prefix}-b{worker}"
 
-    def activations(self, cut: int) -> str:
-        """The channel from stage ``cut`` to stage ``cut + 1``."""
-        return f"{self.prefix}-a{cut}"
+    def activations(self, worker: int) -> str:
+        """The channel from a worker to that of the stage above."""
+        return f"{self.prefix}-a{worker}"
 
-    def gradients(self, cut: int) -> str:
-        """The channel from stage ``cut + 1`` to stage ``cut``."""
-        return f"{self.prefix}-g{cut}"
+    def gradients(self, worker: int) -> str:
+        """The channel to a worker from that of the stage above."""
+        return f"{self.prefix}-g{worker}"
+
+    def averages(self, source: int, target: int) -> str:
+        """The channel from a worker to that of the same stage in another replica."""
+        return f"{self.prefix}-m{source}.{target}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Assignment:
         run_dir: where the worker writes its spans and its part of the weights.
         rendezvous: where workers without common memory meet; None where every channel is in shared memory.
         attach_within_s: how long to look for the others.
+        replica: of the pipeline.
     """
 
     index: int
@@ -59,6 +65,7 @@ class Assignment:
     run_dir: Path
     rendezvous: Rendezvous | None = None
     attach_within_s: float = 60.0
+    replica: int = 0
 
     @property
     def plan(self) -> Plan:
@@ -71,10 +78,21 @@ class Assignment:
         return self.index == self.plan.stages - 1
 
     @property
+    def worker(self) -> int:
+        """The worker's number."""
+        return worker_of(self.plan, self.replica, self.index)
+
+    @property
+    def called(self) -> str:
+        """What users see the worker called."""
+        return called(self.plan, self.replica, self.index)
+
+    @property
     def spans_path(self) -> Path:
-        """Where the spans go."""
-        return self.run_dir / "spans" / f"stage-{self.index}.npy"
+        """Where the spans go; those of further replicas beside those of the first."""
+        name = f"stage-{self.index}.npy"
+        return self.run_dir / "spans" / (name if self.replica == 0 else f"replica-{self.replica}-{name}")
 
     def part_path(self, what: str) -> Path:
-        """Where this stage's tensors go: ``what`` is ``model`` or ``optimizer``."""
+        """Where this stage's tensors go, from replica 0: ``what`` is ``model`` or ``optimizer``."""
         return self.run_dir / "parts" / f"{what}-{self.index}.safetensors"

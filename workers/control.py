@@ -58,7 +58,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     """An agent introduces itself.
 
     Attributes:
-        rank: its rank, which is the stage of its worker.
+        rank: its rank, which is the number of its worker.
         pid: its process.
         host: name of its host.
         memory: names the shared memory that it sees; agents that give the same one can share.
@@ -89,7 +89,7 @@ class Task(msgspec.Struct, tag=True, frozen=True):
 
     Attributes:
         sizes: layers per stage, as resolved by the driver.
-        hosts: name of the host of every stage's worker.
+        hosts: name of the host of every worker.
         prefix: of the names in the shared memory of the agent's host.
         makes_memory: whether this agent makes and removes what lies there.
         meeting: (host, port) where workers without common memory meet; None: there are none.

@@ -34,7 +34,7 @@ def files_of(assignment: Assignment) -> dict[str, Path]:
         "spans": assignment.spans_path,
         "model": assignment.part_path("model"),
         "optimizer": assignment.part_path("optimizer"),
-        "stacks": assignment.run_dir / f"stacks-{assignment.index}.txt",
+        "stacks": assignment.run_dir / f"stacks-{assignment.worker}.txt",
     }
 
 
@@ -48,8 +48,8 @@ class RankWorker:
 
     def __init__(self, assignment: Assignment, sends_files: bool) -> None:
         self.assignment, self._sends_files = assignment, sends_files
-        self.board = Board(assignment.names.board, assignment.plan.stages)
-        self._bell = Bell.attach(assignment.names.bell(assignment.index), 1.0)
+        self.board = Board(assignment.names.board, assignment.plan.workers)
+        self._bell = Bell.attach(assignment.names.bell(assignment.worker), 1.0)
         context = process_context(type(assignment.source).__module__, "workers.rank_worker")
         start_fork_server()
         self._pipe, self._theirs = context.Pipe()
@@ -76,8 +76,9 @@ class RankWorker:
                 record = records.receive(self._pipe)
                 self._said_all = isinstance(record, records.Finished | records.Failure)
                 if isinstance(record, records.Finished) and self._sends_files:
-                    for what in _RESULTS:
-                        yield from _pieces(what, files_of(self.assignment)[what])
+                    for what, path in files_of(self.assignment).items():
+                        if what in _RESULTS and path.exists():
+                            yield from _pieces(what, path)
                 yield record
         if dead and not self._said_all:
             self._said_all = True
@@ -85,7 +86,7 @@ class RankWorker:
 
     def status(self) -> control.Status:
         """What the worker does now."""
-        status = self.board.read(self.assignment.index)
+        status = self.board.read(self.assignment.worker)
         state = process_state(self._process.pid or 0)
         return control.Status(int(status.span), status.batch, status.start_ns, status.progress, state)
 
