@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.channels import CHANNELS, WIRE_DTYPES
 from pipeline.emulation import Emulation, Link
-from pipeline.errors import PlanError, nearest
+from pipeline.errors import NoEffect, PlanError, nearest
 from pipeline.modes import MODES
 from pipeline.until import Goal
 
@@ -279,7 +279,7 @@ def _without_effect(plan: Plan) -> Iterator[str]:
     defaults = Plan()
     mode = MODES.get(plan.mode)
     if mode is not None and not mode.cuts_batches and plan.microbatches != 1:
-        yield f"microbatches has no effect with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b."
+        yield NoEffect("microbatches", f"with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b.")
     if mode is not None and mode.gradient != "synthetic":
         for name in (
             "targets",
@@ -290,21 +290,23 @@ def _without_effect(plan: Plan) -> Iterator[str]:
             *(["dni"] if mode.gradient == "true" else []),
         ):
             if getattr(plan, name) != getattr(defaults, name):
-                yield f"{name} has no effect with mode {plan.mode}: leave it out, or choose mode unlocked."
+                yield NoEffect(name, f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
     elif plan.targets == "bootstrap" and plan.true_every != 1:
-        yield "true_every has no effect with targets bootstrap: leave it out, or choose targets true or mixed."
+        yield NoEffect("true_every", "with targets bootstrap: leave it out, or choose targets true or mixed.")
     if mode is not None and plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
-        yield "mix has an effect with targets mixed only: leave it out, or choose targets mixed."
+        yield NoEffect("mix", f"with targets {plan.targets}: leave it out, or choose targets mixed.")
     if plan.optimizer.momentum and plan.optimizer.rule != "sgd":
-        yield f"momentum has no effect with {plan.optimizer.rule}: leave it out, or choose sgd."
-    if plan.stages == 1 and (plan.channels != defaults.channels or plan.channel.wire_dtype is not None):
-        yield "channels and channel.wire_dtype have no effect with 1 stage, which has no channels: leave them out."
+        yield NoEffect("optimizer.momentum", f"with {plan.optimizer.rule}: leave it out, or choose sgd.")
+    if plan.stages == 1 and plan.channels != defaults.channels:
+        yield NoEffect("channels", "with 1 stage, which has no channels: leave it out.")
+    if plan.stages == 1 and plan.channel.wire_dtype is not None:
+        yield NoEffect("channel.wire_dtype", "with 1 stage, which has no channels: leave it out.")
     if plan.deterministic and plan.channel.gradient_slots is not None:
         yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
     if plan.deterministic and plan.until is not None:
         yield "until ends a run when word of it gets around, which no deterministic run repeats: leave one of them out."
     if plan.stages == 1 and plan.quality_every is not None:
-        yield "quality_every has no effect with 1 stage, which has no DNI: leave it out."
+        yield NoEffect("quality_every", "with 1 stage, which has no DNI: leave it out.")
     if plan.emulate is not None and plan.quality_every is not None:
         yield "quality_every has no effect with emulate, where nothing is learned: leave one of them out."
     if plan.emulate is not None and plan.until is not None:

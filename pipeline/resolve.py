@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.channels import ChannelChoice, choose_channels
 from pipeline.cut import Cut
 from pipeline.dni import describe_form
-from pipeline.errors import PlanError
+from pipeline.errors import NoEffect, PlanError
 from pipeline.modes import MODES
 from pipeline.partition import Layer, balanced_sizes, check_partition, chosen_sizes, layers_of, split
 from pipeline.plan import DNIPlan, Plan
@@ -182,13 +182,13 @@ def _unread_options(plan: Plan, forms: set[str]) -> Iterator[str]:
     given = {f.name for f in dataclasses.fields(DNIPlan) if getattr(plan.dni, f.name) != getattr(DNIPlan(), f.name)}
     if MODES[plan.mode].gradient == "local":
         for name in sorted(given - {"hidden", "lr"}):
-            yield f"dni.{name} has no effect with mode {plan.mode}: leave it out, or choose mode unlocked."
+            yield NoEffect(f"dni.{name}", f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
     elif forms:
         for name, readers in _FORMS_THAT_READ.items():
             if name in given and not forms & set(readers):
-                yield (
-                    f"dni.{name} has no effect with the DNI form {' and '.join(sorted(forms))}: leave it out, "
-                    f"or choose {' or '.join(readers)}."
+                yield NoEffect(
+                    f"dni.{name}",
+                    f"with the DNI form {' and '.join(sorted(forms))}: leave it out, or choose {' or '.join(readers)}.",
                 )
 
 
