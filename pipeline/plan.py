@@ -56,6 +56,8 @@ class DNIPlan:
     """Fraction of a batch's rows the DNI trains on, in (0, 1]."""
     every: int = 1
     """The DNI trains on the targets of every n-th batch."""
+    labels: bool = True
+    """linear, mlp, conv: predict from activation and labels (the paper's cDNI); else from the activation alone."""
     factory: Callable[..., nn.Module] | None = None
     """A user's own DNI: factory(cut) -> module, module(h, labels) -> prediction shaped like h. Python only."""
 
@@ -102,6 +104,8 @@ class Plan:
     """targets mixed: the lambda of BP(lambda), weight of the true gradient."""
     true_every: int = 1
     """targets true and mixed: the true gradient of one batch in n flows."""
+    update_probability: float = 1.0
+    """Unlocked and local: the chance that a stage updates from a batch; others it only passes on (the paper's p)."""
     optimizer: OptimizerPlan = field(default_factory=OptimizerPlan)
     """How a stage steps."""
     dni: DNIPlan = field(default_factory=DNIPlan)
@@ -266,6 +270,8 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
             yield f"{name} is {number}: it must be a positive number."
     if not (_is_number(plan.dni.rows) and 0 < plan.dni.rows <= 1):
         yield f"dni.rows is {plan.dni.rows}: give the fraction of the rows to train on, in (0, 1]."
+    if not (_is_number(plan.update_probability) and 0 < plan.update_probability <= 1):
+        yield f"update_probability is {plan.update_probability}: give the share of batches to update from, in (0, 1]."
     if not (_is_number(plan.mix) and 0 <= plan.mix <= 1):
         yield f"mix is {plan.mix}: it weighs the true gradient and must lie in [0, 1]."
 
@@ -287,7 +293,7 @@ def _without_effect(plan: Plan) -> Iterator[str]:
             "true_every",
             "deterministic",
             "quality_every",
-            *(["dni"] if mode.gradient == "true" else []),
+            *(["dni", "update_probability"] if mode.gradient == "true" else []),
         ):
             if getattr(plan, name) != getattr(defaults, name):
                 yield NoEffect(name, f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
@@ -307,6 +313,11 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         yield "until ends a run when word of it gets around, which no deterministic run repeats: leave one of them out."
     if plan.stages == 1 and plan.quality_every is not None:
         yield NoEffect("quality_every", "with 1 stage, which has no DNI: leave it out.")
+    if plan.update_probability != 1 and plan.quality_every is not None:
+        yield (
+            "quality_every compares gradients that a stage which passes a batch over (update_probability) never has: "
+            "leave one of them out."
+        )
     if plan.emulate is not None and plan.quality_every is not None:
         yield "quality_every has no effect with emulate, where nothing is learned: leave one of them out."
     if plan.emulate is not None and plan.until is not None:

@@ -42,7 +42,7 @@ class Costs:
 
     def of(self, action: Action) -> int:
         """Ticks of one action."""
-        return {Action.FORWARD: self.forward, Action.LEARN: self.learn}.get(action, self.backward)
+        return {Action.FORWARD: self.forward, Action.LEARN: self.learn, Action.SKIP: 0}.get(action, self.backward)
 
     def hop(self, steps: float) -> int:
         """Ticks of a hop of ``steps`` steps."""
@@ -262,6 +262,9 @@ class _Phantom:
         self.index, self.last, self.scores = index, self._flow.last, Scores()
         self._updated = -1
 
+    def updates(self, batch: int) -> bool:
+        return self._flow.updates(batch)
+
     def forward(self, batch: int, x: Any, labels: Any, microbatch: int = 0) -> Tensor:
         return self._EMPTY
 
@@ -276,6 +279,8 @@ class _Phantom:
         return self._EMPTY if self._flow.at_update(batch) else None
 
     def step(self, batch: int) -> None: ...
+
+    def skip(self, batch: int) -> None: ...
 
     def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
         return self._EMPTY if self._flow.relays(batch) else None

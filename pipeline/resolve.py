@@ -25,7 +25,11 @@ __all__ = ["Resolved", "resolve", "stage_layers"]
 Measure = Callable[[Sequence[Layer], Sequence[Tensor]], list[float]]
 """(layers, what goes into each of them) -> seconds of forward and backward of each."""
 
-_FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model"), "beta": ("loss_model",)}
+_FORMS_THAT_READ = {
+    "hidden": ("mlp", "conv", "loss_model"),
+    "beta": ("loss_model",),
+    "labels": ("linear", "mlp", "conv"),
+}
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
     _check_loss(recipe, outputs[-1], labels)
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
     _check_cuts(layers, ends, outputs)
-    cuts = tuple(_cut(k, outputs[end - 1], labels, outputs[-1], recipe) for k, end in enumerate(ends))
+    cuts = tuple(_cut(k, outputs[end - 1], labels, outputs[-1], recipe, plan) for k, end in enumerate(ends))
     reasons = [("split", " | ".join(map(str, sizes)), why)]
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
     forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
@@ -165,7 +169,7 @@ def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
     return dataclasses.replace(plan, evaluate_every=plan.evaluate_every or look_every(steps))
 
 
-def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe: Recipe) -> Cut:
+def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe: Recipe, plan: Plan) -> Cut:
     return Cut(
         index=index,
         activation_shape=tuple(activation.shape),
@@ -174,6 +178,7 @@ def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe:
         label_dtype=labels.dtype,
         output_shape=tuple(output.shape),
         loss=recipe.loss,
+        conditioned=plan.dni.labels,
     )
 
 

@@ -178,7 +178,7 @@ def _resolved(wish: Parsed) -> tuple[Resolved, frozenset[NoEffect]]:
 
 def _sampled(plan: Plan, steps: int) -> Plan:
     """The plan with samples of the quality where there is one and nobody said how often."""
-    if plan.quality_every is not None or not plan.unlocked or plan.stages == 1:
+    if plan.quality_every is not None or not plan.unlocked or plan.stages == 1 or plan.update_probability < 1:
         return plan
     return replace(plan, quality_every=max(1, steps // _SAMPLES))
 
@@ -228,7 +228,7 @@ def _as_run(plan: Plan) -> Plan:
     An exact mode does not depend on the split, nor on the delays; a single stage is backpropagation in every mode.
     """
     exact = MODES[plan.mode].exact and plan.wire_dtype is None
-    if not exact and (plan.stages > 1 or plan.microbatches > 1):
+    if not exact and (plan.stages > 1 or plan.microbatches > 1 or plan.update_probability < 1):
         return plan
     whole = {"stages": 1, "sizes": (sum(plan.sizes or ()),), "hop_steps": 0.0, "channel": ChannelPlan()}
     locked = {"mode": "naive", "targets": Plan.targets, "mix": Plan.mix, "true_every": 1, "dni": DNIPlan()}

@@ -12,6 +12,12 @@ __all__ = ["PRESETS", "with_preset"]
 PRESETS: dict[str, str] = {
     "stages": "--vary stages=1,2,3,6 --hop-steps 1",
     "hops": "--vary mode=naive,unlocked,async-1f1b --vary hop-steps=0,1,2,4,8 --stages 6",
+    "paper": "--vary layers,stages=3,4,5,6 --row 'backpropagation: --mode naive' "
+    "--row 'DNI: --dni.form linear --dni.no-labels' --row 'cDNI: --dni.form linear' "
+    "--row 'cDNI, true targets: --dni.form linear --targets true' "
+    "--row 'cDNI, p = 0.2: --dni.form linear --update-probability 0.2' "
+    "--row 'label_residual: --dni.form label_residual' "
+    "--row 'label_residual, p = 0.2: --dni.form label_residual --update-probability 0.2'",
     "dni-size": "--vary dni.hidden=16,64,256,1024 --dni.form loss_model --stages 6 --hop-steps 1",
 }
 """Options by name."""
