@@ -26,6 +26,7 @@ from launch.ray_options import LAUNCHER_OPTIONS, TrainOptions, check_no_launcher
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
 from launch.site import LOCAL, Site
+from launch.sweep.command import sweep
 from launch.training import Launcher, resolve_source, run
 from pipeline import Plan, PlanError, nearest
 from pipeline.resolve import Resolved
@@ -38,6 +39,7 @@ _USAGE = f"""usage: freewheel COMMAND RECIPE [options]
   freewheel train RECIPE    train on worker processes of this host
   freewheel bench RECIPE    locked against unlocked, verdict first
   freewheel bench channel   shared memory and gloo: latency and bandwidth of a hop
+  freewheel sweep RECIPE    what is learned over modes, delays, DNIs: a grid in the reference driver
 
   torchrun --nproc-per-node K -m launch train RECIPE    one stage per rank, on one host or several; bench likewise
 
@@ -87,7 +89,7 @@ def _command(arguments: list[str]) -> int:
     if arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
-    commands: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "bench": _bench}
+    commands: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "bench": _bench, "sweep": _sweep}
     command, *rest = arguments
     if command not in commands:
         raise PlanError(nearest(command, commands, "command"))
@@ -172,6 +174,13 @@ def _benched(recipe: str, arguments: list[str], parsed: Parsed, site: Site) -> i
     draw(report, console)
     if "all" not in parsed.run.rows and not site.hosts:
         console.next_command(shlex.join([*command, "--rows", "all"]), "every rival in the same table")
+    return 0
+
+
+def _sweep(recipe: str, arguments: list[str]) -> int:
+    if Rank.current() is not None:
+        raise PlanError("sweep runs in one process per core of one host: start it without torchrun.")
+    sweep(recipe, arguments)
     return 0
 
 

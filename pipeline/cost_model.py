@@ -39,8 +39,9 @@ def predicted_batches_per_s(plan: Plan, warmup: int) -> float | None:
     if not step:
         return None
     events = timeline(replace(plan, hop_steps=latency / step), 0, costs)
+    done = (Action.UPDATE, Action.SKIP, Action.BACKWARD)
     last = [e for e in events if (e.replica, e.stage) == (0, plan.stages - 1)]
-    ends = [e.end for e in last if e.action in (Action.UPDATE, Action.BACKWARD)]
+    ends = [e.end for e in last if e.action in done]
     ends = ends[plan.microbatches - 1 :: plan.microbatches]
     ticks = ends[-1] - ends[warmup - 1]
     return (plan.steps - warmup) * 1000 * _TICKS_PER_MS / ticks if ticks else None

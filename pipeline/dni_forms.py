@@ -342,17 +342,19 @@ def one_hot(labels: Shaped[Tensor, " *rest"], classes: int, dtype: torch.dtype) 
 
 
 class _LabelCode(nn.Module):
-    """Labels as numbers in a row: class indices one-hot, anything else as it is, flattened."""
+    """Labels as numbers in a row: class indices one-hot, anything else as it is, flattened; unconditioned: one zero."""
 
     def __init__(self, cut: Cut) -> None:
         super().__init__()
-        self.classes = cut.classes
+        self.classes, self.conditioned = cut.classes, cut.conditioned
         num_labels = 1 if cut.per_token else torch.Size(cut.label_shape[1:]).numel()
-        self.size = num_labels * (cut.classes or 1)
+        self.size = num_labels * (cut.classes or 1) if cut.conditioned else 1
 
     def forward(
         self, labels: Shaped[Tensor, " batch *rest"], rows: int, dtype: torch.dtype
     ) -> Float[Tensor, "rows size"]:
+        if not self.conditioned:
+            return torch.zeros(rows, 1, dtype=dtype, device=labels.device)
         if self.classes is None:
             return labels.reshape(rows, self.size).to(dtype)
         return one_hot(labels, self.classes, dtype).reshape(rows, self.size)

@@ -40,8 +40,8 @@ __all__ = ["StageFlops", "count_flops"]
 class StageFlops:
     """Floating-point operations of one stage for one whole training batch, in the steady state.
 
-    Means over batches where these differ: the target of one batch in ``dni.every`` flows, and the
-    DNI trains on it, on its window of rows.
+    Means over batches where these differ: the target of one batch in ``dni.every`` flows, and the DNI trains on it, on
+    its window of rows; and stages update with ``update_probability``.
 
     Attributes:
         forward: forward pass.
@@ -59,6 +59,11 @@ class StageFlops:
     def total(self) -> float:
         """All of them."""
         return self.forward + self.backward + self.dni + self.relay
+
+    def at_random(self, probability: float) -> StageFlops:
+        """Where one batch in 1 / ``probability`` is updated from, and gives a target."""
+        p = probability
+        return StageFlops(forward=self.forward, backward=p * self.backward, dni=p * self.dni, relay=p * self.relay)
 
 
 def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageFlops, ...]:
@@ -85,10 +90,10 @@ def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageF
     with seeded(plan.seed, "flops"):  # stages seed the global generator for their layers
         for index, layers in enumerate(split(layers_of(build_model(recipe, plan.seed)), plan.sizes)):
             cut = dataclasses.replace(cuts[index], loss=recipe.loss) if index < plan.stages - 1 else None
-            counting = dataclasses.replace(plan, quality_every=None)
+            counting = dataclasses.replace(plan, quality_every=None, update_probability=1.0)
             stage = Stage(layers, index, counting, recipe, cut, cuts[index - 1] if index else None)
-            flops, x = _counted(stage, plan, x, labels)
-            counted.append(flops)
+            flops, x = _counted(stage, counting, x, labels)
+            counted.append(flops.at_random(plan.update_probability))
     return tuple(counted)
 
 

@@ -24,6 +24,9 @@ class Phantom:
         self.index, self.last, self.scores = index, self._flow.last, Scores()
         self._updated = -1
 
+    def updates(self, batch: int) -> bool:
+        return self._flow.updates(batch)
+
     def forward(self, batch: int, x: Any, labels: Any, microbatch: int = 0) -> Tensor:
         return self._EMPTY
 
@@ -38,6 +41,8 @@ class Phantom:
         return self._EMPTY if self._flow.at_update(batch) else None
 
     def step(self, batch: int) -> None: ...
+
+    def skip(self, batch: int) -> None: ...
 
     def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
         return self._EMPTY if self._flow.relays(batch) else None

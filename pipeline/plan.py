@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.channels import CHANNELS, WIRE_DTYPES
 from pipeline.emulation import Emulation, Link
-from pipeline.errors import PlanError, nearest
+from pipeline.errors import NoEffect, PlanError, nearest
 from pipeline.modes import MODES
 from pipeline.until import Goal
 
@@ -55,6 +55,8 @@ class DNIPlan:
     every: int | None = None
     """Targets flow, and the DNI trains on them, for every n-th batch; None: as the form wants (label_residual 2, others
     1)."""
+    labels: bool = True
+    """linear, mlp, conv: predict from activation and labels (the paper's cDNI); else from the activation alone."""
     factory: Callable[..., nn.Module] | None = None
     """A user's own DNI: factory(cut) -> module, module(h, labels) -> prediction shaped like h. Python only."""
 
@@ -108,6 +110,8 @@ class Plan:
     """targets mixed: the lambda of BP(lambda), weight of the true gradient."""
     true_every: int = 1
     """targets true and mixed: the true gradient of one batch in n flows. The same as dni.every."""
+    update_probability: float = 1.0
+    """Unlocked and local: the chance that a stage updates from a batch; others it only passes on (the paper's p)."""
     optimizer: OptimizerPlan = field(default_factory=OptimizerPlan)
     """How a stage steps."""
     dni: DNIPlan = field(default_factory=DNIPlan)
@@ -284,6 +288,8 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
             yield f"{name} is {number}: it must be a positive number."
     if not (_is_number(plan.dni.rows) and 0 < plan.dni.rows <= 1):
         yield f"dni.rows is {plan.dni.rows}: give the fraction of the rows to train on, in (0, 1]."
+    if not (_is_number(plan.update_probability) and 0 < plan.update_probability <= 1):
+        yield f"update_probability is {plan.update_probability}: give the share of batches to update from, in (0, 1]."
     if not (_is_number(plan.mix) and 0 <= plan.mix <= 1):
         yield f"mix is {plan.mix}: it weighs the true gradient and must lie in [0, 1]."
 
@@ -297,11 +303,13 @@ def _without_effect(plan: Plan) -> Iterator[str]:
     defaults = Plan()
     mode = MODES.get(plan.mode)
     if mode is not None and not mode.cuts_batches and plan.microbatches != 1:
-        yield f"microbatches has no effect with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b."
+        yield NoEffect("microbatches", f"with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b.")
     if plan.average_every != defaults.average_every and plan.replicas == 1:
-        yield "average_every has no effect without replicas: leave it out, or add replicas."
+        yield NoEffect("average_every", "without replicas: leave it out, or add replicas.")
     elif mode is not None and mode.averages != "weights" and plan.average_every != defaults.average_every:
-        yield f"average_every has no effect with mode {plan.mode}, which averages at every step: leave it out."
+        yield NoEffect("average_every", f"with mode {plan.mode}, which averages at every step: leave it out.")
+    if plan.replicas > 1 and plan.update_probability != 1.0:
+        yield "update_probability and replicas do not go together: replicas average after as many updates each."
     if mode is not None and mode.gradient != "synthetic":
         for name in (
             "targets",
@@ -309,26 +317,33 @@ def _without_effect(plan: Plan) -> Iterator[str]:
             "true_every",
             "deterministic",
             "quality_every",
-            *(["dni"] if mode.gradient == "true" else []),
+            *(["dni", "update_probability"] if mode.gradient == "true" else []),
         ):
             if getattr(plan, name) != getattr(defaults, name):
-                yield f"{name} has no effect with mode {plan.mode}: leave it out, or choose mode unlocked."
+                yield NoEffect(name, f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
     elif plan.targets == "bootstrap" and plan.true_every != 1:
-        yield "true_every has no effect with targets bootstrap: leave it out, or choose targets true or mixed."
+        yield NoEffect("true_every", "with targets bootstrap: leave it out, or choose targets true or mixed.")
     if plan.true_every != 1 and plan.dni.every not in (None, plan.true_every):
         yield "true_every and dni.every both say how often a target flows: give one of them."
     if mode is not None and plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
-        yield "mix has an effect with targets mixed only: leave it out, or choose targets mixed."
+        yield NoEffect("mix", f"with targets {plan.targets}: leave it out, or choose targets mixed.")
     if plan.optimizer.momentum and plan.optimizer.rule != "sgd":
-        yield f"momentum has no effect with {plan.optimizer.rule}: leave it out, or choose sgd."
-    if plan.stages == 1 and (plan.channels != defaults.channels or plan.channel.wire_dtype is not None):
-        yield "channels and channel.wire_dtype have no effect with 1 stage, which has no channels: leave them out."
+        yield NoEffect("optimizer.momentum", f"with {plan.optimizer.rule}: leave it out, or choose sgd.")
+    if plan.stages == 1 and plan.channels != defaults.channels:
+        yield NoEffect("channels", "with 1 stage, which has no channels: leave it out.")
+    if plan.stages == 1 and plan.channel.wire_dtype is not None:
+        yield NoEffect("channel.wire_dtype", "with 1 stage, which has no channels: leave it out.")
     if plan.deterministic and plan.channel.gradient_slots is not None:
         yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
     if plan.deterministic and plan.until is not None:
         yield "until ends a run when word of it gets around, which no deterministic run repeats: leave one of them out."
     if plan.stages == 1 and plan.quality_every is not None:
-        yield "quality_every has no effect with 1 stage, which has no DNI: leave it out."
+        yield NoEffect("quality_every", "with 1 stage, which has no DNI: leave it out.")
+    if plan.update_probability != 1 and plan.quality_every is not None:
+        yield (
+            "quality_every compares gradients that a stage which passes a batch over (update_probability) never has: "
+            "leave one of them out."
+        )
     if plan.emulate is not None and plan.quality_every is not None:
         yield "quality_every has no effect with emulate, where nothing is learned: leave one of them out."
     if plan.emulate is not None and plan.until is not None:

@@ -17,6 +17,7 @@ Not locked: a stage steps as soon as it can, batch after batch.
                 k=1  .  F0 B0 F1 B1 F2 B2 F3 B3 F4
     unlocked    k=0  F0 U0 F1 U1 L0 F2 U2 L1 F3 U3    U = update from the synthetic gradient, L = learn
                 k=1  .  F0 U0 F1 U1 F2 U2 F3 U3       the last stage has the loss
+    at random   k=0  F0 S0 F1 U1 L0 F2 S2 L1 F3 U3    S = no update from this batch: it is only passed on
     local       the same without L: no gradient crosses a cut
 
 Several replicas of the pipeline: A = take the average over the replicas of this stage.
@@ -51,6 +52,7 @@ class Action(enum.Enum):
     FORWARD = "F"  # take what is next from below, compute, send it on
     BACKWARD = "B"  # backpropagate the true gradient (the last stage: the loss) of the oldest open microbatch
     UPDATE = "U"  # backpropagate the synthetic gradient (the last stage: the loss) of the oldest open batch, step
+    SKIP = "S"  # leave the oldest open batch without an update
     LEARN = "L"  # take a true gradient: train the DNI, relay
     AVERAGE = "A"  # take the average over the replicas; make the step that waited for it, if one did
     WAIT = "."  # until something changes
@@ -71,6 +73,7 @@ class View(NamedTuple):
         actions: actions taken so far.
         average: the average over the replicas of this stage can be taken.
         held: nothing else may happen before it is.
+        updates: the stage updates from its oldest open batch; else it was only passed on.
     """
 
     stages_above: int = 1
@@ -84,6 +87,7 @@ class View(NamedTuple):
     actions: int = 0
     average: bool = False
     held: bool = False
+    updates: bool = True
 
     @property
     def open(self) -> int:
@@ -133,7 +137,7 @@ def async_1f1b(view: View) -> Action:
 def unlocked(view: View) -> Action:
     """Update at once; learn from a true gradient as soon as there is one; otherwise take the next batch."""
     if view.open:
-        return Action.UPDATE
+        return Action.UPDATE if view.updates else Action.SKIP
     return Action.LEARN if view.gradient else view.forward_if_possible
 
 
@@ -167,6 +171,7 @@ def scripted(order: Sequence[Action]) -> Policy:
             Action.FORWARD: view.forward_if_possible is Action.FORWARD,
             Action.BACKWARD: view.backward_if_possible is Action.BACKWARD,
             Action.UPDATE: view.open > 0,
+            Action.SKIP: view.open > 0,
             Action.LEARN: view.gradient,
             Action.AVERAGE: view.average,
         }

@@ -46,7 +46,7 @@ class Costs:
 
     def of(self, action: Action) -> int:
         """Ticks of one action."""
-        ticks = {Action.FORWARD: self.forward, Action.LEARN: self.learn, Action.AVERAGE: 0}
+        ticks = {Action.FORWARD: self.forward, Action.LEARN: self.learn, Action.AVERAGE: 0, Action.SKIP: 0}
         return ticks.get(action, self.backward)
 
     def hop(self, steps: float) -> int:

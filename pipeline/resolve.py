@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.channels import ChannelChoice, choose_channels
 from pipeline.cut import Cut
 from pipeline.dni import describe_form, target_every
-from pipeline.errors import PlanError
+from pipeline.errors import NoEffect, PlanError
 from pipeline.modes import MODES
 from pipeline.partition import Layer, balanced_sizes, check_partition, chosen_sizes, layers_of, split
 from pipeline.plan import DNIPlan, Plan
@@ -29,7 +29,7 @@ _AVERAGES = {
     "gradients": "gradients are averaged before every step: as one process on the {0.replicas} batches of a step",
     "weights": "weights are averaged every {0.average_every} steps, nobody waits for it, and at the end",
 }
-_FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model")}
+_FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model"), "labels": ("linear", "mlp", "conv")}
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
     _check_loss(recipe, outputs[-1], labels)
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
     _check_cuts(layers, ends, outputs)
-    cuts = tuple(_cut(k, outputs[end - 1], labels, outputs[-1], recipe) for k, end in enumerate(ends))
+    cuts = tuple(_cut(k, outputs[end - 1], labels, outputs[-1], recipe, plan) for k, end in enumerate(ends))
     reasons = [("split", " | ".join(map(str, sizes)), why)]
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
     forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
@@ -197,7 +197,7 @@ def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
     return dataclasses.replace(plan.dni, every=every)
 
 
-def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe: Recipe) -> Cut:
+def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe: Recipe, plan: Plan) -> Cut:
     return Cut(
         index=index,
         activation_shape=tuple(activation.shape),
@@ -206,6 +206,7 @@ def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe:
         label_dtype=labels.dtype,
         output_shape=tuple(output.shape),
         loss=recipe.loss,
+        conditioned=plan.dni.labels,
     )
 
 
@@ -214,13 +215,13 @@ def _unread_options(plan: Plan, forms: set[str]) -> Iterator[str]:
     given = {f.name for f in dataclasses.fields(DNIPlan) if getattr(plan.dni, f.name) != getattr(DNIPlan(), f.name)}
     if MODES[plan.mode].gradient == "local":
         for name in sorted(given - {"hidden", "lr"}):
-            yield f"dni.{name} has no effect with mode {plan.mode}: leave it out, or choose mode unlocked."
+            yield NoEffect(f"dni.{name}", f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
     elif forms:
         for name, readers in _FORMS_THAT_READ.items():
             if name in given and not forms & set(readers):
-                yield (
-                    f"dni.{name} has no effect with the DNI form {' and '.join(sorted(forms))}: leave it out, "
-                    f"or choose {' or '.join(readers)}."
+                yield NoEffect(
+                    f"dni.{name}",
+                    f"with the DNI form {' and '.join(sorted(forms))}: leave it out, or choose {' or '.join(readers)}.",
                 )
 
 

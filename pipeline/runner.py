@@ -37,10 +37,12 @@ class StageLike(Protocol):
     last: bool
     scores: Scores
 
+    def updates(self, batch: int) -> bool: ...
     def forward(self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0) -> Tensor: ...
     def predict(self, batch: int) -> Tensor | None: ...
     def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None: ...
     def step(self, batch: int) -> None: ...
+    def skip(self, batch: int) -> None: ...
     def learn(self, batch: int, gradient: Tensor) -> Tensor | None: ...
     def true_gradient(self) -> Tensor | None: ...
     def judge(self, batch: int, gradient: Tensor) -> tuple[Quality | None, Tensor | None]: ...
@@ -68,7 +70,7 @@ class Runner:
         stages: number of stages of the pipeline.
         microbatches: microbatches per batch.
         forwarded, backwarded: counts of training microbatches.
-        updated, learned: counts of training batches.
+        updated, learned: counts of training batches; one that is left without an update counts as updated.
         dropped: targets that were dropped because a gradient channel shallower than the batches in flight was full.
         done: nothing is left to do.
     """
@@ -128,6 +130,7 @@ class Runner:
             actions=self.actions,
             average=self.averager.ready,
             held=self.averager.held,
+            updates=self.stage.updates(self.updated),
         )
 
     def perform(self, action: Action) -> None:
@@ -143,6 +146,8 @@ class Runner:
             self._update(self.stage.predict(self.updated))
         elif action is Action.BACKWARD:
             self._update(None if self.stage.last else self._taken_gradient(self.backwarded).tensors[0])
+        elif action is Action.SKIP:
+            self._skip()
         elif action is Action.LEARN:
             self._learn()
         elif action is Action.AVERAGE:
@@ -208,6 +213,15 @@ class Runner:
         """Once no training batch will come and none is open."""
         if self._trained_below and self.forwarded == self.backwarded:
             self.averager.after_training()
+
+    def _skip(self) -> None:
+        batch = self.updated
+        self.stage.skip(batch)
+        self.backwarded += 1
+        self.updated += 1
+        if self.stage.last:
+            self.on_loss(batch, self.stage.loss_of(batch))
+        self._after_training()
 
     def _learn(self) -> None:
         message = self._taken_gradient(None)

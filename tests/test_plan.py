@@ -154,11 +154,11 @@ def test_a_locked_mode_refuses_what_only_unlocking_uses(option: dict[str, Any]) 
         ),
         (
             Plan(targets="true", mix=0.25),
-            "mix has an effect with targets mixed only: leave it out, or choose targets mixed.",
+            "mix has no effect with targets true: leave it out, or choose targets mixed.",
         ),
         (
             Plan(optimizer=OptimizerPlan(rule="adam", momentum=0.9)),
-            "momentum has no effect with adam: leave it out, or choose sgd.",
+            "optimizer.momentum has no effect with adam: leave it out, or choose sgd.",
         ),
         (
             Plan(deterministic=True, channel=ChannelPlan(gradient_slots=3)),
