@@ -25,6 +25,8 @@ from launch.ranks import Rank
 from launch.ray_options import LAUNCHER_OPTIONS, TrainOptions, check_no_launcher
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
+from launch.site import LOCAL, Site
+from launch.sweep.command import sweep
 from launch.training import Launcher, resolve_source, run
 from pipeline import Plan, PlanError, nearest
 from pipeline.resolve import Resolved
@@ -37,8 +39,9 @@ _USAGE = f"""usage: freewheel COMMAND RECIPE [options]
   freewheel train RECIPE    train on worker processes of this host
   freewheel bench RECIPE    locked against unlocked, verdict first
   freewheel bench channel   shared memory and gloo: latency and bandwidth of a hop
+  freewheel sweep RECIPE    what is learned over modes, delays, DNIs: a grid in the reference driver
 
-  torchrun --nproc-per-node K -m launch train RECIPE    one stage per rank, on one host or several
+  torchrun --nproc-per-node K -m launch train RECIPE    one stage per rank, on one host or several; bench likewise
 
 RECIPE: {", ".join(BUILT_IN)}, or the path of a Python file.
 Options of a command with a recipe: freewheel COMMAND RECIPE --help
@@ -86,7 +89,7 @@ def _command(arguments: list[str]) -> int:
     if arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
-    commands: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "bench": _bench}
+    commands: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "bench": _bench, "sweep": _sweep}
     command, *rest = arguments
     if command not in commands:
         raise PlanError(nearest(command, commands, "command"))
@@ -146,27 +149,38 @@ def _without(left_out: Sequence[str], arguments: list[str]) -> Iterator[str]:
 
 
 def _bench(recipe: str, arguments: list[str]) -> int:
-    if Rank.current() is not None:
-        raise PlanError(
-            "bench is not there under torchrun yet: start it without torchrun, or run train, mode by mode; every run "
-            "leaves its figures in result.json."
-        )
+    rank = Rank.current()
     check_no_launcher(arguments, "bench starts all workers on this host by itself: leave it out, or use train.")
     if recipe == "channel":
+        if rank is not None:
+            raise PlanError("bench channel measures a hop on this host: start it without torchrun.")
         return _bench_channel(arguments)
-    parsed = parse(recipe, arguments, BenchOptions, "freewheel bench")
+    if rank is not None:
+        return torchrun.bench(rank, recipe, arguments, _benched)
+    return _benched(recipe, arguments, parse(recipe, arguments, BenchOptions, "freewheel bench"), LOCAL)
+
+
+def _benched(recipe: str, arguments: list[str], parsed: Parsed, site: Site) -> int:
+    """Compare, and show and write what came out."""
     steps = parsed.plan.steps or parsed.source().steps
     if steps < 2:
         raise PlanError(f"steps is {steps}: bench needs at least 2, the first one warms up.")
     console = Console(quiet=parsed.run.quiet)
     command = ["freewheel", "bench", recipe, *arguments]
     measure = bench_over if axis_of(parsed.run) else bench
-    report = measure(parsed.source, parsed.plan, parsed.run, command, console)
+    report = measure(parsed.source, parsed.plan, parsed.run, command, console, site)
     for path in (report.folder / "bench.json", parsed.run.json):
         _write_json(path, report.as_dict())
     draw(report, console)
-    if "all" not in parsed.run.rows:
+    if "all" not in parsed.run.rows and not site.hosts:
         console.next_command(shlex.join([*command, "--rows", "all"]), "every rival in the same table")
+    return 0
+
+
+def _sweep(recipe: str, arguments: list[str]) -> int:
+    if Rank.current() is not None:
+        raise PlanError("sweep runs in one process per core of one host: start it without torchrun.")
+    sweep(recipe, arguments)
     return 0
 
 

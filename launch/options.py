@@ -22,7 +22,16 @@ from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
 from pipeline.modes import MODES
 from pipeline.plan import DNI_FORMS, OPTIMIZERS, TARGETS
 
-__all__ = ["BenchOptions", "ChannelOptions", "Parsed", "RunOptions", "parse", "parse_channel"]
+__all__ = [
+    "BenchOptions",
+    "ChannelOptions",
+    "Parsed",
+    "RunOptions",
+    "option_name",
+    "parse",
+    "parse_channel",
+    "recipe_options",
+]
 
 _SEED = "seed"  # a recipe's parameter of this name gets the plan's seed
 _VALID: dict[type, dict[str, Sequence[str]]] = {
@@ -129,10 +138,11 @@ def parse(
         PlanError: no such recipe, or values that cannot work; all that are seen without the recipe come at once.
     """
     entry = entry_of(recipe)
+    given = {option_name(argument) for argument in arguments}
     for name in run_type.fixed:
-        if any(argument.partition("=")[0] == f"--{name}" for argument in arguments):
+        if name in given:
             raise PlanError(f"{name} has no effect in {prog}, which chooses it: leave it out.")
-    own = _recipe_options(entry.make)
+    own = recipe_options(entry.make)
     _check_no_clash(own, (Plan, run_type), recipe)
     fields: list[Any] = [
         ("plan", _flat(Plan), dataclasses.field(default=dataclasses.replace(entry.plan, **run_type.fixed))),
@@ -165,6 +175,14 @@ def parse_channel(arguments: Sequence[str]) -> ChannelOptions:
     options = tyro.cli(ChannelOptions, prog="freewheel bench channel", args=list(arguments))
     _check(options)
     return options
+
+
+def option_name(argument: str) -> str | None:
+    """The field that an argument sets: ``stall_after_s`` for --stall-after-s=9, ``spans`` for --no-spans."""
+    if not argument.startswith("--"):
+        return None
+    *owner, name = argument.partition("=")[0].removeprefix("--").replace("-", "_").split(".")
+    return ".".join((*owner, name.removeprefix("no_")))
 
 
 def _check(options: RunOptions | ChannelOptions, plan: Plan | None = None) -> None:
@@ -235,7 +253,7 @@ def _plan_rules(fixed: dict[str, Any]) -> ConstructorRegistry:
     return registry
 
 
-def _recipe_options(make: Callable[..., Recipe]) -> type:
+def recipe_options(make: Callable[..., Recipe]) -> type:
     """A dataclass with the function's keyword parameters, its docstring as help."""
     help_of = {param.arg_name: param.description for param in docstring_parser.parse(make.__doc__ or "").params}
     fields: list[Any] = []

@@ -24,7 +24,7 @@ from launch.training import Launcher, Working, resolve_source
 from pipeline import PlanError, Recipe
 from pipeline.channels import choose_channels
 from pipeline.resolve import Resolved
-from pipeline.spans import Span
+from pipeline.spans import WAITING, Span
 from workers import records
 from workers.control import Reception
 from workers.edges import rendezvous
@@ -37,7 +37,7 @@ Trained = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
 Show = Callable[[float, float | None, Sequence[float]], None]
 """(loss, samples per second if known, busy share of every stage) -> None."""
 _LOOKS = 50
-_NOT_AT_WORK = (Span.WAIT, Span.OTHER)
+_NOT_AT_WORK = (*WAITING, Span.OTHER)
 
 
 def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -> int:
@@ -72,16 +72,16 @@ def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -
     needs = needs_of(options.ray, plan.threads)
     resolved = resolve_source(parsed.source, plan)  # what cannot run is refused before Ray is asked
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(ray_cluster.connected(address, needs, plan.stages))
+        cluster = stack.enter_context(ray_cluster.connected(address, needs, plan.workers))
         asked = Asked()
         actors = stack.enter_context(
-            cluster.stages(needs, plan.stages, options.ray.strategy, options.ray.wait_s, asked)
+            cluster.stages(needs, plan.workers, options.ray.strategy, options.ray.wait_s, asked)
         )
         reception = stack.enter_context(Reception(cluster.host))
-        fleet = Fleet(plan.stages, asked, lost=actors.lost)
+        fleet = Fleet(plan.workers, asked, lost=actors.lost)
         stack.callback(fleet.hang_up)
         with fleet:
-            actors.call(_calls(recipe, arguments, plan.stages, plan.threads, reception))
+            actors.call(_calls(recipe, arguments, plan.workers, plan.threads, reception))
             fleet.gather(None, reception, MEET_WITHIN_S, memory=f"{cluster.node_id}/{memory()}")
             if plan.link is not None and len(set(fleet.hosts)) > 1:
                 raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
@@ -109,28 +109,28 @@ def showing(
     return working
 
 
-def _calls(recipe: str, arguments: Sequence[str], stages: int, threads: int, reception: Reception) -> list[Call]:
+def _calls(recipe: str, arguments: Sequence[str], workers: int, threads: int, reception: Reception) -> list[Call]:
     where = reception.host, reception.port, reception.key
-    return [Call(k, *where, recipe, list(arguments), os.getcwd(), threads) for k in range(stages)]
+    return [Call(k, *where, recipe, list(arguments), os.getcwd(), threads) for k in range(workers)]
 
 
 def _placed(resolved: Resolved, hosts: Sequence[str], options: TrainOptions) -> Resolved:
     """With the channels that fit the places, and these among the reasons, for the first screen and plan.json."""
-    channels = choose_channels(resolved.plan.channels, hosts)
-    places = ", ".join(f"{stage} on {host}" for stage, host in enumerate(hosts))
+    channels = choose_channels(resolved.plan.channels, hosts, resolved.plan.replicas)
+    places = ", ".join(f"{worker} on {host}" for worker, host in enumerate(hosts))
     reason = "ray", places, f"one actor each, {options.ray.strategy}"
-    return replace(resolved, channels=channels, reasons=(*resolved.reasons, reason))
+    return replace(resolved, channels=channels, hosts=tuple(hosts), reasons=(*resolved.reasons, reason))
 
 
 def _metered(
     fleet: Fleet, reported: Iterator[records.Record], resolved: Resolved, show: Show
 ) -> Iterator[records.Record]:
     """Pass on what is reported, and show what it says in Ray's metrics."""
-    looks = [deque[bool](maxlen=_LOOKS) for _ in range(resolved.plan.stages)]
-    rows = resolved.batch_shape[0]
+    looks = [deque[bool](maxlen=_LOOKS) for _ in range(resolved.plan.workers)]
+    rows = resolved.step_rows
     last_ns: int | None = None
     for record in reported:
-        if isinstance(record, records.Loss):
+        if isinstance(record, records.Loss) and record.replica == 0:
             for stage, seen in enumerate(looks):
                 seen.append(fleet.read(stage).span not in _NOT_AT_WORK)
             since_s = None if last_ns is None else (record.time_ns - last_ns) * 1e-9

@@ -28,6 +28,7 @@ class Cut:
         label_dtype: dtype of the labels.
         output_shape: shape of the whole network's output for such a batch.
         loss: (output, labels) -> scalar, the mean over the rows: the user's own.
+        conditioned: whether a direct DNI here may see the labels.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Cut:
     label_dtype: torch.dtype
     output_shape: tuple[int, ...]
     loss: Callable[[Tensor, Tensor], Tensor]
+    conditioned: bool = True
 
     @property
     def classes(self) -> int | None:

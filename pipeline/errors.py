@@ -4,8 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
-__all__ = ["PlanError", "StageError", "nearest"]
+__all__ = ["NoEffect", "PlanError", "StageError", "nearest"]
+
+
+class NoEffect(str):
+    """A problem of a plan: an option is given that nothing in the run would read.
+
+    Args:
+        option: its name in the plan, e.g. ``dni.hidden``; ``dni`` stands for all below it.
+        why: the rest of the sentence, with the remedy: ``with mode naive: leave it out, or choose mode unlocked.``
+    """
+
+    option: str
+
+    def __new__(cls, option: str, why: str) -> Self:
+        """The sentence, which remembers the option."""
+        self = super().__new__(cls, f"{option} has no effect {why}")
+        self.option = option
+        return self
 
 
 class PlanError(ValueError):
@@ -13,10 +31,16 @@ class PlanError(ValueError):
 
     Args:
         problems: one sentence per mistake, each with its remedy. All mistakes of a plan come at once.
+
+    Attributes:
+        problems: as given, plain strings: they travel between processes.
+        idle: the same problems where each is that an option has no effect; empty where there is more trouble.
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
+        idle = tuple(problem for problem in problems if isinstance(problem, NoEffect))
+        self.problems = tuple(map(str, problems))
+        self.idle = idle if len(idle) == len(problems) else ()
         super().__init__("\n".join(problems))
 
 

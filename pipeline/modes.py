@@ -23,6 +23,8 @@ class Mode:
         cuts_batches: works on microbatches.
         stashes: several batches are open at once while weights change: the backward pass needs the weights of its
             forward pass.
+        averages: what the replicas of a stage average (``pipeline.averaging``): the gradients before every step, or the
+            weights now and then.
         says: one line for the user.
     """
 
@@ -31,6 +33,7 @@ class Mode:
     exact: bool = True
     cuts_batches: bool = False
     stashes: bool = False
+    averages: Literal["gradients", "weights"] = "gradients"
     says: str
 
 
@@ -39,13 +42,25 @@ MODES: dict[str, Mode] = {
     "gpipe": Mode(policy=policies.gpipe, cuts_batches=True, says="locked, microbatches: all forward, all backward"),
     "1f1b": Mode(policy=policies.one_f_one_b, cuts_batches=True, says="locked, microbatches, as few open as possible"),
     "async-1f1b": Mode(
-        policy=policies.async_1f1b, exact=False, stashes=True, says="delayed true gradients on stashed weights"
+        policy=policies.async_1f1b,
+        exact=False,
+        stashes=True,
+        averages="weights",
+        says="delayed true gradients on stashed weights",
     ),
     "local": Mode(
-        policy=policies.unlocked, gradient="local", exact=False, says="every stage has a loss of its own, no gradients"
+        policy=policies.unlocked,
+        gradient="local",
+        exact=False,
+        averages="weights",
+        says="every stage has a loss of its own, no gradients",
     ),
     "unlocked": Mode(
-        policy=policies.unlocked, gradient="synthetic", exact=False, says="updates at once from synthetic gradients"
+        policy=policies.unlocked,
+        gradient="synthetic",
+        exact=False,
+        averages="weights",
+        says="updates at once from synthetic gradients",
     ),
 }
 """Modes by name."""

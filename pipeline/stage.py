@@ -147,7 +147,10 @@ class Stage:
         self.record(Span.DNI, batch)
         kept, source = self._kept[batch, 0], self.dni or self.local
         assert source is not None, "a stage that updates at once has something to update from"
-        kept.synthetic = source.predict(kept.h.detach(), kept.labels)
+        try:
+            kept.synthetic = source.meet(kept.h.detach(), kept.labels, batch)
+        except Exception as error:
+            raise self._error(error, "DNI", batch) from error
         return kept.synthetic
 
     def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
@@ -158,7 +161,7 @@ class Stage:
         Returns:
             What the stage below is to get now: dL/dx of the samples its DNI trains on (``Window``; all of them in modes
             without DNIs), or None when nothing is sent at this point (first stage; targets ``true`` and ``mixed`` below
-            the last stage; not one of ``true_every``).
+            the last stage; not a batch whose target flows).
         """
         self.record(Span.BACKWARD, batch)
         kept = self._kept[batch, microbatch]
@@ -199,6 +202,24 @@ class Stage:
         self.record(Span.STEP, batch)
         if self.optimizer is not None:
             self.optimizer.step()
+
+    def updates(self, batch: int) -> bool:
+        """Whether this stage updates from this batch."""
+        return self._flow.updates(batch)
+
+    def skip(self, batch: int) -> None:
+        """End a batch without an update; what its target will need is kept.
+
+        Recorded like a backward pass and a step, of hardly any length, so that every batch has an end.
+        """
+        self.record(Span.BACKWARD, batch)
+        kept = self._kept[batch, 0]
+        if self.last:
+            kept.loss = float(self.recipe.loss(kept.h.detach(), kept.labels))
+        elif self._flow.relays(batch) and self.plan.targets == "mixed":
+            kept.synthetic = self.predict(batch)
+        self._keep_for_target(batch, 0, self._flow.relays(batch))
+        self.record(Span.STEP, batch)
 
     def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
         """Train the DNI on a target, and relay it.

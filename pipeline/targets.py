@@ -2,11 +2,13 @@
 
     bootstrap   J^T s at the update          the synthetic gradient, taken through the stage; the loss only reaches
                                              the last DNI (Jaderberg et al. 2017, section 2.2)
-    true        J^T g when g comes           of one batch in `true_every`
+    true        J^T g when g comes
     mixed       J^T (lambda g + (1-lambda) s) when g comes
 
+Targets flow for one batch in `dni.every` (or `true_every`), and only for these is anything computed or sent.
+
 The last stage has the true gradient at its update; in modes that work with true gradients every stage has. In the mode
-`local` nothing flows.
+`local` nothing flows. A stage that makes no update from a batch (``update_probability``) sends down nothing of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 
 from pipeline.modes import MODES, Mode
 from pipeline.plan import Plan
+from pipeline.seeding import derived_seed
 
 __all__ = ["Flow"]
 
@@ -41,6 +44,11 @@ class Flow:
         """The plan's mode."""
         return MODES[self.plan.mode]
 
+    def updates(self, batch: int) -> bool:
+        """Whether this stage updates from this batch: drawn from (seed, stage, batch)."""
+        p = self.plan.update_probability
+        return p >= 1 or derived_seed(self.plan.seed, "update", self.index, batch) < p * 2**63
+
     def wants_target(self, batch: int) -> bool:
         """Whether a target for this stage's own DNI will come for this batch."""
         return self.plan.unlocked and not self.last and self._flows(batch)
@@ -51,7 +59,7 @@ class Flow:
             return False
         if self.mode.gradient != "synthetic":
             return self.mode.gradient == "true"
-        return self._flows(batch) and (self.last or self.plan.targets == "bootstrap")
+        return self.updates(batch) and self._in_turn(batch) and (self.last or self.plan.targets == "bootstrap")
 
     def relays(self, batch: int) -> bool:
         """Whether the true gradient of this batch will be taken through this stage after its update."""
@@ -73,4 +81,9 @@ class Flow:
         return self.relays(batch) or ((self.mode.stashes or self.samples(batch)) and not self.last)
 
     def _flows(self, batch: int) -> bool:
-        return batch % self.plan.true_every == 0
+        """Whether a gradient for this batch sets out towards this stage: from the stage above, or from the last one."""
+        origin = self.index + 1 if self.plan.targets == "bootstrap" else self.plan.stages - 1
+        return self._in_turn(batch) and Flow(self.plan, origin).updates(batch)
+
+    def _in_turn(self, batch: int) -> bool:
+        return batch % self.plan.target_every == 0

@@ -175,7 +175,7 @@ def test_workers_of_one_host_share_memory_and_others_use_gloo() -> None:
         ),
         (
             Plan(stages=1, channels="gloo"),
-            "channels and channel.wire_dtype have no effect with 1 stage, which has no channels: leave them out.",
+            "channels has no effect with 1 stage, which has no channels: leave it out.",
         ),
     ],
 )

@@ -93,7 +93,7 @@ def test_blocks_cover_what_the_spans_do_and_nothing_else(diagram: list[str], edg
 
 
 def test_every_kind_of_span_but_waiting_has_a_phase() -> None:
-    assert PHASES.keys() == set(Span) - {Span.WAIT}
+    assert PHASES.keys() == set(Span) - {Span.WAIT, Span.HELD}
 
 
 def test_the_window_lies_in_the_middle_and_begins_with_a_forward_of_the_first_stage() -> None:

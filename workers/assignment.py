@@ -8,19 +8,15 @@ from pathlib import Path
 
 from pipeline.plan import Plan
 from pipeline.recipe import Recipe
+from pipeline.replicas import called, worker_of
 from pipeline.resolve import Resolved
 from workers.gloo import Rendezvous
 from workers.unnamed import UnnamedFile
 
 __all__ = ["FILES", "Assignment", "Names"]
 
-FILES = {
-    "spans": "spans/stage-{}.npy",
-    "model": "parts/model-{}.safetensors",
-    "optimizer": "parts/optimizer-{}.safetensors",
-    "stacks": "stacks-{}.txt",
-}
-"""What a worker writes, and where in the folder of the run it lies."""
+FILES = ("spans", "model", "optimizer", "stacks")
+"""What a worker writes."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +30,21 @@ class Names:
         """The status board."""
         return f"{self.prefix}-s"
 
-    def bell(self, stage: int) -> str:
-        """The bell of a worker."""
-        return f"{self.prefix}-b{stage}"
+    def bell(self, worker: int) -> str:
+        """The bell of a worker, by its number (``pipeline.replicas``)."""
+        return f"{self.prefix}-b{worker}"
 
-    def activations(self, cut: int) -> str:
-        """The channel from stage ``cut`` to stage ``cut + 1``."""
-        return f"{self.prefix}-a{cut}"
+    def activations(self, worker: int) -> str:
+        """The channel from a worker to that of the stage above."""
+        return f"{self.prefix}-a{worker}"
 
-    def gradients(self, cut: int) -> str:
-        """The channel from stage ``cut + 1`` to stage ``cut``."""
-        return f"{self.prefix}-g{cut}"
+    def gradients(self, worker: int) -> str:
+        """The channel to a worker from that of the stage above."""
+        return f"{self.prefix}-g{worker}"
+
+    def averages(self, source: int, target: int) -> str:
+        """The channel from a worker to that of the same stage in another replica."""
+        return f"{self.prefix}-m{source}.{target}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Assignment:
         run_dir: the folder of the run.
         rendezvous: where workers without common memory meet; None where every channel is in shared memory.
         attach_within_s: how long to look for the others.
+        replica: of the pipeline.
         unnamed: what the worker writes instead of files in that folder, by the names of ``FILES``; None: those.
     """
 
@@ -69,6 +70,7 @@ class Assignment:
     run_dir: Path
     rendezvous: Rendezvous | None = None
     attach_within_s: float = 60.0
+    replica: int = 0
     unnamed: Mapping[str, UnnamedFile] | None = None
 
     @property
@@ -82,8 +84,24 @@ class Assignment:
         return self.index == self.plan.stages - 1
 
     @property
+    def worker(self) -> int:
+        """The worker's number."""
+        return worker_of(self.plan, self.replica, self.index)
+
+    @property
+    def called(self) -> str:
+        """What users see the worker called."""
+        return called(self.plan, self.replica, self.index)
+
+    @property
     def files(self) -> dict[str, Path]:
-        """Where the worker writes, by the names of ``FILES``."""
+        """Where the worker writes, by the names of ``FILES``; its stage's tensors if it is of replica 0."""
         if self.unnamed is not None:
             return {what: file.path for what, file in self.unnamed.items()}
-        return {what: self.run_dir / place.format(self.index) for what, place in FILES.items()}
+        ahead = f"replica-{self.replica}-" if self.replica else ""
+        return {
+            "spans": self.run_dir / "spans" / f"{ahead}stage-{self.index}.npy",
+            "model": self.run_dir / "parts" / f"model-{self.index}.safetensors",
+            "optimizer": self.run_dir / "parts" / f"optimizer-{self.index}.safetensors",
+            "stacks": self.run_dir / f"stacks-{self.worker}.txt",
+        }

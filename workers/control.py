@@ -35,6 +35,7 @@ __all__ = [
     "Gone",
     "Hello",
     "Interrupted",
+    "Note",
     "Prepared",
     "Reception",
     "Start",
@@ -57,7 +58,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     """An agent introduces itself.
 
     Attributes:
-        rank: its rank, which is the stage of its worker.
+        rank: its rank, which is the number of its worker.
         pid: its process.
         host: name of its host.
         memory: names the shared memory that it sees; agents that give the same one can share.
@@ -88,7 +89,7 @@ class Task(msgspec.Struct, tag=True, frozen=True):
 
     Attributes:
         sizes: layers per stage, as resolved by the driver.
-        hosts: name of the host of every stage's worker.
+        hosts: name of the host of every worker.
         prefix: of the names in the shared memory of the agent's host.
         makes_memory: whether this agent makes and removes what lies there.
         meeting: (host, port) where workers without common memory meet; None: there are none.
@@ -143,6 +144,12 @@ class File(msgspec.Struct, tag=True, frozen=True):
     last: bool
 
 
+class Note(msgspec.Struct, tag=True, frozen=True):
+    """Either way: a record of those who use a wire for more than one run, as MessagePack."""
+
+    content: bytes
+
+
 class Enough(msgspec.Struct, tag=True, frozen=True):
     """Driver to agent: take no further training batch, finish what is in the pipeline."""
 
@@ -175,6 +182,7 @@ Control = (
     | Status
     | Died
     | File
+    | Note
     | Enough
     | Dump
     | Interrupted

@@ -75,6 +75,16 @@ class EmulatedStage:
         """Part of the stage's time already."""
         self._record(Span.STEP, batch)
 
+    def updates(self, batch: int) -> bool:
+        """Whether the stage updates from this batch."""
+        return self._flow.updates(batch)
+
+    def skip(self, batch: int) -> None:
+        """No time at all."""
+        if not self._flow.relays(batch):
+            del self._input_shapes[batch, 0]
+        self._record(Span.STEP, batch)
+
     def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
         """Half of the DNI's time, and a third of the stage's for a relay."""
         self._record(Span.DNI_TRAIN, batch)

@@ -19,7 +19,7 @@ from workers.failures import process_state
 from workers.processes import listener, process_context
 from workers.worker import worker_main
 
-__all__ = ["RankWorker"]
+__all__ = ["RankWorker", "start_fork_server"]
 
 _GRACE_S = 2.0
 _DUMP_WITHIN_S = 1.0
@@ -38,10 +38,10 @@ class RankWorker:
 
     def __init__(self, assignment: Assignment) -> None:
         self.assignment, self._sends_files = assignment, assignment.unnamed is not None
-        self.board = Board(assignment.names.board, assignment.plan.stages)
-        self._bell = Bell.attach(assignment.names.bell(assignment.index), 1.0)
+        self.board = Board(assignment.names.board, assignment.plan.workers)
+        self._bell = Bell.attach(assignment.names.bell(assignment.worker), 1.0)
         context = process_context(type(assignment.source).__module__, "workers.rank_worker")
-        socket = _start_fork_server()
+        socket = start_fork_server()
         self._pipe, self._theirs = context.Pipe()
         self._process = context.Process(
             target=_rank_worker, args=(assignment, self._theirs, socket), name=f"stage-{assignment.index}"
@@ -75,7 +75,7 @@ class RankWorker:
 
     def status(self) -> control.Status:
         """What the worker does now."""
-        status = self.board.read(self.assignment.index)
+        status = self.board.read(self.assignment.worker)
         state = process_state(self._process.pid or 0)
         return control.Status(int(status.span), status.batch, status.start_ns, status.progress, state)
 
@@ -127,7 +127,7 @@ def _rank_worker(assignment: Assignment, connection: Connection, socket: Path | 
     worker_main(assignment, connection, socket)
 
 
-def _start_fork_server() -> Path | None:
+def start_fork_server() -> Path | None:
     """torchrun ends a rank by SIGTERM to its process group. The fork server reaps the worker, so it has to outlive it.
 
     A signal mask is inherited, and unlike a handler it can be set in any thread.

@@ -1,0 +1,236 @@
+"""``freewheel sweep``: a grid of runs in the reference driver, remembered point by point; a table and a picture.
+
+what will run  ->  the missing points, side by side  ->  table  ->  verdict, sweep.json, sweep.png  ->  what to try next
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from launch.console import Console
+from launch.environment import environment
+from launch.options import Parsed, parse
+from launch.plots import draw_sweep
+from launch.result import SCHEMA
+from launch.sweep.axes import arguments_for
+from launch.sweep.findings import METRICS, Finding, Metric, findings_json, findings_of, label_of, verdict_of
+from launch.sweep.grid import Grid, Point, grid_of
+from launch.sweep.options import SweepOptions
+from launch.sweep.points import Outcome, Store
+from launch.sweep.presets import with_preset
+from launch.sweep.table import LEGEND, table_of
+from launch.sweep.work import Broken, run_points
+from pipeline import PlanError
+from workers.failures import RunFailed
+
+__all__ = ["sweep"]
+
+
+def sweep(recipe: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run what is missing of a grid and show all of it.
+
+    Args:
+        recipe: name or path.
+        arguments: the options.
+
+    Returns:
+        The content of sweep.json.
+
+    Raises:
+        PlanError: something in the grid cannot run; nothing was started.
+        RunFailed: a run broke; the others were finished first, and the next call runs it again.
+        KeyboardInterrupt: what was finished by then is kept.
+
+    Blocks:
+        until every point is there.
+    """
+    typed = list(arguments)
+    arguments = with_preset(arguments)
+    parsed = parse(recipe, arguments, SweepOptions, "freewheel sweep", writes=False)
+    options: SweepOptions = parsed.run
+    if problems := list(options.problems()):
+        raise PlanError(*problems)
+    grid = grid_of(recipe, arguments, parsed)
+    folder = options.runs / (options.name or _name(grid))
+    console, store = Console(quiet=options.quiet), Store(folder)
+    outcomes = {key: found for key, point in grid.points.items() if (found := store.find(point)) is not None}
+    missing = [point for key, point in grid.points.items() if key not in outcomes]
+    _announce(grid, missing, store, options, console)
+    broken = _run(grid, missing, outcomes, store, options, console)
+    findings = findings_of(grid, outcomes)
+    if not findings:
+        raise _failed(broken)
+    content = _content(grid, findings, ["freewheel", "sweep", recipe, *typed])
+    for path in filter(None, (folder / "sweep.json", options.json)):
+        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    console.rich.print(table_of(grid, findings))
+    console.rich.print(f"[dim]{LEGEND}[/dim]")
+    console.rich.print(f"\n[bold]{escape(content['verdict'])}[/bold]\n", soft_wrap=True)
+    console.extra("results", "sweep.json", f"in {folder}")
+    draw_sweep(grid, findings, content["verdict"], folder, console)
+    if broken:
+        raise _failed(broken)
+    console.next_command(*_next(recipe, typed, parsed, grid, findings))
+    return content
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _name(grid: Grid) -> str:
+    """The same for the same question, so that a second call finds what the first one left."""
+    varied = "-".join(axis.name for axis in grid.axes) or "seeds"
+    return re.sub(r"[^\w.+=-]+", "-", f"{grid.title}-sweep-{varied}")
+
+
+def _announce(grid: Grid, missing: Sequence[Point], store: Store, options: SweepOptions, console: Console) -> None:
+    """The first screen."""
+    plan, num_points = grid.first.plan, len(grid.points)
+    asked = len(grid.settings) * len(grid.seeds)
+    product = " x ".join(str(len(axis.labels)) for axis in grid.axes if len(axis.labels) > 1)
+    settings = f"{len(grid.settings)} settings" + (f" ({product})" if " x " in product else "")
+    console.rich.print(
+        f"[bold]{escape(grid.title)}[/bold]: sweep of {settings} with {_count(len(grid.seeds), 'seed')} each in the "
+        f"reference driver, {plan.steps:,} batches of {grid.first.batch_shape[0]}",
+        soft_wrap=True,
+    )
+    for axis in grid.axes:
+        _line(console, axis.name, ", ".join(axis.labels))
+    _line(console, "seeds", ", ".join(map(str, grid.seeds)))
+    if asked > num_points:
+        why = "exact modes and single stages depend on no split and no delay: run once, shown everywhere"
+        _line(console, "runs", f"{num_points}, not {asked}", why)
+    outdated = sum(store.outdated(point) for point in missing)
+    there = f"{num_points - len(missing)} of {num_points} are there"
+    there += f", {outdated} more of other code are run again" if outdated else ""
+    _line(console, "to run", f"{len(missing)}", f"{there}; {min(options.num_jobs, max(1, len(missing)))} at a time")
+    _line(console, "folder", str(store.folder.parent))
+
+
+def _line(console: Console, what: str, value: str, why: str = "") -> None:
+    reason = f"  [dim]({escape(why)})[/dim]" if why else ""
+    console.rich.print(f"  {escape(what):<10} {escape(value)}{reason}", soft_wrap=True)
+
+
+def _run(
+    grid: Grid,
+    missing: Sequence[Point],
+    outcomes: dict[str, Outcome],
+    store: Store,
+    options: SweepOptions,
+    console: Console,
+) -> list[tuple[str, Broken]]:
+    """Run the missing points, remember each as it ends; returns those that broke, by name."""
+    broken: list[tuple[str, Broken]] = []
+    names = {
+        point.key: f"{label_of(grid, setting)}, seed {seed}"
+        for setting in reversed(grid.settings)
+        for seed, point in setting.points.items()
+    }
+    ending = contextlib.closing(run_points(missing, options.num_jobs, options.within_s))
+    try:
+        with _progress(console, len(missing)) as advance, ending as ended:
+            for number, (point, said) in enumerate(ended, start=1):
+                if isinstance(said, Broken):
+                    broken.append((names[point.key], said))
+                else:
+                    store.put(point, said)
+                    outcomes[point.key] = said
+                line = f"  {number:>4}/{len(missing)}  {names[point.key]}: {_told(said, METRICS[grid.metric])}"
+                console.rich.print(escape(line), soft_wrap=True)
+                advance()
+    except KeyboardInterrupt:
+        there = f"  {len(outcomes)} of {len(grid.points)} points are there; the same command goes on from here"
+        console.rich.print(there, soft_wrap=True)
+        raise
+    return broken
+
+
+def _told(said: Outcome | Broken, metric: Metric) -> str:
+    """What became of a run, in a few words."""
+    if isinstance(said, Broken):
+        return f"failed: {said.message}"
+    figure = metric.of(said)
+    return f"{metric.said(figure) if figure is not None else f'diverged: {said.diverged}'}, {said.seconds:.1f} s"
+
+
+@contextlib.contextmanager
+def _progress(console: Console, total: int) -> Iterator[Any]:
+    columns = (TextColumn("  points"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = console.rich.is_terminal and total > 0
+    with Progress(*columns, console=console.rich, transient=True, disable=not shown) as progress:
+        task = progress.add_task("points", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _failed(broken: Sequence[tuple[str, Broken]]) -> RunFailed:
+    name, first = broken[0]
+    more = f" ({len(broken)} points failed in all)" if len(broken) > 1 else ""
+    text = f"{name}: {first.message}{more}; the same command runs it again"
+    return RunFailed(text, stage=0, details=first.details)
+
+
+def _content(grid: Grid, findings: Sequence[Finding], command: list[str]) -> dict[str, Any]:
+    """The fields of sweep.json."""
+    return {
+        "schema": SCHEMA,
+        "verdict": verdict_of(grid, findings),
+        "command": command,
+        "environment": environment(),
+        "recipe": grid.title,
+        "metric": grid.metric,
+        "axes": [{"name": axis.name, "values": list(axis.labels)} for axis in grid.axes],
+        "seeds": list(grid.seeds),
+        "settings": findings_json(grid, findings),
+    }
+
+
+def _next(
+    recipe: str, typed: Sequence[str], parsed: Parsed, grid: Grid, findings: Sequence[Finding]
+) -> tuple[str, str]:
+    """What is missing most: the yardstick, more seeds, or a run of the best in real processes."""
+    command = ["freewheel", "sweep", recipe, *typed]
+    if not any(f.setting.backprop for f in findings):
+        if any("mode" in axis.options for axis in grid.axes):
+            command = [re.sub(r"^((?:--vary=)?mode=)", r"\1naive,", argument) for argument in command]
+        else:
+            command += ["--vary", f"mode={parsed.plan.mode},naive"]
+        return shlex.join(command), "beside backpropagation, on the same work"
+    if len(grid.seeds) < 3:
+        return shlex.join(
+            [*_without(command, "--seeds"), "--seeds", "0,1,2"]
+        ), "how much of it is chance; what is there is not run again"
+    best = min((f for f in findings if f.mean is not None), key=_rank, default=findings[0])
+    arguments = arguments_for(recipe, best.setting.wish, left_out=("hop_steps",))
+    seconds = statistics.median(outcome.seconds for f in findings for outcome in f.outcomes.values())
+    return shlex.join(["freewheel", "train", recipe, *arguments]), f"{_why(best)}; here a run took {seconds:.0f} s"
+
+
+def _without(arguments: Sequence[str], option: str) -> Iterator[str]:
+    """The arguments without an option that has one value."""
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == option:
+            next(rest, None)
+        elif not argument.startswith(f"{option}="):
+            yield argument
+
+
+def _rank(finding: Finding) -> tuple[bool, float]:
+    """What is not backpropagation comes first."""
+    assert finding.mean is not None
+    return finding.setting.backprop, finding.mean
+
+
+def _why(finding: Finding) -> str:
+    return "backpropagation in real processes" if finding.setting.backprop else "the best of them in real processes"

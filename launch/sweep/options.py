@@ -1,0 +1,72 @@
+"""The options of ``freewheel sweep`` besides those of the plan and of the recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import tyro
+
+from launch.options import RunOptions
+
+__all__ = ["SweepOptions", "seeds_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(RunOptions):
+    """What to vary, and how to run it."""
+
+    fixed: ClassVar[dict[str, Any]] = {
+        "seed": 0,
+        "balance": "layers",  # the reference driver has no clock to measure layers with
+        "channels": "auto",
+        "deterministic": False,
+        "threads": 1,
+        "spans": True,
+        "emulate": None,
+        "link": None,
+        "stall_after_s": 60.0,
+    }
+
+    vary: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=VALUE,VALUE,...: an option of the plan or of the recipe and its values, e.g. hop-steps=0,1,4; NAME,NAME=...
+    gives several options the same value. Repeatable: all combinations are run."""
+    row: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """'NAME: OPTIONS': options that belong together, under one name, e.g. 'cDNI: --dni.form linear'. Repeatable: every
+    row is run with every combination."""
+    seeds: str = "0,1,2"
+    """Seeds, with commas; everything is run with each of them."""
+    preset: str | None = None
+    """A ready-made sweep; what is given besides comes on top."""
+    jobs: int | None = None
+    """Runs at a time, one process with one thread each; default: as many as there are cores."""
+    metric: Literal["error", "loss"] | None = None
+    """What to compare: held-out error or held-out loss; default: the error where every sample has one answer."""
+    within_s: float = 7200.0
+    """Seconds that a run may take; after that it is ended."""
+
+    @property
+    def num_jobs(self) -> int:
+        """Runs at a time."""
+        return self.jobs or len(os.sched_getaffinity(0))
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work, one sentence each."""
+        yield from super().problems()
+        if self.jobs is not None and self.jobs < 1:
+            yield f"jobs is {self.jobs}: it must be at least 1."
+        if not self.within_s > 0:
+            yield f"within_s is {self.within_s}: it must be a positive number."
+        if seeds_of(self.seeds) is None:
+            yield f"seeds is {self.seeds!r}: give different whole numbers, at least 0, with commas, e.g. 0,1,2."
+
+
+def seeds_of(text: str) -> tuple[int, ...] | None:
+    """The seeds of ``0,1,2``; None: they are none."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        return None
+    seeds = tuple(map(int, parts))
+    return seeds if len(set(seeds)) == len(seeds) else None
