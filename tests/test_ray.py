@@ -67,8 +67,7 @@ def freewheel(arguments: str, cwd: Path, **env: str | None) -> Iterator[Program]
     try:
         yield program
     finally:
-        program.kill()
-        program.process.communicate(timeout=10)
+        program.close()
 
 
 def _ray_variables() -> dict[str, str]:

@@ -21,15 +21,17 @@ from launch.torchrun import _parsed
 from launch.training import resolve_source, run
 from pipeline import Plan, PlanError
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(400)]
 HOST = socket.gethostname()
 
 
 def _failed(program: Torchrun) -> tuple[str, list[str]]:
-    """What a run that failed wrote to stdout, and Freewheel's own lines on stderr; it is over within 10 s from now."""
+    """What a run that failed wrote to stdout, and Freewheel's own lines on stderr. It ends by itself: torchrun kills
+    who has not ended after 30 s, and the limit for a stall is 60 s.
+    """
     start = time.monotonic()
-    status, out, err = program.ended(within_s=30.0)
-    assert time.monotonic() - start < 10, err
+    status, out, err = program.ended()
+    assert time.monotonic() - start < 28, err
     assert status != 0
     return out, [line for line in err.splitlines() if line.startswith("freewheel: ")]
 
@@ -59,8 +61,11 @@ def test_locked_training_equals_local_workers_bit_for_bit(
 
 
 def test_unlocked_training_learns_and_ends_at_its_goal(tmp_path: Path) -> None:
-    """The threads are the plan's, whatever torchrun's OMP_NUM_THREADS; stages are as many as ranks."""
-    typed = "train digits --hidden 128 --until accuracy=0.9 --steps 2000 --threads 2 --name r --runs ."
+    """The threads are the plan's, whatever torchrun's OMP_NUM_THREADS; stages are as many as ranks.
+
+    Without spans: the file that rank 1 then does not write once kept its last word from the driver.
+    """
+    typed = "train digits --hidden 128 --until accuracy=0.9 --steps 2000 --threads 2 --no-spans --name r --runs ."
     with torchrun(typed, tmp_path) as program:
         status, out, err = program.ended()
     assert status == 0, err

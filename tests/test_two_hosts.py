@@ -28,7 +28,7 @@ from launch.rundir import read_spans
 from launch.training import resolve_source, run
 from pipeline import Plan
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_a_failure_on_the_other_host_is_told_on_the_first(what: str, hosts: tupl
         status, _, err = a.ended()
         other = b.ended()
         if what != "an exception":
-            assert time.monotonic() - start < 10
+            assert time.monotonic() - start < 28, "torchrun kills after 30 s"
     assert status != 0
     assert other[0] != 0
     (line,) = [line for line in (err + other[2]).splitlines() if line.startswith("freewheel: ")]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -21,11 +20,12 @@ from typing import Any, cast
 
 from pipeline.errors import PlanError
 from workers import control, records
-from workers.assignment import Assignment
+from workers.assignment import FILES, Assignment
 from workers.clock import now_ns
 from workers.control import Wire
 from workers.rank_worker import RankWorker
 from workers.shared import shared_memory, unlink_all
+from workers.unnamed import UnnamedFile
 
 __all__ = ["DriverGone", "farewell", "serve"]
 
@@ -145,9 +145,12 @@ class _Agent:
         self._wire.send(control.Prepared())
         start = cast(control.Start, self._await(control.Start))
         self.started = True
-        folder = start.run_dir or self._stack.enter_context(tempfile.TemporaryDirectory(prefix="freewheel-"))
-        assignment = replace(assignment, run_dir=Path(folder))
-        self._worker = RankWorker(assignment, sends_files=start.run_dir is None)
+        if start.run_dir is None:
+            unnamed = {what: self._stack.enter_context(contextlib.closing(UnnamedFile())) for what in FILES}
+            assignment = replace(assignment, unnamed=unnamed)
+        else:
+            assignment = replace(assignment, run_dir=Path(start.run_dir))
+        self._worker = RankWorker(assignment)
         self._worker.start()
         self._supervise(self._worker, task.makes_memory)
 

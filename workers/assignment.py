@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,17 @@ from pipeline.recipe import Recipe
 from pipeline.replicas import called, worker_of
 from pipeline.resolve import Resolved
 from workers.gloo import Rendezvous
+from workers.unnamed import UnnamedFile
 
-__all__ = ["Assignment", "Names"]
+__all__ = ["FILES", "Assignment", "Names"]
+
+FILES = {
+    "spans": "spans/stage-{}.npy",
+    "model": "parts/model-{}.safetensors",
+    "optimizer": "parts/optimizer-{}.safetensors",
+    "stacks": "stacks-{}.txt",
+}
+"""What a worker writes, and where in the folder of the run it lies."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +61,11 @@ class Assignment:
         resolved: the run; its cuts carry no loss here, the recipe gives it.
         source: makes the recipe; importable by name, since every worker calls it for itself.
         names: of the shared memory.
-        run_dir: where the worker writes its spans and its part of the weights.
+        run_dir: the folder of the run.
         rendezvous: where workers without common memory meet; None where every channel is in shared memory.
         attach_within_s: how long to look for the others.
         replica: of the pipeline.
+        unnamed: what the worker writes instead of files in that folder, by the names of ``FILES``; None: those.
     """
 
     index: int
@@ -66,6 +76,7 @@ class Assignment:
     rendezvous: Rendezvous | None = None
     attach_within_s: float = 60.0
     replica: int = 0
+    unnamed: Mapping[str, UnnamedFile] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -88,11 +99,11 @@ class Assignment:
         return called(self.plan, self.replica, self.index)
 
     @property
-    def spans_path(self) -> Path:
-        """Where the spans go; those of further replicas beside those of the first."""
-        name = f"stage-{self.index}.npy"
-        return self.run_dir / "spans" / (name if self.replica == 0 else f"replica-{self.replica}-{name}")
-
-    def part_path(self, what: str) -> Path:
-        """Where this stage's tensors go, from replica 0: ``what`` is ``model`` or ``optimizer``."""
-        return self.run_dir / "parts" / f"{what}-{self.index}.safetensors"
+    def files(self) -> dict[str, Path]:
+        """Where the worker writes, by the names of ``FILES``; a further replica beside the first."""
+        if self.unnamed is not None:
+            return {what: file.path for what, file in self.unnamed.items()}
+        paths = {what: self.run_dir / place.format(self.index) for what, place in FILES.items()}
+        if self.replica == 0:
+            return paths
+        return {what: path.with_name(f"replica-{self.replica}-{path.name}") for what, path in paths.items()}

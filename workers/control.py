@@ -113,7 +113,7 @@ class Prepared(msgspec.Struct, tag=True, frozen=True):
 class Start(msgspec.Struct, tag=True, frozen=True):
     """Driver to agent: everybody is prepared, start the worker.
 
-    ``run_dir`` is where it writes; None: into a folder of the agent's own, and the driver gets the files by wire.
+    ``run_dir`` is where it writes; None: into unnamed files on its own host, and the driver gets them by wire.
     """
 
     run_dir: str | None
@@ -137,7 +137,7 @@ class Died(msgspec.Struct, tag=True, frozen=True):
 
 
 class File(msgspec.Struct, tag=True, frozen=True):
-    """A piece of a file that the worker wrote; ``last`` is its last piece."""
+    """A piece of a file that the worker wrote, by its name in ``assignment.FILES``; ``last`` is its last piece."""
 
     what: str
     data: bytes

@@ -22,7 +22,7 @@ from workers.assignment import Assignment
 from workers.bell import Bell
 from workers.board import Board
 from workers.interrupts import Interrupts
-from workers.processes import process_context
+from workers.processes import listener, process_context
 from workers.progress import Progress
 from workers.shared import unlink_all
 from workers.worker import worker_main
@@ -58,12 +58,13 @@ class Crew:
         context = process_context(type(self._assignments[0].source).__module__)
         self._interrupts.__enter__()
         try:
+            socket = listener()
             for assignment in self._assignments:
                 self._bells.append(Bell.attach(assignment.names.bell(assignment.worker), 1.0))
                 mine, theirs = context.Pipe()
                 process = context.Process(
                     target=worker_main,
-                    args=(assignment, theirs),
+                    args=(assignment, theirs, socket),
                     name=assignment.called.replace(", ", "-").replace(" ", "-"),
                 )
                 process.start()
@@ -144,7 +145,7 @@ class Crew:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)  # faulthandler writes the stacks
         plan = self._assignments[0].plan
-        return failures.stalled(self._board, self.pids, patience_s, str(run_dir / "stacks-*.txt"), plan)
+        return failures.stalled(self._board, self.pids, patience_s, str(run_dir / "*stacks-*.txt"), plan)
 
     def _end(self) -> None:
         """Ask, wait a little, then kill: each worker's whole process group, grandchildren included."""
@@ -156,8 +157,10 @@ class Crew:
             process.join(max(0.0, deadline - time.monotonic()))
         for process in self._processes:
             _kill_group(process)
+        for process in self._processes:
             process.join(_GRACE_S)
-            process.close()
+            if process.exitcode is not None:  # else it is killed, and a busy machine has not got round to it
+                process.close()
         for pipe in self._pipes:
             pipe.close()
         for bell in self._bells:

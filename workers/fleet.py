@@ -31,7 +31,6 @@ from workers.board import Status
 from workers.clock import now_ns
 from workers.control import Reception, Wire
 from workers.progress import Progress
-from workers.rank_worker import files_of
 
 __all__ = ["Fleet", "Member"]
 
@@ -206,7 +205,7 @@ class Fleet:
         assert self._resolved is not None, "prepare comes before run"
         places = [divmod(rank, self._resolved.plan.stages) for rank in range(self._world)]
         self._files = [
-            files_of(Assignment(stage, self._resolved, _none, Names(""), run_dir, replica=replica))
+            Assignment(stage, self._resolved, _none, Names(""), run_dir, replica=replica).files
             for replica, stage in places
         ]
         for member in self.members:
@@ -375,7 +374,7 @@ class Fleet:
         while time.monotonic() < end:
             self._hear()
         workers = [(f"pid {member.pid}{self._on(member)}", member.state) for member in self.members]
-        stacks = str(self._files[0]["stacks"].with_name("stacks-*.txt")) if self._files else "none"
+        stacks = str(self._files[0]["stacks"].with_name("*stacks-*.txt")) if self._files else "none"
         assert self._resolved is not None, "nobody is waited for before prepare"
         return failures.nobody_moves(self, workers, patience_s, stacks, self._resolved.plan)
 

@@ -8,9 +8,11 @@ with spawn, the functions a worker runs are imported by name.
 from __future__ import annotations
 
 import multiprocessing
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
-__all__ = ["process_context"]
+__all__ = ["listener", "process_context"]
 
 
 def process_context(*modules: str) -> ForkServerContext:
@@ -24,3 +26,14 @@ def process_context(*modules: str) -> ForkServerContext:
     # torch imports _dynamo when the first optimizer is built, which takes seconds and would be paid by every worker.
     context.set_forkserver_preload(["torch._dynamo", "workers.worker", *modules])
     return context
+
+
+def listener() -> Path | None:
+    """Where this program's fork server listens; starts it. It stays behind when this program is killed.
+
+    Returns:
+        the path of the socket; None: this version of multiprocessing does not tell.
+    """
+    forkserver.ensure_running()
+    address = getattr(forkserver._forkserver, "_forkserver_address", None)
+    return Path(address) if isinstance(address, str) and address.startswith("/") else None

@@ -60,7 +60,8 @@ class SpanRecorder:
         self(Span.OTHER, -1)
         values = np.concatenate([*map(np.asarray, self._full), np.asarray(self._chunk)[: self._position]])
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, values.astype("<i8").view(SPAN_DTYPE), allow_pickle=False)
+        with path.open("wb") as file:
+            np.save(file, values.astype("<i8").view(SPAN_DTYPE), allow_pickle=False)
 
 
 class Pulse:

@@ -13,17 +13,17 @@ import faulthandler
 import os
 import resource
 import signal
-import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from multiprocessing import connection as mp_connection
-from multiprocessing import parent_process
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import Tensor
 
 from pipeline.averaging import averager_of
 from pipeline.errors import StageError
@@ -44,9 +44,9 @@ from workers.board import Board
 from workers.channel import ChannelBroken
 from workers.clock import now_ns
 from workers.emulated import EmulatedStage
+from workers.orphan import ends_with_the_driver
 from workers.ports import Ports, attached
 from workers.recorder import Pulse, SpanRecorder
-from workers.shared import unlink_all
 
 __all__ = ["worker_main"]
 
@@ -60,20 +60,21 @@ class Stopped(Exception):
     """The driver asked the worker to end."""
 
 
-def worker_main(assignment: Assignment, connection: Connection) -> None:
+def worker_main(assignment: Assignment, connection: Connection, listener: Path | None = None) -> None:
     """The life of a worker process. Blocks until the run is over; exits non-zero after a failure.
 
     Args:
         assignment: its part of the run.
         connection: the control pipe to the driver.
+        listener: the socket of the fork server that it comes from.
     """
     os.setsid()  # a group of its own: Ctrl-C reaches the driver only, and the driver can end us with our children
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_the_driver(assignment)
-    stacks = (assignment.run_dir / f"stacks-{assignment.worker}.txt").open("w")
+    stacks = assignment.files["stacks"].open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(assignment.plan.threads)
-    with contextlib.ExitStack() as stack:  # a failure is reported before the channels close: it is seen first
+    # A failure is reported before the channels close: it is seen first.
+    with ends_with_the_driver(assignment, listener), contextlib.ExitStack() as stack:
         try:
             _work(assignment, connection, stack)
         except Stopped:
@@ -111,7 +112,7 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     finally:
         end_ns = now_ns()
         if spans is not None:
-            spans.save(assignment.spans_path)
+            spans.save(assignment.files["spans"])
     report.flush()
     if assignment.replica == 0:
         _save(assignment, stage)
@@ -235,9 +236,21 @@ class _Reporter:
 
 def _save(assignment: Assignment, stage: Stage | EmulatedStage) -> None:
     for what, tensors in (("model", stage.state_tensors()), ("optimizer", stage.optimizer_tensors())):
-        path = assignment.part_path(what)
+        path = assignment.files[what]
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, path)
+        path.write_bytes(save(_apart(tensors)))  # not save_file, which wants to rename a file
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dense tensors that share no memory, as safetensors wants them: copies of those that do."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        alone = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        apart[name] = tensor.detach() if alone else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return apart
 
 
 def _failure(assignment: Assignment, error: BaseException) -> records.Failure:
@@ -253,17 +266,3 @@ def _failure(assignment: Assignment, error: BaseException) -> records.Failure:
         batch=located.batch if located else None,
         replica=assignment.replica,
     )
-
-
-def _end_with_the_driver(assignment: Assignment) -> None:
-    """When the driver dies, this process has nobody to work for, and ends with everything it started."""
-    driver = parent_process()
-    if driver is None:  # not spawned: called directly, in a test
-        return
-
-    def watch() -> None:
-        mp_connection.wait([driver.sentinel])
-        unlink_all(assignment.resolved, assignment.names)
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="driver-watch", daemon=True).start()
