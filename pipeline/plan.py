@@ -70,7 +70,7 @@ class ChannelPlan:
     """Slots of every gradient channel; None: as many as batches can be in flight, so that none is ever dropped."""
     wire_dtype: Literal["bf16"] | None = None
     """Round float32 activations and gradients to this dtype on their way: half the bytes; locked modes are then no
-    longer exact."""
+    longer exact. What replicas average travels as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,8 +316,10 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         yield "mix has an effect with targets mixed only: leave it out, or choose targets mixed."
     if plan.optimizer.momentum and plan.optimizer.rule != "sgd":
         yield f"momentum has no effect with {plan.optimizer.rule}: leave it out, or choose sgd."
-    if plan.stages == 1 and (plan.channels != defaults.channels or plan.channel.wire_dtype is not None):
+    if plan.workers == 1 and (plan.channels != defaults.channels or plan.channel.wire_dtype is not None):
         yield "channels and channel.wire_dtype have no effect with 1 stage, which has no channels: leave them out."
+    elif plan.stages == 1 and plan.channel.wire_dtype is not None:
+        yield "channel.wire_dtype has no effect with 1 stage, as averages travel as they are: leave it out."
     if plan.deterministic and plan.channel.gradient_slots is not None:
         yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
     if plan.deterministic and plan.until is not None:
