@@ -18,11 +18,11 @@ from launch.bench import bench
 from launch.bench_channel import bench_channel, print_rows
 from launch.console import Console
 from launch.environment import environment
-from launch.options import BenchOptions, Parsed, parse, parse_channel
+from launch.options import Parsed, parse, parse_channel
 from launch.over import axis_of, bench_over
 from launch.plots import draw
 from launch.ranks import Rank
-from launch.ray_options import LAUNCHER_OPTIONS, TrainOptions, check_no_launcher
+from launch.ray_options import LAUNCHER_OPTIONS, BenchRunOptions, TrainOptions, check_no_launcher
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
 from launch.site import LOCAL, Site
@@ -150,14 +150,17 @@ def _without(left_out: Sequence[str], arguments: list[str]) -> Iterator[str]:
 
 def _bench(recipe: str, arguments: list[str]) -> int:
     rank = Rank.current()
-    check_no_launcher(arguments, "bench starts all workers on this host by itself: leave it out, or use train.")
     if recipe == "channel":
+        check_no_launcher(arguments, "bench channel measures a hop on this host: leave it out.")
         if rank is not None:
             raise PlanError("bench channel measures a hop on this host: start it without torchrun.")
         return _bench_channel(arguments)
     if rank is not None:
         return torchrun.bench(rank, recipe, arguments, _benched)
-    return _benched(recipe, arguments, parse(recipe, arguments, BenchOptions, "freewheel bench"), LOCAL)
+    parsed = parse(recipe, arguments, BenchRunOptions, "freewheel bench")
+    if parsed.run.launcher == "ray":
+        return ray_launcher.bench(recipe, arguments, parsed, _benched)
+    return _benched(recipe, arguments, parsed, LOCAL)
 
 
 def _benched(recipe: str, arguments: list[str], parsed: Parsed, site: Site) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from launch.quality import LEGEND, quality_table
 from launch.result import Result
-from pipeline.channels import CHANNELS
+from pipeline.channels import CHANNELS, kind_between
 from pipeline.measurements import Measured
 from pipeline.resolve import Resolved
 from workers import records
@@ -164,12 +165,12 @@ def _decisions(resolved: Resolved) -> Iterator[tuple[str, str, str]]:
 
 def _channels(resolved: Resolved) -> tuple[str, str]:
     """What carries the messages and why; cut by cut where that differs."""
-    choices, slots = resolved.channels, f"{resolved.plan.channel.slots} slots"
+    plan, choices, slots = resolved.plan, resolved.channels, f"{resolved.plan.channel.slots} slots"
     mebibytes = needed_bytes(resolved) / 2**20
     memory = f"; {mebibytes:.1f} MiB" if mebibytes else ""
     if not choices:
-        kind = "gloo" if resolved.plan.channels == "auto" and len(set(resolved.hosts)) > 1 else "shm"
-        return CHANNELS[kind], f"between the replicas{memory}"
+        kinds = {kind_between(plan.channels, *pair) for pair in itertools.combinations(resolved.hosts, 2)}
+        return " and ".join(CHANNELS[kind] for kind in sorted(kinds)), f"between the replicas{memory}"
     if len(set(choices)) == 1:
         return f"{CHANNELS[choices[0].kind]}, {slots}", f"{choices[0].why}{memory}"
     cuts = [_cut(resolved, index) for index in range(len(choices))]

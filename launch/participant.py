@@ -28,7 +28,7 @@ from workers import control
 from workers.agent import DriverGone, farewell, serve
 from workers.assignment import Assignment
 from workers.clock import now_ns
-from workers.control import Hello, Task, Wire
+from workers.control import Hello, Status, Task, Wire
 from workers.processes import process_context
 from workers.rank_worker import start_fork_server
 
@@ -49,6 +49,7 @@ def take_part(
     prepare: Prepare,
     call: Callable[[], Wire],
     asked: Callable[[], bool],
+    observe: Callable[[Status], None] | None = None,
 ) -> int:
     """Take part in one benchmark.
 
@@ -59,6 +60,7 @@ def take_part(
         prepare: see ``Prepare``.
         call: connects to the coordinator once more, for one training run.
         asked: whether somebody asked this process to end (SIGINT, SIGTERM).
+        observe: see ``workers.agent.serve``.
 
     Returns:
         the exit status that the coordinator gave.
@@ -71,7 +73,7 @@ def take_part(
     """
     process_context("launch.peers.rank_process", "launch.single")
     start_fork_server()
-    participant = _Participant(wire, hello, parsed, prepare, call, asked)
+    participant = _Participant(wire, hello, parsed, prepare, call, asked, observe)
     try:
         participant.live()
     except _Stop as stop:
@@ -98,10 +100,11 @@ class _Participant:
         prepare: Prepare,
         call: Callable[[], Wire],
         asked: Callable[[], bool],
+        observe: Callable[[Status], None] | None,
     ) -> None:
         self.begun = False
         self._wire, self._hello, self._parsed, self._prepare = wire, hello, parsed, prepare
-        self._call, self._asked = call, asked
+        self._call, self._asked, self._observe = call, asked, observe
         self._rank: RankProcess | None = None
         self._awaited = False  # the rank has not spoken yet
         self._interrupted_at: float | None = None
@@ -157,7 +160,7 @@ class _Participant:
 
     def _train(self, turn: Train) -> None:
         with contextlib.closing(self._call()) as wire:
-            serve(wire, self._hello(), self._prepare(self._told(turn.changes)), self._asked)
+            serve(wire, self._hello(), self._prepare(self._told(turn.changes)), self._asked, self._observe)
 
     def _race(self, turn: Race) -> None:
         told = self._told(turn.changes)

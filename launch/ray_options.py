@@ -1,4 +1,4 @@
-"""The options of ``freewheel train`` that say who starts the workers."""
+"""The options that say who starts the workers, beside those of ``freewheel train`` and ``freewheel bench``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.options import RunOptions
+from launch.options import BenchOptions, RunOptions
 from pipeline import PlanError
 
-__all__ = ["LAUNCHER_OPTIONS", "RayOptions", "TrainOptions", "check_no_launcher", "needs_of"]
+__all__ = ["LAUNCHER_OPTIONS", "BenchRunOptions", "RayOptions", "TrainOptions", "check_no_launcher", "needs_of"]
 
 LAUNCHER_OPTIONS = ("--launcher", "--address", "--ray.")
 """The options that say who starts the workers; the last one is the beginning of several."""
@@ -66,6 +66,17 @@ class TrainOptions(RunOptions):
                 yield "address has no effect with launcher local: add --launcher ray, or leave it out."
             if self.ray != RayOptions():
                 yield "the options of ray have no effect with launcher local: add --launcher ray, or leave them out."
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRunOptions(BenchOptions, TrainOptions):
+    """How to compare, where the runs go, and who starts the workers."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work, one sentence each."""
+        yield from super().problems()
+        if self.launcher == "ray" and self.over_stages:
+            yield "over_stages cannot be had with launcher ray, which reserves one place per stage: leave it out."
 
 
 def needs_of(options: RayOptions, threads: int) -> dict[str, float]:

@@ -71,7 +71,7 @@ class ChannelPlan:
     """Slots of every gradient channel; None: as many as batches can be in flight, so that none is ever dropped."""
     wire_dtype: Literal["bf16"] | None = None
     """Round float32 activations and gradients to this dtype on their way: half the bytes; locked modes are then no
-    longer exact."""
+    longer exact. What replicas average travels as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +329,7 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         yield NoEffect("mix", f"with targets {plan.targets}: leave it out, or choose targets mixed.")
     if plan.optimizer.momentum and plan.optimizer.rule != "sgd":
         yield NoEffect("optimizer.momentum", f"with {plan.optimizer.rule}: leave it out, or choose sgd.")
-    if plan.stages == 1 and plan.channels != defaults.channels:
+    if plan.workers == 1 and plan.channels != defaults.channels:
         yield NoEffect("channels", "with 1 stage, which has no channels: leave it out.")
     if plan.stages == 1 and plan.channel.wire_dtype is not None:
         yield NoEffect("channel.wire_dtype", "with 1 stage, which has no channels: leave it out.")

@@ -236,8 +236,9 @@ def test_a_folder_that_cannot_be_made_is_refused(empty_folder: Path, monkeypatch
         ("train digits --launcher ray --ray.cpus 0", "ray.cpus is 0: it must be more than 0."),
         ("train digits --launcher ray --ray.resources b", "ray.resources has 'b': write NAME=AMOUNT, an amount above "),
         ("train digits --launcher ray --ray.resources GPU=1", "ray.resources has GPU, which is none of a cluster's "),
-        ("bench digits --launcher ray --address=auto", "launcher, address: bench starts all workers on this host by "),
-        ("bench channel --ray.cpus 1", "ray.cpus: bench starts all workers on this host by itself: leave it out, or "),
+        ("bench digits --address=auto", "address has no effect with launcher local: add --launcher ray, or leave it "),
+        ("bench digits --launcher ray --over-stages 3", "over_stages cannot be had with launcher ray, which reserves "),
+        ("bench channel --ray.cpus 1", "ray.cpus: bench channel measures a hop on this host: leave it out."),
     ],
 )
 def test_what_can_be_known_before_a_run_is_said_before_it(command: str, message: str) -> None:

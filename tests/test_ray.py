@@ -125,6 +125,25 @@ def test_threads_are_the_plans_and_what_a_worker_prints_reaches_the_drivers_cons
     assert set(re.findall(r"threads \d+ \S+ \S+", out)) == {"threads 2 2 2"}
 
 
+def test_a_benchmark_runs_its_rows_over_the_actors(tmp_path: Path) -> None:
+    """A mode of ours, and a rival whose ranks are children of the same actors; 14 rows make its search short."""
+    typed = "bench digits --hidden 32 --batch 14 --stages 2 --rows naive ddp torch-1f1b --steps 6 --rounds 1"
+    with freewheel(f"{typed} --launcher ray --address local --runs . --name b", tmp_path) as program:
+        status, _, err = program.ended(within_s=160.0)
+    assert status == 0, err
+    report = json.loads((tmp_path / "b" / "bench.json").read_text())
+    rows = report["rows"]
+    assert [(row["engine"], row["mode"]) for row in rows] == [
+        ("single", "backprop"),
+        ("ddp", "backprop"),
+        ("torch", "1F1B"),
+        ("freewheel", "naive"),
+    ]
+    assert {row["launcher"] for row in rows} == {"ray"}
+    assert all(host.startswith("node ") for host in report["environment"]["hosts"])
+    assert [row["loss"] for row in rows] == pytest.approx([rows[0]["loss"]] * 4, abs=1e-4), "the same batches"
+
+
 def test_an_exception_in_a_stage_travels_whole(tmp_path: Path) -> None:
     typed = f"train {HERE / 'failing.py'} --name r --runs . --launcher ray --address local"
     with freewheel(typed, tmp_path) as program:

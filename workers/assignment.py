@@ -15,8 +15,13 @@ from workers.unnamed import UnnamedFile
 
 __all__ = ["FILES", "Assignment", "Names"]
 
-FILES = ("spans", "model", "optimizer", "stacks")
-"""What a worker writes."""
+FILES = {
+    "spans": "spans/stage-{}.npy",
+    "model": "parts/model-{}.safetensors",
+    "optimizer": "parts/optimizer-{}.safetensors",
+    "stacks": "stacks-{}.txt",
+}
+"""What a worker writes, and where in the folder of the run it lies."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,10 @@ class Assignment:
 
     @property
     def files(self) -> dict[str, Path]:
-        """Where the worker writes, by the names of ``FILES``; its stage's tensors if it is of replica 0."""
+        """Where the worker writes, by the names of ``FILES``; a further replica beside the first."""
         if self.unnamed is not None:
             return {what: file.path for what, file in self.unnamed.items()}
-        ahead = f"replica-{self.replica}-" if self.replica else ""
-        return {
-            "spans": self.run_dir / "spans" / f"{ahead}stage-{self.index}.npy",
-            "model": self.run_dir / "parts" / f"model-{self.index}.safetensors",
-            "optimizer": self.run_dir / "parts" / f"optimizer-{self.index}.safetensors",
-            "stacks": self.run_dir / f"stacks-{self.worker}.txt",
-        }
+        paths = {what: self.run_dir / place.format(self.index) for what, place in FILES.items()}
+        if self.replica == 0:
+            return paths
+        return {what: path.with_name(f"replica-{self.replica}-{path.name}") for what, path in paths.items()}

@@ -145,7 +145,7 @@ class Crew:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)  # faulthandler writes the stacks
         plan = self._assignments[0].plan
-        return failures.stalled(self._board, self.pids, patience_s, str(run_dir / "stacks-*.txt"), plan)
+        return failures.stalled(self._board, self.pids, patience_s, str(run_dir / "*stacks-*.txt"), plan)
 
     def _end(self) -> None:
         """Ask, wait a little, then kill: each worker's whole process group, grandchildren included."""

@@ -374,7 +374,7 @@ class Fleet:
         while time.monotonic() < end:
             self._hear()
         workers = [(f"pid {member.pid}{self._on(member)}", member.state) for member in self.members]
-        stacks = str(self._files[0]["stacks"].with_name("stacks-*.txt")) if self._files else "none"
+        stacks = str(self._files[0]["stacks"].with_name("*stacks-*.txt")) if self._files else "none"
         assert self._resolved is not None, "nobody is waited for before prepare"
         return failures.nobody_moves(self, workers, patience_s, stacks, self._resolved.plan)
 
