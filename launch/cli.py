@@ -27,6 +27,7 @@ from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
 from launch.site import LOCAL, Site
 from launch.sweep.command import sweep
+from launch.tidying import leave
 from launch.training import Launcher, resolve_source, run
 from pipeline import Plan, PlanError, nearest
 from pipeline.resolve import Resolved
@@ -50,7 +51,7 @@ Options of a command with a recipe: freewheel COMMAND RECIPE --help
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
-    sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
+    leave(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _guarded(arguments: list[str]) -> int:

@@ -15,9 +15,9 @@ import logging
 import math
 import os
 import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.ray_agent import Call, StageAgent
+from launch.ray_head import Head, connects
+from launch.tidying import tidied
 from pipeline import PlanError
 
 __all__ = ["NAMESPACE", "Actors", "Cluster", "Gauges", "connected"]
@@ -41,7 +43,9 @@ NAMESPACE = "freewheel"
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _LOOK_EVERY_S = 0.2
 _REACH_WITHIN_S = 5.0
-_BORN_WITHIN_S = 60.0
+_BORN_WITHIN_S = 120.0  # every actor imports torch
+_TIDY_WITHIN_S = 5.0
+_SHUT_DOWN_WITHIN_S = 20.0
 
 
 @contextlib.contextmanager
@@ -71,20 +75,26 @@ def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator
         except (RayError, OSError, RuntimeError, ValueError) as error:
             raise PlanError(f"address {address}: Ray does not take this program: {_first_line(error)}") from error
         try:
-            yield Cluster()
+            with Head(ray.get_runtime_context().gcs_address) as head:
+                yield Cluster(head)
         finally:
-            ray.shutdown()
+            tidied(_SHUT_DOWN_WITHIN_S, ray.shutdown)
 
 
 class Cluster:
     """A connection to Ray.
 
+    Args:
+        head: the cluster's head, looked after.
+
     Attributes:
+        head: as given.
         node_id: id of the node that this process is on.
         host: address of that node, as the others reach it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, head: Head) -> None:
+        self.head = head
         self.node_id: str = ray.get_runtime_context().get_node_id()
         self.host = _own_address()
 
@@ -111,38 +121,39 @@ class Cluster:
             KeyboardInterrupt: this process was asked to end.
 
         Blocks:
-            until all actors live; at most ``within_s`` for room, and 60 s for the processes.
+            until all actors live; at most ``within_s`` for room, and 120 s for the processes.
         """
         group = placement_group([dict(needs)] * stages, strategy=strategy)
         try:
             if not _arrived([group.ready()], within_s, asked):
                 raise PlanError(_no_room(needs, stages, strategy, within_s))
-            actors = Actors(group, needs, stages)
+            actors = Actors(group, needs, stages, self.head)
             try:
                 actors.await_birth(asked)
                 yield actors
             finally:
                 actors.end()
         finally:
-            remove_placement_group(group)
+            tidied(_TIDY_WITHIN_S, partial(remove_placement_group, group))
 
 
 class Actors:
     """One actor per stage.
 
     Attributes:
+        run: what their names, RUN-stage-K, begin with.
         node_ids: id of every stage's node, once `await_birth` has returned.
     """
 
-    def __init__(self, group: PlacementGroup, needs: Mapping[str, float], stages: int) -> None:
-        run = secrets.token_hex(4)
+    def __init__(self, group: PlacementGroup, needs: Mapping[str, float], stages: int, head: Head) -> None:
+        self.run, self._head = secrets.token_hex(4), head
         custom = {name: amount for name, amount in needs.items() if name != "CPU"}
         self.node_ids: list[str] = []
         self._runs: list[Any] = []
         actor: Any = _ACTOR(Stage)
         self._actors = [
             actor.options(
-                name=f"{run}-stage-{stage}",
+                name=f"{self.run}-stage-{stage}",
                 num_cpus=needs["CPU"],
                 resources=custom,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, stage),
@@ -175,11 +186,11 @@ class Actors:
         """What Ray knows about the end of an actor's ``run``; None: that it runs.
 
         Blocks:
-            at most ``within_s``.
+            at most ``within_s``, and as long again where Ray knows nothing because its head is gone.
         """
         ended, _ = ray.wait([self._runs[stage]], timeout=within_s)
         if not ended:
-            return None
+            return self._head.silent(within_s) if within_s else None
         try:
             ray.get(ended)
         except RayError as error:
@@ -187,11 +198,15 @@ class Actors:
         return "its actor has ended"
 
     def end(self) -> None:
-        """End all actors; their workers end with them."""
+        """End all actors; their workers end with them.
+
+        Blocks:
+            at most 15 s.
+        """
         if self._runs:  # those that were told to stop return by themselves
-            ray.wait(self._runs, num_returns=len(self._runs), timeout=_REACH_WITHIN_S)
-        for actor in self._actors:
-            ray.kill(actor)
+            ended = partial(ray.wait, self._runs, num_returns=len(self._runs), timeout=_REACH_WITHIN_S)
+            tidied(_TIDY_WITHIN_S + _REACH_WITHIN_S, ended)
+        tidied(_TIDY_WITHIN_S, lambda: [ray.kill(actor) for actor in self._actors])
 
 
 class Gauges:
@@ -286,14 +301,11 @@ def _reachable(address: str) -> str:
             f"address {address}: no Ray cluster was found: start one (ray start --head), give its HOST:PORT, or "
             f"--address local for a Ray of this run's own. (Ray: {_first_line(error)})"
         ) from error
-    host, _, port = found.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _REACH_WITHIN_S).close()
-    except OSError as error:
+    if (silent := connects(found)) is not None:
         raise PlanError(
-            f"address {address}: no Ray cluster answers at {found} ({error}): is it running, and its port reachable "
+            f"address {address}: no Ray cluster answers at {found} ({silent}): is it running, and its port reachable "
             "from here?"
-        ) from error
+        ) from silent
     return found
 
 
