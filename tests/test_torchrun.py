@@ -162,7 +162,7 @@ def test_a_stopped_worker_is_reported_with_the_stacks_of_the_others(tmp_path: Pa
 
 
 def test_replicas_under_torchrun_equal_local_workers_bit_for_bit(tmp_path: Path) -> None:
-    """Two ranks for two replicas, without a word about stages; the averages travel over gloo, there in shared memory."""
+    """Two ranks for two replicas, without a word about stages; averages over gloo here, in shared memory there."""
     plan = Plan(mode="naive", stages=1, replicas=2, steps=8)
     source = partial(digits, hidden=32)
     local = run(source, resolve_source(source, plan), tmp_path, "local", Console(quiet=True), ["test"])
