@@ -79,7 +79,6 @@ def test_unlocked_training_learns_and_ends_at_its_goal(tmp_path: Path) -> None:
             "--nnodes), or give --stages 2.",
         ),
         ("train digits --sizes 1 2 3", "sizes has 3 numbers for 2 stages: give one number of layers per stage."),
-        ("bench digits", "bench is not there under torchrun yet: start it without torchrun, or run train, "),
     ],
 )
 def test_what_cannot_run_is_said_once_before_anything_starts(arguments: str, message: str, tmp_path: Path) -> None:
