@@ -119,28 +119,28 @@ class Coordinator:
 
     @contextlib.contextmanager
     def started(self, rival: Rival, training: Training, *, ranks: int, threads: int, within_s: float) -> Iterator[Hear]:
-        """See ``launch.peers.Places``."""
-        assert ranks == len(self._hosts), "a rank of a rival per participant"
+        """See ``launch.peers.Places``. Of more participants (replicas) the first ones run the ranks."""
+        assert ranks <= len(self._hosts), "a rank of a rival per participant at most"
         assert isinstance(rival, DDP | TorchSchedule), "what a rank does travels as plain data"
         weights = str(training.weights.resolve()) if training.weights is not None else None
         difference = changes(self._parsed.plan, training.plan)
         how = (training.warmup, training.evaluates, weights, ranks, threads, within_s)
         with Rendezvous.hosted(self._reception.host) as meeting:
-            self._tell(Race(rival, difference, *how, meeting))
+            self._tell(Race(rival, difference, *how, meeting), ranks)
             try:
                 yield self._hear
             except BaseException:
                 with contextlib.suppress(RunFailed, KeyboardInterrupt):  # the first error is the one to tell
-                    self._halt()
+                    self._halt(ranks)
                 raise
-            self._halt()
+            self._halt(ranks)
 
     def _hear(self, within_s: float) -> Mapping[int, Said]:
         return {rank: answer.said for rank, answer in self._answers() if isinstance(answer, RankSaid)}
 
-    def _halt(self) -> None:
-        self._tell(Halt())
-        self._await(Halted, _HALTED_WITHIN_S)
+    def _halt(self, ranks: int) -> None:
+        self._tell(Halt(), ranks)
+        self._await(Halted, _HALTED_WITHIN_S, ranks)
 
     # ------------------------------------------------------------------ the rest of a site
 
@@ -148,8 +148,9 @@ class Coordinator:
         """Raises PlanError where a participant sees another recipe or plan."""
         self._resolved(resolved)
         task = Task(list(resolved.sizes), self._hosts, "", False, None, profile(resolved))
-        self._tell(Agree(task, changes(self._parsed.plan, resolved.plan)))
-        seen = self._await(Seen, _AGREED_WITHIN_S)
+        everybody = len(self._hosts)
+        self._tell(Agree(task, changes(self._parsed.plan, resolved.plan)), everybody)
+        seen = self._await(Seen, _AGREED_WITHIN_S, everybody)
         problems = [
             f"rank {rank} on {self._hosts[rank]}: {text}"
             for rank, answer in sorted(seen.items())
@@ -165,7 +166,7 @@ class Coordinator:
     def _working(self, source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
         """One training run of ours; see ``launch.training.Launcher``."""
         self._resolved(resolved)
-        self._tell(Train(changes(self._parsed.plan, resolved.plan)))
+        self._tell(Train(changes(self._parsed.plan, resolved.plan)), len(self._hosts))
         fleet = self._another()
         try:
             with fleet:
@@ -183,23 +184,24 @@ class Coordinator:
         if self._own is not None:
             self._own.resolved = resolved
 
-    def _tell(self, turn: Turn) -> None:
+    def _tell(self, turn: Turn, ranks: int) -> None:
+        """Tell the first so many participants."""
         content = msgspec.msgpack.encode(turn)
-        for rank in range(len(self._hosts)):
+        for rank in range(ranks):
             self._fleet.note(rank, content)
 
     def _answers(self, patience_s: float = 60.0) -> list[tuple[int, Answer]]:
         """What the participants say; raises and blocks as ``Fleet.attend``."""
         return [(rank, answer_in(content)) for rank, content in self._fleet.attend(patience_s)]
 
-    def _await(self, kind: type[Answer], within_s: float) -> dict[int, Answer]:
-        """An answer of a kind from every participant."""
+    def _await(self, kind: type[Answer], within_s: float, ranks: int) -> dict[int, Answer]:
+        """An answer of a kind from each of the first so many participants."""
         answers: dict[int, Answer] = {}
         end = time.monotonic() + within_s
-        while len(answers) < len(self._hosts):
+        while len(answers) < ranks:
             answers |= {rank: answer for rank, answer in self._answers(within_s) if isinstance(answer, kind)}
             if time.monotonic() > end:
-                missing = next(rank for rank in range(len(self._hosts)) if rank not in answers)
+                missing = next(rank for rank in range(ranks) if rank not in answers)
                 raise RunFailed(
                     f"rank {missing} on {self._hosts[missing]} did not answer within {within_s:.0f} s: look at what "
                     "it printed on its host",

@@ -28,6 +28,7 @@ from pipeline import PlanError
 from pipeline.spans import Span
 from workers.agent import DriverGone, serve
 from workers.control import Hello, Status, called
+from workers.processes import end_fork_server
 from workers.shm import new_prefix
 
 __all__ = ["THREAD_VARIABLES", "Call", "StageAgent"]
@@ -114,6 +115,8 @@ class StageAgent:
             except DriverGone as gone:
                 print(f"freewheel: stage {told.stage} on {self._node}: {gone}", file=sys.stderr)
                 return 1
+            finally:
+                end_fork_server()  # Ray kills actors, and Python then leaves its folder behind
 
     def status(self) -> Mapping[str, Any]:
         """What the stage does now; answers while `run` is busy.

@@ -92,7 +92,7 @@ def bench(recipe: str, arguments: list[str], parsed: Parsed, benched: Benched) -
         return _placed(resolve_source(source, plan), staff.fleet.hosts, options, staff.names)
 
     with _staffed("bench", recipe, arguments, parsed) as staff:
-        another = partial(Fleet, parsed.plan.stages, staff.asked, lost=staff.lost)
+        another = partial(Fleet, parsed.plan.workers, staff.asked, lost=staff.lost)
         coordinator = Coordinator(parsed, staff.fleet, staff.reception, another, memory=staff.memory)
         return benched(recipe, arguments, parsed, coordinator.site("ray", resolve))
 

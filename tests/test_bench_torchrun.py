@@ -65,7 +65,7 @@ def test_a_rank_that_is_killed_while_it_waits_ends_the_benchmark(tmp_path: Path)
     with torchrun(typed, tmp_path) as program:
         program.wait_for("pass 5")
         program.rank(1).kill()
-        status, _, err = program.ended()
+        status, _, err = program.ended(but="pymp-")  # of Python's fork server: no worker is there to remove it
     assert status != 0
     (line,) = [line for line in err.splitlines() if line.startswith("freewheel: ")]
     assert line.startswith("freewheel: stage 1: rank 1 (pid ")

@@ -143,7 +143,7 @@ def _row(mode: str, *rates: float, engine: str = "freewheel", parts: int | None 
 
 
 def _report(*rows: Row, **plan: Any) -> Report:
-    resolved: Any = SimpleNamespace(plan=Plan(steps=40, **plan), steps=40, batch_shape=(128, 64))
+    resolved: Any = SimpleNamespace(plan=Plan(steps=40, **plan), steps=40, batch_shape=(128, 64), step_rows=128)
     environment = {"processor": "Some CPU", "cores": 2}
     return Report("digits", resolved, Path("nowhere"), "", [], environment, list(rows), {})
 

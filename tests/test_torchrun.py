@@ -15,23 +15,19 @@ from safetensors.torch import load_file
 from torchrun_program import HERE, Torchrun, torchrun
 
 from launch.console import Console
-from launch.ranks import Rank
 from launch.recipes.digits import digits
-from launch.torchrun import _parsed
 from launch.training import resolve_source, run
-from pipeline import Plan, PlanError
+from pipeline import Plan
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.processes
 HOST = socket.gethostname()
 
 
 def _failed(program: Torchrun) -> tuple[str, list[str]]:
-    """What a run that failed wrote to stdout, and Freewheel's own lines on stderr. It ends by itself: torchrun kills
-    who has not ended after 30 s, and the limit for a stall is 60 s.
-    """
+    """What a run that failed wrote to stdout, and Freewheel's own lines on stderr; it is over within 10 s from now."""
     start = time.monotonic()
-    status, out, err = program.ended()
-    assert time.monotonic() - start < 28, err
+    status, out, err = program.ended(within_s=30.0)
+    assert time.monotonic() - start < 10, err
     assert status != 0
     return out, [line for line in err.splitlines() if line.startswith("freewheel: ")]
 
@@ -61,11 +57,8 @@ def test_locked_training_equals_local_workers_bit_for_bit(
 
 
 def test_unlocked_training_learns_and_ends_at_its_goal(tmp_path: Path) -> None:
-    """The threads are the plan's, whatever torchrun's OMP_NUM_THREADS; stages are as many as ranks.
-
-    Without spans: the file that rank 1 then does not write once kept its last word from the driver.
-    """
-    typed = "train digits --hidden 128 --until accuracy=0.9 --steps 2000 --threads 2 --no-spans --name r --runs ."
+    """The threads are the plan's, whatever torchrun's OMP_NUM_THREADS; stages are as many as ranks."""
+    typed = "train digits --hidden 128 --until accuracy=0.9 --steps 2000 --threads 2 --name r --runs ."
     with torchrun(typed, tmp_path) as program:
         status, out, err = program.ended()
     assert status == 0, err
@@ -86,9 +79,6 @@ def test_unlocked_training_learns_and_ends_at_its_goal(tmp_path: Path) -> None:
             "--nnodes), or give --stages 2.",
         ),
         ("train digits --sizes 1 2 3", "sizes has 3 numbers for 2 stages: give one number of layers per stage."),
-        ("bench digits --over-stages 2 3", "over_stages cannot be had under torchrun, where every rank runs one stage"),
-        ("bench digits --stages 3", "3 stages for 2 ranks of torchrun: every rank runs one stage; start 3 ranks"),
-        ("bench channel", "bench channel measures a hop on this host: start it without torchrun."),
     ],
 )
 def test_what_cannot_run_is_said_once_before_anything_starts(arguments: str, message: str, tmp_path: Path) -> None:
@@ -100,11 +90,6 @@ def test_what_cannot_run_is_said_once_before_anything_starts(arguments: str, mes
     assert "exitcode  : 2" in err
     assert not out
     assert not list(tmp_path.iterdir())
-
-
-def test_options_of_a_launcher_have_no_place_under_torchrun() -> None:
-    with pytest.raises(PlanError, match=r"^launcher, ray\.cpus: torchrun starts the ranks, one per stage: "):
-        _parsed(Rank(0, 2, 1, "a", 1, ""), "digits", ["--launcher", "ray", "--ray.cpus=2"])
 
 
 def test_a_recipe_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
@@ -176,7 +161,7 @@ def test_a_stopped_worker_is_reported_with_the_stacks_of_the_others(tmp_path: Pa
 
 
 def test_replicas_under_torchrun_equal_local_workers_bit_for_bit(tmp_path: Path) -> None:
-    """Two ranks for two replicas, without a word about stages; averages travel over gloo, there in shared memory."""
+    """Two ranks for two replicas, without a word about stages; averages over gloo here, in shared memory there."""
     plan = Plan(mode="naive", stages=1, replicas=2, steps=8)
     source = partial(digits, hidden=32)
     local = run(source, resolve_source(source, plan), tmp_path, "local", Console(quiet=True), ["test"])
