@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -46,6 +47,7 @@ _REACH_WITHIN_S = 5.0
 _BORN_WITHIN_S = 120.0  # every actor imports torch
 _TIDY_WITHIN_S = 5.0
 _SHUT_DOWN_WITHIN_S = 20.0
+_KILLED_WITHIN_S = 10.0
 
 
 @contextlib.contextmanager
@@ -233,14 +235,22 @@ class Gauges:
 
 
 class Stage:
-    """`StageAgent` as an actor: ``run`` keeps one thread, control methods have two of their own."""
+    """`StageAgent` as an actor: ``run`` keeps one thread, control methods have two of their own.
+
+    The driver kills it when its run is over. Without the cluster's head nobody can, so it then ends by itself.
+    """
 
     def __init__(self) -> None:
         node_id: str = ray.get_runtime_context().get_node_id()
         self._agent = StageAgent(f"node {node_id[:8]} ({_own_address()})", node_id)
 
     def run(self, call: bytes) -> int:
-        return self._agent.run(call)
+        try:
+            return self._agent.run(call)
+        finally:
+            end = threading.Timer(_KILLED_WITHIN_S, os._exit, (0,))
+            end.daemon = True
+            end.start()
 
     @ray.method(concurrency_group="control")
     def status(self) -> Mapping[str, Any]:

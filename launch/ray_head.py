@@ -1,7 +1,7 @@
 """The head node of a Ray cluster, as its users see it from outside: does it still take connections?
 
 Training needs no head. But Ray ends every program and every actor that is connected to a cluster, without a word, once
-the head has been gone for 60 s. So a run says before that why it ends.
+the head has been gone for 60 s, and its own calls hang until then. So a run says before that why it ends.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Self
 
 __all__ = ["Head", "connects"]
 
-_LOOK_EVERY_S = 5.0
-_PATIENCE_S = 20.0
+_LOOK_EVERY_S = 1.0
+_PATIENCE_S = 10.0
 _CONNECT_WITHIN_S = 5.0
+_REMEDY = "look whether the head node is up, and into gcs_server.out of its session; then start Ray and the run again"
 
 
 def connects(address: str, within_s: float = _CONNECT_WITHIN_S) -> OSError | None:
@@ -48,10 +49,9 @@ class Head:
         silent = self._silent
         if silent is None or time.monotonic() - silent[0] < self._patience_s:
             return None
-        return (
-            f"{self._said(silent[1])} for {time.monotonic() - silent[0]:.0f} s, and Ray ends whatever is connected to "
-            "it after 60 s: look whether the head node is up, and into gcs_server.out of its session"
-        )
+        since_s = time.monotonic() - silent[0]
+        why = f"{self._said(silent[1])}, for {since_s:.0f} s now, and Ray ends whatever is connected to it after 60 s"
+        return f"{why}: {_REMEDY}"
 
     def silent(self, within_s: float) -> str | None:
         """That it does not answer right now, if so. Blocks at most ``within_s``."""

@@ -48,7 +48,7 @@ from ray.exceptions import RayError  # noqa: E402
 
 from launch import ray_cluster  # noqa: E402
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 _ENDLESS = f"train {HERE / 'endless.py'} --mode naive --name r --runs . --launcher ray"
 _FORGET: dict[str, str | None] = dict.fromkeys(
     ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
@@ -203,6 +203,8 @@ def token() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="fw") as temp:
         path = os.pathsep.join([str(HERE.parent), str(HERE)])  # the nodes' own, as of an installation
         given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "FREEWHEEL_NODES": token[:8]}
+        # A node would start an idle Python for each of its CPUs as soon as a driver comes.
+        given |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
         for name, value in {**given, "PYTHONPATH": path, "TMPDIR": temp}.items():
             patch.setenv(name, value)
         reset_auth_token_state()
@@ -212,13 +214,22 @@ def token() -> Iterator[None]:
 
 @contextmanager
 def _nodes(head_cpus: int, others: int) -> Iterator[Nodes]:
+    before = _of_ray()
     nodes = Nodes(head_cpus, others)
-    before = {p for p in psutil.Process().children(recursive=True) if "ray" in p.name()}
+    started = _of_ray() - before
     try:
         yield nodes
     finally:
         nodes.cluster.shutdown()
-    assert not psutil.wait_procs(before, timeout=60)[1]
+        for process in started:  # Ray's own, which wait for a killed head for a minute
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert not psutil.wait_procs(started, timeout=60)[1]
+
+
+def _of_ray() -> set[psutil.Process]:
+    """What Ray has started on behalf of this process."""
+    return {process for process in psutil.Process().children(recursive=True) if "ray" in process.name()}
 
 
 @pytest.fixture(scope="module")
@@ -327,20 +338,6 @@ def test_who_is_killed_is_named(kill: Callable[[Nodes, Path], None], nodes: Node
         nodes.add()
 
 
-def test_a_lost_head_ends_the_run_with_one_message(token: None, tmp_path: Path) -> None:
-    """A stage is on the head node. Ray's own calls then hang, and Ray would end the driver after a minute."""
-    with _nodes(1, 1) as doomed:
-        with endless(doomed, tmp_path) as program:
-            doomed.cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
-            status, _, err = program.ended()
-        assert status == 1, err
-        (line,) = [line for line in err.splitlines() if line.startswith("freewheel: ")]
-        silent = f"the Ray cluster's head at {doomed.cluster.address} does not answer ("
-        assert re.match(rf"freewheel: stage \d: rank \d \(.*\) is gone without a word \({re.escape(silent)}", line), err
-        assert (tmp_path / "r" / "failure.txt").read_text().startswith(line.removeprefix("freewheel: "))
-    doomed.assert_nothing_left()
-
-
 def test_actors_of_a_killed_driver_end(nodes: Nodes, tmp_path: Path) -> None:
     with endless(nodes, tmp_path) as program:
         assert nodes.started()
@@ -408,6 +405,40 @@ def test_a_cluster_that_demands_a_token_refuses_who_has_none(nodes: Nodes, tmp_p
     assert not (tmp_path / "r").exists(), "nothing was begun"
 
 
+# ---------------------------------------------------------------- the head
+
+
+def test_a_run_ends_with_one_message_when_only_the_heads_service_dies(nodes: Nodes, tmp_path: Path) -> None:
+    """All stages could go on, but Ray would end driver and actors after a minute, without a word.
+
+    The last test with these nodes: nothing can be asked of them any more.
+    """
+    address = nodes.cluster.address  # Ray forgets it
+    with endless(nodes, tmp_path) as program:
+        nodes.cluster.head_node.kill_gcs_server(check_alive=False)
+        status, _, err = program.ended()
+    assert status == 1, err
+    (line,) = [line for line in err.splitlines() if line.startswith("freewheel: ")]
+    silent = re.escape(f"the Ray cluster's head at {address} does not answer ([Errno 111] ")
+    assert re.match(rf"freewheel: {silent}.*, for \d+ s now, and Ray ends .*: look whether the head node is", line), err
+    assert (tmp_path / "r" / "failure.txt").read_text().startswith(line.removeprefix("freewheel: "))
+    nodes.assert_nothing_left()
+
+
+def test_a_lost_head_ends_the_run_with_one_message(token: None, tmp_path: Path) -> None:
+    """A stage is on the head node. Ray's own calls then hang, and Ray would end the driver after a minute."""
+    with _nodes(1, 1) as doomed:
+        with endless(doomed, tmp_path) as program:
+            doomed.cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+            status, _, err = program.ended()
+        assert status == 1, err
+        (line,) = [line for line in err.splitlines() if line.startswith("freewheel: ")]
+        silent = f"the Ray cluster's head at {doomed.cluster.address} does not answer ("
+        assert re.match(rf"freewheel: stage \d: rank \d \(.*\) is gone without a word \({re.escape(silent)}", line), err
+        assert (tmp_path / "r" / "failure.txt").read_text().startswith(line.removeprefix("freewheel: "))
+    doomed.assert_nothing_left()
+
+
 # ---------------------------------------------------------------- metrics, and jobs
 
 
@@ -442,7 +473,7 @@ def test_a_submitted_job_trains_a_recipe_of_its_working_folder(tmp_path: Path, m
         command = f"{sys.executable} -m launch train ray_threads.py --launcher ray --name j --runs {tmp_path}".split()
         submit = ["job", "submit", "--address", f"http://{cluster.head_node.webui_url}", "--working-dir", str(folder)]
         ray_command = [sys.executable, "-m", "ray.scripts.scripts", *submit, "--", *command]
-        ended = subprocess.run(ray_command, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(ray_command, capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert "ray_threads: naive, 2 stages" in ended.stdout
     finally:

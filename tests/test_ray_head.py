@@ -28,7 +28,7 @@ def test_a_head_that_is_silent_for_too_long_is_a_problem() -> None:
     assert patient.problem() is None, "it may be started anew"
     problem = impatient.problem()
     assert problem is not None
-    assert problem.startswith(f"{silent} for 0 s, and Ray ends whatever is connected to it after 60 s: look whether ")
+    assert problem.startswith(f"{silent}, for 0 s now, and Ray ends whatever is connected to it after 60 s: look ")
     assert patient.silent(1.0) == silent
     with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
         impatient.look()
