@@ -71,7 +71,7 @@ def take_part(
     Blocks:
         until the coordinator ends the benchmark or is gone; 900 s for the next turn.
     """
-    process_context("launch.peers.rank_process", "launch.single")
+    process_context("launch.peers.rank_process", "launch.single", "torch.distributed.pipelining")
     start_fork_server()
     participant = _Participant(wire, hello, parsed, prepare, call, asked, observe)
     try:

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -90,6 +91,16 @@ def starts_nothing(starts_no_run: None, empty_folder: Path) -> Iterator[None]:
     """No folder is made either."""
     yield
     assert not (empty_folder / "runs").exists()
+
+
+@pytest.mark.processes
+def test_the_command_starts_without_what_is_slow_to_import() -> None:
+    """Torch's compiler alone, which the rivals' schedules bring along, once cost every command, rank and actor 2 s."""
+    slow = "'torch._dynamo', 'torch.distributed.pipelining', 'sympy', 'sklearn', 'matplotlib', 'ray'"
+    code = f"import sys, launch.cli, launch.ray_agent; print(sorted({{{slow}}} & sys.modules.keys()))"
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 # ---------------------------------------------------------------- wrong use
