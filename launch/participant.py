@@ -160,7 +160,8 @@ class _Participant:
 
     def _train(self, turn: Train) -> None:
         with contextlib.closing(self._call()) as wire:
-            serve(wire, self._hello(), self._prepare(self._told(turn.changes)), self._asked, self._observe)
+            prepare = self._prepare(self._told(turn.changes))
+            serve(wire, self._hello(), prepare, self._asked, self._observe, last=False)
 
     def _race(self, turn: Race) -> None:
         told = self._told(turn.changes)

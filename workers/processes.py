@@ -14,7 +14,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-__all__ = ["end_fork_server", "listener", "process_context", "remove_listener"]
+__all__ = ["end_fork_server", "forget_fork_server", "listener", "process_context", "remove_listener"]
 
 
 def process_context(*modules: str) -> ForkServerContext:
@@ -50,14 +50,22 @@ def remove_listener(listener: Path) -> None:
         listener.parent.rmdir()
 
 
+def forget_fork_server() -> None:
+    """Remove multiprocessing's folder with the socket of this program's fork server, as Python does at exit: for
+    programs that somebody may kill before. No process comes from that server any more.
+    """
+    for finalizer in list(getattr(util, "_finalizer_registry", {}).values()):
+        if getattr(finalizer, "_callback", None) is getattr(util, "_remove_temp_dir", util):
+            finalizer()
+
+
 def end_fork_server() -> None:
-    """End this program's fork server and remove its folder, as Python does at exit: for programs that somebody kills.
+    """Remove its folder, and end this program's fork server.
 
     Blocks:
         until the server is gone; it has nothing to do but to end, once no worker is there.
     """
+    forget_fork_server()
     server: Any = forkserver._forkserver
-    with contextlib.suppress(FileNotFoundError):  # the server has removed its socket
+    with contextlib.suppress(FileNotFoundError):  # it would remove the socket
         server._stop()
-    finalizers: Any = util
-    finalizers._run_finalizers()

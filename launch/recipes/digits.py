@@ -70,9 +70,7 @@ def _table() -> Float64[np.ndarray, "rows 65"]:
     except ValueError:  # somebody has put something else in its place
         package = None
     if package is None or package.origin is None:
-        raise PlanError(
-            "the digits come with scikit-learn, which is not installed: pip install 'freewheel[digits]'."
-        )
+        raise PlanError("the digits come with scikit-learn, which is not installed: pip install 'freewheel[digits]'.")
     file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     try:
         return np.loadtxt(file, delimiter=",")
