@@ -42,6 +42,7 @@ __all__ = ["NAMESPACE", "Actors", "Cluster", "Gauges", "connected"]
 NAMESPACE = "freewheel"
 """Ray namespace of our actors, which are called RUN-stage-K."""
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_NICENESS = "RAY_worker_niceness"
 _LOOK_EVERY_S = 0.2
 _REACH_WITHIN_S = 5.0
 _BORN_WITHIN_S = 120.0  # every actor imports torch
@@ -56,7 +57,8 @@ def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator
 
     How to authenticate is set explicitly meanwhile, as Ray would otherwise decide by itself and leave it set: as
     ``RAY_AUTH_MODE`` says if it is set; else with a token of this run's own for a local Ray, and for another with the
-    user's token if there is one.
+    user's token if there is one. The actors of a local Ray are no nicer than this program, as local workers are not,
+    unless ``RAY_worker_niceness`` says so; Ray's own default, 15, leaves them what nobody else wants.
 
     Args:
         address: ``auto``, ``local`` or HOST:PORT.
@@ -70,7 +72,7 @@ def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator
         until connected; 5 s where nobody answers. Ray's own start takes seconds.
     """
     local = address == "local"
-    with _environment(own_token=local):
+    with _environment(own=local):
         where = _own(needs, stages) if local else {"address": _reachable(address)}
         try:
             ray.init(**where, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=True)
@@ -270,11 +272,16 @@ def _own_address() -> str:
 
 
 @contextlib.contextmanager
-def _environment(*, own_token: bool) -> Iterator[None]:
-    """Set how to authenticate explicitly, and put back every variable of Ray's, which it changes on its own too."""
+def _environment(*, own: bool) -> Iterator[None]:
+    """Set how to authenticate explicitly, and put back every variable of Ray's, which it changes on its own too.
+
+    ``own``: for a Ray of this run's own.
+    """
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    if own:
+        os.environ.setdefault(_NICENESS, "0")
     if _MODE not in before:
-        if own_token:
+        if own:
             os.environ[_TOKEN] = secrets.token_hex(32)
             os.environ.pop(_TOKEN_PATH, None)
         sources = os.environ.get(_TOKEN), os.environ.get(_TOKEN_PATH), (Path.home() / ".ray" / "auth_token").exists()

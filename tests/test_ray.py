@@ -122,6 +122,7 @@ def test_variables_of_ray_are_set_explicitly_and_put_back(monkeypatch: pytest.Mo
     with ray_cluster.connected("local", {"CPU": 1.0}, 1) as cluster:
         assert os.environ["RAY_AUTH_MODE"] == "token"
         assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+        assert _ray_variables()["RAY_worker_niceness"] == "0", "as of local workers"
         assert cluster.node_id
     assert _ray_variables() == before
     left = set(psutil.Process().children(recursive=True)) - set(children)
@@ -203,8 +204,10 @@ def token() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="fw") as temp:
         path = os.pathsep.join([str(HERE.parent), str(HERE)])  # the nodes' own, as of an installation
         given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "FREEWHEEL_NODES": token[:8]}
-        # A node would start an idle Python for each of its CPUs as soon as a driver comes.
+        # A node would start an idle Python for each of its CPUs as soon as a driver comes, and give actors what others
+        # leave of a busy machine (niceness 15).
         given |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
+        given |= {"RAY_worker_niceness": "0"}
         for name, value in {**given, "PYTHONPATH": path, "TMPDIR": temp}.items():
             patch.setenv(name, value)
         reset_auth_token_state()

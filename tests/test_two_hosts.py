@@ -126,6 +126,7 @@ _RAY_PORT = 29519
 def _ray_on_both(hosts: tuple[Host, Host], folder: Path) -> Iterator[dict[str, str | None]]:
     """Ray's head on host a and a node on host b, a CPU each, which demand a token; gives a driver's environment."""
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ADDRESS": None}
+    env |= {"RAY_worker_niceness": "0", "RAY_prestart_worker_first_driver": "0"}  # as in test_ray
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
     start += ["--object-store-memory=80000000"]
     where = f"{hosts[0].address}:{_RAY_PORT}"
