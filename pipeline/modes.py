@@ -21,6 +21,7 @@ class Mode:
             of a loss of its own.
         exact: equals single-process training over the same microbatches.
         cuts_batches: works on microbatches.
+        timed: what is learned depends on when messages arrive; else their order alone decides, whatever the delays.
         stashes: several batches are open at once while weights change: the backward pass needs the weights of its
             forward pass.
         says: one line for the user.
@@ -30,6 +31,7 @@ class Mode:
     gradient: Literal["true", "synthetic", "local"] = "true"
     exact: bool = True
     cuts_batches: bool = False
+    timed: bool = False
     stashes: bool = False
     says: str
 
@@ -45,7 +47,11 @@ MODES: dict[str, Mode] = {
         policy=policies.unlocked, gradient="local", exact=False, says="every stage has a loss of its own, no gradients"
     ),
     "unlocked": Mode(
-        policy=policies.unlocked, gradient="synthetic", exact=False, says="updates at once from synthetic gradients"
+        policy=policies.unlocked,
+        gradient="synthetic",
+        exact=False,
+        timed=True,
+        says="updates at once from synthetic gradients",
     ),
 }
 """Modes by name."""

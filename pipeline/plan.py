@@ -38,6 +38,8 @@ class OptimizerPlan:
     """Momentum of sgd; other optimizers refuse it."""
     weight_decay: float = 0.0
     """Weight decay (L2 for sgd and adam, decoupled for adamw)."""
+    clip: float | None = None
+    """Scale a stage's gradient, true or synthetic, down to this norm; the norm is the stage's, so the split matters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,9 @@ class Plan:
     """Who may update when: naive, gpipe, 1f1b (locked, exact), async-1f1b, local, or unlocked."""
     microbatches: int = 1
     """Modes gpipe and 1f1b: into how many microbatches a batch is cut."""
+    in_flight: Literal["stages", "full"] = "stages"
+    """Mode async-1f1b: open batches of stage 0, as many as stages, which waits where hops are slow (hop_steps), or as
+    many as keep every stage busy, whose gradients are older."""
     steps: int | None = None
     """Training batches; None: what the recipe suggests."""
     seed: int = 0
@@ -125,6 +130,8 @@ class Plan:
     a copy of its weights and a second backward pass for such a batch."""
     until: str | None = None
     """End the run when held-out data shows accuracy=0.98 (at least) or loss=1.9 (at most); steps is then the most."""
+    guard: bool = True
+    """End a run whose loss, gradients or DNIs run away; what is not finite always ends it."""
     threads: int = 1
     """Compute threads of each worker."""
     spans: bool = True
@@ -229,6 +236,7 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
         (plan.dni.form, DNI_FORMS, "DNI form"),
         (plan.optimizer.rule, OPTIMIZERS, "optimizer"),
         (plan.balance, ("time", "layers"), "balance"),
+        (plan.in_flight, ("stages", "full"), "in_flight"),
         (plan.channels, ("auto", *CHANNELS), "channels"),
         (plan.channel.wire_dtype or "bf16", tuple(WIRE_DTYPES), "wire dtype"),
     ):
@@ -268,6 +276,8 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
     ):
         if not (_is_number(number) and number > 0):
             yield f"{name} is {number}: it must be a positive number."
+    if plan.optimizer.clip is not None and not (_is_number(plan.optimizer.clip) and plan.optimizer.clip > 0):
+        yield f"optimizer.clip is {plan.optimizer.clip}: it must be a positive number, or None."
     if not (_is_number(plan.dni.rows) and 0 < plan.dni.rows <= 1):
         yield f"dni.rows is {plan.dni.rows}: give the fraction of the rows to train on, in (0, 1]."
     if not (_is_number(plan.update_probability) and 0 < plan.update_probability <= 1):
@@ -286,6 +296,8 @@ def _without_effect(plan: Plan) -> Iterator[str]:
     mode = MODES.get(plan.mode)
     if mode is not None and not mode.cuts_batches and plan.microbatches != 1:
         yield NoEffect("microbatches", f"with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b.")
+    if plan.in_flight != defaults.in_flight and (plan.mode != "async-1f1b" or not plan.hop_steps):
+        yield NoEffect("in_flight", "but in mode async-1f1b with hop_steps: leave it out.")
     if mode is not None and mode.gradient != "synthetic":
         for name in (
             "targets",

@@ -14,7 +14,7 @@ Locked: a stage steps only after the true gradients of the whole batch came back
 Not locked: a stage steps as soon as it can, batch after batch.
 
     async-1f1b  k=0  F0 F1 .  B0 F2 B1 F3 B2 F4 B3    whole batches; the step of b lands after the forwards of b + 1 ...
-                k=1  .  F0 B0 F1 B1 F2 B2 F3 B3 F4
+                k=1  .  F0 B0 F1 B1 F2 B2 F3 B3 F4    slow hops make it wait, or more open batches its gradients old
     unlocked    k=0  F0 U0 F1 U1 L0 F2 U2 L1 F3 U3    U = update from the synthetic gradient, L = learn
                 k=1  .  F0 U0 F1 U1 F2 U2 F3 U3       the last stage has the loss
     at random   k=0  F0 S0 F1 U1 L0 F2 S2 L1 F3 U3    S = no update from this batch: it is only passed on
@@ -55,6 +55,7 @@ class View(NamedTuple):
         ended: nothing more will come from below.
         actions: actions taken so far.
         updates: the stage updates from its oldest open batch; else it was only passed on.
+        ahead: async-1f1b: batches that may be open besides one; None: as many as there are stages above.
     """
 
     stages_above: int = 1
@@ -67,6 +68,7 @@ class View(NamedTuple):
     ended: bool = False
     actions: int = 0
     updates: bool = True
+    ahead: int | None = None
 
     @property
     def open(self) -> int:
@@ -109,7 +111,7 @@ def one_f_one_b(view: View) -> Action:
 
 def async_1f1b(view: View) -> Action:
     """Not locked: at most K - k open batches, no flush between them (Narayanan et al. 2019, PipeDream, section 3)."""
-    full = view.open > view.stages_above
+    full = view.open > (view.stages_above if view.ahead is None else view.ahead)
     return view.backward_if_possible if full or (view.ended and view.open) else view.forward_if_possible
 
 

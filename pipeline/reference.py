@@ -247,9 +247,16 @@ def _connect(
             above=None if stage.last else ups[k],
             down=None if stage.last else downs[k],
             up=None if k == 0 else ups[k - 1],
+            ahead=_round_trips(plan, k, hop, costs) if plan.in_flight == "full" else None,
         )
         for k, stage in enumerate(stages)
     ]
+
+
+def _round_trips(plan: Plan, k: int, hop: int, costs: Costs) -> int:
+    """Batches that stage k begins while one goes to the last stage and comes back: a step a stage, two hops a cut."""
+    step = costs.forward + costs.backward
+    return (plan.stages - 1 - k) * -(-(step + 2 * hop) // step)
 
 
 class _Phantom:

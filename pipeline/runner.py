@@ -74,6 +74,7 @@ class Runner:
         above: gradients from the stage above; None for the last stage.
         down: activations to the stage above; None for the last stage.
         up: gradients to the stage below; None for the first stage.
+        ahead: how many batches async-1f1b may have open besides one; None: as many as there are stages above.
         record: told what the worker turns to.
         on_loss: last stage: called with (batch, training loss).
         on_scores: last stage: called with (number of updates, scores of a pass over the held-out batches).
@@ -92,6 +93,7 @@ class Runner:
     above: Inlet | None = None
     down: Outlet | None = None
     up: Outlet | None = None
+    ahead: int | None = None
     record: Recorder = silent
     on_loss: Callable[[int, float], None] = field(default=lambda batch, loss: None)
     on_scores: Callable[[int, Scores], None] = field(default=lambda updates, scores: None)
@@ -137,6 +139,7 @@ class Runner:
             ended=self._ended_below,
             actions=self.actions,
             updates=self.stage.updates(self.updated),
+            ahead=self.ahead,
         )
 
     def perform(self, action: Action) -> None:

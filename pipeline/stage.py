@@ -14,7 +14,6 @@ flight) and keeps that graph; the gradients found there are applied to the real 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -26,6 +25,7 @@ from torch.func import functional_call
 from pipeline.cut import Cut
 from pipeline.dni import DNI, build_dni, training_window
 from pipeline.errors import StageError
+from pipeline.guards import Guard
 from pipeline.local_loss import LocalLoss
 from pipeline.optimizers import build_optimizer
 from pipeline.partition import Layer
@@ -110,6 +110,7 @@ class Stage:
         self._samples: dict[int, _Sample] = {}
         self._true_gradient: Tensor | None = None
         self.scores = Scores()
+        self._guard = Guard(self.plan, self.index, self.layers, self.cut)
 
     # ------------------------------------------------------------------ one training batch
 
@@ -136,7 +137,9 @@ class Stage:
         sampled = self._flow.samples(batch) and self.index > 0
         if x.is_floating_point() and (sampled or self._flow.at_update(batch) or self._flow.relays(batch)):
             leaf.requires_grad_()
-        h, leaves = self._run(batch * self.plan.microbatches + microbatch, x, stash, enter)
+        seeded = batch * self.plan.microbatches + microbatch
+        h, leaves = self._run(seeded, x, stash, enter)
+        self._guard.activation(batch, seeded, x, h.detach())
         self._kept[batch, microbatch] = _Kept(leaf, h, labels, samples, leaves)
         return h.detach()
 
@@ -147,7 +150,10 @@ class Stage:
         self.record(Span.DNI, batch)
         kept, source = self._kept[batch, 0], self.dni or self.local
         assert source is not None, "a stage that updates at once has something to update from"
-        kept.synthetic = source.predict(kept.h.detach(), kept.labels)
+        try:
+            kept.synthetic = source.predict(kept.h.detach(), kept.labels)
+        except Exception as error:
+            raise self._error(error, "DNI" if self.dni else None, batch) from error
         return kept.synthetic
 
     def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
@@ -167,10 +173,9 @@ class Stage:
             if self.last:
                 output = self.recipe.loss(kept.h, kept.labels) / self.plan.microbatches
                 kept.loss = float(output.detach())
-                if not math.isfinite(kept.loss):
-                    raise FloatingPointError(
-                        f"the loss is {kept.loss}: lower the learning rate, or look at the inputs of this batch"
-                    )
+                self._guard.loss(batch, kept.loss * self.plan.microbatches)
+            elif gradient is not None and self._flow.mode.gradient == "true":
+                self._guard.true_gradient(batch, gradient)
             relays_later, sampled = self._flow.relays(batch), self._flow.samples(batch)
             sends_now = kept.x.requires_grad and self._flow.at_update(batch)
             if microbatch == 0 and self.optimizer is not None:
@@ -178,11 +183,14 @@ class Stage:
             inputs = kept.leaves if relays_later else None  # the gradient of x comes later, in learn
             if output.requires_grad and inputs != []:
                 torch.autograd.backward(output, gradient, retain_graph=relays_later or sampled, inputs=inputs)
+        except StageError:
+            raise
         except Exception as error:
             raise self._error(error, None, batch) from error
         below, kept.x.grad = kept.x.grad, None
         if self._flow.stashes(batch):
             self._take_gradients(kept.leaves)
+        self._guard.gradients(batch, below)
         if sampled:
             self._keep_for_judgement(batch, kept, below)
         self._keep_for_target(batch, microbatch, relays_later)
@@ -235,7 +243,12 @@ class Stage:
             del self._kept[older]
         kept = self._kept.pop((batch, 0))
         try:
+            if self._flow.true_targets:
+                self._guard.true_gradient(batch, gradient)
+            self._guard.target(batch, self.dni, kept.h.detach(), kept.labels, gradient)
             self.dni.learn(kept.h.detach(), kept.labels, gradient, batch)
+        except StageError:
+            raise
         except Exception as error:
             raise self._error(error, "DNI", batch) from error
         if not self._flow.relays(batch):
@@ -246,6 +259,7 @@ class Stage:
             gradient = torch.lerp(kept.synthetic, gradient, self.plan.mix)
         keep = self._flow.samples(batch)
         (relayed,) = torch.autograd.grad(kept.h, [kept.x], gradient, allow_unused=True, retain_graph=keep)
+        self._guard.gradient_below(batch, relayed)
         return (relayed if relayed is not None else torch.zeros_like(kept.x))[kept.samples]
 
     def true_gradient(self) -> Tensor | None:
@@ -370,7 +384,8 @@ class Stage:
             self._true_gradient = below if below is not None else torch.zeros_like(kept.x)
             return
         assert kept.synthetic is not None, "a stage below the last one updates from its DNI"
-        gradients = [parameter.grad for parameter in self._parameters]
+        clips = self.plan.optimizer.clip is not None  # in place, before the step: these are compared unclipped
+        gradients = [p.grad.clone() if clips and p.grad is not None else p.grad for p in self._parameters]
         self._samples[batch] = _Sample(kept.x, kept.h, kept.leaves, kept.synthetic, gradients)
 
     def _keep_for_target(self, batch: int, microbatch: int, relays_later: bool) -> None:

@@ -65,6 +65,11 @@ class Flow:
         return between and self.plan.unlocked and self.plan.targets != "bootstrap" and self._flows(batch)
 
     @property
+    def true_targets(self) -> bool:
+        """Whether what this stage's DNI learns from is the gradient of the loss, not (partly) of another DNI."""
+        return self.plan.targets == "true" or self.index == self.plan.stages - 2
+
+    @property
     def window_suffices(self) -> bool:
         """Whether the stage below only trains its DNI on what it gets from this one, and passes nothing on."""
         return self.plan.unlocked and (self.index == 1 or self.plan.targets == "bootstrap")

@@ -153,6 +153,10 @@ def test_a_locked_mode_refuses_what_only_unlocking_uses(option: dict[str, Any]) 
             "true_every has no effect with targets bootstrap: leave it out, or choose targets true or mixed.",
         ),
         (
+            Plan(mode="async-1f1b", in_flight="full"),
+            "in_flight has no effect but in mode async-1f1b with hop_steps: leave it out.",
+        ),
+        (
             Plan(targets="true", mix=0.25),
             "mix has no effect with targets true: leave it out, or choose targets mixed.",
         ),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from pipeline import Plan
 from pipeline.loader import phantom_inputs
 from pipeline.policies import Action, View, naive, scripted, unlocked
-from pipeline.reference import Costs, Event, _drive, _Phantom, schedule
+from pipeline.reference import Costs, Event, _drive, _Phantom, schedule, timeline
 
 
 def _diagram(plan: Plan, costs: Costs) -> list[str]:
@@ -46,6 +48,23 @@ def test_unlocked_never_waits_for_a_gradient() -> None:
         ".  F0 U0 F1 U1 F2 U2 F3 U3",
         ".  .  F0 U0 F1 U1 F2 U2 F3 U3",
     ]
+
+
+def test_async_1f1b_waits_for_slow_hops_or_keeps_more_batches_open() -> None:
+    """A hop of two steps: a batch is back at stage 0 of three after two stages up and four hops, ten steps."""
+    waiting, full = (
+        [event for event in timeline(plan, 0, Costs()) if event.stage == 0 and event.batch < 60]
+        for plan in (
+            Plan(mode="async-1f1b", stages=3, steps=60, hop_steps=2.0, in_flight=in_flight)
+            for in_flight in ("stages", "full")
+        )
+    )
+    ahead = [[event.action for event in events].index(Action.BACKWARD) for events in (waiting, full)]
+    assert ahead == [3, 11]
+    first, last = 11, max(index for index, event in enumerate(full) if event.action is Action.FORWARD)
+    assert all(before.end == after.start for before, after in itertools.pairwise(full[first : last + 1])), "no gap"
+    ends = [max(event.end for event in events) for events in (waiting, full)]
+    assert ends[0] > 3 * ends[1]
 
 
 def test_gpipe_forwards_all_microbatches_then_backwards_all() -> None:
