@@ -7,35 +7,39 @@ that decision, and compares what it sees with the driver's profile before anythi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
+import msgspec
 import torch
 
 from launch.options import Parsed
 from launch.training import resolve_source, without_loss
-from pipeline import PlanError
+from pipeline import Plan, PlanError, Recipe
 from pipeline.resolve import Resolved
 from workers.assignment import Assignment, Names
 from workers.control import Task
 from workers.gloo import Rendezvous
 
-__all__ = ["assignment", "preparing", "profile"]
+__all__ = ["assignment", "changed", "changes", "preparing", "profile", "resolved_on"]
+
+T = TypeVar("T")
 
 
 def preparing(index: int, parsed: Parsed | None) -> Callable[[Task], Assignment]:
     """What makes one agent's assignment from the driver's task; for ``workers.agent.serve``.
 
     Args:
-        index: the agent's rank, which is its stage.
+        index: the agent's rank, which is its worker's number (``pipeline.replicas``).
         parsed: recipe and plan as this process understands them; None: it did not, and the driver ends the run.
     """
 
     def prepare(task: Task) -> Assignment:
         assert parsed is not None, "the driver ends a run whose ranks have problems"
         plan = replace(parsed.plan, sizes=tuple(task.sizes), cuts=None)
-        resolved = resolve_source(parsed.source, plan, task.hosts, stage=index)
+        resolved = resolve_source(parsed.source, plan, task.hosts, worker=index)
         mine = profile(resolved)
         problems = [
             f"its {what} is {mine.get(what)}, that of rank 0 {value}: give all ranks the same command, recipe and data."
@@ -52,7 +56,20 @@ def preparing(index: int, parsed: Parsed | None) -> Callable[[Task], Assignment]
 def assignment(index: int, parsed: Parsed, resolved: Resolved, task: Task) -> Assignment:
     """One agent's part of the run; its folder is filled in at the start."""
     meeting = Rendezvous(*task.meeting) if task.meeting else None
-    return Assignment(index, without_loss(resolved), parsed.source, Names(task.prefix), Path(), meeting)
+    replica, stage = divmod(index, resolved.plan.stages)
+    names, bare = Names(task.prefix), without_loss(resolved)
+    return Assignment(stage, bare, parsed.source, names, Path(), meeting, replica=replica)
+
+
+def resolved_on(hosts: Sequence[str], source: Callable[[], Recipe], plan: Plan) -> Resolved:
+    """A driver's ``resolve_source``, with the hosts of all stages.
+
+    Raises:
+        PlanError: also where links are emulated between hosts.
+    """
+    if plan.link is not None and len(set(hosts)) > 1:
+        raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
+    return resolve_source(source, plan, hosts)
 
 
 def profile(resolved: Resolved) -> dict[str, str]:
@@ -69,3 +86,27 @@ def profile(resolved: Resolved) -> dict[str, str]:
         "number of held-out batches": str(resolved.held_out_batches),
         **{f"plan's {what}": value for what, value in plan.items()},
     }
+
+
+def changes(base: Any, wanted: Any) -> dict[str, Any]:
+    """In which fields a plan differs from another, as plain values by name; of a nested one its own differences."""
+    found: dict[str, Any] = {}
+    for field in fields(base):
+        before, after = getattr(base, field.name), getattr(wanted, field.name)
+        if after != before:
+            found[field.name] = changes(before, after) if is_dataclass(before) else msgspec.to_builtins(after)
+    return found
+
+
+def changed(base: T, differences: Mapping[str, Any]) -> T:
+    """The plan that differs from ``base`` as `changes` says: ``changed(base, changes(base, wanted)) == wanted``.
+
+    Raises:
+        msgspec.ValidationError: a value is not of its field's type.
+    """
+    kinds, values = get_type_hints(type(base)), dict[str, Any]()
+    for name, value in differences.items():
+        before = getattr(base, name)
+        nested = is_dataclass(before)
+        values[name] = changed(before, value) if nested else value and msgspec.convert(value, kinds[name])
+    return replace(base, **values)  # type: ignore[type-var]

@@ -17,7 +17,8 @@ from launch.options import BenchOptions
 from launch.quality import StageQuality
 from launch.report import Report, Row, cost_of, emulated_by, show, verdict_of
 from launch.rows import DEFAULT_ROWS, EMULATED_ROWS, ROWS
-from launch.training import resolve_source, run
+from launch.site import LOCAL, Site
+from launch.training import run
 from launch.until import Race, break_even
 from pipeline import Plan, PlanError, Recipe, nearest
 from pipeline.resolve import Resolved
@@ -35,6 +36,7 @@ class Comparison:
         folder: where the runs go.
         rows: by name, without outcomes at first.
         left_out: rows that cannot run here, with the reason.
+        site: where the rows run.
     """
 
     recipe: str
@@ -42,6 +44,7 @@ class Comparison:
     folder: Path
     rows: dict[str, Row]
     left_out: dict[str, str]
+    site: Site
 
     def run_round(self, number: int, console: Console, what: str, *, backwards: bool = False) -> None:
         """Run every row once; blocks until all are over.
@@ -69,13 +72,17 @@ class Comparison:
         verdict, cost = " ".join(sentence for sentence in sentences if sentence), cost_of(rows)
         if cost is not None and set(self.rows) == set(PAIR):
             verdict = cost
-        return Report(
-            self.recipe, self.resolved, self.folder, verdict, command, environment(), rows, self.left_out, race, cost
-        )
+        where = {**environment(), "hosts": list(self.site.hosts) or None}
+        return Report(self.recipe, self.resolved, self.folder, verdict, command, where, rows, self.left_out, race, cost)
 
 
 def bench(
-    source: Callable[[], Recipe], plan: Plan, options: BenchOptions, command: list[str], console: Console
+    source: Callable[[], Recipe],
+    plan: Plan,
+    options: BenchOptions,
+    command: list[str],
+    console: Console,
+    site: Site = LOCAL,
 ) -> Report:
     """Compare ways to train on equal work, and print the verdict first.
 
@@ -86,10 +93,11 @@ def bench(
         RunFailed: a run failed.
     """
     names = list(PAIR) if options.pairs else chosen_rows(options.rows, plan)
-    resolved = resolve_source(source, replace(plan, quality_every=None))
+    resolved = site.resolve(source, replace(plan, quality_every=None))
+    site.agree(resolved)
     folder = rundir.new_run_dir(options.runs, options.name or rundir.default_name(source().name, "bench"))
     console.decided(source().name, resolved, folder)
-    comparison = prepare(names, source, resolved, folder, console, everything="all" in options.rows)
+    comparison = prepare(names, source, resolved, folder, console, site, everything="all" in options.rows)
     rounds = options.pairs or options.rounds
     for number in range(rounds):
         backwards = bool(options.pairs) and number % 2 == 1
@@ -97,15 +105,18 @@ def bench(
     report = comparison.report(command)
     if options.quality and "unlocked" in names and not options.pairs and not report.emulated and plan.stages > 1:
         with console.rich.status("unlocked once more, with samples of the true gradient"):
-            report.quality = _quality(source, resolved, plan.quality_every, folder)
+            report.quality = _quality(source, resolved, plan.quality_every, folder, site)
     show(report, console)
     return report
 
 
-def _quality(source: Callable[[], Recipe], resolved: Resolved, every: int | None, folder: Path) -> list[StageQuality]:
+def _quality(
+    source: Callable[[], Recipe], resolved: Resolved, every: int | None, folder: Path, site: Site
+) -> list[StageQuality]:
     """Of the synthetic gradients of one more unlocked run, whose speed counts nowhere."""
     sampled = replace(resolved.plan, quality_every=every or max(1, resolved.steps // _SAMPLES))
-    return run(source, resolve_source(source, sampled), folder, "quality", Console(quiet=True)).quality
+    resolved, quiet = site.resolve(source, sampled), Console(quiet=True)
+    return run(source, resolved, folder, "quality", quiet, launcher=site.launcher).quality
 
 
 def chosen_rows(wanted: Sequence[str], plan: Plan) -> list[str]:
@@ -133,6 +144,7 @@ def prepare(
     resolved: Resolved,
     folder: Path,
     console: Console,
+    site: Site,
     *,
     everything: bool,
 ) -> Comparison:
@@ -144,6 +156,7 @@ def prepare(
         resolved: the unlocked run.
         folder: where the runs go.
         console: shows what runs.
+        site: where the rows run.
         everything: leave out what cannot run here, instead of refusing.
 
     Raises:
@@ -155,12 +168,13 @@ def prepare(
     for name in names:
         try:
             with console.rich.status(f"preparing {name}"):
-                rows[name] = Row(ROWS[name](source, resolved, folder))
+                rows[name] = Row(replace(ROWS[name](source, resolved, folder, site), launcher=site.name))
         except PlanError as error:
             if not everything:
                 raise
             left_out[name] = str(error)
-    return Comparison(recipe=source().name, resolved=resolved, folder=folder, rows=rows, left_out=left_out)
+    recipe = source().name
+    return Comparison(recipe=recipe, resolved=resolved, folder=folder, rows=rows, left_out=left_out, site=site)
 
 
 _SAMPLES = 20

@@ -144,7 +144,7 @@ class _Track:
 def _tracks(prefix: str, sizes: Sequence[int], slots: int) -> tuple[_Track, ...]:
     def edge(kind: str, way: str, i: int, size: int) -> Edge:
         name, (source, target) = f"{prefix}-{kind[0]}{i}{way[0]}", _WAYS[way]
-        return Edge(kind, name, f"{way} ({kind})", source, target, slots, layout_of(_message(size)).total_bytes)
+        return Edge(kind, way, name, f"{way} ({kind})", source, target, slots, layout_of(_message(size)).total_bytes)
 
     return tuple(
         _Track(kind, size, edge(kind, "there", i, size), edge(kind, "back", i, size))

@@ -18,13 +18,14 @@ from launch.bench import bench
 from launch.bench_channel import bench_channel, print_rows
 from launch.console import Console
 from launch.environment import environment
-from launch.options import BenchOptions, Parsed, parse, parse_channel
+from launch.options import Parsed, parse, parse_channel
 from launch.over import axis_of, bench_over
 from launch.plots import draw
 from launch.ranks import Rank
-from launch.ray_options import TrainOptions
+from launch.ray_options import LAUNCHER_OPTIONS, BenchRunOptions, TrainOptions, check_no_launcher
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
+from launch.site import LOCAL, Site
 from launch.sweep.command import sweep
 from launch.training import Launcher, resolve_source, run
 from pipeline import Plan, PlanError, nearest
@@ -40,7 +41,7 @@ _USAGE = f"""usage: freewheel COMMAND RECIPE [options]
   freewheel bench channel   shared memory and gloo: latency and bandwidth of a hop
   freewheel sweep RECIPE    what is learned over modes, delays, DNIs: a grid in the reference driver
 
-  torchrun --nproc-per-node K -m launch train RECIPE    one stage per rank, on one host or several
+  torchrun --nproc-per-node K -m launch train RECIPE    one stage per rank, on one host or several; bench likewise
 
 RECIPE: {", ".join(BUILT_IN)}, or the path of a Python file.
 Options of a command with a recipe: freewheel COMMAND RECIPE --help
@@ -124,7 +125,7 @@ def _trained(
 
 def _after_training(recipe: str, arguments: list[str], plan: Plan, steps: int) -> tuple[str, str]:
     """A benchmark of the same training: what is only about this run, or refused by bench, is left out."""
-    left_out = ["--mode", "--name", "--json", "--microbatches", "--launcher", "--address", "--ray."]
+    left_out = ["--mode", "--name", "--json", "--microbatches", *LAUNCHER_OPTIONS]
     if plan.until is None:
         left_out.append("--evaluate-every")
     if not plan.unlocked:
@@ -148,25 +149,33 @@ def _without(left_out: Sequence[str], arguments: list[str]) -> Iterator[str]:
 
 
 def _bench(recipe: str, arguments: list[str]) -> int:
-    if Rank.current() is not None:
-        raise PlanError(
-            "bench is not there under torchrun yet: start it without torchrun, or run train, mode by mode; every run "
-            "leaves its figures in result.json."
-        )
+    rank = Rank.current()
     if recipe == "channel":
+        check_no_launcher(arguments, "bench channel measures a hop on this host: leave it out.")
+        if rank is not None:
+            raise PlanError("bench channel measures a hop on this host: start it without torchrun.")
         return _bench_channel(arguments)
-    parsed = parse(recipe, arguments, BenchOptions, "freewheel bench")
+    if rank is not None:
+        return torchrun.bench(rank, recipe, arguments, _benched)
+    parsed = parse(recipe, arguments, BenchRunOptions, "freewheel bench")
+    if parsed.run.launcher == "ray":
+        return ray_launcher.bench(recipe, arguments, parsed, _benched)
+    return _benched(recipe, arguments, parsed, LOCAL)
+
+
+def _benched(recipe: str, arguments: list[str], parsed: Parsed, site: Site) -> int:
+    """Compare, and show and write what came out."""
     steps = parsed.plan.steps or parsed.source().steps
     if steps < 2:
         raise PlanError(f"steps is {steps}: bench needs at least 2, the first one warms up.")
     console = Console(quiet=parsed.run.quiet)
     command = ["freewheel", "bench", recipe, *arguments]
     measure = bench_over if axis_of(parsed.run) else bench
-    report = measure(parsed.source, parsed.plan, parsed.run, command, console)
+    report = measure(parsed.source, parsed.plan, parsed.run, command, console, site)
     for path in (report.folder / "bench.json", parsed.run.json):
         _write_json(path, report.as_dict())
     draw(report, console)
-    if "all" not in parsed.run.rows:
+    if "all" not in parsed.run.rows and not site.hosts:
         console.next_command(shlex.join([*command, "--rows", "all"]), "every rival in the same table")
     return 0
 

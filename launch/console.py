@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from launch.quality import LEGEND, quality_table
 from launch.result import Result
-from pipeline.channels import CHANNELS
+from pipeline.channels import CHANNELS, kind_between
 from pipeline.measurements import Measured
 from pipeline.resolve import Resolved
 from workers import records
@@ -41,7 +42,8 @@ class Console:
         plan = resolved.plan
         self.rich.print(
             f"[bold]{escape(recipe)}[/bold]: {plan.mode}, {plan.stages} {'stage' if plan.stages == 1 else 'stages'}, "
-            f"{resolved.steps:,} batches of {resolved.batch_shape[0]}, seed {plan.seed}"
+            f"{resolved.steps:,} batches of {resolved.batch_shape[0]}"
+            f"{f' in each of {plan.replicas} replicas' if plan.replicas > 1 else ''}, seed {plan.seed}"
         )
         self.rich.print(_stages_table(resolved))
         for decision in _decisions(resolved):
@@ -124,13 +126,17 @@ def stage_table(measured: Measured) -> Table:
         age = "-" if stage.gradient_age_updates is None else f"{stage.gradient_age_updates[0]:.0f}"
         queue = "-" if stage.queue_depth is None else "{:.0f}/{:.0f}".format(*stage.queue_depth)
         shares = (f"{100 * stage.shares[name]:.1f}" for name in shown)
-        table.add_row(str(index), *shares, latency, *([age] if late else []), *([queue] if queued else []))
+        place = divmod(index, len(measured.stages) // measured.replicas)
+        name = str(index) if measured.replicas == 1 else "{}.{}".format(*place)
+        table.add_row(name, *shares, latency, *([age] if late else []), *([queue] if queued else []))
     return table
 
 
 def _legend(measured: Measured) -> str:
     """What the last columns of the stage table are."""
     text = "update ms: from the end of a batch's forward to the end of its update"
+    if measured.replicas > 1:
+        text += "\nstage: replica.stage"
     if any(stage.gradient_age_updates is not None for stage in measured.stages):
         text += "\nage: updates a stage makes before the target of a batch comes back"
     if any(stage.queue_depth is not None for stage in measured.stages):
@@ -153,20 +159,29 @@ def _decisions(resolved: Resolved) -> Iterator[tuple[str, str, str]]:
     if plan.unlocked and plan.stages > 1:
         yield "targets", plan.targets, _TARGETS[plan.targets]
     yield "optimizer", f"{plan.optimizer.rule}, lr {plan.optimizer.lr:g}", "one per stage"
-    if plan.stages > 1:
+    if plan.workers > 1:
         yield "channels", *_channels(resolved)
 
 
 def _channels(resolved: Resolved) -> tuple[str, str]:
     """What carries the messages and why; cut by cut where that differs."""
-    choices, slots = resolved.channels, f"{resolved.plan.channel.slots} slots"
+    plan, choices, slots = resolved.plan, resolved.channels, f"{resolved.plan.channel.slots} slots"
     mebibytes = needed_bytes(resolved) / 2**20
     memory = f"; {mebibytes:.1f} MiB" if mebibytes else ""
+    if not choices:
+        kinds = {kind_between(plan.channels, *pair) for pair in itertools.combinations(resolved.hosts, 2)}
+        return " and ".join(CHANNELS[kind] for kind in sorted(kinds)), f"between the replicas{memory}"
     if len(set(choices)) == 1:
         return f"{CHANNELS[choices[0].kind]}, {slots}", f"{choices[0].why}{memory}"
-    value = ", ".join(f"{k}-{k + 1} {CHANNELS[choice.kind]}" for k, choice in enumerate(choices))
-    why = ", ".join(f"{k}-{k + 1} {choice.why}" for k, choice in enumerate(choices))
+    cuts = [_cut(resolved, index) for index in range(len(choices))]
+    value = ", ".join(f"{cut} {CHANNELS[choice.kind]}" for cut, choice in zip(cuts, choices, strict=True))
+    why = ", ".join(f"{cut} {choice.why}" for cut, choice in zip(cuts, choices, strict=True))
     return f"{value}, {slots}", f"{why}{memory}"
+
+
+def _cut(resolved: Resolved, index: int) -> str:
+    replica, k = divmod(index, len(resolved.cuts))
+    return f"{k}-{k + 1}" if resolved.plan.replicas == 1 else f"{replica}.{k}-{replica}.{k + 1}"
 
 
 def _decision_line(what: str, value: str, why: str) -> Table:

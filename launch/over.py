@@ -17,8 +17,8 @@ from launch.bench import chosen_rows, prepare
 from launch.console import Console
 from launch.options import BenchOptions
 from launch.report import Report, Row, show
+from launch.site import LOCAL, Site
 from launch.spread import Spread
-from launch.training import resolve_source
 from pipeline import Plan, PlanError, Recipe
 from pipeline.emulation import Link
 from pipeline.resolve import Resolved
@@ -143,7 +143,12 @@ def mode_name(row: Row) -> str:
 
 
 def bench_over(
-    source: Callable[[], Recipe], plan: Plan, options: BenchOptions, command: list[str], console: Console
+    source: Callable[[], Recipe],
+    plan: Plan,
+    options: BenchOptions,
+    command: list[str],
+    console: Console,
+    site: Site = LOCAL,
 ) -> Sweep:
     """Compare at every point that ``options`` ask for and at the plan's own; print the plan's own point in full first.
 
@@ -162,12 +167,13 @@ def bench_over(
     own = axis.of(plan)
     plans = {value: axis.place(plan, value) for value in sorted({own, *axis.wanted(options)})}
     names = chosen_rows(options.rows, plans[own])
-    resolved = {value: _resolved(source, each, axis, value) for value, each in plans.items()}
+    resolved = {value: _resolved(source, each, axis, value, site) for value, each in plans.items()}
+    site.agree(resolved[own])
     folder = rundir.new_run_dir(options.runs, options.name or rundir.default_name(source().name, "bench"))
     console.decided(source().name, resolved[own], folder)
     comparisons = {
         value: prepare(
-            names, source, each, folder / f"{axis.name}-{value:g}", console, everything="all" in options.rows
+            names, source, each, folder / f"{axis.name}-{value:g}", console, site, everything="all" in options.rows
         )
         for value, each in resolved.items()
     }
@@ -191,9 +197,9 @@ def bench_over(
     return sweep
 
 
-def _resolved(source: Callable[[], Recipe], plan: Plan, axis: Axis, value: float) -> Resolved:
+def _resolved(source: Callable[[], Recipe], plan: Plan, axis: Axis, value: float, site: Site) -> Resolved:
     try:
-        return resolve_source(source, plan)
+        return site.resolve(source, plan)
     except PlanError as error:
         raise PlanError(*(f"{axis.field} {value:g}: {problem}" for problem in error.problems)) from error
 

@@ -6,12 +6,10 @@ key; from then on the ranks talk to rank 0 directly (``workers.control``).
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import os
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from typing import Any, Self
 import msgspec
 import torch.distributed as dist
 
+from launch.interfaces import address_of
 from pipeline import PlanError
 from workers.control import Hello, Reception, Wire, called
 from workers.gloo import INTERFACE, address_towards
@@ -35,7 +34,6 @@ MEET_WITHIN_S = 120.0
 _LOOK_EVERY_S = 0.05
 _LEAVE_WITHIN_S = 30.0
 _CONNECT_WITHIN_S = 5.0
-_ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
 
 
 class _Invitation(msgspec.Struct, frozen=True):
@@ -165,7 +163,7 @@ class Rank:
         if self.nodes == 1:
             return "127.0.0.1"
         if interface := os.environ.get(INTERFACE, "").partition(",")[0]:
-            return _address_of(interface)
+            return address_of(interface)
         elsewhere = f"{self.prefix}/address/{self.world - 1}"  # ranks are numbered host by host
         end = time.monotonic() + MEET_WITHIN_S
         while not store.check([elsewhere]):
@@ -190,16 +188,3 @@ def memory() -> str:
     boot, shm = Path("/proc/sys/kernel/random/boot_id"), Path("/dev/shm")
     parts = [socket.gethostname(), boot.read_text().strip() if boot.exists() else ""]
     return "/".join([*parts, str(shm.stat().st_dev) if shm.is_dir() else ""])
-
-
-def _address_of(interface: str) -> str:
-    """The IPv4 address of a network interface."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe.fileno(), _ADDRESS_OF_INTERFACE, struct.pack("256s", interface.encode()[:15]))
-        except OSError as error:
-            names = ", ".join(name for _, name in socket.if_nameindex())
-            raise PlanError(
-                f"{INTERFACE} is {interface}, which has no IPv4 address here ({error.strerror}): choose one of {names}."
-            ) from error
-    return socket.inet_ntoa(answer[20:24])

@@ -14,18 +14,21 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from launch.agreement import preparing
-from launch.options import Parsed, parse
+from launch.options import Parsed, RunOptions, parse
+from launch.participant import take_part
 from launch.ranks import memory
-from launch.ray_options import TrainOptions
+from launch.ray_options import BenchRunOptions, TrainOptions
 from pipeline import PlanError
 from pipeline.spans import Span
 from workers.agent import DriverGone, serve
 from workers.control import Hello, Status, called
+from workers.processes import end_fork_server
 from workers.shm import new_prefix
 
 __all__ = ["THREAD_VARIABLES", "Call", "StageAgent"]
@@ -33,6 +36,10 @@ __all__ = ["THREAD_VARIABLES", "Call", "StageAgent"]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 """What tells numerical libraries how many threads to use; Ray sets the first one to an actor's CPUs."""
 _CONNECT_WITHIN_S = 20.0
+_COMMANDS: dict[str, tuple[type[RunOptions], str]] = {
+    "train": (TrainOptions, "freewheel train"),
+    "bench": (BenchRunOptions, "freewheel bench"),
+}
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -43,6 +50,7 @@ class Call(msgspec.Struct, frozen=True):
         host: address of the driver.
         port: its port for agents.
         key: of the run; who does not know it is not let in.
+        command: ``train`` or ``bench``.
         recipe: name or path, as typed.
         arguments: options of plan and recipe, as typed.
         folder: the driver's working folder; relative paths are relative to it where it exists.
@@ -53,6 +61,7 @@ class Call(msgspec.Struct, frozen=True):
     host: str
     port: int
     key: bytes
+    command: str
     recipe: str
     arguments: list[str]
     folder: str
@@ -74,7 +83,7 @@ class StageAgent:
         self._last: Status | None = None
 
     def run(self, call: bytes) -> int:
-        """Take part in one run.
+        """Take part in one run, or in one benchmark.
 
         Args:
             call: a `Call` in MessagePack.
@@ -93,13 +102,21 @@ class StageAgent:
         _settle(told)
         parsed, problems = _understood(told)
         where = f"{self._node_id}/{memory()}"
-        hello = Hello(told.stage, os.getpid(), self._node, where, new_prefix(), problems)
-        with contextlib.closing(called(told.host, told.port, told.key, _CONNECT_WITHIN_S)) as wire:
+
+        def hello() -> Hello:
+            return Hello(told.stage, os.getpid(), self._node, where, new_prefix(), problems)
+
+        connect, asked = partial(called, told.host, told.port, told.key, _CONNECT_WITHIN_S), self._stop.is_set
+        with contextlib.closing(connect()) as wire:
             try:
-                return serve(wire, hello, preparing(told.stage, parsed), self._stop.is_set, observe=self._note)
+                if told.command == "bench":
+                    return take_part(wire, hello, parsed, partial(preparing, told.stage), connect, asked, self._note)
+                return serve(wire, hello(), preparing(told.stage, parsed), asked, self._note)
             except DriverGone as gone:
                 print(f"freewheel: stage {told.stage} on {self._node}: {gone}", file=sys.stderr)
                 return 1
+            finally:
+                end_fork_server()  # Ray kills actors, and Python then leaves its folder behind
 
     def status(self) -> Mapping[str, Any]:
         """What the stage does now; answers while `run` is busy.
@@ -142,7 +159,8 @@ def _understood(told: Call) -> tuple[Parsed | None, list[str]]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            return parse(told.recipe, told.arguments, TrainOptions, "freewheel train", writes=False), []
+            options, prog = _COMMANDS[told.command]
+            return parse(told.recipe, told.arguments, options, prog, writes=False), []
     except PlanError as error:
         return None, list(error.problems)
     except SystemExit:

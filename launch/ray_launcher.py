@@ -1,4 +1,4 @@
-"""``train --launcher ray``: one Ray actor per stage in a placement group, supervised like the ranks of torchrun.
+"""``--launcher ray``: one Ray actor per stage in a placement group, supervised like the ranks of torchrun.
 
 this process    driver: console, run folder, verdict
    |  Ray       starts the actors, says where they are, and what it knows when one is gone
@@ -9,36 +9,40 @@ actor k         agent -> worker of stage k
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from launch.agreement import profile
+from launch.coordinator import Coordinator
 from launch.options import Parsed
 from launch.ranks import MEET_WITHIN_S, Asked, memory
 from launch.ray_agent import Call
-from launch.ray_options import TrainOptions, needs_of
+from launch.ray_options import BenchRunOptions, TrainOptions, needs_of
+from launch.site import Site
 from launch.training import Launcher, Working, resolve_source
-from pipeline import PlanError, Recipe
+from pipeline import Plan, PlanError, Recipe
 from pipeline.channels import choose_channels
 from pipeline.resolve import Resolved
-from pipeline.spans import Span
+from pipeline.spans import WAITING, Span
 from workers import records
 from workers.control import Reception
 from workers.edges import rendezvous
 from workers.fleet import Fleet
 
-__all__ = ["showing", "train"]
+__all__ = ["bench", "showing", "train"]
 
 Trained = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
 """(recipe, arguments, what they say, the resolved plan, who starts the workers) -> exit status."""
+Benched = Callable[[str, list[str], Parsed, Site], int]
+"""(recipe, arguments, what they say, where the rows run) -> exit status."""
 Show = Callable[[float, float | None, Sequence[float]], None]
 """(loss, samples per second if known, busy share of every stage) -> None."""
 _LOOKS = 50
-_NOT_AT_WORK = (Span.WAIT, Span.OTHER)
+_NOT_AT_WORK = (*WAITING, Span.OTHER)
 
 
 def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -> int:
@@ -61,33 +65,78 @@ def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -
     Blocks:
         until the training is over.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise PlanError("launcher ray needs the package ray, which is not installed: pip install 'freewheel[ray]'.")
-    from launch import ray_cluster  # an optional package
+    options: TrainOptions = parsed.run
+    resolved = resolve_source(parsed.source, parsed.plan)  # what cannot run is refused before Ray is asked
+    with _staffed("train", recipe, arguments, parsed) as staff:
+        fleet, host = staff.fleet, staff.reception.host
+        resolved = _placed(resolved, fleet.hosts, options)
+        with rendezvous(resolved, host) as meeting:
+            fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
+            working = showing(fleet, staff.show)
+            return trained(recipe, arguments, parsed, resolved, Launcher("ray", working))
 
+
+def bench(recipe: str, arguments: list[str], parsed: Parsed, benched: Benched) -> int:
+    """``freewheel bench --launcher ray``; arguments, errors and blocking as with ``train``.
+
+    Args:
+        recipe: name or path.
+        arguments: the options.
+        parsed: what they say.
+        benched: runs the rows and shows what came out.
+    """
+    options: BenchRunOptions = parsed.run
+
+    def resolve(source: Callable[[], Recipe], plan: Plan) -> Resolved:
+        return _placed(resolve_source(source, plan), staff.fleet.hosts, options)
+
+    with _staffed("bench", recipe, arguments, parsed) as staff:
+        another = partial(Fleet, parsed.plan.workers, staff.asked, lost=staff.lost)
+        coordinator = Coordinator(parsed, staff.fleet, staff.reception, another, memory=staff.memory)
+        return benched(recipe, arguments, parsed, coordinator.site("ray", resolve))
+
+
+@dataclass(frozen=True)
+class _Staff:
+    """Actors that live, and what the driver knows them by."""
+
+    fleet: Fleet
+    reception: Reception
+    asked: Callable[[], bool]
+    lost: Callable[[int, float], str | None]
+    memory: str
+    show: Callable[[str], Show]
+
+
+@contextlib.contextmanager
+def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed) -> Iterator[_Staff]:
+    """An actor per stage, all gathered; raises and blocks as `train`, as far as it gets."""
+    try:
+        from launch import ray_cluster  # an optional package
+    except ImportError as error:
+        raise PlanError(
+            f"launcher ray needs the package ray, 2.59 or newer, which is not there ({error}): "
+            "pip install 'freewheel[ray]'."
+        ) from error
     options: TrainOptions = parsed.run
     plan, address = parsed.plan, options.address or "auto"
     needs = needs_of(options.ray, plan.threads)
-    resolved = resolve_source(parsed.source, plan)  # what cannot run is refused before Ray is asked
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(ray_cluster.connected(address, needs, plan.stages))
+        cluster = stack.enter_context(ray_cluster.connected(address, needs, plan.workers))
         asked = Asked()
         actors = stack.enter_context(
-            cluster.stages(needs, plan.stages, options.ray.strategy, options.ray.wait_s, asked)
+            cluster.stages(needs, plan.workers, options.ray.strategy, options.ray.wait_s, asked)
         )
         reception = stack.enter_context(Reception(cluster.host))
-        fleet = Fleet(plan.stages, asked, lost=actors.lost)
+        fleet = Fleet(plan.workers, asked, lost=actors.lost)
         stack.callback(fleet.hang_up)
         with fleet:
-            actors.call(_calls(recipe, arguments, plan.stages, plan.threads, reception))
-            fleet.gather(None, reception, MEET_WITHIN_S, memory=f"{cluster.node_id}/{memory()}")
+            actors.call(_calls(command, recipe, arguments, plan, reception))
+            here = f"{cluster.node_id}/{memory()}"
+            fleet.gather(None, reception, MEET_WITHIN_S, memory=here)
             if plan.link is not None and len(set(fleet.hosts)) > 1:
                 raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
-            resolved = _placed(resolved, fleet.hosts, options)
-            with rendezvous(resolved, reception.host) as meeting:
-                fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
-                working = showing(fleet, lambda run: ray_cluster.Gauges(run).show)
-                return trained(recipe, arguments, parsed, resolved, Launcher("ray", working))
+            yield _Staff(fleet, reception, asked, actors.lost, here, lambda run: ray_cluster.Gauges(run).show)
 
 
 def showing(
@@ -107,28 +156,40 @@ def showing(
     return working
 
 
-def _calls(recipe: str, arguments: Sequence[str], stages: int, threads: int, reception: Reception) -> list[Call]:
-    where = reception.host, reception.port, reception.key
-    return [Call(k, *where, recipe, list(arguments), os.getcwd(), threads) for k in range(stages)]
+def _calls(command: str, recipe: str, arguments: Sequence[str], plan: Plan, reception: Reception) -> list[Call]:
+    return [
+        Call(
+            stage=worker,
+            host=reception.host,
+            port=reception.port,
+            key=reception.key,
+            command=command,
+            recipe=recipe,
+            arguments=list(arguments),
+            folder=os.getcwd(),
+            threads=plan.threads,
+        )
+        for worker in range(plan.workers)
+    ]
 
 
 def _placed(resolved: Resolved, hosts: Sequence[str], options: TrainOptions) -> Resolved:
     """With the channels that fit the places, and these among the reasons, for the first screen and plan.json."""
-    channels = choose_channels(resolved.plan.channels, hosts)
-    places = ", ".join(f"{stage} on {host}" for stage, host in enumerate(hosts))
+    channels = choose_channels(resolved.plan.channels, hosts, resolved.plan.replicas)
+    places = ", ".join(f"{worker} on {host}" for worker, host in enumerate(hosts))
     reason = "ray", places, f"one actor each, {options.ray.strategy}"
-    return replace(resolved, channels=channels, reasons=(*resolved.reasons, reason))
+    return replace(resolved, channels=channels, hosts=tuple(hosts), reasons=(*resolved.reasons, reason))
 
 
 def _metered(
     fleet: Fleet, reported: Iterator[records.Record], resolved: Resolved, show: Show
 ) -> Iterator[records.Record]:
     """Pass on what is reported, and show what it says in Ray's metrics."""
-    looks = [deque[bool](maxlen=_LOOKS) for _ in range(resolved.plan.stages)]
-    rows = resolved.batch_shape[0]
+    looks = [deque[bool](maxlen=_LOOKS) for _ in range(resolved.plan.workers)]
+    rows = resolved.step_rows
     last_ns: int | None = None
     for record in reported:
-        if isinstance(record, records.Loss):
+        if isinstance(record, records.Loss) and record.replica == 0:
             for stage, seen in enumerate(looks):
                 seen.append(fleet.read(stage).span not in _NOT_AT_WORK)
             since_s = None if last_ns is None else (record.time_ns - last_ns) * 1e-9

@@ -1,16 +1,19 @@
-"""The options of ``freewheel train`` that say who starts the workers."""
+"""The options that say who starts the workers, beside those of ``freewheel train`` and ``freewheel bench``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.options import RunOptions
+from launch.options import BenchOptions, RunOptions
+from pipeline import PlanError
 
-__all__ = ["RayOptions", "TrainOptions", "needs_of"]
+__all__ = ["LAUNCHER_OPTIONS", "BenchRunOptions", "RayOptions", "TrainOptions", "check_no_launcher", "needs_of"]
 
+LAUNCHER_OPTIONS = ("--launcher", "--address", "--ray.")
+"""The options that say who starts the workers; the last one is the beginning of several."""
 _OWN_OPTIONS = ("CPU", "GPU", "memory", "object_store_memory")
 
 
@@ -65,6 +68,17 @@ class TrainOptions(RunOptions):
                 yield "the options of ray have no effect with launcher local: add --launcher ray, or leave them out."
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchRunOptions(BenchOptions, TrainOptions):
+    """How to compare, where the runs go, and who starts the workers."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work, one sentence each."""
+        yield from super().problems()
+        if self.launcher == "ray" and self.over_stages:
+            yield "over_stages cannot be had with launcher ray, which reserves one place per stage: leave it out."
+
+
 def needs_of(options: RayOptions, threads: int) -> dict[str, float]:
     """What Ray sets aside for one stage: name of the resource -> amount.
 
@@ -74,6 +88,21 @@ def needs_of(options: RayOptions, threads: int) -> dict[str, float]:
     """
     custom = (part.partition("=") for part in _parts(options.resources))
     return {"CPU": options.cpus or float(threads), **{name: float(amount) for name, _, amount in custom}}
+
+
+def check_no_launcher(arguments: Sequence[str], why: str) -> None:
+    """Refuse options that say who starts the workers where that is settled.
+
+    Args:
+        arguments: the options, as typed.
+        why: a sentence that follows the options' names.
+
+    Raises:
+        PlanError: some of ``LAUNCHER_OPTIONS`` are among them.
+    """
+    names = [argument.partition("=")[0] for argument in arguments]
+    if given := [name for name in names if name.startswith("--ray.") or name in LAUNCHER_OPTIONS]:
+        raise PlanError(f"{', '.join(name.removeprefix('--') for name in given)}: {why}")
 
 
 def _address_problems(address: str) -> Iterator[str]:

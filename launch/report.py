@@ -87,7 +87,7 @@ class Row:
     def account(self) -> Account:
         """What a sample cost in the round of median speed."""
         seconds, contender = self.middle.spent_s, self.contender
-        total_s = contender.stages / self.middle.samples_per_s
+        total_s = contender.stages * contender.replicas / self.middle.samples_per_s
         return Account(name=self.name, seconds=seconds, flop=contender.flop, total_s=total_s, note=contender.note)
 
     def speedup(self, other: Row) -> Spread:
@@ -105,11 +105,12 @@ class Row:
             "engine": contender.engine,
             "mode": contender.mode,
             "stages": contender.stages,
+            "replicas": contender.replicas,
             "threads": contender.threads,
             "microbatches": contender.microbatches,
             "spans": contender.spans if contender.engine == "freewheel" else None,
             "emulated": emulated,
-            "launcher": "local",
+            "launcher": contender.launcher,
             "samples_per_s": Spread.of(self.rates).as_dict(),
             "predicted_samples_per_s": contender.predicted and contender.predicted * batch_rows,
             "speedup": self.speedup(yardstick).as_dict(),
@@ -162,8 +163,8 @@ class Report:
 
     @property
     def batch_rows(self) -> int:
-        """Rows of a batch."""
-        return self.resolved.batch_shape[0]
+        """Rows of a step."""
+        return self.resolved.step_rows
 
     @property
     def emulated(self) -> bool:
@@ -212,7 +213,8 @@ def verdict_of(rows: Sequence[Row], resolved: Resolved, race: Race | None) -> st
         ratio = unlocked.line.speedup(line)
         parts.append(f"{ratio.times()} {called.replace('exact ', '') if rounded else called}")
         slower += [line.name] if ratio.median < 1 else []
-    text = f"Unlocked, {unlocked.contender.stages} stages: throughput {', '.join(parts)}"
+    replicas = f", {unlocked.contender.replicas} replicas" if unlocked.contender.replicas > 1 else ""
+    text = f"Unlocked, {unlocked.contender.stages} stages{replicas}: throughput {', '.join(parts)}"
     rival = next((row for row in rows if row.exact), rows[0])
     if unlocked.last.accuracy is not None and rival.last.accuracy is not None and not emulated and not race:
         text += f"; after the same {resolved.steps:,} batches {unlocked.last.accuracy:.1%} right"
@@ -227,7 +229,7 @@ def _of_the_limit(unlocked: Row, resolved: Resolved) -> str:
     lengths = resolved.plan.emulation
     if lengths is None or not lengths.stage_ms:
         return ""
-    limit = 1e3 / lengths.stage_ms * resolved.batch_shape[0]
+    limit = 1e3 / lengths.stage_ms * resolved.step_rows
     share = Spread.of([rate / limit for rate in unlocked.rates])
     return f" It reaches {share.median:.1%} ({share.min:.1%} to {share.max:.1%}) of the limit, a batch per stage time."
 

@@ -33,9 +33,9 @@ class Result:
         resolved: what was run.
         run_dir: its folder.
         seconds: wall time of the training, from the first batch on, evaluations included.
-        losses: training loss of every batch.
+        losses: training loss of every step, the mean over its batches.
         scores: every pass over the held-out batches.
-        finished: what each worker reported at its end.
+        finished: what each worker reported at its end, by its number.
         judged: quality of the synthetic gradients of every sampled batch, by ``plan.quality_every``.
         met: the first pass over the held-out batches that met ``plan.until``; None: none did, or not asked for.
         launcher: who started the workers, ``local`` or ``torchrun``.
@@ -53,8 +53,18 @@ class Result:
 
     @property
     def steps(self) -> int:
-        """Batches that were trained on; fewer than planned when ``plan.until`` ended the run."""
+        """Steps that all replicas made; fewer than planned when ``plan.until`` ended the run."""
         return len(self.losses)
+
+    @property
+    def samples(self) -> int:
+        """Rows that were trained on."""
+        return sum(done.updated for done in self._last_stages) * self.resolved.batch_shape[0]
+
+    @property
+    def _last_stages(self) -> list[Finished]:
+        """What the last stage of every replica reported."""
+        return [done for done in self.finished.values() if done.stage == self.resolved.plan.stages - 1]
 
     @property
     def start_ns(self) -> int:
@@ -93,7 +103,7 @@ class Result:
     @cached_property
     def spans(self) -> list[Spans]:
         """What every worker did when; empty for a run without spans."""
-        return read_spans(self.run_dir) if self.resolved.plan.spans else []
+        return read_spans(self.run_dir, self.resolved.plan.replicas) if self.resolved.plan.spans else []
 
     @cached_property
     def measured(self) -> Measured | None:
@@ -101,16 +111,23 @@ class Result:
         if not self.spans or self.steps < 2:
             return None
         sent = [(self.finished[k].down_bytes, self.finished[k].up_bytes) for k in sorted(self.finished)]
-        return measure(self.spans, self.resolved.warmup, sent)
+        return measure(self.spans, self.resolved.warmup, sent, self._window_ns, self.resolved.plan.replicas)
 
     @property
     def samples_per_s(self) -> float | None:
         """Throughput in the steady state, the warm-up left out; None for a run of one batch."""
-        window_ns = self.finished[self.resolved.plan.stages - 1].window_ns
-        if window_ns is None:
+        if (window_ns := self._window_ns) is None:
             return None
-        counted = self.steps - self.resolved.warmup
-        return counted * self.resolved.batch_shape[0] * 1e9 / (window_ns[1] - window_ns[0])
+        counted = self.samples - self.resolved.warmup * self.resolved.step_rows
+        return counted * 1e9 / (window_ns[1] - window_ns[0])
+
+    @property
+    def _window_ns(self) -> tuple[int, int] | None:
+        """From the end of the first replica's warm-up to the end of the last one's last batch."""
+        windows = [done.window_ns for done in self._last_stages if done.window_ns is not None]
+        if len(windows) < self.resolved.plan.replicas:
+            return None
+        return min(begin for begin, _ in windows), max(end for _, end in windows)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the whole network under the unsplit model's names."""
@@ -132,13 +149,14 @@ class Result:
     def summary(self) -> str:
         """A few lines: what was run, how well it learned, how fast, and where it lies."""
         plan = self.resolved.plan
-        steps, rows = self.steps, self.resolved.batch_shape[0]
+        steps, rows, replicas = self.steps, self.resolved.batch_shape[0], plan.replicas
+        each = f"{rows}" if replicas == 1 else f"{rows} in each of {replicas} replicas"
         speed = f"{self.samples_per_s:,.0f} samples/s" if self.samples_per_s is not None else "one batch only"
         learned = f"loss {self.loss:.4f}"
         if self.accuracy is not None:
             learned += f", accuracy {self.accuracy:.2%}"
         return (
-            f"{plan.mode}, {plan.stages} {'stage' if plan.stages == 1 else 'stages'}, {steps:,} batches of {rows}: "
+            f"{plan.mode}, {plan.stages} {'stage' if plan.stages == 1 else 'stages'}, {steps:,} batches of {each}: "
             f"{learned}{self._goal_line()}\n{speed}, {self.seconds:.1f} s, in {self.run_dir}"
         )
 
@@ -154,15 +172,16 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of result.json."""
-        plan, reached, rows = self.resolved.plan, self.reached, self.resolved.batch_shape[0]
+        plan, reached, rows = self.resolved.plan, self.reached, self.resolved.step_rows
         measured = self.measured
         return {
             "schema": SCHEMA,
             "mode": plan.mode,
             "launcher": self.launcher,
             "stages": plan.stages,
+            "replicas": plan.replicas,
             "steps": self.steps,
-            "samples": self.steps * rows,
+            "samples": self.samples,
             "loss": self.loss,
             "accuracy": self.accuracy,
             "samples_per_s": self.samples_per_s,

@@ -1,7 +1,7 @@
 """The rows of a benchmark: every way to train that can be compared, ours and theirs, behind one call each.
 
-kind.prepare(source, resolved, threads) -> contender     finds what has to be found first (microbatches); may refuse
-contender.run(runs, name) -> Outcome                     one training run, in fresh processes
+ROWS[name](source, resolved, runs, site) -> contender    finds what has to be found first (microbatches); may refuse
+contender.train(runs, name) -> Outcome                   one training run, in fresh processes
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.console import Console
+from launch.joined import joined
 from launch.ledger import Work, seconds_of
 from launch.peers import PeerRun, best_microbatches, run_ddp, run_torch_schedule
 from launch.single import SingleRun, run_single
-from launch.training import resolve_source, run
+from launch.site import Site
+from launch.training import run
 from pipeline import DNIPlan, Plan, PlanError, Recipe
 from pipeline.cost_model import predicted_batches_per_s
 from pipeline.flops import count_flops
@@ -64,13 +66,15 @@ class Contender:
     Attributes:
         engine: whose code trains: single, ddp, torch or freewheel.
         mode: ``backprop``, a torch schedule, or one of our modes.
-        stages: number of processes that share the work.
+        stages: number of processes that share the work of a batch.
         threads: compute threads of each.
         microbatches: where batches are cut.
         spans: whether our workers record what they do.
         flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
         predicted: batches per second by the cost model; None: nothing is emulated, or it cannot say.
         note: why operations could not be counted.
+        launcher: who starts the processes.
+        replicas: how many there are of these.
         train: (folder for runs, name) -> one training run, in fresh processes; blocks until it is over.
     """
 
@@ -83,11 +87,13 @@ class Contender:
     predicted: float | None = None
     flop: Work | None = None
     note: str | None = None
+    launcher: str = "local"
+    replicas: int = 1
     train: Callable[[Path, str], Outcome]
 
 
 Source = Callable[[], Recipe]
-Prepare = Callable[[Source, Resolved, Path], Contender]
+Prepare = Callable[[Source, Resolved, Path, Site], Contender]
 
 
 def _outcome(done: SingleRun | PeerRun, resolved: Resolved) -> Outcome:
@@ -119,9 +125,12 @@ def _counted_unsplit(source: Source, resolved: Resolved) -> dict[str, Any]:
 
 
 def _single(threads: int) -> Prepare:
-    def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
+    def prepare(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
+        source, resolved = joined(source, resolved)
+
         def train(runs: Path, name: str) -> Outcome:
-            return _outcome(run_single(source, resolved.plan, threads=threads, warmup=resolved.warmup), resolved)
+            done = run_single(source, resolved.plan, threads=threads, warmup=resolved.warmup, look=site.look)
+            return _outcome(done, resolved)
 
         counted = _counted_unsplit(source, resolved)
         return Contender(engine="single", mode="backprop", stages=1, threads=threads, train=train, **counted)
@@ -129,24 +138,33 @@ def _single(threads: int) -> Prepare:
     return prepare
 
 
-def _ddp(source: Source, resolved: Resolved, runs: Path) -> Contender:
-    ranks, threads = resolved.plan.stages, resolved.plan.threads
+def _ddp(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
+    ranks, threads = resolved.plan.workers, resolved.plan.threads
+    source, resolved = joined(source, resolved)
 
     def train(runs: Path, name: str) -> Outcome:
-        return _outcome(run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=resolved.warmup), resolved)
+        done = run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=resolved.warmup, places=site.places)
+        return _outcome(done, resolved)
 
     counted = _counted_unsplit(source, resolved)
     return Contender(engine="ddp", mode="backprop", stages=ranks, threads=threads, train=train, **counted)
 
 
 def _torch(schedule: str) -> Prepare:
-    def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
+    def prepare(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
+        source, resolved = joined(source, resolved)
         threads = resolved.plan.threads
-        parts = best_microbatches(source, resolved, schedule, threads=threads).microbatches
+        parts = best_microbatches(source, resolved, schedule, threads=threads, places=site.places).microbatches
 
         def train(runs: Path, name: str) -> Outcome:
             done = run_torch_schedule(
-                source, resolved, schedule, microbatches=parts, threads=threads, warmup=resolved.warmup
+                source,
+                resolved,
+                schedule,
+                microbatches=parts,
+                threads=threads,
+                warmup=resolved.warmup,
+                places=site.places,
             )
             return _outcome(done, resolved)
 
@@ -164,13 +182,13 @@ def _torch(schedule: str) -> Prepare:
 
 
 def _ours(mode: str, *, bare: bool = False) -> Prepare:
-    def prepare(source: Source, resolved: Resolved, runs: Path) -> Contender:
+    def prepare(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
         plan = _in_mode(resolved.plan, mode)
         plan = replace(plan, spans=plan.spans and not bare)
         cuts = MODES[mode].cuts_batches
         if cuts and plan.microbatches == 1:
-            plan = replace(plan, microbatches=_fastest_cut(source, plan, resolved.batch_shape[0], runs))
-        mine = resolve_source(source, plan)
+            plan = replace(plan, microbatches=_fastest_cut(source, plan, resolved.batch_shape[0], runs, site))
+        mine = site.resolve(source, plan)
         return Contender(
             engine="freewheel",
             mode=mode,
@@ -179,29 +197,30 @@ def _ours(mode: str, *, bare: bool = False) -> Prepare:
             microbatches=plan.microbatches if cuts else None,
             spans=plan.spans,
             predicted=predicted_batches_per_s(mine.plan, mine.warmup),
-            train=partial(_train_ours, source, mine),
+            replicas=plan.replicas,
+            train=partial(_train_ours, source, mine, site),
             **_counted(source, mine, mine.plan),
         )
 
     return prepare
 
 
-def _train_ours(source: Source, resolved: Resolved, runs: Path, name: str) -> Outcome:
-    result = run(source, resolved, runs, name, Console(quiet=True))
+def _train_ours(source: Source, resolved: Resolved, site: Site, runs: Path, name: str) -> Outcome:
+    result = run(source, resolved, runs, name, Console(quiet=True), launcher=site.launcher)
     peaks = tuple(result.finished[k].peak_memory_bytes for k in sorted(result.finished))
-    rate = result.samples_per_s or result.steps * resolved.batch_shape[0] / result.seconds
+    rate = result.samples_per_s or result.samples / result.seconds
     measured = result.measured
     spent = seconds_of(measured, resolved.batch_shape[0]) if measured is not None else None
     return Outcome(rate, result.loss, result.accuracy, peaks, measured, result.run_dir, result.reached, spent)
 
 
-def _fastest_cut(source: Source, plan: Plan, rows: int, runs: Path) -> int:
+def _fastest_cut(source: Source, plan: Plan, rows: int, runs: Path, site: Site) -> int:
     """The number of microbatches that runs fastest in a short trial."""
     tried: dict[int, float] = {}
     short = replace(plan, steps=_TRIAL_STEPS, evaluate_every=None, until=None)
     for parts in (parts for parts in _MICROBATCHES if rows % parts == 0):
-        trial = resolve_source(source, replace(short, microbatches=parts))
-        tried[parts] = _train_ours(source, trial, runs, f"{plan.mode}-trial-{parts}").samples_per_s
+        trial = site.resolve(source, replace(short, microbatches=parts))
+        tried[parts] = _train_ours(source, trial, site, runs, f"{plan.mode}-trial-{parts}").samples_per_s
     if not tried:
         raise PlanError(f"{plan.mode} needs a batch that 2, 4 or 8 divides, not {rows} rows: change --batch.")
     return max(tried, key=tried.__getitem__)
@@ -217,6 +236,7 @@ def _in_mode(plan: Plan, mode: str) -> Plan:
         plan,
         mode=mode,
         microbatches=plan.microbatches if MODES[mode].cuts_batches else 1,
+        average_every=plan.average_every if MODES[mode].averages == "weights" else defaults.average_every,
         targets=defaults.targets,
         mix=defaults.mix,
         true_every=1,

@@ -76,7 +76,15 @@ def write_plan(
         "layers": list(resolved.layer_names),
         "layer_parameters": list(resolved.layer_parameters),
         "layer_seconds": list(resolved.layer_seconds) if resolved.layer_seconds else None,
-        "channels": [{"cut": k, "kind": choice.kind, "why": choice.why} for k, choice in enumerate(resolved.channels)],
+        "channels": [
+            {
+                "cut": index % len(resolved.cuts),
+                "replica": index // len(resolved.cuts),
+                "kind": choice.kind,
+                "why": choice.why,
+            }
+            for index, choice in enumerate(resolved.channels)
+        ],
         "decided": [{"what": what, "value": value, "why": why} for what, value, why in resolved.reasons],
     }
     (run_dir / "plan.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
@@ -92,8 +100,12 @@ def write_metric(file: TextIO, event: str, **values: Any) -> None:
     file.write(json.dumps({"event": event, **values}) + "\n")
 
 
-def read_spans(run_dir: Path) -> list[Spans]:
-    """What every worker of a finished run did when, one entry per stage.
+def read_spans(run_dir: Path, replicas: int = 1) -> list[Spans]:
+    """What every worker of a finished run did when, one entry per stage, those of replica 0 first.
+
+    Args:
+        run_dir: the folder of the run.
+        replicas: how many of them to read.
 
     Raises:
         FileNotFoundError: there are no spans in that folder.
@@ -101,7 +113,9 @@ def read_spans(run_dir: Path) -> list[Spans]:
     stages = len(list((run_dir / "spans").glob("stage-*.npy")))
     if not stages:
         raise FileNotFoundError(f"no spans of any stage in {run_dir / 'spans'}: is it the folder of a finished run?")
-    return [Spans(np.load(run_dir / "spans" / f"stage-{k}.npy", allow_pickle=False)) for k in range(stages)]
+    starts = ["", *(f"replica-{replica}-" for replica in range(1, replicas))]
+    names = [f"{start}stage-{k}.npy" for start in starts for k in range(stages)]
+    return [Spans(np.load(run_dir / "spans" / name, allow_pickle=False)) for name in names]
 
 
 def join_parts(run_dir: Path, stages: int) -> None:

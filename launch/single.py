@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +19,13 @@ from pipeline.plan import Plan
 from pipeline.recipe import Recipe, build_model, open_data
 from pipeline.scores import scores_of
 from pipeline.until import Reached
+from workers.failures import RunFailed
+from workers.parent import end_with_the_parent
 from workers.processes import process_context
 
 __all__ = ["SingleRun", "run_single"]
+
+_LOOK_EVERY_S = 0.5
 
 
 class SingleRun(msgspec.Struct, frozen=True):
@@ -56,7 +61,13 @@ class _Job:
 
 
 def run_single(
-    source: Callable[[], Recipe], plan: Plan, *, threads: int, warmup: int, within_s: float = 3600.0
+    source: Callable[[], Recipe],
+    plan: Plan,
+    *,
+    threads: int,
+    warmup: int,
+    within_s: float = 3600.0,
+    look: Callable[[], None] = lambda: None,
 ) -> SingleRun:
     """Train the unsplit model in a fresh process with ``threads`` compute threads.
 
@@ -66,9 +77,10 @@ def run_single(
         threads: compute threads.
         warmup: first batches that are not timed.
         within_s: how long it may take.
+        look: called twice a second meanwhile; what it raises ends the run.
 
     Raises:
-        RuntimeError: the process failed or took too long.
+        RunFailed: the process failed or took too long.
 
     Blocks:
         until it is over, at most ``within_s``.
@@ -79,12 +91,15 @@ def run_single(
     process.start()
     theirs.close()
     try:
-        if not mine.poll(within_s):
-            raise RuntimeError(f"the single-process run did not end within {within_s:.0f} s")
+        end = time.monotonic() + within_s
+        while not mine.poll(min(_LOOK_EVERY_S, max(0.0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                raise RunFailed(f"the single-process run did not end within {within_s:.0f} s", stage=0)
+            look()
         return msgspec.msgpack.decode(mine.recv_bytes(), type=SingleRun)
     except EOFError:
         process.join(2.0)
-        raise RuntimeError(f"the single-process run ended with exit code {process.exitcode}") from None
+        raise RunFailed(f"the single-process run ended with exit code {process.exitcode}", stage=0) from None
     finally:
         process.kill()
         process.join(5.0)
@@ -92,6 +107,8 @@ def run_single(
 
 
 def _main(job: _Job, connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
+    end_with_the_parent()
     torch.set_num_threads(job.threads)
     recipe = job.source()
     modules = torch.nn.Sequential(*(layer.module for layer in layers_of(build_model(recipe, job.plan.seed)))).train()

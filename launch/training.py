@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from launch import rundir
 from launch.console import Console
+from launch.losses import StepLosses
 from launch.measure import layer_seconds
 from launch.ranks import Rank
 from launch.result import Result
 from launch.sources import GivenRecipe, check_travels
 from pipeline import Batch, Plan, PlanError, Recipe
+from pipeline.replicas import worker_of
 from pipeline.resolve import Resolved, resolve
 from workers import records
 from workers.assignment import Assignment, Names
@@ -99,15 +101,15 @@ def train(
 
 
 def resolve_source(
-    source: Callable[[], Recipe], plan: Plan, hosts: Sequence[str] | None = None, stage: int = 0
+    source: Callable[[], Recipe], plan: Plan, hosts: Sequence[str] | None = None, worker: int = 0
 ) -> Resolved:
     """Everything that can be said before a process starts.
 
     Args:
         source: makes the recipe.
         plan: the wish.
-        hosts: name of the host of every stage's worker; None: all on this one.
-        stage: one whose worker is on this host.
+        hosts: name of the host of every worker, those of replica 0 first; None: all on this one.
+        worker: one that is on this host.
 
     Raises:
         PlanError: recipe and plan do not fit, or there is too little shared memory.
@@ -128,7 +130,7 @@ def resolve_source(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
         resolved = resolve(recipe, plan, partial(layer_seconds, threads=plan.threads), hosts)
-    here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[stage]]
+    here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[worker]]
     check_shared_memory(needed_bytes(resolved, here))
     return resolved
 
@@ -180,7 +182,11 @@ def _local(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> I
     """Workers on this host, children of this process."""
     names, bare = Names(new_prefix()), without_loss(resolved)
     with shared_memory(resolved, names) as board, rendezvous(resolved) as meeting:
-        assignments = [Assignment(k, bare, source, names, run_dir, meeting) for k in range(resolved.plan.stages)]
+        assignments = [
+            Assignment(k, bare, source, names, run_dir, meeting, replica=replica)
+            for replica in range(resolved.plan.replicas)
+            for k in range(resolved.plan.stages)
+        ]
         with Crew(assignments, board) as crew:
             yield crew.run(), board.end_early
 
@@ -190,15 +196,17 @@ def _follow(
 ) -> None:
     """Take in what the workers report; end the run once its goal is met."""
     goal = result.resolved.plan.goal
-    rows = result.resolved.batch_shape[0]
+    rows, losses = result.resolved.step_rows, StepLosses(result.resolved.plan.replicas)
     with rundir.metrics_file(result.run_dir) as metrics:
         for record in reported:
             if isinstance(record, records.Ready):
                 console.ready(record)
             elif isinstance(record, records.Loss):
-                result.losses += record.losses
-                step = record.first_batch + len(record.losses)
-                mean = sum(record.losses) / len(record.losses)
+                new = losses.take(record)
+                if not new:
+                    continue
+                result.losses += new
+                step, mean = result.steps, sum(new) / len(new)
                 rundir.write_metric(metrics, "train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
                 console.progress(step, mean)
             elif isinstance(record, records.Scored):
@@ -220,7 +228,7 @@ def _follow(
                 result.judged.append(record)
                 rundir.write_metric(metrics, "quality", **msgspec.structs.asdict(record))
             elif isinstance(record, records.Finished):
-                result.finished[record.stage] = record
+                result.finished[worker_of(result.resolved.plan, record.replica, record.stage)] = record
     ended_ns = max(done.end_ns for done in result.finished.values())
     result.seconds = (ended_ns - result.start_ns) * 1e-9
 

@@ -136,7 +136,7 @@ class Race:
     def table(self) -> Table:
         """One line per row."""
         yardstick = self.lines[0]
-        title = f"to {self.goal}, in batches of {self.resolved.batch_shape[0]}; x: over {yardstick.name}"
+        title = f"to {self.goal}, in batches of {self.resolved.step_rows}; x: over {yardstick.name}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("mode", no_wrap=True)
         for name in ("reached", "seconds", "x seconds", "batches", "x batches"):

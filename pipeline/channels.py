@@ -18,7 +18,7 @@ import torch
 from pipeline.errors import PlanError
 from pipeline.messages import Message
 
-__all__ = ["CHANNELS", "WIRE_DTYPES", "ChannelChoice", "choose_channels", "narrowed", "widened"]
+__all__ = ["CHANNELS", "WIRE_DTYPES", "ChannelChoice", "choose_channels", "kind_between", "narrowed", "widened"]
 
 CHANNELS = {"shm": "shared memory", "gloo": "gloo"}
 """What can carry messages, and how users see it called."""
@@ -39,24 +39,33 @@ class ChannelChoice:
     why: str
 
 
-def choose_channels(wanted: str, hosts: Sequence[str]) -> tuple[ChannelChoice, ...]:
+def choose_channels(wanted: str, hosts: Sequence[str], replicas: int = 1) -> tuple[ChannelChoice, ...]:
     """Choose what carries each cut.
 
     Args:
         wanted: a key of ``CHANNELS`` for all cuts, or ``auto``: shared memory wherever both workers share a host.
-        hosts: name of the host of every stage's worker.
+        hosts: name of the host of every worker, those of replica 0 first.
+        replicas: of the pipeline.
 
     Returns:
-        one choice per cut, len(hosts) - 1 of them.
+        one choice per cut, those of replica 0 first.
 
     Raises:
         PlanError: shared memory between two hosts.
     """
-    pairs = list(itertools.pairwise(hosts))
+    stages = len(hosts) // replicas
+    pipelines = [hosts[start : start + stages] for start in range(0, len(hosts), stages)]
+    pairs = [pair for pipeline in pipelines for pair in itertools.pairwise(pipeline)]
+    columns = [pipelines[0][k] != other[k] for other in pipelines for k in range(stages)]
+    if wanted == "shm" and any(columns):
+        raise PlanError(
+            "channels shm: replicas of a stage are on different hosts, which share no memory: choose channels auto or "
+            "gloo."
+        )
     if wanted == "shm" and (apart := [k for k, (one, other) in enumerate(pairs) if one != other]):
         raise PlanError(
-            f"channels shm: the workers on both sides of cut {apart[0]} are on different hosts, {hosts[apart[0]]} and "
-            f"{hosts[apart[0] + 1]}, which share no memory: choose channels auto or gloo."
+            f"channels shm: the workers on both sides of cut {apart[0] % (stages - 1)} are on different hosts, "
+            f"{' and '.join(pairs[apart[0]])}, which share no memory: choose channels auto or gloo."
         )
     if wanted != "auto":
         return tuple(ChannelChoice(wanted, "as asked for") for _ in pairs)
@@ -65,6 +74,19 @@ def choose_channels(wanted: str, hosts: Sequence[str]) -> tuple[ChannelChoice, .
         ChannelChoice("shm", together) if one == other else ChannelChoice("gloo", f"{one} and {other} are two hosts")
         for one, other in pairs
     )
+
+
+def kind_between(wanted: str, one: str, other: str) -> str:
+    """What carries messages between workers on two hosts: a key of ``CHANNELS``.
+
+    Args:
+        wanted: a key of ``CHANNELS``, or ``auto``.
+        one: name of a worker's host.
+        other: name of the other's.
+    """
+    if wanted != "auto":
+        return wanted
+    return "shm" if one == other else "gloo"
 
 
 def narrowed(message: Message, wire_dtype: torch.dtype | None) -> Message:

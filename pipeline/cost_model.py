@@ -24,8 +24,9 @@ def predicted_batches_per_s(plan: Plan, warmup: int) -> float | None:
         warmup: first batches that do not count.
 
     Returns:
-        Batches per second, between the last stage's update number ``warmup`` and its last; None where nothing is
-        emulated, a stage takes no time, or a link's bandwidth is limited, of which the virtual clock knows nothing.
+        Steps per second of a replica, between the last stage's update number ``warmup`` and its last; None where
+        nothing is emulated, a stage takes no time, or a link's bandwidth is limited, of which the virtual clock knows
+        nothing.
     """
     lengths, link = plan.emulation, plan.links
     if lengths is None or (link is not None and link.bandwidth_mbps) or plan.steps is None or plan.steps <= warmup:
@@ -39,7 +40,8 @@ def predicted_batches_per_s(plan: Plan, warmup: int) -> float | None:
         return None
     events = timeline(replace(plan, hop_steps=latency / step), 0, costs)
     done = (Action.UPDATE, Action.SKIP, Action.BACKWARD)
-    ends = [e.end for e in events if e.stage == plan.stages - 1 and e.action in done]
+    last = [e for e in events if (e.replica, e.stage) == (0, plan.stages - 1)]
+    ends = [e.end for e in last if e.action in done]
     ends = ends[plan.microbatches - 1 :: plan.microbatches]
     ticks = ends[-1] - ends[warmup - 1]
     return (plan.steps - warmup) * 1000 * _TICKS_PER_MS / ticks if ticks else None

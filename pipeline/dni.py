@@ -1,6 +1,7 @@
 """The Decoupled Neural Interface of a cut: predicts the gradient to come, and learns from it.
 
     h, labels --> form --> clip to RMS 1 --> * sigma --> s            predict
+    h, labels --> what the form learns without g --> Adam             meet, with the same forward pass as predict
     g --> sigma,  g / sigma --> the form's objective --> Adam         learn
 
 Gradients are tiny and their scale drifts, so a form (dni_forms.py, loss_model.py) sees them in units of
@@ -10,6 +11,7 @@ sigma, their running root mean square. Without that and the clip, unlocked train
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Shaped
@@ -23,7 +25,7 @@ from pipeline.plan import DNI_FORMS, DNIPlan
 from pipeline.seeding import seeded
 from pipeline.window import Window
 
-__all__ = ["DNI", "build_dni", "describe_form", "training_window"]
+__all__ = ["DNI", "build_dni", "describe_form", "target_every", "training_window"]
 
 _FORMS: dict[str, type[Form]] = {
     "linear": Linear,
@@ -40,7 +42,7 @@ _TINY = 1e-30
 class DNI(nn.Module):
     """One form with what all forms share: the unit sigma, the clip, the window of samples, the optimizer.
 
-    What it remembers is in its ``state_dict`` (weights, sigma, number of targets) and in ``optimizer``. The
+    What it remembers is in its ``state_dict`` (weights, sigma, number of targets) and in ``optimizers``. The
     only random numbers it draws after construction, the samples to train on, are a hash of (seed, cut, batch).
     Works in float32, or in float64 where the activation is float64.
 
@@ -58,13 +60,18 @@ class DNI(nn.Module):
         super().__init__()
         self._dtype = torch.float64 if cut.activation_dtype == torch.float64 else torch.float32
         self.form = form.to(self._dtype)
-        self._index, self._every = cut.index, plan.every
+        self._index = cut.index
         self._window = training_window(cut, plan, seed)
         self._num_targets = 0
         self.register_buffer("mean_square", torch.zeros((), dtype=self._dtype))
         self.register_buffer("weight", torch.zeros((), dtype=self._dtype))
-        trained = [parameter for parameter in form.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=plan.lr, fused=True) if trained else None
+        self._own_optimizer = _adam(form.own_parameters(), plan.lr)
+        self._optimizer = _adam(form.taught_parameters(), plan.lr)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Adam of what learns at once, and of what learns from targets; one that has nothing to train is left out."""
+        return [optimizer for optimizer in (self._own_optimizer, self._optimizer) if optimizer is not None]
 
     @property
     def sigma(self) -> Float[Tensor, ""]:
@@ -90,12 +97,28 @@ class DNI(nn.Module):
         """
         if self._num_targets == 0:
             return torch.zeros_like(h)
-        sigma = self.sigma
         with torch.no_grad():
-            prediction, size = self.form.clipped(h.detach().to(self._dtype), labels, sigma.clamp(min=_TINY))
-            if not torch.isfinite(size):
-                raise FloatingPointError(self._not_finite("predicted a gradient", "lower the DNI's lr"))
-            return prediction.to(h.dtype)
+            return self._checked(*self.form.clipped(h.detach().to(self._dtype), labels, self._unit), h)
+
+    def meet(
+        self, h: Float[Tensor, " batch *features"], labels: Shaped[Tensor, " batch *rest"], batch: int
+    ) -> Float[Tensor, " batch *features"]:
+        """What ``predict`` gives for a batch that the stage has just computed; learns what needs no gradient to come.
+
+        Args:
+            h: the stage's activation; neither differentiated nor changed.
+            labels: its labels.
+            batch: its batch id; which samples are trained on follows from it.
+
+        Raises:
+            FloatingPointError: the prediction is not finite; the DNI is then unchanged.
+        """
+        with torch.no_grad():
+            samples = self._window.of(batch)
+            prediction = self._checked(*self.form.meet(h.detach().to(self._dtype), labels, self._unit, samples), h)
+        if self._own_optimizer is not None:
+            self._own_optimizer.step()
+        return prediction if self._num_targets else torch.zeros_like(h)
 
     def relative_error(
         self,
@@ -126,8 +149,8 @@ class DNI(nn.Module):
             batch: its batch id; which samples are trained on follows from it.
 
         Returns:
-            Whether there was a training step: not when this target is not the ``every``-th, or all zeros and none
-            came before (under bootstrap, the DNI above knows nothing yet).
+            Whether there was a training step: not when the target is all zeros and none came before (under bootstrap,
+            the DNI above knows nothing yet).
 
         Raises:
             FloatingPointError: the target is not finite; the DNI is then unchanged.
@@ -146,12 +169,10 @@ class DNI(nn.Module):
         self.mean_square.lerp_(size.square(), 1 - _DECAY)
         self.weight.lerp_(torch.ones_like(self.weight), 1 - _DECAY)
         self._num_targets += 1
-        if (self._num_targets - 1) % self._every:
-            return False
-        sigma = self.sigma.clamp(min=_TINY)
+        sigma = self._unit
         self.form.gradients(h[samples].detach().to(self._dtype), labels[samples], g / sigma, sigma)
-        if self.optimizer is not None:
-            self.optimizer.step()
+        if self._optimizer is not None:
+            self._optimizer.step()
         return True
 
     def get_extra_state(self) -> Tensor:
@@ -162,9 +183,23 @@ class DNI(nn.Module):
         """Take the number of targets from a ``state_dict``."""
         self._num_targets = int(state)
 
+    @property
+    def _unit(self) -> Tensor:
+        """sigma, or 1 while nothing is known of it."""
+        return self.sigma.clamp(min=_TINY) if self._num_targets else torch.ones_like(self.mean_square)
+
+    def _checked(self, prediction: Tensor, size: Tensor, h: Tensor) -> Tensor:
+        if not torch.isfinite(size):
+            raise FloatingPointError(self._not_finite("predicted a gradient", "lower the DNI's lr"))
+        return prediction.to(h.dtype)
+
     def _not_finite(self, what: str, remedy: str) -> str:
         where = f"the DNI at cut {self._index}, after {self._num_targets} targets,"
         return f"{where} {what} that is not finite: {remedy}."
+
+
+def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer | None:
+    return torch.optim.Adam(parameters, lr=lr, fused=True) if parameters else None
 
 
 def build_dni(cut: Cut, plan: DNIPlan, seed: int) -> DNI:
@@ -198,6 +233,15 @@ def training_window(cut: Cut, plan: DNIPlan, seed: int) -> Window:
     if most_rows is not None:
         size = min(size, most_rows // cut.rows_per_sample)
     return Window(seed, cut.index, batch_size, max(1, size))
+
+
+def target_every(cuts: Sequence[Cut], plan: DNIPlan) -> int:
+    """Of how many batches one gives a target: as planned, or as the form wants; the least where the cuts differ.
+
+    Raises:
+        PlanError: the form is unknown or does not fit a cut.
+    """
+    return plan.every or min((_FORMS[describe_form(cut, plan)[0]].every for cut in cuts), default=1)
 
 
 def describe_form(cut: Cut, plan: DNIPlan) -> tuple[str, str]:
@@ -258,7 +302,7 @@ def _build_form(form: str, cut: Cut, plan: DNIPlan) -> Form:
         case "label_residual":
             return LabelResidual(cut)
         case "loss_model":
-            return LossModel(cut, plan.hidden, plan.beta)
+            return LossModel(cut, plan.hidden)
         case _:
             assert plan.factory is not None, f"describe_form gave {form}"
             return Custom(plan.factory(cut))

@@ -40,8 +40,8 @@ __all__ = ["StageFlops", "count_flops"]
 class StageFlops:
     """Floating-point operations of one stage for one whole training batch, in the steady state.
 
-    Means over batches where these differ: the targets of one batch in ``true_every`` flow, the DNI trains on one
-    target in ``dni.every``, on its window of rows, and stages update with ``update_probability``.
+    Means over batches where these differ: the target of one batch in ``dni.every`` flows, and the DNI trains on it, on
+    its window of rows; and stages update with ``update_probability``.
 
     Attributes:
         forward: forward pass.
@@ -91,8 +91,7 @@ def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageF
         for index, layers in enumerate(split(layers_of(build_model(recipe, plan.seed)), plan.sizes)):
             cut = dataclasses.replace(cuts[index], loss=recipe.loss) if index < plan.stages - 1 else None
             counting = dataclasses.replace(plan, quality_every=None, update_probability=1.0)
-            every = dataclasses.replace(counting, dni=dataclasses.replace(plan.dni, every=1))
-            stage = Stage(layers, index, every, recipe, cut, cuts[index - 1] if index else None)
+            stage = Stage(layers, index, counting, recipe, cut, cuts[index - 1] if index else None)
             flops, x = _counted(stage, counting, x, labels)
             counted.append(flops.at_random(plan.update_probability))
     return tuple(counted)
@@ -103,10 +102,10 @@ def _counted(stage: Stage, plan: Plan, x: Tensor, labels: Tensor) -> tuple[Stage
 
     A DNI predicts zeros until its first target came: batch 0 brings it and does not count.
     """
-    every, flow = plan.true_every, Flow(plan, stage.index)
+    every, flow = plan.target_every, Flow(plan, stage.index)
     weights = {every: 1 / every}
     if every > 1:
-        weights[every + 1] = 1 - 1 / every  # a batch whose true gradient does not flow
+        weights[every + 1] = 1 - 1 / every  # a batch whose target does not flow
     if stage.dni is not None:
         _train(stage, flow, 0, x, labels)
     spans: defaultdict[Span, float] = defaultdict(float)
@@ -117,7 +116,7 @@ def _counted(stage: Stage, plan: Plan, x: Tensor, labels: Tensor) -> tuple[Stage
             output = _train(stage, flow, batch, x, labels)
         meter(Span.OTHER, batch)
         for span, flops in meter.flops.items():
-            spans[span] += flops * weight / (plan.dni.every if span is Span.DNI_TRAIN else 1)
+            spans[span] += flops * weight
     return StageFlops(**{f.name: sum(spans[s] for s in GROUPS[f.name]) for f in dataclasses.fields(StageFlops)}), output
 
 

@@ -35,7 +35,7 @@ class LocalLoss(nn.Module):
         self._trained = list(self.head.parameters())
         self.optimizer = torch.optim.Adam(self._trained, lr=plan.lr, fused=True)
 
-    def predict(self, h: Tensor, labels: Tensor) -> Tensor:
+    def meet(self, h: Tensor, labels: Tensor, batch: int) -> Tensor:
         """The gradient of the local loss at ``h`` [batch, ...]; trains the head on the way, with the same backward."""
         leaf = h.detach().requires_grad_()
         gradient, *of_head = torch.autograd.grad(self._loss(self.head(leaf), labels), [leaf, *self._trained])

@@ -1,7 +1,7 @@
-"""A DNI that is a small model of the rest of the network: what it predicts is the gradient of a loss.
+"""A DNI that is a small model of the rest of the network: the gradient of its loss, corrected by the true gradients.
 
-h --head C--> output' --the user's loss(., labels)--> L        s = dL/dh
-                                                               trained on L + beta * |s - g|^2 / sigma^2
+h --head C--> output' --the user's loss(., labels)--> L         s = a dL/dh + sigma * A dL/doutput'
+                                                                C learns from L at once, a and A from g
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pipeline.cut import Cut
-from pipeline.dni_forms import Form
+from pipeline.dni_forms import Form, root_mean_square
 
 __all__ = ["LossModel", "head_for"]
 
@@ -21,29 +21,40 @@ _POOLED = 4
 
 
 class LossModel(Form):
-    """The input gradient of a small loss model: grad_h L(C(h), y), with the user's own L.
+    """a grad_h L(C(h), y) + A e: the input gradient of a small loss model, and what the true gradient has besides.
 
-    C is a head with one hidden layer whose output has the shape of the network's. It learns to predict (the
-    loss term) and to have the true gradient (the matching term, through a second backward, cheap because C is
-    small). Any loss that can be differentiated twice, classification or regression; trains on 512 rows of a
-    batch at most.
+    C is a head with one hidden layer whose output has the shape of the network's, L the user's own loss, e = dL/dC(h)
+    what the head gets wrong. C learns to predict, at once. The number a (starts at 1) and the linear map A (starts at
+    zero) learn by squared error how much of that is in the true gradient, and what else is, on 512 rows of a batch at
+    most. Any loss, classification or regression. From image to image there is no A.
 
-    Differs from Jaderberg et al. 2017: nothing is regressed directly. Related: local losses in greedy
-    training (Nøkland and Eidnes 2019), which are this form without the matching term (beta = 0).
+    Differs from Jaderberg et al. 2017: nothing is regressed from h directly. Related: local losses in greedy training
+    (Nøkland and Eidnes 2019), which are this form with a = 1, A = 0.
 
     Args:
         cut: where it works.
         hidden: hidden units (channels) of C.
-        beta: weight of the matching term.
     """
 
     most_rows = 512
 
-    def __init__(self, cut: Cut, hidden: int, beta: float) -> None:
+    def __init__(self, cut: Cut, hidden: int) -> None:
         super().__init__()
-        self.loss, self.beta = cut.loss, beta
+        self.loss = cut.loss
         self.batch_size = cut.activation_shape[0]
         self.head = head_for(cut, hidden)
+        by_position = cut.activation_shape[:-1] == cut.output_shape[:-1]
+        self._row_dims = len(cut.output_shape) - 1 if by_position else 1  # dimensions that number the rows
+        self.share = nn.Parameter(torch.ones(()))  # a
+        self.back = None
+        if not isinstance(self.head, _ImageHead):
+            features = torch.Size(cut.activation_shape[self._row_dims :]).numel()
+            outputs = torch.Size(cut.output_shape[self._row_dims :]).numel()
+            self.back = nn.Parameter(torch.zeros(outputs, features))  # A transposed
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those of C."""
+        return list(self.head.parameters())
 
     def predict(
         self,
@@ -51,31 +62,58 @@ class LossModel(Form):
         labels: Shaped[Tensor, " batch *rest"],
         sigma: Float[Tensor, ""],
     ) -> Float[Tensor, " batch *features"]:
-        """The gradient of the loss model at ``h``, in units of ``sigma``."""
-        return self._loss_and_gradient(h, labels, differentiable=False)[1] / sigma
+        """The prediction, in units of ``sigma``."""
+        wrong, of_model = self._differentiated(h, labels, [])
+        return self._corrected(wrong, of_model, sigma)
 
-    def objective(
+    def meet(
+        self,
+        h: Float[Tensor, " batch *features"],
+        labels: Shaped[Tensor, " batch *rest"],
+        sigma: Float[Tensor, ""],
+        samples: slice,
+    ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
+        """As ``clipped``; the same backward pass gives the gradient of C, from all samples."""
+        own = self.own_parameters()
+        wrong, of_model, *of_head = self._differentiated(h, labels, own)
+        for parameter, gradient in zip(own, of_head, strict=True):
+            parameter.grad = gradient
+        prediction = self._corrected(wrong, of_model, sigma)
+        size = root_mean_square(prediction)
+        return prediction * (sigma / size.clamp(min=1)), size
+
+    @torch.no_grad()
+    def gradients(
         self,
         h: Float[Tensor, " rows *features"],
         labels: Shaped[Tensor, " rows *rest"],
         target: Float[Tensor, " rows *features"],
         sigma: Float[Tensor, ""],
-    ) -> Float[Tensor, ""]:
-        """The loss of the head plus ``beta`` times the squared error of its gradient."""
-        loss, gradient = self._loss_and_gradient(h, labels, differentiable=self.beta > 0)
-        if self.beta > 0:
-            loss = loss + self.beta * F.mse_loss(gradient / sigma, target)
-        return loss
+    ) -> None:
+        """Squared error of the prediction, from which a and A learn."""
+        wrong, of_model = self._differentiated(h, labels, [])
+        slope = 2 / target.numel() * (self._corrected(wrong, of_model, sigma) - target)
+        self.share.grad = (slope * of_model).sum() / sigma
+        if self.back is not None:
+            self.back.grad = wrong.T @ slope.reshape(len(wrong), -1)
 
-    def _loss_and_gradient(self, h: Tensor, labels: Tensor, *, differentiable: bool) -> tuple[Tensor, Tensor]:
+    def _corrected(self, wrong: Tensor, of_model: Tensor, sigma: Tensor) -> Tensor:
+        prediction = of_model * (self.share / sigma)
+        if self.back is None:
+            return prediction
+        return prediction + (wrong @ self.back).reshape(of_model.shape)
+
+    def _differentiated(self, h: Tensor, labels: Tensor, more: list[nn.Parameter]) -> list[Tensor]:
+        """dL/dC(h) as rows, times their number; dL/dh; and dL of each of ``more``.
+
+        A mean over fewer samples weighs each more. Undone here, so a sample gives what it gives in a whole batch.
+        """
         leaf = h.detach().requires_grad_()
         with torch.enable_grad():
-            loss = self.loss(self.head(leaf), labels)
-            (gradient,) = torch.autograd.grad(loss, leaf, create_graph=differentiable)
-        if not differentiable:
-            gradient = gradient.detach()
-        # A mean over fewer rows weighs each row more; undone here, so a row gives what it gives in a batch.
-        return loss, gradient * (len(h) / self.batch_size)
+            output = self.head(leaf)
+            wrong, of_model, *others = torch.autograd.grad(self.loss(output, labels), [output, leaf, *more])
+        wrong = wrong.flatten(0, self._row_dims - 1).flatten(1)
+        return [wrong * len(wrong), of_model * (len(h) / self.batch_size), *others]
 
 
 def head_for(cut: Cut, hidden: int) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.spans import Span, Spans
+from pipeline.spans import WAITING, Span, Spans
 
 __all__ = ["GROUPS", "Measured", "StageMeasured", "measure"]
 
@@ -17,10 +17,10 @@ GROUPS: dict[str, tuple[Span, ...]] = {
     "backward": (Span.BACKWARD, Span.STEP),
     "dni": (Span.DNI, Span.DNI_TRAIN),
     "relay": (Span.RELAY,),
-    "communication": (Span.SEND, Span.RECEIVE),
+    "communication": (Span.SEND, Span.RECEIVE, Span.AVERAGE),
     "load": (Span.LOAD,),
     "evaluate": (Span.EVALUATE,),
-    "waiting": (Span.WAIT,),
+    "waiting": WAITING,
     "other": (Span.OTHER, Span.QUALITY),
 }
 """What the spans are for: the lines of every report."""
@@ -64,12 +64,14 @@ class Measured:
     Attributes:
         batches: training batches in the window.
         seconds: length of the window.
-        stages: one entry per stage.
+        stages: one entry per stage; the stages of further replicas come behind those of the first.
+        replicas: of the pipeline.
     """
 
     batches: int
     seconds: float
     stages: tuple[StageMeasured, ...]
+    replicas: int = 1
 
     def samples_per_s(self, batch_rows: int) -> float:
         """Throughput."""
@@ -90,7 +92,7 @@ class Measured:
         sent = [stage.sent_bytes for stage in self.stages if stage.sent_bytes is not None]
         if len(sent) < len(self.stages):
             return None
-        per_s = self.batches / self.seconds * 1e-6 if self.seconds else float("nan")
+        per_s = self.batches / self.replicas / self.seconds * 1e-6 if self.seconds else float("nan")
         moved: dict[str, list[float]] = {}
         for way, each in zip(("down", "up"), zip(*sent, strict=True), strict=True):
             moved |= {f"{way}_bytes_per_batch": list(each), f"{way}_mb_per_s": [size * per_s for size in each]}
@@ -101,33 +103,49 @@ class Measured:
         return asdict(self)
 
 
-def measure(stages: Sequence[Spans], warmup: int, sent_bytes: Sequence[tuple[int, int]] | None = None) -> Measured:
+def measure(
+    stages: Sequence[Spans],
+    warmup: int,
+    sent_bytes: Sequence[tuple[int, int]] | None = None,
+    window_ns: tuple[int, int] | None = None,
+    replicas: int = 1,
+) -> Measured:
     """Measure a run.
 
     The window reaches from the end of the last stage's step of batch ``warmup - 1`` to the end of its last step: in
     that time exactly the batches from ``warmup`` on came out of the pipeline. No stage is ahead by more than its queue.
+    With replicas it reaches from the first such end to the last.
 
     Args:
         stages: the spans of every stage.
         warmup: batches that do not count, at least 1.
         sent_bytes: per stage, what it sent (down, up) over the whole run for training, in bytes.
+        window_ns: the same two moments as the last stage took them itself, on the clock of the spans, so that these
+            figures and its throughput are of one window; None: the ends of the spans, in which the report of a step's
+            loss may be as well.
+        replicas: of the pipeline.
 
     Raises:
         ValueError: fewer than ``warmup`` + 1 batches.
     """
-    ends = stages[-1].last_end(Span.STEP)
-    if len(ends) <= warmup or warmup < 1:
-        raise ValueError(f"{len(ends)} batches and {warmup} of warm-up: at least one must count.")
-    batches = sorted(ends)
-    start_ns, end_ns = ends[batches[warmup - 1]], ends[batches[-1]]
-    sent = [(down / len(batches), up / len(batches)) for down, up in sent_bytes or ()]
+    num_stages = len(stages) // replicas
+    ends = [sorted(last.last_end(Span.STEP).values()) for last in stages[num_stages - 1 :: num_stages]]
+    counts = list(map(len, ends))
+    if min(counts) <= warmup or warmup < 1:
+        raise ValueError(f"{min(counts)} batches and {warmup} of warm-up: at least one must count.")
+    start_ns, end_ns = window_ns or (min(each[warmup - 1] for each in ends), max(each[-1] for each in ends))
+    sent = [
+        (down / counts[index // num_stages], up / counts[index // num_stages])
+        for index, (down, up) in enumerate(sent_bytes or ())
+    ]
     return Measured(
-        batches=len(batches) - warmup,
+        batches=sum(counts) - replicas * warmup,
         seconds=(end_ns - start_ns) * 1e-9,
         stages=tuple(
             _stage(spans, spans.within(start_ns, end_ns), warmup, sent[index] if sent else None)
             for index, spans in enumerate(stages)
         ),
+        replicas=replicas,
     )
 
 

@@ -38,7 +38,7 @@ _CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
 class Kind(enum.IntEnum):
-    """What a message is. GRADIENT and SAMPLE go back; all others flow down, and END is echoed."""
+    """What a message is. GRADIENT and SAMPLE go back, shares to other replicas; the rest flows down, END is echoed."""
 
     ACTIVATION = 1
     GRADIENT = 2
@@ -46,6 +46,9 @@ class Kind(enum.IntEnum):
     REPORT = 4  # ends one pass over the held-out batches; `batch` is the number of updates before it
     END = 5
     SAMPLE = 6  # the true gradient of a sampled batch: nothing learns from it, it judges the synthetic ones
+    TRAINED = 7  # no training batch follows; sent where replicas have their weights to average then
+    SHARE = 8  # what a replica gives for an average; `batch` is the number of the round, `stage` the replica
+    LAST_SHARE = 9  # as SHARE, and nothing follows
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ class Mode:
         timed: what is learned depends on when messages arrive; else their order alone decides, whatever the delays.
         stashes: several batches are open at once while weights change: the backward pass needs the weights of its
             forward pass.
+        averages: what the replicas of a stage average (``pipeline.averaging``): the gradients before every step, or the
+            weights now and then.
         says: one line for the user.
     """
 
@@ -33,6 +35,7 @@ class Mode:
     cuts_batches: bool = False
     timed: bool = False
     stashes: bool = False
+    averages: Literal["gradients", "weights"] = "gradients"
     says: str
 
 
@@ -41,16 +44,25 @@ MODES: dict[str, Mode] = {
     "gpipe": Mode(policy=policies.gpipe, cuts_batches=True, says="locked, microbatches: all forward, all backward"),
     "1f1b": Mode(policy=policies.one_f_one_b, cuts_batches=True, says="locked, microbatches, as few open as possible"),
     "async-1f1b": Mode(
-        policy=policies.async_1f1b, exact=False, stashes=True, says="delayed true gradients on stashed weights"
+        policy=policies.async_1f1b,
+        exact=False,
+        stashes=True,
+        averages="weights",
+        says="delayed true gradients on stashed weights",
     ),
     "local": Mode(
-        policy=policies.unlocked, gradient="local", exact=False, says="every stage has a loss of its own, no gradients"
+        policy=policies.unlocked,
+        gradient="local",
+        exact=False,
+        averages="weights",
+        says="every stage has a loss of its own, no gradients",
     ),
     "unlocked": Mode(
         policy=policies.unlocked,
         gradient="synthetic",
         exact=False,
         timed=True,
+        averages="weights",
         says="updates at once from synthetic gradients",
     ),
 }

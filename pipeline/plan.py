@@ -52,12 +52,11 @@ class DNIPlan:
     """Hidden units of the forms that have a hidden layer (mlp, conv, loss_model)."""
     lr: float = 3e-3
     """Learning rate of the DNI's own Adam."""
-    beta: float = 1.0
-    """loss_model: weight of the gradient matching term beside the loss term."""
     rows: float = 1.0
     """Fraction of a batch's rows the DNI trains on, in (0, 1]."""
-    every: int = 1
-    """The DNI trains on the targets of every n-th batch."""
+    every: int | None = None
+    """Targets flow, and the DNI trains on them, for every n-th batch; None: as the form wants (label_residual 2, others
+    1)."""
     labels: bool = True
     """linear, mlp, conv: predict from activation and labels (the paper's cDNI); else from the activation alone."""
     factory: Callable[..., nn.Module] | None = None
@@ -74,7 +73,7 @@ class ChannelPlan:
     """Slots of every gradient channel; None: as many as batches can be in flight, so that none is ever dropped."""
     wire_dtype: Literal["bf16"] | None = None
     """Round float32 activations and gradients to this dtype on their way: half the bytes; locked modes are then no
-    longer exact."""
+    longer exact. What replicas average travels as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +85,13 @@ class Plan:
 
     stages: int = 2
     """Number of stages, one worker process each."""
+    replicas: int = 1
+    """Number of pipelines, each of so many stages. In step i replica r trains on batch i * replicas + r. Locked modes
+    average gradients before every step, and so equal training on the batches of a step together, but for BatchNorm,
+    which sees its own replica's batch. The other modes average weights, see average_every."""
+    average_every: int = 8
+    """Replicas of modes that are not locked: steps of a stage from one average of its weights to the next. Nobody waits
+    for an average but at the end of the run; what was learned meanwhile is kept."""
     mode: str = "unlocked"
     """Who may update when: naive, gpipe, 1f1b (locked, exact), async-1f1b, local, or unlocked."""
     microbatches: int = 1
@@ -94,7 +100,7 @@ class Plan:
     """Mode async-1f1b: open batches of stage 0, as many as stages, which waits where hops are slow (hop_steps), or as
     many as keep every stage busy, whose gradients are older."""
     steps: int | None = None
-    """Training batches; None: what the recipe suggests."""
+    """Training batches of each replica; None: what the recipe suggests."""
     seed: int = 0
     """Seed of the weights, of the data order and of everything random in a layer."""
     sizes: tuple[int, ...] | None = None
@@ -108,7 +114,7 @@ class Plan:
     mix: float = 0.5
     """targets mixed: the lambda of BP(lambda), weight of the true gradient."""
     true_every: int = 1
-    """targets true and mixed: the true gradient of one batch in n flows."""
+    """targets true and mixed: the true gradient of one batch in n flows. The same as dni.every."""
     update_probability: float = 1.0
     """Unlocked and local: the chance that a stage updates from a batch; others it only passes on (the paper's p)."""
     optimizer: OptimizerPlan = field(default_factory=OptimizerPlan)
@@ -137,7 +143,8 @@ class Plan:
     spans: bool = True
     """Record what every worker does when; without it only throughput and loss are known of a run."""
     emulate: str | None = None
-    """Replace compute by sleep: stage_ms=10 or stage_ms=10,dni_ms=0.2. Nothing is learned; for seeing many stages."""
+    """Replace compute by sleep: stage_ms=10 or stage_ms=10,dni_ms=0.2. Nothing is learned, and replicas have no weights
+    to exchange; for seeing many stages."""
     link: str | None = None
     """Delay every message: latency_ms=50,bandwidth_mbps=100 (either may be left out)."""
     stall_after_s: float = 60.0
@@ -155,9 +162,19 @@ class Plan:
         return self
 
     @property
+    def workers(self) -> int:
+        """Number of worker processes."""
+        return self.stages * self.replicas
+
+    @property
     def unlocked(self) -> bool:
         """Whether stages update from synthetic gradients."""
         return MODES[self.mode].gradient == "synthetic"
+
+    @property
+    def target_every(self) -> int:
+        """Of how many batches one gives a target."""
+        return self.dni.every or self.true_every
 
     @property
     def emulation(self) -> Emulation | None:
@@ -247,6 +264,8 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
 def _out_of_range(plan: Plan) -> Iterator[str]:
     for name, value, least in (
         ("stages", plan.stages, 1),
+        ("replicas", plan.replicas, 1),
+        ("average_every", plan.average_every, 1),
         ("microbatches", plan.microbatches, 1),
         ("steps", plan.steps, 1),
         ("true_every", plan.true_every, 1),
@@ -265,7 +284,6 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
         ("hop_steps", plan.hop_steps),
         ("optimizer.momentum", plan.optimizer.momentum),
         ("optimizer.weight_decay", plan.optimizer.weight_decay),
-        ("dni.beta", plan.dni.beta),
     ):
         if not (_is_number(number) and number >= 0):
             yield f"{name} is {number}: it must be a number, at least 0."
@@ -298,6 +316,12 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         yield NoEffect("microbatches", f"with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b.")
     if plan.in_flight != defaults.in_flight and (plan.mode != "async-1f1b" or not plan.hop_steps):
         yield NoEffect("in_flight", "but in mode async-1f1b with hop_steps: leave it out.")
+    if plan.average_every != defaults.average_every and plan.replicas == 1:
+        yield NoEffect("average_every", "without replicas: leave it out, or add replicas.")
+    elif mode is not None and mode.averages != "weights" and plan.average_every != defaults.average_every:
+        yield NoEffect("average_every", f"with mode {plan.mode}, which averages at every step: leave it out.")
+    if plan.replicas > 1 and plan.update_probability != 1.0:
+        yield "update_probability and replicas do not go together: replicas average after as many updates each."
     if mode is not None and mode.gradient != "synthetic":
         for name in (
             "targets",
@@ -311,11 +335,13 @@ def _without_effect(plan: Plan) -> Iterator[str]:
                 yield NoEffect(name, f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
     elif plan.targets == "bootstrap" and plan.true_every != 1:
         yield NoEffect("true_every", "with targets bootstrap: leave it out, or choose targets true or mixed.")
+    if plan.true_every != 1 and plan.dni.every not in (None, plan.true_every):
+        yield "true_every and dni.every both say how often a target flows: give one of them."
     if mode is not None and plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
         yield NoEffect("mix", f"with targets {plan.targets}: leave it out, or choose targets mixed.")
     if plan.optimizer.momentum and plan.optimizer.rule != "sgd":
         yield NoEffect("optimizer.momentum", f"with {plan.optimizer.rule}: leave it out, or choose sgd.")
-    if plan.stages == 1 and plan.channels != defaults.channels:
+    if plan.workers == 1 and plan.channels != defaults.channels:
         yield NoEffect("channels", "with 1 stage, which has no channels: leave it out.")
     if plan.stages == 1 and plan.channel.wire_dtype is not None:
         yield NoEffect("channel.wire_dtype", "with 1 stage, which has no channels: leave it out.")

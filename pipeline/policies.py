@@ -19,6 +19,11 @@ Not locked: a stage steps as soon as it can, batch after batch.
                 k=1  .  F0 U0 F1 U1 F2 U2 F3 U3       the last stage has the loss
     at random   k=0  F0 S0 F1 U1 L0 F2 S2 L1 F3 U3    S = no update from this batch: it is only passed on
     local       the same without L: no gradient crosses a cut
+
+Several replicas of the pipeline: A = take the average over the replicas of this stage.
+
+    locked      k=1  F0 B0 .  A0 F1 B1 .  A1          the step is part of A; nothing else happens before it
+    not locked  k=1  F0 U0 F1 U1 A0 F2 U2 F3 U3 A1    as soon as it is there, but never between a forward and its update
 """
 
 from __future__ import annotations
@@ -27,7 +32,18 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-__all__ = ["Action", "Policy", "View", "async_1f1b", "gpipe", "naive", "one_f_one_b", "scripted", "unlocked"]
+__all__ = [
+    "Action",
+    "Policy",
+    "View",
+    "async_1f1b",
+    "averaged",
+    "gpipe",
+    "naive",
+    "one_f_one_b",
+    "scripted",
+    "unlocked",
+]
 
 
 class Action(enum.Enum):
@@ -38,6 +54,7 @@ class Action(enum.Enum):
     UPDATE = "U"  # backpropagate the synthetic gradient (the last stage: the loss) of the oldest open batch, step
     SKIP = "S"  # leave the oldest open batch without an update
     LEARN = "L"  # take a true gradient: train the DNI, relay
+    AVERAGE = "A"  # take the average over the replicas; make the step that waited for it, if one did
     WAIT = "."  # until something changes
 
 
@@ -54,6 +71,8 @@ class View(NamedTuple):
         room: a send to the stage above would not block.
         ended: nothing more will come from below.
         actions: actions taken so far.
+        average: the average over the replicas of this stage can be taken.
+        held: nothing else may happen before it is.
         updates: the stage updates from its oldest open batch; else it was only passed on.
         ahead: async-1f1b: batches that may be open besides one; None: as many as there are stages above.
     """
@@ -67,6 +86,8 @@ class View(NamedTuple):
     room: bool = True
     ended: bool = False
     actions: int = 0
+    average: bool = False
+    held: bool = False
     updates: bool = True
     ahead: int | None = None
 
@@ -122,6 +143,21 @@ def unlocked(view: View) -> Action:
     return Action.LEARN if view.gradient else view.forward_if_possible
 
 
+def averaged(policy: Policy) -> Policy:
+    """The policy of a stage that has replicas: take the average when it is there, and wait for it where that must be.
+
+    A batch that is open between its forward and its update has its gradient taken on the weights of its forward: the
+    weights do not change between the two (but for stashed ones, of which the graph has a copy).
+    """
+
+    def with_averages(view: View) -> Action:
+        action = Action.WAIT if view.held else policy(view)
+        backwards = action in (Action.UPDATE, Action.BACKWARD)
+        return Action.AVERAGE if view.average and not backwards else action
+
+    return with_averages
+
+
 def scripted(order: Sequence[Action]) -> Policy:
     """Follow a fixed order of actions, waiting for what each needs: this makes an unlocked run repeatable.
 
@@ -139,6 +175,7 @@ def scripted(order: Sequence[Action]) -> Policy:
             Action.UPDATE: view.open > 0,
             Action.SKIP: view.open > 0,
             Action.LEARN: view.gradient,
+            Action.AVERAGE: view.average,
         }
         return action if ready[action] else Action.WAIT
 

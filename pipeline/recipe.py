@@ -143,7 +143,8 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
             raise PlanError("batches is empty: give at least one (inputs, labels).")
         indices: Iterable[int] = range(len(recipe.batches))
     else:
-        indices = sorted({0, min(1, steps - 1), steps - 1})
+        last = steps * plan.replicas - 1
+        indices = sorted({0, min(1, last), last})
     first = _checked(recipe.batch(0), 0)
     for index in indices:
         same_shape(index, _checked(recipe.batch(index), index), first)

@@ -7,27 +7,31 @@ has, and, with phantoms in the place of tensors, the order of actions of a run t
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
-import torch
 from torch import Tensor
 
-from pipeline.channels import narrowed, widened
+from pipeline.averaging import Averager, averager_of
+from pipeline.exchange import ROOM, Exchange
 from pipeline.loader import inputs, phantom_inputs
 from pipeline.messages import Message
-from pipeline.modes import MODES
+from pipeline.phantom import Phantom
 from pipeline.plan import Plan
 from pipeline.policies import Action
 from pipeline.quality import Quality
 from pipeline.recipe import Recipe
+from pipeline.replicas import plan_of, policy_of, worker_of
 from pipeline.resolve import Resolved, resolve, stage_layers
 from pipeline.runner import Runner, StageLike
 from pipeline.scores import Scores
 from pipeline.stage import Stage
-from pipeline.targets import Flow
+from pipeline.virtual import Clock, Queue, Source
+
+Sources = Callable[[int, Callable[[int], bool]], Iterator[Message]]
+"""(replica, whether it is enough before a step) -> what comes into its first stage."""
 
 __all__ = ["Costs", "Event", "Reference", "run_reference", "schedule", "timeline"]
 
@@ -42,7 +46,8 @@ class Costs:
 
     def of(self, action: Action) -> int:
         """Ticks of one action."""
-        return {Action.FORWARD: self.forward, Action.LEARN: self.learn, Action.SKIP: 0}.get(action, self.backward)
+        ticks = {Action.FORWARD: self.forward, Action.LEARN: self.learn, Action.AVERAGE: 0, Action.SKIP: 0}
+        return ticks.get(action, self.backward)
 
     def hop(self, steps: float) -> int:
         """Ticks of a hop of ``steps`` steps."""
@@ -51,13 +56,17 @@ class Costs:
 
 @dataclass(frozen=True)
 class Event:
-    """Stage ``stage`` did ``action`` from tick ``start`` to ``end``; ``batch`` counts that action on that stage."""
+    """Stage ``stage`` of replica ``replica`` did ``action`` from tick ``start`` to ``end``.
+
+    ``batch`` counts that action on that stage.
+    """
 
     stage: int
     action: Action
     batch: int
     start: int
     end: int
+    replica: int = 0
 
 
 @dataclass
@@ -66,10 +75,12 @@ class Reference:
 
     Attributes:
         resolved: what was run.
-        stages: the trained stages.
-        losses: training loss of every batch; fewer than planned where ``until`` ended the run.
+        stages: the trained stages of replica 0.
+        losses: training loss of every step, the mean over the replicas; fewer than planned where ``until`` ended the
+            run.
         scores: (number of updates, scores) of every pass over the held-out batches.
         events: what every stage did when.
+        others: the trained stages of the other replicas.
         qualities: of every stage below the last: its synthetic gradients of the sampled batches against the true ones.
     """
 
@@ -79,6 +90,7 @@ class Reference:
     scores: list[tuple[int, Scores]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     qualities: dict[int, list[Quality]] = field(default_factory=dict)
+    others: list[list[Stage]] = field(default_factory=list)
 
     @property
     def reached(self) -> int | None:
@@ -109,91 +121,58 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
     """
     resolved = resolve(recipe, plan)
     plan = resolved.plan
-    stages = [
-        Stage(
-            stage_layers(recipe, plan, k),
-            k,
-            plan,
-            recipe,
-            resolved.cuts[k] if k < plan.stages - 1 else None,
-            resolved.cuts[k - 1] if k > 0 else None,
-        )
-        for k in range(plan.stages)
-    ]
-    result = Reference(resolved, stages)
-    source = inputs(recipe, plan, resolved.steps, enough=lambda: result.reached is not None)
-    result.events = _drive(cast(list[StageLike], stages), plan, source, costs or Costs(), result)
+    stages, *others = (
+        [
+            Stage(
+                stage_layers(recipe, plan, k),
+                k,
+                plan_of(plan, replica),
+                recipe,
+                resolved.cuts[k] if k < plan.stages - 1 else None,
+                resolved.cuts[k - 1] if k > 0 else None,
+            )
+            for k in range(plan.stages)
+        ]
+        for replica in range(plan.replicas)
+    )
+    result = Reference(resolved, stages, others=others)
+
+    def sources(replica: int, enough: Callable[[int], bool]) -> Iterator[Message]:
+        return inputs(recipe, plan, resolved.steps, enough, replica)
+
+    result.events = _drive(cast(list[list[StageLike]], [stages, *others]), plan, sources, costs or Costs(), result)
     return result
 
 
 def schedule(plan: Plan, held_out_batches: int, costs: Costs | None = None) -> list[list[Action]]:
-    """The order of actions of every stage, without computing anything."""
-    events = timeline(plan, held_out_batches, costs or Costs())
-    return [[event.action for event in events if event.stage == k] for k in range(plan.stages)]
+    """The order of actions of every worker, without computing anything."""
+    orders: list[list[Action]] = [[] for _ in range(plan.workers)]
+    for event in timeline(plan, held_out_batches, costs or Costs()):
+        orders[worker_of(plan, event.replica, event.stage)].append(event.action)
+    return orders
 
 
 def timeline(plan: Plan, held_out_batches: int, costs: Costs) -> list[Event]:
     """What every stage does when, on the virtual clock, without computing anything; in order of begin."""
-    assert plan.steps is not None, "the plan is resolved"
-    phantoms: list[StageLike] = [_Phantom(k, plan) for k in range(plan.stages)]
-    return _drive(phantoms, plan, phantom_inputs(plan, plan.steps, held_out_batches), costs, None)
-
-
-@dataclass
-class _Clock:
-    now: int = 0
-    effect: int = 0  # when what is being done will be done
-    alarms: list[int] = field(default_factory=list)
-
-    def at(self, tick: int) -> None:
-        heapq.heappush(self.alarms, tick)
-
-
-@dataclass
-class _Queue:
-    """A queue in virtual time: what is put at the end of an action arrives a hop later."""
-
-    clock: _Clock
-    capacity: int
-    hop: int
-    wire_dtype: torch.dtype | None
-    items: deque[tuple[int, Message]] = field(default_factory=deque)
-
-    def room(self) -> bool:
-        return len(self.items) < self.capacity
-
-    def put(self, message: Message) -> None:
-        sent = narrowed(message, self.wire_dtype)
-        message = message if sent is message else widened(sent)
-        copies = tuple(tensor.detach().clone() for tensor in message.tensors)
-        arrival = self.clock.effect + self.hop
-        self.items.append((arrival, replace(message, tensors=copies)))
-        self.clock.at(arrival)
-
-    def take(self) -> Message | None:
-        if self.items and self.items[0][0] <= self.clock.now:
-            return self.items.popleft()[1]
-        return None
-
-
-@dataclass
-class _Source:
-    messages: Iterator[Message]
-
-    def take(self) -> Message | None:
-        return next(self.messages, None)
+    steps = plan.steps
+    assert steps is not None, "the plan is resolved"
+    phantoms: list[list[StageLike]] = [[Phantom(k, plan) for k in range(plan.stages)] for _ in range(plan.replicas)]
+    return _drive(phantoms, plan, lambda r, enough: phantom_inputs(plan, steps, held_out_batches, r), costs, None)
 
 
 def _drive(
-    stages: list[StageLike], plan: Plan, source: Iterator[Message], costs: Costs, result: Reference | None
+    pipelines: Sequence[Sequence[StageLike]], plan: Plan, sources: Sources, costs: Costs, result: Reference | None
 ) -> list[Event]:
-    clock = _Clock()
-    runners = _connect(stages, plan, source, costs, clock)
+    clock = Clock()
+    reached = (lambda: False) if result is None else (lambda: result.reached is not None)
+    averagers = _averagers(pipelines, plan, costs, clock, reached)
+    runners: list[Runner] = []
+    for replica, (stages, averaging) in enumerate(zip(pipelines, averagers, strict=True)):
+        source = sources(replica, averaging[0].enough)
+        runners += _connect(stages, plan, source, costs, clock, averaging)
+    losses: list[list[float]] = [[] for _ in pipelines]
     if result is not None:
-        runners[-1].on_loss = lambda batch, loss: result.losses.append(loss)
-        for k, runner in enumerate(runners):
-            runner.on_quality = result.qualities.setdefault(k, []).append
-        runners[-1].on_scores = lambda updates, scores: result.scores.append((updates, scores))
+        _listen(runners, plan, losses, result)
     busy_until = [0] * len(runners)
     counts: list[dict[Action, int]] = [{} for _ in runners]
     events: list[Event] = []
@@ -211,14 +190,62 @@ def _drive(
             runner.perform(action)
             clock.at(busy_until[k])
             batch = counts[k][action] = counts[k].get(action, -1) + 1
-            events.append(Event(k, action, batch, clock.now, busy_until[k]))
+            replica, stage = divmod(k, plan.stages)
+            events.append(Event(stage, action, batch, clock.now, busy_until[k], replica))
             moved = True
         if not moved:
             _advance(clock, runners)
+    if result is not None:
+        result.losses = [sum(each) / len(each) for each in zip(*losses, strict=False)]
     return events
 
 
-def _advance(clock: _Clock, runners: list[Runner]) -> None:
+def _listen(runners: Sequence[Runner], plan: Plan, losses: Sequence[list[float]], result: Reference) -> None:
+    """Have the runners tell what they find: losses per replica, scores from replica 0."""
+    for worker, runner in enumerate(runners):
+        replica, stage = divmod(worker, plan.stages)
+        runner.on_quality = result.qualities.setdefault(stage, []).append
+        if runner.stage.last:
+            runner.on_loss = partial(_keep_loss, losses[replica])
+            runner.on_scores = lambda updates, scores: result.scores.append((updates, scores))
+
+
+def _keep_loss(losses: list[float], batch: int, loss: float) -> None:
+    losses.append(loss)
+
+
+def _averagers(
+    pipelines: Sequence[Sequence[StageLike]], plan: Plan, costs: Costs, clock: Clock, asked: Callable[[], bool]
+) -> list[list[Averager]]:
+    """For every stage of every replica; with the queues between them, which travel a hop."""
+    others = [[other for other in range(plan.replicas) if other != replica] for replica in range(plan.replicas)]
+    hop = costs.hop(plan.hop_steps)
+    ways = {
+        (k, source, target): Queue(clock, ROOM, hop, None)
+        for k in range(plan.stages)
+        for source, targets in enumerate(others)
+        for target in targets
+    }
+    return [
+        [
+            averager_of(
+                plan,
+                stage.state_tensors(),
+                Exchange(
+                    k,
+                    replica,
+                    {other: ways[k, replica, other] for other in others[replica]},
+                    {other: ways[k, other, replica] for other in others[replica]},
+                ),
+                asked,
+            )
+            for k, stage in enumerate(stages)
+        ]
+        for replica, stages in enumerate(pipelines)
+    ]
+
+
+def _advance(clock: Clock, runners: list[Runner]) -> None:
     while clock.alarms and clock.alarms[0] <= clock.now:
         heapq.heappop(clock.alarms)
     if not clock.alarms:
@@ -228,25 +255,31 @@ def _advance(clock: _Clock, runners: list[Runner]) -> None:
 
 
 def _connect(
-    stages: list[StageLike], plan: Plan, source: Iterator[Message], costs: Costs, clock: _Clock
+    stages: Sequence[StageLike],
+    plan: Plan,
+    source: Iterator[Message],
+    costs: Costs,
+    clock: Clock,
+    averagers: Sequence[Averager],
 ) -> list[Runner]:
     hop = costs.hop(plan.hop_steps)
     on_the_way = -(-hop // (costs.forward + costs.backward))  # what the link itself holds
-    downs = [_Queue(clock, plan.channel.slots + on_the_way, hop, plan.wire_dtype) for _ in stages[1:]]
+    downs = [Queue(clock, plan.channel.slots + on_the_way, hop, plan.wire_dtype) for _ in stages[1:]]
     ups = [
-        _Queue(clock, plan.gradient_slots_at(k) + 2 * on_the_way * (plan.stages - k), hop, plan.wire_dtype)
+        Queue(clock, plan.gradient_slots_at(k) + 2 * on_the_way * (plan.stages - k), hop, plan.wire_dtype)
         for k in range(len(stages) - 1)
     ]
     return [
         Runner(
             stage=stage,
-            policy=MODES[plan.mode].policy,
+            policy=policy_of(plan),
             stages=plan.stages,
             microbatches=plan.microbatches,
-            below=_Source(source) if k == 0 else downs[k - 1],
+            below=Source(source) if k == 0 else downs[k - 1],
             above=None if stage.last else ups[k],
             down=None if stage.last else downs[k],
             up=None if k == 0 else ups[k - 1],
+            averager=averagers[k],
             ahead=_round_trips(plan, k, hop, costs) if plan.in_flight == "full" else None,
         )
         for k, stage in enumerate(stages)
@@ -257,46 +290,3 @@ def _round_trips(plan: Plan, k: int, hop: int, costs: Costs) -> int:
     """Batches that stage k begins while one goes to the last stage and comes back: a step a stage, two hops a cut."""
     step = costs.forward + costs.backward
     return (plan.stages - 1 - k) * -(-(step + 2 * hop) // step)
-
-
-class _Phantom:
-    """A stage that only says which gradients flow, as ``Stage`` would; its tensors are empty."""
-
-    _EMPTY = torch.empty(0)
-
-    def __init__(self, index: int, plan: Plan) -> None:
-        self._flow = Flow(plan, index)
-        self.index, self.last, self.scores = index, self._flow.last, Scores()
-        self._updated = -1
-
-    def updates(self, batch: int) -> bool:
-        return self._flow.updates(batch)
-
-    def forward(self, batch: int, x: Any, labels: Any, microbatch: int = 0) -> Tensor:
-        return self._EMPTY
-
-    def evaluate(self, batch: int, x: Any, labels: Any) -> Tensor:
-        return self._EMPTY
-
-    def predict(self, batch: int) -> Tensor | None:
-        return None
-
-    def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
-        self._updated = batch
-        return self._EMPTY if self._flow.at_update(batch) else None
-
-    def step(self, batch: int) -> None: ...
-
-    def skip(self, batch: int) -> None: ...
-
-    def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
-        return self._EMPTY if self._flow.relays(batch) else None
-
-    def true_gradient(self) -> Tensor | None:
-        return self._EMPTY if self.last and self._flow.samples(self._updated) else None
-
-    def judge(self, batch: int, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, self._EMPTY
-
-    def loss_of(self, batch: int) -> float:
-        return float("nan")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.channels import ChannelChoice, choose_channels
 from pipeline.cut import Cut
-from pipeline.dni import describe_form
+from pipeline.dni import describe_form, target_every
 from pipeline.errors import NoEffect, PlanError
 from pipeline.modes import MODES
 from pipeline.partition import Layer, balanced_sizes, check_partition, chosen_sizes, layers_of, split
@@ -25,11 +25,11 @@ __all__ = ["Resolved", "resolve", "stage_layers"]
 Measure = Callable[[Sequence[Layer], Sequence[Tensor]], list[float]]
 """(layers, what goes into each of them) -> seconds of forward and backward of each."""
 
-_FORMS_THAT_READ = {
-    "hidden": ("mlp", "conv", "loss_model"),
-    "beta": ("loss_model",),
-    "labels": ("linear", "mlp", "conv"),
+_AVERAGES = {
+    "gradients": "gradients are averaged before every step: as one process on the {0.replicas} batches of a step",
+    "weights": "weights are averaged every {0.average_every} steps, nobody waits for it, and at the end",
 }
+_FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model"), "labels": ("linear", "mlp", "conv")}
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,31 @@ class Resolved:
     """A run without open questions.
 
     Attributes:
-        plan: the plan with ``steps`` and ``sizes`` (and ``evaluate_every``, with ``until``) filled in.
+        plan: the plan with ``steps``, ``sizes`` and ``dni.every`` (and ``evaluate_every``, with ``until``) filled in.
         layer_names: of the whole network, in order.
         layer_parameters: number of parameters of each layer.
+        layer_bytes: of each layer's parameters and buffers, and one more for each of them.
         layer_seconds: measured cost of each layer, or None when the plan fixed the sizes.
         cuts: what is known at each cut; no loss inside, see ``cut``.
         batch_shape: shape of the inputs of a batch.
         output_shape: shape of the network's output for it.
         held_out_batches: batches of one evaluation pass.
-        channels: what carries each cut.
+        channels: what carries each cut, those of replica 0 first.
+        hosts: name of the host of every worker, those of replica 0 first.
         reasons: (what was decided, value, why), for the first screen.
     """
 
     plan: Plan
     layer_names: tuple[str, ...]
     layer_parameters: tuple[int, ...]
+    layer_bytes: tuple[int, ...]
     layer_seconds: tuple[float, ...] | None
     cuts: tuple[Cut, ...]
     batch_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     held_out_batches: int
     channels: tuple[ChannelChoice, ...]
+    hosts: tuple[str, ...]
     reasons: tuple[tuple[str, str, str], ...]
 
     @property
@@ -71,6 +75,17 @@ class Resolved:
         """Layers per stage."""
         assert self.plan.sizes is not None
         return self.plan.sizes
+
+    @property
+    def state_bytes(self) -> tuple[int, ...]:
+        """Of each stage: bytes of its parameters and buffers, and one more for each of them."""
+        starts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
+        return tuple(sum(self.layer_bytes[i : i + n]) for i, n in zip(starts, self.sizes, strict=True))
+
+    @property
+    def step_rows(self) -> int:
+        """Rows that one step of all replicas trains on."""
+        return self.batch_shape[0] * self.plan.replicas
 
     @property
     def warmup(self) -> int:
@@ -89,7 +104,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
         plan: the wish.
         measure: measures layers when the plan asks for a balance by time; without it layers count alike (the
             reference driver has no clock).
-        hosts: name of the host of every stage's worker; None: one host.
+        hosts: name of the host of every worker, those of replica 0 first; None: one host.
 
     Raises:
         PlanError: see ``Plan.check``, ``check_batches``, ``check_partition``, and: a loss that does not take the output
@@ -97,7 +112,8 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
             between two hosts.
     """
     plan.check()
-    channels = choose_channels(plan.channels, hosts or ["this host"] * plan.stages)
+    hosts = hosts or ["this host"] * plan.workers
+    channels = choose_channels(plan.channels, hosts, plan.replicas)
     if plan.evaluate_every is not None and recipe.evaluation is None:
         raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
     steps = plan.steps or recipe.steps
@@ -128,6 +144,8 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
     forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
     if forms:
         reasons.append(("DNI", *forms[0]))
+    if plan.replicas > 1:
+        reasons.append(("replicas", str(plan.replicas), _AVERAGES[MODES[plan.mode].averages].format(plan)))
     if plan.until is not None:
         often = f"held-out data, looked at every {plan.evaluate_every:,} batches"
         reasons.append(("until", str(plan.goal), f"{often}; {steps:,} batches at most"))
@@ -139,15 +157,17 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
     if plan.until is not None and not held_out_batches:
         raise PlanError("until has no effect as evaluation gives no batch: leave it out, or give held-out batches.")
     return Resolved(
-        plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None),
+        plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None, dni=_with_every(plan, cuts)),
         layer_names=tuple(layer.name for layer in layers),
         layer_parameters=tuple(sum(p.numel() for p in layer.module.parameters()) for layer in layers),
+        layer_bytes=tuple(sum(t.nbytes + 1 for t in layer.module.state_dict().values()) for layer in layers),
         layer_seconds=seconds,
         cuts=cuts,
         batch_shape=tuple(inputs.shape),
         output_shape=tuple(outputs[-1].shape),
         held_out_batches=held_out_batches,
         channels=channels,
+        hosts=tuple(hosts),
         reasons=tuple(reasons),
     )
 
@@ -167,6 +187,14 @@ def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
     if plan.goal.metric == "accuracy" and recipe.correct is None:
         raise PlanError(f"until {plan.goal}: the recipe counts no right answers; give correct, or ask for a loss.")
     return dataclasses.replace(plan, evaluate_every=plan.evaluate_every or look_every(steps))
+
+
+def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
+    """The DNI's plan with how often a target flows filled in."""
+    if not plan.unlocked:
+        return plan.dni
+    every = plan.true_every if plan.true_every != 1 else target_every(cuts, plan.dni)
+    return dataclasses.replace(plan.dni, every=every)
 
 
 def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe: Recipe, plan: Plan) -> Cut:

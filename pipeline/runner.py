@@ -3,6 +3,8 @@
              below (activations) ->  +--------+  -> down (activations)
                                      | Runner |
              up (gradients)      <-  +--------+  <- above (gradients)
+                                         |
+                            averager: the same stage of other replicas
 
 The reference driver and the worker loop of a process drive the same Runner: ``poll`` looks into the queues, ``next``
 asks the policy, ``perform`` does it.
@@ -16,31 +18,16 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pipeline.averaging import ALONE, Averager
 from pipeline.errors import StageError
 from pipeline.messages import Kind, Message
 from pipeline.policies import Action, Policy, View
 from pipeline.quality import Quality
+from pipeline.queues import Inlet, Outlet
 from pipeline.scores import Scores
 from pipeline.spans import Recorder, Span, silent
 
-__all__ = ["Inlet", "Outlet", "Runner", "StageLike"]
-
-
-class Inlet(Protocol):
-    """The receiving end of a queue. ``take`` never blocks; the message it gives owns its memory."""
-
-    def take(self) -> Message | None:
-        """The oldest message, or None."""
-
-
-class Outlet(Protocol):
-    """The sending end of a queue."""
-
-    def room(self) -> bool:
-        """Whether ``put`` would not block."""
-
-    def put(self, message: Message) -> None:
-        """Send; called only when there is room."""
+__all__ = ["Runner", "StageLike"]
 
 
 class StageLike(Protocol):
@@ -61,6 +48,7 @@ class StageLike(Protocol):
     def judge(self, batch: int, gradient: Tensor) -> tuple[Quality | None, Tensor | None]: ...
     def evaluate(self, batch: int, x: Tensor, labels: Tensor) -> Tensor: ...
     def loss_of(self, batch: int) -> float: ...
+    def state_tensors(self) -> dict[str, Tensor]: ...
 
 
 @dataclass
@@ -75,6 +63,7 @@ class Runner:
         down: activations to the stage above; None for the last stage.
         up: gradients to the stage below; None for the first stage.
         ahead: how many batches async-1f1b may have open besides one; None: as many as there are stages above.
+        averager: what the stage averages with its replicas.
         record: told what the worker turns to.
         on_loss: last stage: called with (batch, training loss).
         on_scores: last stage: called with (number of updates, scores of a pass over the held-out batches).
@@ -94,6 +83,7 @@ class Runner:
     down: Outlet | None = None
     up: Outlet | None = None
     ahead: int | None = None
+    averager: Averager = ALONE
     record: Recorder = silent
     on_loss: Callable[[int, float], None] = field(default=lambda batch, loss: None)
     on_scores: Callable[[int, Scores], None] = field(default=lambda updates, scores: None)
@@ -111,10 +101,12 @@ class Runner:
     _gradient: Message | None = None
     _unsent: list[Message] = field(default_factory=list)
     _ended_below: bool = False
+    _trained_below: bool = False
 
     def poll(self) -> None:
         """Look into the queues: at most one message of each is held."""
         self._flush()
+        self.averager.poll()
         if self._gradient is None and self.above is not None:
             self._gradient = self.above.take()
             if self._gradient is not None and self._gradient.kind is Kind.END:
@@ -136,8 +128,10 @@ class Runner:
             activation=self._activation is not None,
             gradient=self._gradient is not None,
             room=self.down is None or self.down.room(),
-            ended=self._ended_below,
+            ended=self._ended_below or self._trained_below,
             actions=self.actions,
+            average=self.averager.ready,
+            held=self.averager.held,
             updates=self.stage.updates(self.updated),
             ahead=self.ahead,
         )
@@ -159,6 +153,8 @@ class Runner:
             self._skip()
         elif action is Action.LEARN:
             self._learn()
+        elif action is Action.AVERAGE:
+            self._average()
         self.record(Span.OTHER, -1)
 
     # ------------------------------------------------------------------ private
@@ -181,6 +177,10 @@ class Runner:
             if self.stage.last:
                 self.on_scores(batch, self.stage.scores)
                 self.stage.scores = Scores()
+        elif kind is Kind.TRAINED:
+            self._trained_below = True
+            self._send_down(Message(kind, batch, self.stage.index))
+            self._after_training()
         elif kind is Kind.END:
             self._ended_below = True
             self._send_down(Message(kind, batch, self.stage.index))
@@ -197,10 +197,25 @@ class Runner:
         self._send_sample(batch, self.stage.true_gradient())
         if part < self.microbatches - 1:
             return
+        if not self.averager.before_step():
+            self._step(batch)
+
+    def _step(self, batch: int) -> None:
         self.stage.step(batch)
         self.updated += 1
         if self.stage.last:
             self.on_loss(batch, self.stage.loss_of(batch))
+        self.averager.after_step()
+        self._after_training()
+
+    def _average(self) -> None:
+        if self.averager.take():
+            self._step(self.updated)
+
+    def _after_training(self) -> None:
+        """Once no training batch will come and none is open."""
+        if self._trained_below and self.forwarded == self.backwarded:
+            self.averager.after_training()
 
     def _skip(self) -> None:
         batch = self.updated
@@ -209,6 +224,7 @@ class Runner:
         self.updated += 1
         if self.stage.last:
             self.on_loss(batch, self.stage.loss_of(batch))
+        self._after_training()
 
     def _learn(self) -> None:
         message = self._taken_gradient(None)

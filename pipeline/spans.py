@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SPAN_DTYPE", "Recorder", "Span", "Spans", "silent"]
+__all__ = ["SPAN_DTYPE", "WAITING", "Recorder", "Span", "Spans", "silent"]
 
 
 class Span(enum.IntEnum):
@@ -32,6 +32,12 @@ class Span(enum.IntEnum):
     RELAY = 10  # turning the true gradient at the output into the one at the input
     EVALUATE = 11
     QUALITY = 12  # comparing a synthetic gradient with the true one
+    AVERAGE = 13  # giving the other replicas a share, and taking the average
+    HELD = 14  # waiting for the other replicas' shares
+
+
+WAITING = (Span.WAIT, Span.HELD)
+"""Nothing to do."""
 
 
 SPAN_DTYPE = np.dtype([("span", "<i8"), ("batch", "<i8"), ("queue", "<i8"), ("start_ns", "<i8")])

@@ -151,7 +151,7 @@ class Stage:
         kept, source = self._kept[batch, 0], self.dni or self.local
         assert source is not None, "a stage that updates at once has something to update from"
         try:
-            kept.synthetic = source.predict(kept.h.detach(), kept.labels)
+            kept.synthetic = source.meet(kept.h.detach(), kept.labels, batch)
         except Exception as error:
             raise self._error(error, "DNI" if self.dni else None, batch) from error
         return kept.synthetic
@@ -164,7 +164,7 @@ class Stage:
         Returns:
             What the stage below is to get now: dL/dx of the samples its DNI trains on (``Window``; all of them in modes
             without DNIs), or None when nothing is sent at this point (first stage; targets ``true`` and ``mixed`` below
-            the last stage; not one of ``true_every``).
+            the last stage; not a batch whose target flows).
         """
         self.record(Span.BACKWARD, batch)
         kept = self._kept[batch, microbatch]

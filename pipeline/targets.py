@@ -2,8 +2,10 @@
 
     bootstrap   J^T s at the update          the synthetic gradient, taken through the stage; the loss only reaches
                                              the last DNI (Jaderberg et al. 2017, section 2.2)
-    true        J^T g when g comes           of one batch in `true_every`
+    true        J^T g when g comes
     mixed       J^T (lambda g + (1-lambda) s) when g comes
+
+Targets flow for one batch in `dni.every` (or `true_every`), and only for these is anything computed or sent.
 
 The last stage has the true gradient at its update; in modes that work with true gradients every stage has. In the mode
 `local` nothing flows. A stage that makes no update from a batch (``update_probability``) sends down nothing of its own.
@@ -89,4 +91,4 @@ class Flow:
         return self._in_turn(batch) and Flow(self.plan, origin).updates(batch)
 
     def _in_turn(self, batch: int) -> bool:
-        return batch % self.plan.true_every == 0
+        return batch % self.plan.target_every == 0

@@ -105,7 +105,7 @@ class Workbench:
     def edge(
         self, slots: int = 3, slot_bytes: int = 1 << 16, wire_dtype: torch.dtype | None = None, label: str = LABEL
     ) -> Ground:
-        edge = Edge(self.kind, f"{new_prefix()}-a0", label, 0, 1, slots, slot_bytes, wire_dtype)
+        edge = Edge(self.kind, "activations", f"{new_prefix()}-a0", label, 0, 1, slots, slot_bytes, wire_dtype)
         return self.stack.enter_context(CHANNELS[self.kind].ground(edge))
 
     def ends(

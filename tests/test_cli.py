@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+import launch
 from launch import cli, train
 from launch.options import BenchOptions, RunOptions, parse
 from launch.recipes import BUILT_IN
@@ -227,6 +229,16 @@ def test_a_folder_that_cannot_be_made_is_refused(empty_folder: Path, monkeypatch
         ("bench digits --name ..", "name is '..': it names a folder inside the folder of the runs"),
         ("train digits --hidden 0", "hidden is 0: it must be a whole number, at least 1."),
         ("train digits --dni.hidden 64", "dni.hidden has no effect with the DNI form label_residual: leave it out"),
+        ("train digits --launcher ray --address nowhere", "address is 'nowhere': give auto, local, or HOST:PORT"),
+        ("train digits --launcher ray --address ray://a:10001", "address is ray://a:10001: through Ray Client the "),
+        ("train digits --address local", "address has no effect with launcher local: add --launcher ray, or leave"),
+        ("train digits --ray.cpus 2", "the options of ray have no effect with launcher local: add --launcher ray, or"),
+        ("train digits --launcher ray --ray.cpus 0", "ray.cpus is 0: it must be more than 0."),
+        ("train digits --launcher ray --ray.resources b", "ray.resources has 'b': write NAME=AMOUNT, an amount above "),
+        ("train digits --launcher ray --ray.resources GPU=1", "ray.resources has GPU, which is none of a cluster's "),
+        ("bench digits --address=auto", "address has no effect with launcher local: add --launcher ray, or leave it "),
+        ("bench digits --launcher ray --over-stages 3", "over_stages cannot be had with launcher ray, which reserves "),
+        ("bench channel --ray.cpus 1", "ray.cpus: bench channel measures a hop on this host: leave it out."),
     ],
 )
 def test_what_can_be_known_before_a_run_is_said_before_it(command: str, message: str) -> None:
@@ -234,6 +246,17 @@ def test_what_can_be_known_before_a_run_is_said_before_it(command: str, message:
     (line,) = freewheel(*command.split()).refusals
     assert line.startswith(f"freewheel: {message}")
     assert line.endswith(".")
+
+
+@pytest.mark.usefixtures("starts_nothing")
+def test_without_the_package_ray_its_launcher_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its options are understood all the same."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "launch.ray_cluster", raising=False)
+    monkeypatch.delattr(launch, "ray_cluster", raising=False)
+    (line,) = freewheel("train", "digits", "--launcher", "ray", "--address", "auto", "--ray.cpus", "2").refusals
+    assert line.startswith("freewheel: launcher ray needs the package ray, 2.59 or newer, which is not there (")
+    assert line.endswith("): pip install 'freewheel[ray]'.")
 
 
 # ---------------------------------------------------------------- help
@@ -476,8 +499,8 @@ def test_result_json(trained: Trained) -> None:
     assert sum(result["sizes"]) == 6
     (down, nothing_down), (nothing_up, up) = (result["bytes_moved"][f"{way}_bytes_per_batch"] for way in ("down", "up"))
     assert (nothing_down, nothing_up) == (0, 0), "nothing is below the first stage or above the last"
-    assert down - up == 128 * 8, "a label goes down with every row"
-    assert up % (128 * 4) == 0, "floats"
+    assert down - 2 * up == 128 * 8, "a label goes down with every row, a gradient comes back for every second batch"
+    assert up % (64 * 4) == 0, "floats"
     assert [depth is None for depth in result["queue_depth"]["max"]] == [True, False]
 
 

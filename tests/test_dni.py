@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.cut import Cut
-from pipeline.dni import DNI, build_dni, describe_form
+from pipeline.dni import DNI, build_dni, describe_form, target_every
 from pipeline.errors import PlanError
 from pipeline.plan import DNIPlan
 
@@ -38,6 +38,7 @@ TOKENS = replace(
     loss=lambda output, labels: F.cross_entropy(output.flatten(0, 1), labels.flatten()),
 )
 IMAGES = replace(CLASSIFIER, activation_shape=(ROWS, 3, 6, 6))
+MANY_CLASSES = replace(CLASSIFIER, output_shape=(ROWS, 3 * ROWS))
 PIXELS = replace(IMAGES, label_shape=(ROWS, 12, 12), output_shape=(ROWS, CLASSES, 12, 12))
 
 Batches = Callable[[], tuple[Tensor, Tensor, Tensor]]
@@ -71,8 +72,13 @@ def trained(cut: Cut, steps: int, scale: float = 1.0, **plan: Any) -> tuple[DNI,
     for index in range(steps):
         sample = batch()
         errors.append(float(dni.relative_error(*sample)))
+        dni.meet(*sample[:2], batch=index)
         dni.learn(*sample, batch=index)
     return dni, errors
+
+
+def _parts(dni: DNI) -> list[nn.Parameter]:
+    return [dni.form.get_parameter(name) for name in ("local.weight", "local.bias", "back")]
 
 
 def rms(values: Tensor) -> float:
@@ -155,14 +161,13 @@ def test_predictions_have_the_dtype_of_the_activation(dtype: torch.dtype) -> Non
         (CLASSIFIER, "linear", 0.5),
         (CLASSIFIER, "mlp", 0.4),
         (CLASSIFIER, "label_residual", 0.6),
-        (CLASSIFIER, "loss_model", 0.3),
+        (CLASSIFIER, "loss_model", 0.95),
         (REGRESSION, "linear", 0.05),
         (REGRESSION, "mlp", 0.3),
-        (REGRESSION, "loss_model", 0.9),
         (TOKENS, "linear", 0.5),
         (TOKENS, "mlp", 0.4),
         (TOKENS, "label_residual", 0.6),
-        (TOKENS, "loss_model", 0.3),
+        (TOKENS, "loss_model", 0.95),
         (IMAGES, "conv", 0.9),
         (IMAGES, "loss_model", 0.9),
     ],
@@ -184,42 +189,96 @@ def test_loss_model_is_the_gradient_of_its_own_loss(cut: Cut) -> None:
     dni = build_dni(cut, DNIPlan(form="loss_model"), seed=0)
     h, labels, _ = problem(cut)()
     dni.learn(h, labels, torch.randn_like(h) * 1e3, batch=0)  # a large sigma: nothing is clipped
+    with torch.no_grad():
+        for parameter, start in ((dni.form.back, 0), (dni.form.share, 1)):
+            if parameter is not None:
+                parameter.fill_(start)
     h.requires_grad_()
     (expected,) = torch.autograd.grad(cut.loss(dni.form.head(h), labels), h)
     torch.testing.assert_close(dni.predict(h, labels), expected)
+
+
+@pytest.mark.parametrize("cut", [CLASSIFIER, REGRESSION, TOKENS, IMAGES])
+def test_loss_model_has_the_gradients_autograd_gives(cut: Cut) -> None:
+    """C of its loss, over all samples; A of the squared error of the whole prediction, over the window."""
+    dni, _ = trained(cut, 20, form="loss_model")
+    form, (h, labels, g) = dni.form, problem(cut)()
+    some, target = slice(0, len(h) // 2), torch.randn_like(g)[: len(h) // 2]
+    form.meet(h, labels, dni.sigma, some)
+    form.gradients(h[some], labels[some], target, dni.sigma)
+    own = torch.autograd.grad(cut.loss(form.head(h), labels), form.own_parameters())
+    for parameter, right in zip(form.own_parameters(), own, strict=True):
+        torch.testing.assert_close(parameter.grad, right)
+
+    back, share = (parameter.detach().requires_grad_() for parameter in (form.back, form.share))
+    leaf = h[some].clone().requires_grad_()
+    output = form.head(leaf)
+    wrong, of_model = torch.autograd.grad(cut.loss(output, labels[some]), (output, leaf))
+    rows = output.shape[:-1].numel() if cut is TOKENS else len(leaf)
+    correction = (wrong.reshape(rows, -1) * rows) @ back
+    prediction = share * of_model / 2 / dni.sigma + correction.reshape(leaf.shape)  # half a batch weighs each row twice
+    torch.testing.assert_close(form.predict(h[some], labels[some], dni.sigma), prediction.detach())
+    for_back, for_share = torch.autograd.grad(F.mse_loss(prediction, target), (back, share))
+    torch.testing.assert_close(form.back.grad, for_back)
+    torch.testing.assert_close(form.share.grad, for_share)
 
 
 def test_label_residual_by_hand() -> None:
     dni, _ = trained(CLASSIFIER, 50, form="label_residual")
     h, labels, _ = problem(CLASSIFIER)()
     weights = dni.form.state_dict()
-    local = h @ weights["local.weight"].T + weights["local.bias"]
-    residual = local[:, :-1].softmax(1) - F.one_hot(labels, CLASSES)
-    gate = 2 * torch.sigmoid(local[:, -1:])
-    expected = gate * (residual @ weights["back"])
+    residual = (h @ weights["local.weight"].T + weights["local.bias"]).softmax(1) - F.one_hot(labels, CLASSES)
+    expected = residual @ weights["back"]
     torch.testing.assert_close(dni.predict(h, labels), expected / max(1.0, rms(expected)) * dni.sigma)
 
 
-@pytest.mark.parametrize("cut", [CLASSIFIER, TOKENS])
+@pytest.mark.parametrize("cut", [CLASSIFIER, TOKENS, MANY_CLASSES])
 def test_label_residual_has_the_gradients_autograd_gives(cut: Cut) -> None:
+    """Of both its parts, whichever way the products are ordered: with few classes for its rows and with many."""
     dni, _ = trained(cut, 30, form="label_residual")
     h, labels, g = problem(cut)()
     labels.view(-1)[:3] = -100
     target, flat = torch.randn_like(g), labels.flatten()
+    prediction, size = dni.form.meet(h, labels, torch.ones(()), slice(0, len(h)))
     dni.form.gradients(h, labels, target, dni.sigma)
-    by_hand = {name: parameter.grad.clone() for name, parameter in dni.form.named_parameters()}
 
-    weight, bias, back = (
-        dni.form.get_parameter(name).detach().requires_grad_() for name in ("local.weight", "local.bias", "back")
-    )
-    local = h.flatten(0, -2) @ weight.T + bias
-    residual = (local[:, :-1].softmax(1).detach() - F.one_hot(flat.clamp(min=0), CLASSES)) * (flat >= 0)[:, None]
-    expected = (2 * local[:, -1:].sigmoid() * (residual @ back)).reshape(h.shape)
-    own = F.cross_entropy(local[:, :-1], flat, reduction="sum") / len(flat)
+    weight, bias, back = (parameter.detach().requires_grad_() for parameter in _parts(dni))
+    outputs = h.flatten(0, -2) @ weight.T + bias
+    onehot = F.one_hot(flat.clamp(min=0), outputs.shape[1])
+    residual = (outputs.softmax(1).detach() - onehot) * (flat >= 0)[:, None]
+    expected = (residual @ back).reshape(h.shape)
+    own = F.cross_entropy(outputs, flat, reduction="sum") / len(flat)
     gradients = torch.autograd.grad(own + F.mse_loss(expected, target), (weight, bias, back))
+    torch.testing.assert_close(size, expected.detach().square().mean().sqrt())
+    torch.testing.assert_close(prediction, expected.detach() / size.clamp(min=1))
     torch.testing.assert_close(dni.form.predict(h, labels, dni.sigma), expected.detach())
-    for name, right in zip(("local.weight", "local.bias", "back"), gradients, strict=True):
-        torch.testing.assert_close(by_hand[name], right)
+    for parameter, right in zip(_parts(dni), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, right)
+
+
+@pytest.mark.parametrize("form", ["label_residual", "loss_model"])
+def test_what_needs_no_gradient_is_learned_when_the_batch_is_met(form: str) -> None:
+    """The rest waits for the target, so a target that is late is all that can be late."""
+    dni, _ = trained(CLASSIFIER, 3, form=form)
+    h, labels, g = problem(CLASSIFIER)()
+    own = {id(parameter) for parameter in dni.form.own_parameters()}
+
+    def changed(action: Callable[[], object]) -> set[int]:
+        before = {id(p): p.detach().clone() for p in dni.form.parameters()}
+        action()
+        return {id(p) for p in dni.form.parameters() if not torch.equal(p, before[id(p)])}
+
+    assert changed(lambda: dni.predict(h, labels)) == set()
+    assert changed(lambda: dni.meet(h, labels, batch=3)) == own
+    assert changed(lambda: dni.learn(h, labels, g, batch=3)) == {id(p) for p in dni.form.taught_parameters()}
+
+
+def test_a_batch_that_is_met_is_predicted_by_what_was_known_before() -> None:
+    dni, _ = trained(CLASSIFIER, 3)
+    h, labels, _ = problem(CLASSIFIER)()
+    expected = dni.predict(h, labels)
+    torch.testing.assert_close(dni.meet(h, labels, batch=3), expected)
+    assert not torch.equal(dni.predict(h, labels), expected)
 
 
 @pytest.mark.parametrize("form", ["linear", "label_residual"])
@@ -285,14 +344,15 @@ def test_the_cheap_forms_train_on_some_rows_only(form: str, samples: int) -> Non
     assert seen == [(samples, 64, 4)]
 
 
-def test_trains_on_every_third_target_only_but_sigma_follows_all() -> None:
-    dni, batch = build_dni(CLASSIFIER, DNIPlan(form="linear", every=3), seed=0), problem(CLASSIFIER)
-    trained_on, sigmas = [], []
-    for index in range(7):
-        trained_on.append(dni.learn(*batch(), batch=index))
-        sigmas.append(float(dni.sigma))
-    assert trained_on == [True, False, False, True, False, False, True]
-    assert len(set(sigmas)) == 7
+@pytest.mark.parametrize(("cut", "form", "every"), [(CLASSIFIER, "auto", 2), (TOKENS, "auto", 1), (TOKENS, "mlp", 1)])
+def test_how_often_a_target_flows_is_the_forms_wish_or_the_plans(cut: Cut, form: str, every: int) -> None:
+    assert target_every([cut, cut], DNIPlan(form=form)) == every
+    assert target_every([cut], DNIPlan(form=form, every=3)) == 3
+
+
+def test_the_cut_that_wants_targets_most_often_decides() -> None:
+    assert target_every([CLASSIFIER, TOKENS], DNIPlan()) == 1
+    assert target_every([], DNIPlan()) == 1
 
 
 @pytest.mark.parametrize("form", ["linear", "mlp", "label_residual", "loss_model"])
@@ -311,7 +371,7 @@ def test_cuts_and_seeds_start_from_different_weights() -> None:
     plan = DNIPlan(form="loss_model")
     places = ((CLASSIFIER, 0), (CLASSIFIER, 1), (replace(CLASSIFIER, index=2), 0))
     dnis = [build_dni(cut, plan, seed) for cut, seed in places]
-    firsts = {next(dni.form.parameters()).flatten()[0].item() for dni in dnis}
+    firsts = {dni.form.head[0].weight.flatten()[0].item() for dni in dnis}
     assert len(firsts) == 3
 
 

@@ -7,20 +7,24 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import problems
 import psutil
 import pytest
 import torch.nn.functional as F
 from conftest import left_in_shared_memory
+from torchrun_program import left_in
 
 from launch import RunFailed, train
 from pipeline import Plan
+from workers import orphan
 
 pytestmark = pytest.mark.processes
 HERE = Path(__file__).parent
@@ -102,11 +106,18 @@ def test_a_loss_that_is_not_finite_is_reported_where_it_appears(tmp_path: Path) 
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def temp() -> Iterator[Path]:
+    """A $TMPDIR for one program: a short name, as there will be a socket in it."""
+    with tempfile.TemporaryDirectory(prefix="fw", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def driver(tmp_path: Path, temp: Path) -> Iterator[subprocess.Popen[str]]:
     """An endless run from the command line, ended whatever happens."""
     process = subprocess.Popen(
         [sys.executable, "-m", "launch", "train", str(HERE / "endless.py"), "--runs", str(tmp_path), "--name", "r"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "TMPDIR": str(temp)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -173,10 +184,30 @@ def test_an_interrupted_driver_stops_its_workers(
     assert not left_in_shared_memory(driver.pid)
 
 
-def test_workers_of_a_killed_driver_end_by_themselves(driver: subprocess.Popen[str]) -> None:
+def test_workers_of_a_killed_driver_end_by_themselves(driver: subprocess.Popen[str], temp: Path) -> None:
     _wait_for_training(driver)
     family = _family(driver.pid)
     assert len(family) >= 3, "driver and two workers"
     driver.kill()
     assert not _still_running(family)
     assert not left_in_shared_memory(driver.pid)
+    assert not left_in(temp), "the fork server's socket was the driver's to remove"
+
+
+def test_a_worker_that_is_told_to_end_tidies_up_after_its_dead_driver_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a neighbour's agent, which saw the driver die as well, could end the worker before it had tidied up."""
+    driver, its_end = os.pipe()
+    leaving, done = threading.Event(), list[str]()
+
+    def tidy(*_: object) -> None:
+        assert leaving.wait(10.0)
+        done.append("tidied up")
+
+    monkeypatch.setattr(orphan, "parent_process", lambda: SimpleNamespace(sentinel=driver))
+    monkeypatch.setattr(orphan, "unlink_all", tidy)
+    monkeypatch.setattr(os, "killpg", lambda *_: done.append("killed"))
+    with orphan.ends_with_the_driver(SimpleNamespace(resolved=None, names=None), None):  # type: ignore[arg-type]
+        os.close(its_end)
+        leaving.set()
+    os.close(driver)
+    assert done == ["tidied up", "killed"]

@@ -29,13 +29,12 @@ def _count(recipe: Recipe, **plan: Any) -> tuple[StageFlops, ...]:
     return count_flops(recipe, resolved.plan, resolved.cuts)
 
 
-def _label_residual(rows: int, trained_on: int, often: float = 1.0) -> float:
-    """C and v in one product of C + 1 columns, A in one of C; learning takes two of each, and all the small squares."""
-    gram = 2 * C * C * H + 2 * rows * C * C
-    prediction = 2 * rows * H * (C + 1) + 2 * rows * H * C + gram
-    wide = 2 * trained_on * H * 2 * ((C + 1) + C)
-    thin = 2 * (2 * C * C * H + 2 * trained_on * C * C)
-    return prediction + often * (wide + thin)
+def _label_residual(rows: int, trained_on: int, often: float = 1 / 2) -> float:
+    """Every batch: residuals of all rows, the gradient of C, A A^T, and the way back. Every target: residuals, R^T T,
+    R^T R, and that times A."""
+    met = 2 * rows * H * C + 2 * trained_on * H * C + 2 * C * C * H + 2 * rows * C * C + 2 * rows * C * H
+    learned = 2 * trained_on * H * C + 2 * trained_on * C * H + 2 * trained_on * C * C + 2 * C * C * H
+    return met + often * learned
 
 
 # four hidden layers and the head; stage 0 has two layers, stage 1 two and the head
@@ -44,12 +43,13 @@ BELOW, ABOVE = (2 * FULL, 3 * FULL), (2 * FULL + HEAD, 4 * FULL + 2 * HEAD)  # (
 """Forward is a product per layer, backward two, less one for the gradient of the data."""
 
 
-def _above(window: int) -> tuple[int, int]:
-    """ABOVE, where the DNI below trains on ``window`` rows: the first layer finds the input gradient of those only."""
-    return ABOVE[0], ABOVE[1] - FULL * (B - window) // B
+def _above(window: int, often: float = 1.0) -> tuple[float, float]:
+    """ABOVE, where the DNI below trains on ``window`` rows of one batch in 1/``often``: the first layer finds the input
+    gradient of those only."""
+    return ABOVE[0], ABOVE[1] - FULL + often * FULL * window / B
 
 
-def _of(pair: tuple[int, int], **others: float) -> StageFlops:
+def _of(pair: tuple[float, float], **others: float) -> StageFlops:
     return StageFlops(forward=pair[0], backward=pair[1], **others)
 
 
@@ -67,27 +67,28 @@ def test_stashed_weights_cost_no_product() -> None:
 
 
 def test_unlocked_adds_the_dni_and_nothing_else() -> None:
-    """K = 2, label_residual: it predicts for all rows and needs the gradient of a window of 128."""
-    assert _count(RECIPE, sizes=(2, 3)) == (_of(BELOW, dni=_label_residual(B, WINDOW)), _of(_above(WINDOW)))
+    """K = 2, label_residual: it predicts for all rows and needs the gradient of 128 rows of every second batch."""
+    assert _count(RECIPE, sizes=(2, 3)) == (_of(BELOW, dni=_label_residual(B, WINDOW)), _of(_above(WINDOW, 1 / 2)))
 
 
 @pytest.mark.parametrize(
-    ("dni", "dni_flop", "window"),
+    ("dni", "dni_flop", "above"),
     [
-        (DNIPlan(rows=0.25), _label_residual(B, B // 4), B // 4),
-        (DNIPlan(every=4), _label_residual(B, WINDOW, 1 / 4), WINDOW),
-        (DNIPlan(form="linear"), 3 * 2 * B * (H + C) * H, B),
+        (DNIPlan(rows=0.25), _label_residual(B, B // 4), _above(B // 4, 1 / 2)),
+        (DNIPlan(every=4), _label_residual(B, WINDOW, 1 / 4), _above(WINDOW, 1 / 4)),
+        (DNIPlan(form="linear"), 3 * 2 * B * (H + C) * H, _above(B)),
     ],
     ids=["a quarter of the rows", "every fourth target", "linear: prediction, prediction again, its weights"],
 )
-def test_what_the_dni_does_counts(dni: DNIPlan, dni_flop: float, window: int) -> None:
-    assert _count(RECIPE, sizes=(2, 3), dni=dni) == (_of(BELOW, dni=dni_flop), _of(_above(window)))
+def test_what_the_dni_does_counts(dni: DNIPlan, dni_flop: float, above: tuple[float, float]) -> None:
+    assert _count(RECIPE, sizes=(2, 3), dni=dni) == (_of(BELOW, dni=dni_flop), _of(above))
 
 
 @pytest.mark.parametrize(("targets", "every"), [("true", 1), ("mixed", 1), ("true", 4), ("mixed", 5)])
 def test_a_relay_is_the_input_gradient_of_the_stages_between(targets: str, every: int) -> None:
     """Two layers each; of one batch in ``every`` the gradient flows, and only then is an input gradient taken."""
-    first, between, last = _count(RECIPE, stages=3, sizes=(1, 2, 2), targets=targets, true_every=every)
+    often = {"dni": DNIPlan(every=1)} if every == 1 else {"true_every": every}
+    first, between, last = _count(RECIPE, stages=3, sizes=(1, 2, 2), targets=targets, **often)
     dni = _label_residual(B, WINDOW, 1 / every)
     _same(first, _of((FULL, FULL), dni=dni))
     _same(between, _of((2 * FULL, 3 * FULL), dni=dni, relay=2 * FULL / every))
@@ -157,7 +158,7 @@ def _global_hooks() -> list[Any]:
 
 def test_every_relay_of_a_network_with_everything_is_counted() -> None:
     """torch's own tracker of modules hooks a stage's input, and a relay then fails."""
-    counted = _count(problems.recipe(), stages=4, sizes=(1, 3, 2, 2), targets="true")
+    counted = _count(problems.recipe(), stages=4, sizes=(1, 3, 2, 2), targets="true", dni=DNIPlan(every=1))
     product = 2 * problems.ROWS * 24 * 24
     assert [stage.relay for stage in counted] == [0, 0, product, 0], "there is no product in the layers of stage 1"
 
@@ -165,7 +166,7 @@ def test_every_relay_of_a_network_with_everything_is_counted() -> None:
 def test_a_layer_that_fails_is_named() -> None:
     recipe = replace(RECIPE, model=partial(_with_failure, RECIPE))
     resolved = resolve(recipe, Plan(sizes=(2, 4)))
-    with pytest.raises(StageError, match="stage 1, layer 5, batch 1: ZeroDivisionError: as planned"):
+    with pytest.raises(StageError, match="stage 1, layer 5, batch 2: ZeroDivisionError: as planned"):
         count_flops(recipe, resolved.plan, resolved.cuts)
 
 

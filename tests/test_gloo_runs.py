@@ -70,7 +70,7 @@ def test_the_command_line_trains_over_gloo_and_says_so(tmp_path: Path) -> None:
     assert "  channels   gloo, 4 slots  (as asked for)" in ended.stdout
     assert "  wire       bf16  (float32 is rounded on its way: half the bytes, not exact)" in ended.stdout
     written = json.loads((tmp_path / "r" / "plan.json").read_text())
-    assert written["channels"] == [{"cut": 0, "kind": "gloo", "why": "as asked for"}]
+    assert written["channels"] == [{"cut": 0, "replica": 0, "kind": "gloo", "why": "as asked for"}]
 
 
 @pytest.mark.processes

@@ -209,6 +209,18 @@ def test_bytes_moved_are_means_over_all_batches_and_rates_in_the_window() -> Non
     assert measure([_spans(STAGE_0), _spans(STAGE_1)], warmup=1).bytes_moved is None, "nobody counted"
 
 
+def test_a_window_that_the_last_stage_took_itself_is_that_of_all_figures() -> None:
+    """It begins half a step after the end of S0, ms 8, and lasts until half a step before that of S3, ms 22."""
+    window_ns = BEGIN_NS + 8 * MS_NS + MS_NS // 2, BEGIN_NS + 22 * MS_NS - MS_NS // 2
+    measured = measure([_spans(STAGE_0), _spans(STAGE_1)], 1, [(4000, 0), (0, 3000)], window_ns)
+    assert (measured.batches, measured.seconds) == (3, pytest.approx(13e-3))
+    assert measured.bytes_moved is not None
+    assert measured.bytes_moved["down_mb_per_s"] == [pytest.approx(3 * 1000 / 13e-3 / 1e6), 0.0]
+    below, above = measured.stages
+    assert above.shares["backward"] == pytest.approx(5.5 / 13), "B1 S1 B2 S2 B3 and half of S3"
+    assert sum(below.shares.values()) == pytest.approx(1)
+
+
 def test_a_longer_warm_up_makes_a_shorter_window() -> None:
     stages = [_spans(STAGE_0), _spans(STAGE_1)]
     assert [measure(stages, warmup).batches for warmup in (1, 2, 3)] == [3, 2, 1]

@@ -56,6 +56,7 @@ def _batch(index: int) -> tuple[Tensor, Tensor]:
 def _stage(index: int, model: Callable[[], nn.Sequential] = six_layers, **plan: Any) -> Stage:
     """A stage of three whose optimizer and DNI have seen a batch already, so that their own states are there."""
     recipe = Recipe(name="memory", model=model, batches=_batch, loss=F.cross_entropy, steps=20)
+    plan.setdefault("dni", DNIPlan(every=plan.get("true_every", 1)))
     resolved = resolve(recipe, Plan(stages=3, sizes=(1, 1, 1), **plan))
     cut = replace(resolved.cuts[index], loss=recipe.loss)
     stage = Stage(stage_layers(recipe, resolved.plan, index), index, resolved.plan, recipe, cut)
@@ -155,7 +156,7 @@ def test_a_batch_in_flight_keeps_its_activation_and_its_labels_and_not_a_byte_mo
     index: int, model: Callable[[], nn.Sequential], form: str
 ) -> None:
     """`bootstrap`: no graph, no input, no copy of the weights, in a first stage and in one between others."""
-    reachable, allocated = _growth(lambda: _stage(index, model, dni=DNIPlan(form=form)))
+    reachable, allocated = _growth(lambda: _stage(index, model, dni=DNIPlan(form=form, every=1)))
     assert reachable == [ACTIVATION + LABELS] * BATCHES
     assert allocated == [ACTIVATION + LABELS] * BATCHES
 

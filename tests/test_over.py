@@ -66,25 +66,27 @@ def test_bench_json_has_a_point_for_every_number_of_stages(over_stages: Sweep) -
 
 @pytest.mark.processes
 def test_bytes_per_batch_are_those_of_the_tensors(over_stages: Sweep) -> None:
-    """Activation and labels go down, a gradient as large as the activation goes up; a local loss sends none."""
+    """Activation and labels go down, a gradient as large as the activation goes up, unlocked for every second batch; a
+    local loss sends none."""
     down = H_BYTES + LABEL_BYTES
     for point in over_stages.as_dict()["over_stages"]:
         cuts = point["stages"] - 1
         for row in point["rows"]:
-            up = 0 if row["mode"] == "local" else H_BYTES
+            up = {"local": 0, "unlocked": H_BYTES / 2}.get(row["mode"], H_BYTES)
             assert row["bytes_moved"]["down_bytes_per_batch"] == [down] * cuts + [0], row["mode"]
             assert row["bytes_moved"]["up_bytes_per_batch"] == [0] + [up] * cuts, row["mode"]
 
 
 @pytest.mark.processes
 def test_bytes_per_second_belong_to_the_throughput_of_their_round(over_stages: Sweep) -> None:
+    """Once they were of a window a little longer: the spans' last step had the report of its loss in it."""
     for _, report in over_stages.points:
         for row in report.rows:
             moved = row.typical.bytes_moved if row.typical else None
             assert moved is not None
             batches_per_s = row.middle.samples_per_s / ROWS
             assert moved["down_mb_per_s"] == pytest.approx(
-                [size * batches_per_s / 1e6 for size in moved["down_bytes_per_batch"]], rel=1e-3
+                [size * batches_per_s / 1e6 for size in moved["down_bytes_per_batch"]], rel=1e-9
             )
 
 
@@ -106,7 +108,8 @@ def test_a_locked_stage_waits_for_the_link_both_ways(over_latency: Sweep) -> Non
     for point in points:
         naive, unlocked = _row(point, "naive"), _row(point, "unlocked")
         assert naive["update_latency_s"]["p50"] >= 2 * point["latency_ms"] / 1e3
-        assert naive["samples_per_s"]["max"] <= ROWS / (2 * point["latency_ms"] / 1e3 or 1e-9)
+        # 1.5: whatever holds up the end of the warm-up makes the window of the seven batches behind it shorter.
+        assert naive["samples_per_s"]["max"] <= 1.5 * ROWS / (2 * point["latency_ms"] / 1e3 or 1e-9)
         assert unlocked["gradient_age_s"]["p50"] >= 2 * point["latency_ms"] / 1e3, "a target comes back over the link"
     links = [report.resolved.plan.links for _, report in over_latency.points]
     assert [(link.latency_ms, link.bandwidth_mbps) for link in links if link] == [(0, 1000), (5, 1000), (20, 1000)]

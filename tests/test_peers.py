@@ -21,6 +21,7 @@ from launch.peers.placement import place
 from launch.training import resolve_source
 from pipeline import Plan, PlanError, Recipe, correct_predictions
 from pipeline.resolve import Resolved
+from workers.failures import RunFailed
 
 STEPS, WITHIN_S = 5, 60.0
 TOLERANCE = 1e-5  # sums in another order, five steps of Adam: 2e-6 seen
@@ -138,12 +139,12 @@ def test_the_fastest_number_of_microbatches_is_chosen() -> None:
 # ---------------------------------------------------------------- failures (conftest looks for what is left behind)
 
 
-def _fails(call: Callable[[], object]) -> str:
+def _fails(call: Callable[[], object]) -> RunFailed:
     begin = time.monotonic()
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RunFailed) as caught:
         call()
     assert time.monotonic() - begin < 20
-    return str(caught.value)
+    return caught.value
 
 
 @pytest.mark.processes
@@ -152,10 +153,11 @@ def test_a_failing_model_gives_one_clear_error(schedule: str, capfd: pytest.Capt
     source = partial(recipe, problems.failing)
     resolved = _resolved(source, steps=1000, sizes=(2, 4), balance="time")
     run = partial(run_torch_schedule, source, resolved, schedule, microbatches=2, threads=1, warmup=1)
-    message = _fails(partial(run, within_s=WITHIN_S))
+    failure = _fails(partial(run, within_s=WITHIN_S))
     rank = 0 if SCHEDULES[schedule].v else 1
-    assert message.startswith(f"torch's {schedule}: rank {rank} of 2 failed: ZeroDivisionError: as planned\nTraceback")
-    assert 'raise ZeroDivisionError("as planned")' in message
+    assert str(failure) == f"torch's {schedule}: rank {rank} of 2 failed: ZeroDivisionError: as planned"
+    assert failure.details.startswith("Traceback")
+    assert 'raise ZeroDivisionError("as planned")' in failure.details
     assert capfd.readouterr() == ("", ""), "torch's own report of an error is its whole schedule"
 
 
@@ -163,25 +165,25 @@ def test_a_failing_model_gives_one_clear_error(schedule: str, capfd: pytest.Capt
 def test_a_failing_model_under_ddp() -> None:
     source = partial(recipe, problems.failing)
     run = partial(run_ddp, source, _resolved(source, steps=1000), ranks=2, threads=1, warmup=1)
-    message = _fails(partial(run, within_s=WITHIN_S))
-    assert message.startswith("DDP: rank ")
-    assert " of 2 failed: ZeroDivisionError: as planned\nTraceback" in message
+    failure = _fails(partial(run, within_s=WITHIN_S))
+    assert str(failure).startswith("DDP: rank ")
+    assert str(failure).endswith(" of 2 failed: ZeroDivisionError: as planned")
+    assert 'raise ZeroDivisionError("as planned")' in failure.details
 
 
 @pytest.mark.processes
 def test_the_rank_that_was_killed_is_named_not_the_one_that_noticed() -> None:
     source = partial(recipe, partial(problems.suicidal, int(signal.SIGKILL)))
     run = partial(run_torch_schedule, source, _resolved(source, steps=1000), "GPipe", microbatches=2)
-    assert _fails(partial(run, threads=1, warmup=1, within_s=WITHIN_S)) == (
-        "torch's GPipe: rank 1 of 2 was killed by SIGKILL"
-    )
+    failure = _fails(partial(run, threads=1, warmup=1, within_s=WITHIN_S))
+    assert str(failure) == "torch's GPipe: rank 1 of 2 was killed by SIGKILL"
 
 
 @pytest.mark.processes
 def test_a_rank_that_hangs_meets_the_deadline() -> None:
     source = partial(recipe, sleeping)
     run = partial(run_torch_schedule, source, _resolved(source), "GPipe", microbatches=1, threads=1, warmup=1)
-    assert "torch's GPipe did not end within 2 s" in _fails(partial(run, within_s=2.0))
+    assert "torch's GPipe did not end within 2 s" in str(_fails(partial(run, within_s=2.0)))
 
 
 # ---------------------------------------------------------------- refused before a process starts

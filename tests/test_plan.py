@@ -79,7 +79,7 @@ def test_counts_are_whole_numbers_and_not_too_small(name: str, least: int, bad: 
 
 
 @pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, "much"])
-@pytest.mark.parametrize("name", ["hop_steps", "optimizer.momentum", "optimizer.weight_decay", "dni.beta"])
+@pytest.mark.parametrize("name", ["hop_steps", "optimizer.momentum", "optimizer.weight_decay"])
 def test_what_may_be_zero_may_not_be_less(name: str, bad: Any) -> None:
     assert f"{name} is {bad}: it must be a number, at least 0." in _problems(_with(name, bad))
     _with(name, 0).check()
@@ -199,7 +199,7 @@ def test_all_mistakes_come_at_once() -> None:
     [
         Plan(),
         Plan(mode="naive", stages=1, steps=3),
-        Plan(targets="mixed", mix=0.9, true_every=2, dni=DNIPlan(form="loss_model", beta=0.0, rows=0.5, every=3)),
+        Plan(targets="mixed", mix=0.9, true_every=3, dni=DNIPlan(form="loss_model", rows=0.5, every=3)),
         Plan(optimizer=OptimizerPlan(rule="sgd", momentum=0.9, weight_decay=1e-4), sizes=(1, 3)),
         Plan(stages=3, cuts=("blocks.1", "head"), dni=DNIPlan(factory=nn.Identity)),
     ],

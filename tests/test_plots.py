@@ -93,7 +93,7 @@ def test_blocks_cover_what_the_spans_do_and_nothing_else(diagram: list[str], edg
 
 
 def test_every_kind_of_span_but_waiting_has_a_phase() -> None:
-    assert PHASES.keys() == set(Span) - {Span.WAIT}
+    assert PHASES.keys() == set(Span) - {Span.WAIT, Span.HELD}
 
 
 def test_the_window_lies_in_the_middle_and_begins_with_a_forward_of_the_first_stage() -> None:
@@ -143,7 +143,7 @@ def _row(mode: str, *rates: float, engine: str = "freewheel", parts: int | None 
 
 
 def _report(*rows: Row, **plan: Any) -> Report:
-    resolved: Any = SimpleNamespace(plan=Plan(steps=40, **plan), steps=40, batch_shape=(128, 64))
+    resolved: Any = SimpleNamespace(plan=Plan(steps=40, **plan), steps=40, batch_shape=(128, 64), step_rows=128)
     environment = {"processor": "Some CPU", "cores": 2}
     return Report("digits", resolved, Path("nowhere"), "", [], environment, list(rows), {})
 

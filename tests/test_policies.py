@@ -6,17 +6,18 @@ import itertools
 
 import pytest
 
-from pipeline import Plan
+from pipeline import DNIPlan, Plan
 from pipeline.loader import phantom_inputs
+from pipeline.phantom import Phantom
 from pipeline.policies import Action, View, naive, scripted, unlocked
-from pipeline.reference import Costs, Event, _drive, _Phantom, schedule, timeline
+from pipeline.reference import Costs, Event, _drive, schedule, timeline
 
 
 def _diagram(plan: Plan, costs: Costs) -> list[str]:
     """Which action of which batch each stage does at each tick, with costs of one tick."""
     assert plan.steps is not None
-    phantoms = [_Phantom(k, plan) for k in range(plan.stages)]
-    events = _drive(phantoms, plan, phantom_inputs(plan, plan.steps, 0), costs, None)
+    phantoms = [Phantom(k, plan) for k in range(plan.stages)]
+    events = _drive([phantoms], plan, lambda replica, enough: phantom_inputs(plan, plan.steps, 0), costs, None)
     shown = [event for event in events if event.batch < plan.steps * plan.microbatches and event.end > event.start]
     width = max(event.end for event in shown)
     lines = []
@@ -150,3 +151,10 @@ def test_true_every_lets_one_gradient_in_n_flow() -> None:
     plan = Plan(stages=3, steps=12, targets="true", true_every=4)
     learned = [order.count(Action.LEARN) for order in schedule(plan, held_out_batches=0)]
     assert learned == [3, 3, 0]
+
+
+@pytest.mark.parametrize("targets", ["bootstrap", "true", "mixed"])
+def test_a_dni_that_wants_few_targets_is_sent_few(targets: str) -> None:
+    plan = Plan(stages=3, steps=12, targets=targets, dni=DNIPlan(every=5))
+    learned = [order.count(Action.LEARN) for order in schedule(plan, held_out_batches=0)]
+    assert learned == [3, 3, 0], "batches 0, 5 and 10"

@@ -34,7 +34,8 @@ P = 0.4
 
 
 def _plan(**options: Any) -> Plan:
-    return Plan(**{"stages": 3, "steps": 40, "update_probability": P, "balance": "layers", **options})
+    every = DNIPlan(every=options.get("true_every", 1))
+    return Plan(**{"stages": 3, "steps": 40, "update_probability": P, "balance": "layers", "dni": every, **options})
 
 
 def _draws(plan: Plan) -> list[list[bool]]:
@@ -160,7 +161,7 @@ def test_operations_are_counted_by_their_share() -> None:
             "update_probability is 1.5: give the share of batches to update from, in (0, 1].",
         ),
         (
-            _plan(mode="naive"),
+            _plan(mode="naive", dni=DNIPlan()),
             "update_probability has no effect with mode naive: leave it out, or choose mode unlocked.",
         ),
         (

@@ -39,8 +39,11 @@ def test_the_ten_lines_of_python_run(tmp_path: Path) -> None:
 
 
 def test_every_command_shown_is_one_that_parses() -> None:
-    """The recipes and options of every ``freewheel`` line exist; nothing is run."""
-    from launch.options import BenchOptions, RunOptions, parse
+    """The recipes and options of every ``freewheel`` line exist; nothing is run, so no optional package is needed."""
+    from launch.options import BenchOptions, parse
+    from launch.ray_options import TrainOptions
+    from launch.sweep.axes import read_axes
+    from launch.sweep.options import SweepOptions
 
     lines = [line.partition("#")[0].split() for block in _blocks("") for line in block.splitlines()]
     commands = [
@@ -48,5 +51,8 @@ def test_every_command_shown_is_one_that_parses() -> None:
     ]
     assert len(commands) >= 5
     for command, recipe, *options in commands:
-        parsed = parse(recipe, options, BenchOptions if command == "bench" else RunOptions, "freewheel")
+        kind = {"bench": BenchOptions, "sweep": SweepOptions}.get(command, TrainOptions)
+        parsed = parse(recipe, options, kind, "freewheel")
         parsed.plan.check()
+        if isinstance(parsed.run, SweepOptions):
+            assert read_axes(recipe, parsed, parsed.run.vary)

@@ -231,10 +231,6 @@ def test_regression_with_labels_of_the_right_shape_trains() -> None:
             "loss_model.",
         ),
         (
-            Plan(dni=DNIPlan(form="mlp", beta=0.5)),
-            "dni.beta has no effect with the DNI form mlp: leave it out, or choose loss_model.",
-        ),
-        (
             Plan(mode="local", dni=DNIPlan(rows=0.5)),
             "dni.rows has no effect with mode local: leave it out, or choose mode unlocked.",
         ),
@@ -243,7 +239,7 @@ def test_regression_with_labels_of_the_right_shape_trains() -> None:
             "dni.form has no effect with mode local: leave it out, or choose mode unlocked.",
         ),
     ],
-    ids=["hidden", "beta", "local rows", "local form"],
+    ids=["hidden", "local rows", "local form"],
 )
 def test_an_option_that_no_dni_reads_is_refused(plan: Plan, sentence: str) -> None:
     assert _refused(plan) == sentence
@@ -253,7 +249,7 @@ def test_an_option_that_no_dni_reads_is_refused(plan: Plan, sentence: str) -> No
     "plan",
     [
         Plan(dni=DNIPlan(form="mlp", hidden=64)),
-        Plan(dni=DNIPlan(form="loss_model", hidden=64, beta=0.5)),
+        Plan(dni=DNIPlan(form="loss_model", hidden=64)),
         Plan(mode="local", dni=DNIPlan(hidden=64, lr=0.1)),
         Plan(stages=1, dni=DNIPlan(hidden=64)),
     ],
@@ -265,7 +261,7 @@ def test_an_option_that_a_dni_reads_is_taken(plan: Plan) -> None:
 
 def test_two_options_that_no_dni_reads_come_at_once() -> None:
     with pytest.raises(PlanError) as caught:
-        resolve(_recipe(), Plan(dni=DNIPlan(form="linear", hidden=64, beta=0.5)))
+        resolve(_recipe(), Plan(mode="local", dni=DNIPlan(form="linear", rows=0.5)))
     assert len(caught.value.problems) == 2
 
 

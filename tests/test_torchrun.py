@@ -79,7 +79,6 @@ def test_unlocked_training_learns_and_ends_at_its_goal(tmp_path: Path) -> None:
             "--nnodes), or give --stages 2.",
         ),
         ("train digits --sizes 1 2 3", "sizes has 3 numbers for 2 stages: give one number of layers per stage."),
-        ("bench digits", "bench is not there under torchrun yet: start it without torchrun, or run train, "),
     ],
 )
 def test_what_cannot_run_is_said_once_before_anything_starts(arguments: str, message: str, tmp_path: Path) -> None:
@@ -159,3 +158,19 @@ def test_a_stopped_worker_is_reported_with_the_stacks_of_the_others(tmp_path: Pa
     assert "the process is stopped" in line
     assert "  stage 1  waits  wait " in err
     assert "worker.py" in (tmp_path / "r" / "stacks-1.txt").read_text(), "stage 1 sent its stacks over the wire"
+
+
+def test_replicas_under_torchrun_equal_local_workers_bit_for_bit(tmp_path: Path) -> None:
+    """Two ranks for two replicas, without a word about stages; averages over gloo here, in shared memory there."""
+    plan = Plan(mode="naive", stages=1, replicas=2, steps=8)
+    source = partial(digits, hidden=32)
+    local = run(source, resolve_source(source, plan), tmp_path, "local", Console(quiet=True), ["test"])
+    typed = "train digits --hidden 32 --mode naive --steps 8 --replicas 2 --channels gloo --name r --runs ."
+    with torchrun(typed, tmp_path, ranks=2) as program:
+        status, _, err = program.ended()
+    assert status == 0, err
+    assert_same(load_file(tmp_path / "r" / "model.safetensors"), local.state_tensors())
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert (result["stages"], result["replicas"], result["samples"]) == (1, 2, local.samples)
+    assert result["accuracy"] == local.accuracy
+    assert {path.name for path in (tmp_path / "r" / "spans").iterdir()} == {"stage-0.npy", "replica-1-stage-0.npy"}

@@ -103,7 +103,8 @@ def test_spans_add_up_to_the_wall_time(tmp_path: Path) -> None:
 def test_a_shallow_gradient_channel_drops_the_oldest_targets_and_counts_them(tmp_path: Path) -> None:
     from pipeline import ChannelPlan
 
-    plan = Plan(stages=2, sizes=(1, 7), steps=60, channel=ChannelPlan(slots=8, gradient_slots=1))
+    every = DNIPlan(every=1)
+    plan = Plan(stages=2, sizes=(1, 7), steps=60, dni=every, channel=ChannelPlan(slots=8, gradient_slots=1))
     result = _train(plan, tmp_path)
     below = result.finished[0]
     assert below.updated == 60

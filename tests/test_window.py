@@ -28,7 +28,7 @@ def _batch(index: int) -> tuple[Tensor, Tensor]:
 
 
 RECIPE = Recipe(name="small", model=_model, batches=_batch, loss=F.cross_entropy, steps=6)
-PLAN = Plan(stages=2, sizes=(2, 3), mode="unlocked", dni=DNIPlan(rows=0.25), seed=3)
+PLAN = Plan(stages=2, sizes=(2, 3), mode="unlocked", dni=DNIPlan(rows=0.25, every=1), seed=3)
 
 
 def _last_stage(plan: Plan) -> Stage:

@@ -6,8 +6,10 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -18,10 +20,17 @@ import psutil
 
 HERE = Path(__file__).parent
 _TAG = "FREEWHEEL_TEST"
+_OF_OTHERS = ("torchelastic_", "torchinductor_", "ray")
+"""What torchrun, torch and Ray leave in $TMPDIR, however they end."""
+
+
+def left_in(folder: Path) -> list[str]:
+    """What Freewheel, or multiprocessing on its behalf, has left in a $TMPDIR."""
+    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(_OF_OTHERS))
 
 
 class Program:
-    """A command, and everybody that belongs to it.
+    """A command with a $TMPDIR of its own, and everybody that belongs to it.
 
     Args:
         command: the command.
@@ -31,9 +40,10 @@ class Program:
 
     def __init__(self, command: Sequence[str], cwd: Path, env: Mapping[str, str | None] | None = None) -> None:
         self.tag = uuid.uuid4().hex
+        self.temp = Path(tempfile.mkdtemp(prefix="fw"))  # short, as there will be sockets in it
         self._shared_before = _shared()
         path = os.pathsep.join([str(HERE.parent), str(HERE)])
-        wanted = {**os.environ, "PYTHONPATH": path, _TAG: self.tag, **(env or {})}
+        wanted = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(self.temp), _TAG: self.tag, **(env or {})}
         self.process = subprocess.Popen(
             command,
             env={name: value for name, value in wanted.items() if value is not None},
@@ -44,7 +54,7 @@ class Program:
             start_new_session=True,
         )
 
-    def wait_for(self, text: str, within_s: float = 60.0) -> None:
+    def wait_for(self, text: str, within_s: float = 150.0) -> None:
         """Block until a line of stdout has a text; whoever is late is killed."""
         assert self.process.stdout is not None
         late = threading.Timer(within_s, self.kill)
@@ -56,14 +66,19 @@ class Program:
             late.cancel()
             late.join()
 
-    def ended(self, within_s: float = 80.0) -> tuple[int, str, str]:
-        """(exit status, stdout, stderr) once it has ended by itself, and nobody and nothing of it is left."""
+    def ended(self, within_s: float = 150.0, but: str | None = None) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr) once it has ended by itself, and nobody and nothing of it is left.
+
+        Names in $TMPDIR that begin with ``but`` may be.
+        """
         out, err = self.process.communicate(timeout=within_s)
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 30.0
         while (left := self.family()) and time.monotonic() < deadline:
             psutil.wait_procs(left, timeout=0.2)
         assert not left, f"processes left behind: {left}\n{err}"
         assert not self.left_in_shared_memory(), f"{self.left_in_shared_memory()}\n{err}"
+        files = [name for name in left_in(self.temp) if but is None or not name.startswith(but)]
+        assert not files, f"{files} in $TMPDIR\n{err}"
         return self.process.returncode, out, err
 
     def family(self) -> list[psutil.Process]:
@@ -81,6 +96,12 @@ class Program:
         for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def close(self) -> None:
+        """End everybody, and remove what anybody left in $TMPDIR."""
+        self.kill()
+        self.process.communicate(timeout=10)
+        shutil.rmtree(self.temp, ignore_errors=True)
 
 
 class Torchrun(Program):
@@ -128,8 +149,7 @@ def torchrun(arguments: str, cwd: Path, **how: object) -> Iterator[Torchrun]:
     try:
         yield program
     finally:
-        program.kill()
-        program.process.communicate(timeout=10)
+        program.close()
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -21,13 +20,14 @@ from typing import Any, cast
 
 from pipeline.errors import PlanError
 from workers import control, records
-from workers.assignment import Assignment
+from workers.assignment import FILES, Assignment
 from workers.clock import now_ns
 from workers.control import Wire
 from workers.rank_worker import RankWorker
 from workers.shared import shared_memory, unlink_all
+from workers.unnamed import UnnamedFile
 
-__all__ = ["DriverGone", "serve"]
+__all__ = ["DriverGone", "farewell", "serve"]
 
 _LOOK_EVERY_S = 0.2
 _STATUS_EVERY_NS = 500_000_000
@@ -91,12 +91,28 @@ def serve(
             agent.fail(error)
     except _Stop as stop:
         agent.end()
-        return agent.farewell(stop.status)
+        return farewell(wire, stop.status)
     except control.Gone as gone:
         raise DriverGone(str(gone), agent.started) from gone
     finally:
         agent.end()
     raise AssertionError("an agent ends when it is told to")
+
+
+def farewell(wire: Wire, status: int) -> int:
+    """Say that all is cleaned up, and wait until the driver, who has the word, hangs up; at most 8 s.
+
+    Returns:
+        ``status``.
+    """
+    end = time.monotonic() + _STOP_WITHIN_S
+    with contextlib.suppress(control.Gone):
+        wire.send(control.Stopped())
+        while time.monotonic() < end:
+            mp_connection.wait(cast(Any, [wire]), _LOOK_EVERY_S)
+            while wire.poll():
+                wire.receive()
+    return status
 
 
 class _Agent:
@@ -119,7 +135,8 @@ class _Agent:
         task = cast(control.Task, self._await(control.Task))
         try:
             assignment = prepare(task)
-            here = [stage for stage, host in enumerate(task.hosts) if host == task.hosts[assignment.index]]
+            mine = task.hosts[assignment.worker]
+            here = [worker for worker, host in enumerate(task.hosts) if host == mine]
             if task.makes_memory:
                 self._stack.enter_context(shared_memory(assignment.resolved, assignment.names, here))
         except PlanError as error:
@@ -128,9 +145,12 @@ class _Agent:
         self._wire.send(control.Prepared())
         start = cast(control.Start, self._await(control.Start))
         self.started = True
-        folder = start.run_dir or self._stack.enter_context(tempfile.TemporaryDirectory(prefix="freewheel-"))
-        assignment = replace(assignment, run_dir=Path(folder))
-        self._worker = RankWorker(assignment, sends_files=start.run_dir is None)
+        if start.run_dir is None:
+            unnamed = {what: self._stack.enter_context(contextlib.closing(UnnamedFile())) for what in FILES}
+            assignment = replace(assignment, unnamed=unnamed)
+        else:
+            assignment = replace(assignment, run_dir=Path(start.run_dir))
+        self._worker = RankWorker(assignment)
         self._worker.start()
         self._supervise(self._worker, task.makes_memory)
 
@@ -154,17 +174,6 @@ class _Agent:
             self._worker.end()
             self._worker = None
         self._stack.close()
-
-    def farewell(self, status: int) -> int:
-        """Say that all is cleaned up, and wait until the driver, who has the word, hangs up."""
-        end = time.monotonic() + _STOP_WITHIN_S
-        with contextlib.suppress(control.Gone):
-            self._wire.send(control.Stopped())
-            while time.monotonic() < end:
-                mp_connection.wait(cast(Any, [self._wire]), _LOOK_EVERY_S)
-                while self._wire.poll():
-                    self._wire.receive()
-        return status
 
     def _supervise(self, worker: RankWorker, makes_memory: bool) -> None:
         """Pass words on, both ways, until the driver has heard enough."""

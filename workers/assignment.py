@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.plan import Plan
 from pipeline.recipe import Recipe
+from pipeline.replicas import called, worker_of
 from pipeline.resolve import Resolved
 from workers.gloo import Rendezvous
+from workers.unnamed import UnnamedFile
 
-__all__ = ["Assignment", "Names"]
+__all__ = ["FILES", "Assignment", "Names"]
+
+FILES = {
+    "spans": "spans/stage-{}.npy",
+    "model": "parts/model-{}.safetensors",
+    "optimizer": "parts/optimizer-{}.safetensors",
+    "stacks": "stacks-{}.txt",
+}
+"""What a worker writes, and where in the folder of the run it lies."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +35,21 @@ class Names:
         """The status board."""
         return f"{self.prefix}-s"
 
-    def bell(self, stage: int) -> str:
-        """The bell of a worker."""
-        return f"{self.prefix}-b{stage}"
+    def bell(self, worker: int) -> str:
+        """The bell of a worker, by its number (``pipeline.replicas``)."""
+        return f"{self.prefix}-b{worker}"
 
-    def activations(self, cut: int) -> str:
-        """The channel from stage ``cut`` to stage ``cut + 1``."""
-        return f"{self.prefix}-a{cut}"
+    def activations(self, worker: int) -> str:
+        """The channel from a worker to that of the stage above."""
+        return f"{self.prefix}-a{worker}"
 
-    def gradients(self, cut: int) -> str:
-        """The channel from stage ``cut + 1`` to stage ``cut``."""
-        return f"{self.prefix}-g{cut}"
+    def gradients(self, worker: int) -> str:
+        """The channel to a worker from that of the stage above."""
+        return f"{self.prefix}-g{worker}"
+
+    def averages(self, source: int, target: int) -> str:
+        """The channel from a worker to that of the same stage in another replica."""
+        return f"{self.prefix}-m{source}.{target}"
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,11 @@ class Assignment:
         resolved: the run; its cuts carry no loss here, the recipe gives it.
         source: makes the recipe; importable by name, since every worker calls it for itself.
         names: of the shared memory.
-        run_dir: where the worker writes its spans and its part of the weights.
+        run_dir: the folder of the run.
         rendezvous: where workers without common memory meet; None where every channel is in shared memory.
         attach_within_s: how long to look for the others.
+        replica: of the pipeline.
+        unnamed: what the worker writes instead of files in that folder, by the names of ``FILES``; None: those.
     """
 
     index: int
@@ -59,6 +75,8 @@ class Assignment:
     run_dir: Path
     rendezvous: Rendezvous | None = None
     attach_within_s: float = 60.0
+    replica: int = 0
+    unnamed: Mapping[str, UnnamedFile] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -71,10 +89,21 @@ class Assignment:
         return self.index == self.plan.stages - 1
 
     @property
-    def spans_path(self) -> Path:
-        """Where the spans go."""
-        return self.run_dir / "spans" / f"stage-{self.index}.npy"
+    def worker(self) -> int:
+        """The worker's number."""
+        return worker_of(self.plan, self.replica, self.index)
 
-    def part_path(self, what: str) -> Path:
-        """Where this stage's tensors go: ``what`` is ``model`` or ``optimizer``."""
-        return self.run_dir / "parts" / f"{what}-{self.index}.safetensors"
+    @property
+    def called(self) -> str:
+        """What users see the worker called."""
+        return called(self.plan, self.replica, self.index)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Where the worker writes, by the names of ``FILES``; a further replica beside the first."""
+        if self.unnamed is not None:
+            return {what: file.path for what, file in self.unnamed.items()}
+        paths = {what: self.run_dir / place.format(self.index) for what, place in FILES.items()}
+        if self.replica == 0:
+            return paths
+        return {what: path.with_name(f"replica-{self.replica}-{path.name}") for what, path in paths.items()}

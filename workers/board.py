@@ -1,6 +1,6 @@
 """The status board: what every worker is doing now, readable by the driver even when a worker can no longer speak.
 
-| stop enough |  stage 0: span batch start_ns progress |  stage 1: ... |        one cache line each, one writer each
+| stop enough |  worker 0: span batch start_ns progress |  worker 1: ... |      one cache line each, one writer each
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ __all__ = ["Board", "Status"]
 
 _LINE_BYTES = 64
 _STATUS = struct.Struct("<qqqq")
-_IDLE = (int(Span.WAIT), int(Span.OTHER))
 
 
 @dataclass(frozen=True)
@@ -49,30 +48,30 @@ class Board:
 
     Args:
         name: name of the shared memory, without a slash.
-        stages: number of lines.
+        workers: number of lines.
         create: make it (driver) rather than open it (worker).
     """
 
-    def __init__(self, name: str, stages: int, *, create: bool = False) -> None:
-        self.name, self.stages = name, stages
-        size = _LINE_BYTES * (stages + 1)
+    def __init__(self, name: str, workers: int, *, create: bool = False) -> None:
+        self.name, self.workers = name, workers
+        size = _LINE_BYTES * (workers + 1)
         flags = posix_ipc.O_CREX if create else 0
         memory = posix_ipc.SharedMemory(f"/{name}", flags, size=size if create else 0)
         self._map = mmap.mmap(memory.fd, size)
         memory.close_fd()
 
-    def write(self, stage: int, span: Span, batch: int, start_ns: int, progress: int) -> None:
-        """Say what a stage does now; called by its worker only."""
-        _STATUS.pack_into(self._map, _LINE_BYTES * (stage + 1), span, batch, start_ns, progress)
+    def write(self, worker: int, span: Span, batch: int, start_ns: int, progress: int) -> None:
+        """Say what a worker does now; called by that worker only."""
+        _STATUS.pack_into(self._map, _LINE_BYTES * (worker + 1), span, batch, start_ns, progress)
 
-    def read(self, stage: int) -> Status:
-        """What a stage does now."""
-        span, batch, start_ns, progress = _STATUS.unpack_from(self._map, _LINE_BYTES * (stage + 1))
+    def read(self, worker: int) -> Status:
+        """What a worker does now."""
+        span, batch, start_ns, progress = _STATUS.unpack_from(self._map, _LINE_BYTES * (worker + 1))
         return Status(Span(span), batch, start_ns, progress)
 
     def progress(self) -> int:
         """A number that changes whenever any worker turns to new work."""
-        return sum(self.read(stage).progress for stage in range(self.stages))
+        return sum(self.read(worker).progress for worker in range(self.workers))
 
     def stop(self) -> None:
         """Ask all workers to end; they look before every action."""

@@ -35,6 +35,7 @@ __all__ = [
     "Gone",
     "Hello",
     "Interrupted",
+    "Note",
     "Prepared",
     "Reception",
     "Start",
@@ -57,7 +58,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     """An agent introduces itself.
 
     Attributes:
-        rank: its rank, which is the stage of its worker.
+        rank: its rank, which is the number of its worker.
         pid: its process.
         host: name of its host.
         memory: names the shared memory that it sees; agents that give the same one can share.
@@ -88,7 +89,7 @@ class Task(msgspec.Struct, tag=True, frozen=True):
 
     Attributes:
         sizes: layers per stage, as resolved by the driver.
-        hosts: name of the host of every stage's worker.
+        hosts: name of the host of every worker.
         prefix: of the names in the shared memory of the agent's host.
         makes_memory: whether this agent makes and removes what lies there.
         meeting: (host, port) where workers without common memory meet; None: there are none.
@@ -112,7 +113,7 @@ class Prepared(msgspec.Struct, tag=True, frozen=True):
 class Start(msgspec.Struct, tag=True, frozen=True):
     """Driver to agent: everybody is prepared, start the worker.
 
-    ``run_dir`` is where it writes; None: into a folder of the agent's own, and the driver gets the files by wire.
+    ``run_dir`` is where it writes; None: into unnamed files on its own host, and the driver gets them by wire.
     """
 
     run_dir: str | None
@@ -136,11 +137,17 @@ class Died(msgspec.Struct, tag=True, frozen=True):
 
 
 class File(msgspec.Struct, tag=True, frozen=True):
-    """A piece of a file that the worker wrote; ``last`` is its last piece."""
+    """A piece of a file that the worker wrote, by its name in ``assignment.FILES``; ``last`` is its last piece."""
 
     what: str
     data: bytes
     last: bool
+
+
+class Note(msgspec.Struct, tag=True, frozen=True):
+    """Either way: a record of those who use a wire for more than one run, as MessagePack."""
+
+    content: bytes
 
 
 class Enough(msgspec.Struct, tag=True, frozen=True):
@@ -175,6 +182,7 @@ Control = (
     | Status
     | Died
     | File
+    | Note
     | Enough
     | Dump
     | Interrupted

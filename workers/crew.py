@@ -22,7 +22,8 @@ from workers.assignment import Assignment
 from workers.bell import Bell
 from workers.board import Board
 from workers.interrupts import Interrupts
-from workers.processes import process_context
+from workers.processes import listener, process_context
+from workers.progress import Progress
 from workers.shared import unlink_all
 from workers.worker import worker_main
 
@@ -36,7 +37,7 @@ class Crew:
     """The workers of one run.
 
     Args:
-        assignments: one per stage.
+        assignments: one per worker, in the order of their numbers.
         board: the run's status board.
         start_within_s: how long building and attaching may take.
     """
@@ -50,18 +51,21 @@ class Crew:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids, by stage."""
+        """Process ids, by worker."""
         return [process.pid or 0 for process in self._processes]
 
     def __enter__(self) -> Self:
         context = process_context(type(self._assignments[0].source).__module__)
         self._interrupts.__enter__()
         try:
+            socket = listener()
             for assignment in self._assignments:
-                self._bells.append(Bell.attach(assignment.names.bell(assignment.index), 1.0))
+                self._bells.append(Bell.attach(assignment.names.bell(assignment.worker), 1.0))
                 mine, theirs = context.Pipe()
                 process = context.Process(
-                    target=worker_main, args=(assignment, theirs), name=f"stage-{assignment.index}"
+                    target=worker_main,
+                    args=(assignment, theirs, socket),
+                    name=assignment.called.replace(", ", "-").replace(" ", "-"),
                 )
                 process.start()
                 theirs.close()
@@ -100,39 +104,39 @@ class Crew:
     def _until(self, last: type[records.Ready] | type[records.Finished], patience_s: float) -> Iterator[records.Record]:
         """Yield records until every worker has sent one of type ``last``."""
         awaited = set(range(len(self._pipes)))
-        progress, since = self._board.progress(), time.monotonic()
+        progress = Progress(self._board, self._assignments[0].plan, patience_s)
         while awaited:
             self._interrupts.raise_noted()
             dead = [k for k in awaited if self._processes[k].exitcode is not None]  # they have said all they will
             heard = self._hear(awaited)
-            if any(isinstance(record, records.Failure) for record in heard):
+            if any(isinstance(record, records.Failure) for _, record in heard):
                 heard += self._drain(awaited)  # the cause was sent before its consequences, but maybe read after
-                failed = [record for record in heard if isinstance(record, records.Failure)]
+                failed = [record for _, record in heard if isinstance(record, records.Failure)]
                 raise failures.RunFailed.from_record(min(failed, key=lambda failure: failure.time_ns))
-            for record in heard:
+            for k, record in heard:
                 if isinstance(record, last):
-                    awaited.discard(record.stage)
+                    awaited.discard(k)
                 yield record
             for k in awaited.intersection(dead):
                 process = self._processes[k]
-                raise failures.killed(k, process.pid or 0, process.exitcode or 0, self._board.read(k))
-            if heard or self._board.progress() != progress:
-                progress, since = self._board.progress(), time.monotonic()
-            elif time.monotonic() - since > patience_s:
+                status, who = self._board.read(k), self._assignments[k]
+                died = process.pid or 0, process.exitcode or 0
+                raise failures.killed(who.index, *died, status, name=who.called)
+            if progress.stalled({k for k, _ in heard}, awaited):
                 raise self._stall(patience_s)
 
-    def _hear(self, stages: set[int]) -> list[records.Record]:
-        """What has been said; waits a moment for something to happen."""
-        watched = [item for k in stages for item in (self._pipes[k], self._processes[k].sentinel)]
+    def _hear(self, workers: set[int]) -> list[tuple[int, records.Record]]:
+        """What has been said, and by whom; waits a moment for something to happen."""
+        watched = [item for k in workers for item in (self._pipes[k], self._processes[k].sentinel)]
         mp_connection.wait(watched, _LOOK_EVERY_S)
-        return self._drain(stages)
+        return self._drain(workers)
 
-    def _drain(self, stages: set[int]) -> list[records.Record]:
-        heard: list[records.Record] = []
-        for k in stages:
+    def _drain(self, workers: set[int]) -> list[tuple[int, records.Record]]:
+        heard: list[tuple[int, records.Record]] = []
+        for k in workers:
             with contextlib.suppress(EOFError, OSError):
                 while self._pipes[k].poll():
-                    heard.append(records.receive(self._pipes[k]))
+                    heard.append((k, records.receive(self._pipes[k])))
         return heard
 
     def _stall(self, patience_s: float) -> failures.RunFailed:
@@ -140,7 +144,8 @@ class Crew:
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)  # faulthandler writes the stacks
-        return failures.stalled(self._board, self.pids, patience_s, str(run_dir / "stacks-*.txt"))
+        plan = self._assignments[0].plan
+        return failures.stalled(self._board, self.pids, patience_s, str(run_dir / "*stacks-*.txt"), plan)
 
     def _end(self) -> None:
         """Ask, wait a little, then kill: each worker's whole process group, grandchildren included."""
@@ -152,8 +157,10 @@ class Crew:
             process.join(max(0.0, deadline - time.monotonic()))
         for process in self._processes:
             _kill_group(process)
+        for process in self._processes:
             process.join(_GRACE_S)
-            process.close()
+            if process.exitcode is not None:  # else it is killed, and a busy machine has not got round to it
+                process.close()
         for pipe in self._pipes:
             pipe.close()
         for bell in self._bells:

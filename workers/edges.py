@@ -3,20 +3,25 @@
 cut k:   stage k  --activations k->k+1-->  stage k+1        two edges, of one kind
          stage k  <--gradients k+1->k---   stage k+1
 
+every stage of several replicas:   replica r  --averages r->q-->  replica q        for every two, both ways
+
 A new kind of channel adds a pair of functions to `_OPEN`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from pipeline.channels import narrowed
+from pipeline.averaging import share_bytes
+from pipeline.channels import kind_between, narrowed
 from pipeline.cut import Cut
 from pipeline.messages import Kind, Message, layout_of
+from pipeline.replicas import worker_of
 from pipeline.resolve import Resolved
 from workers.assignment import Names
 from workers.bell import Bell
@@ -34,16 +39,18 @@ class Edge:
 
     Attributes:
         kind: what carries it, a key of ``pipeline.channels.CHANNELS``.
+        what: travels on it: "activations", "gradients", or "averages" between the replicas of a stage.
         name: under which both ends find each other on one host.
         label: what errors call it, and under which both ends find each other at the run's own rendezvous.
-        source: stage that sends.
-        target: stage that receives.
+        source: number of the worker that sends.
+        target: number of the worker that receives.
         slots: how many messages fit.
         slot_bytes: bytes of the largest encoded message.
         wire_dtype: what float32 activations and gradients are narrowed to on their way.
     """
 
     kind: str
+    what: str
     name: str
     label: str
     source: int
@@ -55,15 +62,34 @@ class Edge:
 
 def edges_of(resolved: Resolved, names: Names) -> Iterator[Edge]:
     """All edges of a run, in the one order in which every process opens its own."""
+    for replica in range(resolved.plan.replicas):
+        yield from _edges_of_replica(resolved, names, replica)
+    yield from _edges_between_replicas(resolved, names)
+
+
+def _edges_of_replica(resolved: Resolved, names: Names, replica: int) -> Iterator[Edge]:
+    plan, of = resolved.plan, f" of replica {replica}" if resolved.plan.replicas > 1 else ""
+    num_cuts = len(resolved.cuts)
+    choices = resolved.channels[replica * num_cuts : (replica + 1) * num_cuts]
+    for k, (cut, choice) in enumerate(zip(resolved.cuts, choices, strict=True)):
+        size, up = slot_bytes(cut, plan.wire_dtype)
+        w, slots, wire = worker_of(plan, replica, k), plan.activation_slots, plan.wire_dtype
+        label = f"activations {k}->{k + 1}{of}"
+        yield Edge(choice.kind, "activations", names.activations(w), label, w, w + 1, slots, size, wire)
+        slots, label = plan.gradient_slots_at(k), f"gradients {k + 1}->{k}{of}"
+        yield Edge(choice.kind, "gradients", names.gradients(w), label, w + 1, w, slots, up, wire)
+
+
+def _edges_between_replicas(resolved: Resolved, names: Names) -> Iterator[Edge]:
+    """One slot each: a replica that has no room for a share goes on without."""
     plan = resolved.plan
-    for k, (cut, choice) in enumerate(zip(resolved.cuts, resolved.channels, strict=True)):
-        down, up = slot_bytes(cut, plan.wire_dtype)
-        for name, what, source, target, slots, size in (
-            (names.activations(k), "activations", k, k + 1, plan.activation_slots, down),
-            (names.gradients(k), "gradients", k + 1, k, plan.gradient_slots_at(k), up),
-        ):
-            label = f"{what} {source}->{target}"
-            yield Edge(choice.kind, name, label, source, target, slots, size, plan.wire_dtype)
+    for k, state_bytes in enumerate(resolved.state_bytes):
+        for one, other in itertools.permutations(range(plan.replicas), 2):
+            source, target = worker_of(plan, one, k), worker_of(plan, other, k)
+            label = f"averages {one}->{other} of stage {k}"
+            name = names.averages(source, target)
+            kind = kind_between(plan.channels, resolved.hosts[source], resolved.hosts[target])
+            yield Edge(kind, "averages", name, label, source, target, 1, share_bytes(state_bytes))
 
 
 def slot_bytes(cut: Cut, wire_dtype: torch.dtype | None = None) -> tuple[int, int]:
@@ -83,7 +109,7 @@ def rendezvous(resolved: Resolved, host: str = "127.0.0.1") -> Iterator[Rendezvo
         resolved: the run.
         host: this host's address, as all workers reach it.
     """
-    if any(choice.kind == "gloo" for choice in resolved.channels):
+    if any(edge.kind == "gloo" for edge in edges_of(resolved, Names(""))):
         with Rendezvous.hosted(host) as hosted:
             yield hosted
     else:
@@ -95,7 +121,7 @@ def open_sender(edge: Edge, bell: Callable[[int], Bell | None], meeting: Meeting
 
     Args:
         edge: the edge.
-        bell: the bell of a stage's worker, for those that the channel rings.
+        bell: the bell of a worker, for those that the channel rings.
         meeting: where processes without common memory meet; None where every edge is in shared memory.
         within_s: how long to look for what is to be there, in seconds.
 

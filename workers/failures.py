@@ -6,13 +6,15 @@ import signal
 from collections.abc import Sequence
 from typing import Protocol
 
-from pipeline.spans import Span
+from pipeline.plan import Plan
+from pipeline.replicas import called
+from pipeline.spans import WAITING, Span
 from workers.board import Status
 from workers.records import Failure
 
 __all__ = ["RunFailed", "Statuses", "killed", "nobody_moves", "process_state", "stalled"]
 
-_WAITING = (Span.WAIT, Span.OTHER)
+_WAITING = (*WAITING, Span.OTHER)
 
 
 class RunFailed(RuntimeError):
@@ -21,7 +23,7 @@ class RunFailed(RuntimeError):
     Attributes:
         stage: the stage where it began.
         layer: the layer, if one was running.
-        batch: the batch in work, if any.
+        batch: the batch in work, if any; the replica's own count.
         details: the worker's traceback, or the stall report; may be empty.
     """
 
@@ -43,12 +45,13 @@ class RunFailed(RuntimeError):
         )
 
 
-def killed(stage: int, pid: int, exit_code: int, status: Status, host: str = "") -> RunFailed:
-    """A worker ended without a word; ``host`` where there is more than this one."""
+def killed(stage: int, pid: int, exit_code: int, status: Status, host: str = "", name: str | None = None) -> RunFailed:
+    """A worker ended without a word; ``host`` where there is more than this one, ``name`` where there are replicas."""
     how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exited with {exit_code}"
     doing = f", {status.span.name.lower()} of batch {status.batch}" if status.batch >= 0 else ""
+    who = f"{name or f'stage {stage}'} (pid {pid}{_on(host)})"
     return RunFailed(
-        f"stage {stage} (pid {pid}{_on(host)}) {how}{doing}; look at the system's log for an out-of-memory kill",
+        f"{who} {how}{doing}; look at the system's log for an out-of-memory kill",
         stage=stage,
         batch=status.batch if status.batch >= 0 else None,
     )
@@ -57,39 +60,48 @@ def killed(stage: int, pid: int, exit_code: int, status: Status, host: str = "")
 class Statuses(Protocol):
     """Where to read what every worker does now."""
 
-    def read(self, stage: int) -> Status:
-        """What a stage does."""
+    def read(self, worker: int) -> Status:
+        """What a worker does."""
         ...
 
 
-def stalled(board: Statuses, pids: Sequence[int], stall_after_s: float, stacks: str) -> RunFailed:
+def stalled(board: Statuses, pids: Sequence[int], stall_after_s: float, stacks: str, plan: Plan) -> RunFailed:
     """As ``nobody_moves``, for workers of this host."""
-    return nobody_moves(board, [(f"pid {pid}", process_state(pid)) for pid in pids], stall_after_s, stacks)
+    return nobody_moves(board, [(f"pid {pid}", process_state(pid)) for pid in pids], stall_after_s, stacks, plan)
 
 
-def nobody_moves(board: Statuses, workers: Sequence[tuple[str, str]], stall_after_s: float, stacks: str) -> RunFailed:
+def nobody_moves(
+    board: Statuses,
+    workers: Sequence[tuple[str, str]],
+    stall_after_s: float,
+    stacks: str,
+    plan: Plan,
+) -> RunFailed:
     """Nobody did anything new: name the stage that began its work longest ago, and who waits.
 
     Args:
         board: what every worker does.
-        workers: of every stage: what to call its process, like ``"pid 12"``, and the process's state letter.
+        workers: of every one: what to call its process, like ``"pid 12"``, and the process's state letter.
         stall_after_s: how long nothing happened.
         stacks: where the stacks of the workers lie.
+        plan: says which worker runs what.
     """
-    stages = range(len(workers))
-    lines = [_line(stage, board.read(stage), *worker) for stage, worker in enumerate(workers)]
-    busy = [k for k in stages if board.read(k).span not in _WAITING]
-    suspects = [k for k in stages if workers[k][1] == "T"] or busy or list(stages)
-    culprit = min(suspects, key=lambda stage: board.read(stage).start_ns)
+    everybody = range(len(workers))
+    names = [called(plan, *divmod(k, plan.stages)) for k in everybody]
+    lines = [_line(names[k], board.read(k), *worker) for k, worker in enumerate(workers)]
+    busy = [k for k in everybody if board.read(k).span not in _WAITING]
+    suspects = [k for k in everybody if workers[k][1] == "T"] or busy or list(everybody)
+    culprit = min(suspects, key=lambda k: board.read(k).start_ns)
     name, state = workers[culprit]
     lines[culprit] += "   <- oldest work" if culprit in busy else "   <- here"
     message = (
-        f"no progress for {stall_after_s:.1f} s: stage {culprit} ({name}) "
+        f"no progress for {stall_after_s:.1f} s: {names[culprit]} ({name}) "
         f"{_doing(board.read(culprit))} for {board.read(culprit).age_s():.1f} s{_stopped(state)}"
     )
     details = "\n".join([*lines, f"stacks of the workers: {stacks}    raise the limit: --stall-after-s"])
     status = board.read(culprit)
-    return RunFailed(message, stage=culprit, batch=status.batch if status.batch >= 0 else None, details=details)
+    stage = culprit % plan.stages
+    return RunFailed(message, stage=stage, batch=status.batch if status.batch >= 0 else None, details=details)
 
 
 def process_state(pid: int) -> str:
@@ -101,10 +113,10 @@ def process_state(pid: int) -> str:
         return ""
 
 
-def _line(stage: int, status: Status, name: str, state: str) -> str:
+def _line(who: str, status: Status, name: str, state: str) -> str:
     what = "waits" if status.span in _WAITING else "busy "
     return (
-        f"  stage {stage}  {what}  {status.span.name.lower():<10} batch {status.batch:<7} "
+        f"  {who}  {what}  {status.span.name.lower():<10} batch {status.batch:<7} "
         f"{status.age_s():7.1f} s  {name}{_stopped(state)}"
     )
 

@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 
 from pipeline.errors import PlanError
+from pipeline.replicas import called
 from pipeline.resolve import Resolved
 from pipeline.spans import SPAN_DTYPE, Span
 from workers import control, failures, records
@@ -29,7 +30,7 @@ from workers.assignment import Assignment, Names
 from workers.board import Status
 from workers.clock import now_ns
 from workers.control import Reception, Wire
-from workers.rank_worker import files_of
+from workers.progress import Progress
 
 __all__ = ["Fleet", "Member"]
 
@@ -41,6 +42,7 @@ _LAST_WORDS_WITHIN_S = 1.0
 _REASON_WITHIN_S = 1.5
 _STOPPED_WITHIN_S = 6.0
 _ALIVE_EVERY_S = 5.0
+_SILENT_S = 60.0
 
 
 _STATUS_OF: tuple[tuple[type | tuple[type, ...], int], ...] = (
@@ -87,7 +89,7 @@ class Fleet:
     """The agents of one run.
 
     Args:
-        world: number of ranks, which is the number of stages.
+        world: number of ranks, which is the number of workers.
         asked: whether somebody asked this process to end (SIGINT, SIGTERM).
         lost: (rank, seconds to wait for an answer) -> what whoever started an agent knows about its end; None: nothing,
             or that it lives.
@@ -103,6 +105,7 @@ class Fleet:
         self._files: list[dict[str, Path]] = []
         self._stopped = False
         self._alive_at = 0.0
+        self._attended_at = float("-inf")
 
     def gather(self, own: Wire | None, reception: Reception, within_s: float, memory: str | None = None) -> None:
         """Wait for all agents, and compare clocks with those on other hosts.
@@ -200,7 +203,11 @@ class Fleet:
             until something is reported; a stalled run ends after the plan's ``stall_after_s``.
         """
         assert self._resolved is not None, "prepare comes before run"
-        self._files = [files_of(Assignment(k, self._resolved, _none, Names(""), run_dir)) for k in range(self._world)]
+        places = [divmod(rank, self._resolved.plan.stages) for rank in range(self._world)]
+        self._files = [
+            Assignment(stage, self._resolved, _none, Names(""), run_dir, replica=replica).files
+            for replica, stage in places
+        ]
         for member in self.members:
             self._tell(member, control.Start(str(run_dir) if member is self._own else None))
         for _, record in self._until(records.Ready, start_within_s):
@@ -212,13 +219,50 @@ class Fleet:
             if isinstance(record, records.Loss | records.Scored | records.Judged | records.Finished):
                 yield record
 
-    def end_early(self) -> None:
-        """Ask stage 0 to take no further training batch; all workers finish what is in the pipeline."""
-        self._tell(self.members[0], control.Enough())
+    def note(self, rank: int, content: bytes) -> None:
+        """Tell one agent something that is not about a run of this fleet; see ``control.Note``. Does not block."""
+        self._tell(self.members[rank], control.Note(content))
 
-    def read(self, stage: int) -> Status:
-        """What a stage's worker did when last heard of."""
-        return self.members[stage].status
+    def attend(self, patience_s: float = _SILENT_S) -> list[tuple[int, bytes]]:
+        """Listen to agents that are not in a run of this fleet; to be called often while they do anything.
+
+        Args:
+            patience_s: how long an agent may be silent, in seconds.
+
+        Returns:
+            the notes that came: (rank, content).
+
+        Raises:
+            failures.RunFailed: an agent is gone, or silent for too long.
+            KeyboardInterrupt: this process, or an agent, was asked to end.
+
+        Blocks:
+            at most 0.2 s where nothing comes.
+        """
+        now = time.monotonic()
+        if now - self._attended_at > _ALIVE_EVERY_S:  # nobody listened, so nobody was asked
+            for member in self.members:
+                member.heard = now
+        heard = self._hear()
+        self._attended_at = time.monotonic()
+        for member in self.members:
+            member.gone = member.gone or self._lost(member.hello.rank, 0.0)
+            if member.gone is None and self._attended_at - member.heard > patience_s:
+                member.gone = f"no word from it for {patience_s:.0f} s"
+        self._raise_failure(heard)
+        if self._asked() or any(isinstance(record, control.Interrupted) for _, record in heard):
+            self._raise_interrupt()
+        return [(member.hello.rank, record.content) for member, record in heard if isinstance(record, control.Note)]
+
+    def end_early(self) -> None:
+        """Ask the first stages to take no further training batch; all workers finish what is in the pipeline."""
+        stages = self._resolved.plan.stages if self._resolved is not None else self._world
+        for member in self.members[::stages]:
+            self._tell(member, control.Enough())
+
+    def read(self, worker: int) -> Status:
+        """What a worker did when last heard of."""
+        return self.members[worker].status
 
     def stop(self, status: int) -> None:
         """End all workers, and wait until their agents have cleaned up; the agents exit once this program has.
@@ -256,9 +300,10 @@ class Fleet:
     def _until(self, last: type, patience_s: float) -> Iterator[tuple[Member, control.Control]]:
         """What is heard until every agent has sent one record of type ``last``."""
         awaited = set(range(self._world))
-        progress, since = self._progress(), time.monotonic()
+        assert self._resolved is not None, "nobody is waited for before prepare"
+        progress = Progress(self, self._resolved.plan, patience_s)
         for member in self.members:
-            member.heard = since
+            member.heard = time.monotonic()
         while awaited:
             heard = self._hear()
             self._raise_failure(heard)
@@ -268,10 +313,8 @@ class Fleet:
                 if isinstance(record, last):
                     awaited.discard(member.hello.rank)
                 yield member, record
-            said = any(not isinstance(record, control.Status | control.Time) for _, record in heard)
-            if said or self._progress() != progress:
-                progress, since = self._progress(), time.monotonic()
-            elif time.monotonic() - since > patience_s:
+            spoke = {m.hello.rank for m, record in heard if not isinstance(record, control.Status | control.Time)}
+            if progress.stalled(spoke, awaited):
                 raise self._stall(patience_s)
             for member in self.members:
                 if member.hello.rank in awaited and (why := self._lost(member.hello.rank, 0.0)):
@@ -293,7 +336,8 @@ class Fleet:
         if died:
             member, death = min(died, key=lambda one: one[1].exit_code)
             status = member.status
-            raise failures.killed(member.hello.rank, death.pid, death.exit_code, status, self._host(member))
+            stage, name = self._place(member)
+            raise failures.killed(stage, death.pid, death.exit_code, status, self._host(member), name)
         lost = next(member for member in self.members if member.gone)
         raise self._gone(lost, lost.gone or "")
 
@@ -307,12 +351,21 @@ class Fleet:
     def _gone(self, member: Member, why: str) -> failures.RunFailed:
         rank = member.hello.rank
         why = self._lost(rank, _REASON_WITHIN_S) or why
+        stage, name = self._place(member)
         return failures.RunFailed(
-            f"stage {rank}: rank {rank} (pid {member.hello.pid}{self._on(member)}) is gone without a word ({why}): "
+            f"{name}: rank {rank} (pid {member.hello.pid}{self._on(member)}) is gone without a word ({why}): "
             "it was killed, or its host or the network is down; look at the system's log there",
-            stage=rank,
+            stage=stage,
             batch=member.status.batch if member.status.batch >= 0 else None,
         )
+
+    def _place(self, member: Member) -> tuple[int, str]:
+        """The stage of a rank's worker, and what users see the worker called."""
+        if self._resolved is None:
+            return member.hello.rank, f"stage {member.hello.rank}"
+        plan = self._resolved.plan
+        replica, stage = divmod(member.hello.rank, plan.stages)
+        return stage, called(plan, replica, stage)
 
     def _stall(self, patience_s: float) -> failures.RunFailed:
         for member in self.members:
@@ -321,8 +374,9 @@ class Fleet:
         while time.monotonic() < end:
             self._hear()
         workers = [(f"pid {member.pid}{self._on(member)}", member.state) for member in self.members]
-        stacks = str(self._files[0]["stacks"].with_name("stacks-*.txt")) if self._files else "none"
-        return failures.nobody_moves(self, workers, patience_s, stacks)
+        stacks = str(self._files[0]["stacks"].with_name("*stacks-*.txt")) if self._files else "none"
+        assert self._resolved is not None, "nobody is waited for before prepare"
+        return failures.nobody_moves(self, workers, patience_s, stacks, self._resolved.plan)
 
     def _hear(self) -> list[tuple[Member, control.Control]]:
         """What has been said, times on the driver's clock; waits a moment for something to happen."""
@@ -407,9 +461,6 @@ class Fleet:
                 member.wire.send(record)
             except control.Gone as gone:
                 member.gone = str(gone)
-
-    def _progress(self) -> int:
-        return sum(member.status.progress for member in self.members)
 
     def _host(self, member: Member) -> str:
         return member.hello.host

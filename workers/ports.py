@@ -2,6 +2,8 @@
 
 loader or activations k-1->k  ->  below  [ Runner ]  down  ->  activations k->k+1
        gradients k->k-1       <-  up     [        ]  above <-  gradients k+1->k
+                                              |
+                       peers: shares of averages, from and to the other replicas
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ _TRAINING = (Kind.ACTIVATION, Kind.GRADIENT)
 class Loading:
     """The data as an inlet."""
 
-    def __init__(self, assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[], bool]) -> None:
+    def __init__(self, assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[int], bool]) -> None:
         open_data(recipe, assignment.plan)
-        self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps, enough)
+        self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps, enough, assignment.replica)
         self._record = record
 
     def take(self) -> Message | None:
@@ -96,13 +98,15 @@ class Putting:
 
 @dataclass
 class Ports:
-    """Everything around a stage; None where the pipeline ends."""
+    """Everything around a stage; None where the pipeline ends. Peers are by replica."""
 
     bell: Bell
     below: Loading | Taking
     above: Taking | None
     down: Putting | None
     up: Putting | None
+    to_peers: dict[int, Putting]
+    from_peers: dict[int, Taking]
 
     @property
     def sent_bytes(self) -> tuple[int, int]:
@@ -111,7 +115,9 @@ class Ports:
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until somebody rings or a message is due; False when neither came within ``timeout_s`` seconds."""
-        dues = [port.due_ns() for port in (self.below, self.above) if isinstance(port, Taking)]
+        dues = [
+            port.due_ns() for port in (self.below, self.above, *self.from_peers.values()) if isinstance(port, Taking)
+        ]
         known = [due for due in dues if due is not None]
         if not known:
             return self.bell.wait(timeout_s)
@@ -120,42 +126,47 @@ class Ports:
 
 
 @contextlib.contextmanager
-def attached(assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[], bool]) -> Iterator[Ports]:
+def attached(
+    assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[int], bool]
+) -> Iterator[Ports]:
     """Attach a worker's ends of all its channels; closes them on the way out.
 
     Args:
         assignment: whose channels.
         recipe: gives the data of stage 0.
         record: told what the worker turns to.
-        enough: asked by stage 0 before every training batch; once it is, the run comes to its end.
+        enough: asked by stage 0 before every training batch, with its number; once it is, the run comes to its end.
 
     Raises:
         TimeoutError: something was not there in time.
     """
-    k, within_s, plan = assignment.index, assignment.attach_within_s, assignment.plan
+    k, within_s, plan = assignment.worker, assignment.attach_within_s, assignment.plan
     edges = [edge for edge in edges_of(assignment.resolved, assignment.names) if k in (edge.source, edge.target)]
     rendezvous = assignment.rendezvous if any(edge.kind != "shm" for edge in edges) else None
     with contextlib.ExitStack() as stack:
 
-        def bell(stage: int) -> Bell:
+        def bell(worker: int) -> Bell:
             spin_s = 0.0 if rendezvous else SPIN_S  # else threads of this process ring
-            return stack.enter_context(Bell.attach(assignment.names.bell(stage), within_s, spin_s))
+            return stack.enter_context(Bell.attach(assignment.names.bell(worker), within_s, spin_s))
 
         mine, meeting = bell(k), None if rendezvous is None else rendezvous.join(within_s)
-        putting: dict[int, Putting] = {}
-        taking: dict[int, Taking] = {}
+        putting: dict[tuple[str, int], Putting] = {}
+        taking: dict[tuple[str, int], Taking] = {}
         for edge in edges:
             if edge.source == k:
                 sender = stack.enter_context(open_sender(edge, bell, meeting, within_s))
-                putting[edge.target] = Putting(sender, plan.stall_after_s, stamps=plan.links is not None)
+                putting[edge.what, edge.target] = Putting(sender, plan.stall_after_s, stamps=plan.links is not None)
             else:
                 receiver = stack.enter_context(open_receiver(edge, bell, meeting, within_s))
                 delayed = DelayedReceiver(receiver, plan.links) if plan.links is not None else None
-                taking[edge.source] = Taking(receiver, record, delayed)
+                taking[edge.what, edge.source] = Taking(receiver, record, delayed)
+        first = Loading(assignment, recipe, record, enough) if assignment.index == 0 else None
         yield Ports(
             bell=mine,
-            below=Loading(assignment, recipe, record, enough) if k == 0 else taking[k - 1],
-            above=taking.get(k + 1),
-            down=putting.get(k + 1),
-            up=putting.get(k - 1),
+            below=first or taking["activations", k - 1],
+            above=taking.get(("gradients", k + 1)),
+            down=putting.get(("activations", k + 1)),
+            up=putting.get(("gradients", k - 1)),
+            to_peers={other // plan.stages: port for (what, other), port in putting.items() if what == "averages"},
+            from_peers={other // plan.stages: port for (what, other), port in taking.items() if what == "averages"},
         )

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from workers.assignment import Assignment
 from workers.bell import Bell
 from workers.board import Board
 from workers.failures import process_state
-from workers.processes import process_context
+from workers.processes import listener, process_context
 from workers.worker import worker_main
 
-__all__ = ["RankWorker", "files_of"]
+__all__ = ["RankWorker", "start_fork_server"]
 
 _GRACE_S = 2.0
 _DUMP_WITHIN_S = 1.0
@@ -28,33 +28,23 @@ _PIECE_BYTES = 4 << 20
 _RESULTS = ("spans", "model", "optimizer")
 
 
-def files_of(assignment: Assignment) -> dict[str, Path]:
-    """What a worker writes, by the names that ``control.File`` uses."""
-    return {
-        "spans": assignment.spans_path,
-        "model": assignment.part_path("model"),
-        "optimizer": assignment.part_path("optimizer"),
-        "stacks": assignment.run_dir / f"stacks-{assignment.index}.txt",
-    }
-
-
 class RankWorker:
     """One worker process.
 
     Args:
-        assignment: its part of the run; the board and the bells of its host are there.
-        sends_files: whether `said` and `stacks` give the content of what it wrote.
+        assignment: its part of the run; the board and the bells of its host are there. If it writes unnamed files,
+            `said` and `stacks` give their content.
     """
 
-    def __init__(self, assignment: Assignment, sends_files: bool) -> None:
-        self.assignment, self._sends_files = assignment, sends_files
-        self.board = Board(assignment.names.board, assignment.plan.stages)
-        self._bell = Bell.attach(assignment.names.bell(assignment.index), 1.0)
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment, self._sends_files = assignment, assignment.unnamed is not None
+        self.board = Board(assignment.names.board, assignment.plan.workers)
+        self._bell = Bell.attach(assignment.names.bell(assignment.worker), 1.0)
         context = process_context(type(assignment.source).__module__, "workers.rank_worker")
-        _start_fork_server()
+        socket = start_fork_server()
         self._pipe, self._theirs = context.Pipe()
         self._process = context.Process(
-            target=_rank_worker, args=(assignment, self._theirs), name=f"stage-{assignment.index}"
+            target=_rank_worker, args=(assignment, self._theirs, socket), name=f"stage-{assignment.index}"
         )
         self._said_all = False
 
@@ -77,7 +67,7 @@ class RankWorker:
                 self._said_all = isinstance(record, records.Finished | records.Failure)
                 if isinstance(record, records.Finished) and self._sends_files:
                     for what in _RESULTS:
-                        yield from _pieces(what, files_of(self.assignment)[what])
+                        yield from _pieces(what, self.assignment.files[what])
                 yield record
         if dead and not self._said_all:
             self._said_all = True
@@ -85,7 +75,7 @@ class RankWorker:
 
     def status(self) -> control.Status:
         """What the worker does now."""
-        status = self.board.read(self.assignment.index)
+        status = self.board.read(self.assignment.worker)
         state = process_state(self._process.pid or 0)
         return control.Status(int(status.span), status.batch, status.start_ns, status.progress, state)
 
@@ -96,7 +86,7 @@ class RankWorker:
 
     def stacks(self) -> Iterator[control.File]:
         """The stacks of the worker's threads, if it still writes them within a second."""
-        path = files_of(self.assignment)["stacks"]
+        path = self.assignment.files["stacks"]
         if self._process.pid is not None and self._process.exitcode is None and path.exists():
             os.kill(self._process.pid, signal.SIGUSR1)  # it has opened the file, so it handles the signal
             end = time.monotonic() + _DUMP_WITHIN_S
@@ -116,29 +106,28 @@ class RankWorker:
             if self._process.is_alive():  # killed before it had a group of its own
                 self._process.kill()
             self._process.join(_GRACE_S)
-            self._process.close()
+            if self._process.exitcode is not None:  # else it is killed, and a busy machine has not got round to it
+                self._process.close()
         self._pipe.close()
         self._bell.close()
         self.board.close()
 
 
 def _pieces(what: str, path: Path) -> Iterator[control.File]:
-    left = path.stat().st_size
+    """A file that the worker wrote; nothing of one that it had nothing to write into."""
     with path.open("rb") as file:
-        while True:
-            data = file.read(_PIECE_BYTES)
-            left -= len(data)
-            yield control.File(what, data, last=left <= 0 or not data)
-            if left <= 0 or not data:
-                return
+        data = file.read(_PIECE_BYTES)
+        while data:
+            data, piece = file.read(_PIECE_BYTES), data
+            yield control.File(what, piece, last=not data)
 
 
-def _rank_worker(assignment: Assignment, connection: Connection) -> None:
+def _rank_worker(assignment: Assignment, connection: Connection, socket: Path | None) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # inherited from the fork server, see below
-    worker_main(assignment, connection)
+    worker_main(assignment, connection, socket)
 
 
-def _start_fork_server() -> None:
+def start_fork_server() -> Path | None:
     """torchrun ends a rank by SIGTERM to its process group. The fork server reaps the worker, so it has to outlive it.
 
     A signal mask is inherited, and unlike a handler it can be set in any thread.
@@ -146,6 +135,6 @@ def _start_fork_server() -> None:
     resource_tracker.ensure_running()  # it would undo the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        forkserver.ensure_running()
+        return listener()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

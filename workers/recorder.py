@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.spans import SPAN_DTYPE, Span
+from pipeline.spans import SPAN_DTYPE, WAITING, Span
 from workers.board import Board
 from workers.clock import now_ns
 
@@ -16,14 +16,15 @@ __all__ = ["Pulse", "SpanRecorder"]
 
 _CHUNK = 1 << 14  # records per piece of memory: 512 KiB
 _FIELDS = len(SPAN_DTYPE.names or ())
-_TOLD = (Span.FORWARD, Span.BACKWARD, Span.DNI_TRAIN, Span.EVALUATE, Span.WAIT)
+_TOLD = (Span.FORWARD, Span.BACKWARD, Span.DNI_TRAIN, Span.EVALUATE, *WAITING)
+_NO_PROGRESS = (*WAITING, Span.OTHER)
 
 
 class SpanRecorder:
     """A ``Recorder`` (see ``pipeline.spans``) with a clock. One call costs about a microsecond.
 
     Args:
-        stage: index of the stage.
+        worker: number of the worker.
         board: where its status goes.
 
     Attributes:
@@ -32,8 +33,8 @@ class SpanRecorder:
 
     depth: Callable[[], int] | None = None
 
-    def __init__(self, stage: int, board: Board) -> None:
-        self._stage, self._board = stage, board
+    def __init__(self, worker: int, board: Board) -> None:
+        self._worker, self._board = worker, board
         self._full: list[array[int]] = []
         self._chunk, self._position = _empty_chunk(), 0
         self._progress = 0
@@ -47,9 +48,9 @@ class SpanRecorder:
         chunk[position + 2] = self.depth() if span is Span.FORWARD and self.depth is not None else -1
         chunk[position + 3] = start_ns
         self._position = position + _FIELDS
-        if span is not Span.WAIT and span is not Span.OTHER:
+        if span not in _NO_PROGRESS:
             self._progress += 1
-        self._board.write(self._stage, span, batch, start_ns, self._progress)
+        self._board.write(self._worker, span, batch, start_ns, self._progress)
         if self._position == len(chunk):
             self._full.append(chunk)
             self._chunk, self._position = _empty_chunk(), 0
@@ -59,7 +60,8 @@ class SpanRecorder:
         self(Span.OTHER, -1)
         values = np.concatenate([*map(np.asarray, self._full), np.asarray(self._chunk)[: self._position]])
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, values.astype("<i8").view(SPAN_DTYPE), allow_pickle=False)
+        with path.open("wb") as file:
+            np.save(file, values.astype("<i8").view(SPAN_DTYPE), allow_pickle=False)
 
 
 class Pulse:
@@ -69,19 +71,19 @@ class Pulse:
     four actions of a stage and when it begins to wait. Every other call costs 0.1 us.
 
     Args:
-        stage: index of the stage.
+        worker: number of the worker.
         board: where its status goes.
     """
 
-    def __init__(self, stage: int, board: Board) -> None:
-        self._stage, self._board = stage, board
+    def __init__(self, worker: int, board: Board) -> None:
+        self._worker, self._board = worker, board
         self._progress = 0
 
     def __call__(self, span: Span, batch: int) -> None:
         """From now on the worker does ``span`` with ``batch``."""
         if span in _TOLD:
-            self._progress += span is not Span.WAIT
-            self._board.write(self._stage, span, batch, now_ns(), self._progress)
+            self._progress += span not in WAITING
+            self._board.write(self._worker, span, batch, now_ns(), self._progress)
 
 
 def _empty_chunk() -> array[int]:

@@ -16,6 +16,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     stage: int
     pid: int
     threads: int
+    replica: int = 0
 
 
 class Go(msgspec.Struct, tag=True, frozen=True):
@@ -23,7 +24,7 @@ class Go(msgspec.Struct, tag=True, frozen=True):
 
 
 class Loss(msgspec.Struct, tag=True, frozen=True):
-    """Training losses of batches ``first_batch`` on, from the last stage.
+    """Training losses of batches ``first_batch`` on, from the last stage of a replica.
 
     ``time_ns`` is on the common clock.
     """
@@ -31,10 +32,11 @@ class Loss(msgspec.Struct, tag=True, frozen=True):
     first_batch: int
     losses: list[float]
     time_ns: int
+    replica: int = 0
 
 
 class Scored(msgspec.Struct, tag=True, frozen=True):
-    """A pass over the held-out batches after ``updates`` training batches, from the last stage."""
+    """A pass over the held-out batches after ``updates`` training batches, from the last stage of replica 0."""
 
     updates: int
     loss: float
@@ -52,6 +54,7 @@ class Judged(msgspec.Struct, tag=True, frozen=True):
     norm_ratio: float
     error: float
     time_ns: int
+    replica: int = 0
 
 
 class Finished(msgspec.Struct, tag=True, frozen=True):
@@ -72,6 +75,7 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
     window_ns: tuple[int, int] | None = None
     down_bytes: int = 0
     up_bytes: int = 0
+    replica: int = 0
 
 
 class Failure(msgspec.Struct, tag=True, frozen=True):
@@ -84,6 +88,7 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     time_ns: int
     layer: str | None = None
     batch: int | None = None
+    replica: int = 0
 
 
 Record = Ready | Go | Loss | Scored | Judged | Finished | Failure

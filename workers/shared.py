@@ -20,7 +20,7 @@ def needed_bytes(resolved: Resolved, here: Collection[int] | None = None) -> int
 
     Args:
         resolved: the run.
-        here: the stages whose workers are on the host in question; None: all.
+        here: the workers on the host in question; None: all.
     """
     return sum(ring_bytes(edge.slots, edge.slot_bytes) for edge in _rings(resolved, Names(""), here))
 
@@ -32,7 +32,7 @@ def shared_memory(resolved: Resolved, names: Names, here: Collection[int] | None
     Args:
         resolved: the run.
         names: of what is made.
-        here: the stages whose workers are on this host; None: all.
+        here: the workers on this host; None: all.
 
     Raises:
         PlanError: too little shared memory.
@@ -42,9 +42,9 @@ def shared_memory(resolved: Resolved, names: Names, here: Collection[int] | None
     try:
         for edge in _rings(resolved, names, here):
             create_ring(edge.name, edge.slots, edge.slot_bytes)
-        for stage in range(resolved.plan.stages):
-            Bell.create(names.bell(stage)).close()
-        with Board(names.board, resolved.plan.stages, create=True) as board:
+        for worker in range(resolved.plan.workers):
+            Bell.create(names.bell(worker)).close()
+        with Board(names.board, resolved.plan.workers, create=True) as board:
             yield board
     finally:
         unlink_all(resolved, names)
@@ -54,8 +54,8 @@ def unlink_all(resolved: Resolved, names: Names) -> None:
     """Remove all names; whoever has attached goes on. Names already removed are no error."""
     for edge in _rings(resolved, names):
         unlink_ring(edge.name)
-    for stage in range(resolved.plan.stages):
-        unlink_semaphore(names.bell(stage))
+    for worker in range(resolved.plan.workers):
+        unlink_semaphore(names.bell(worker))
     Board.unlink_name(names.board)
 
 

@@ -13,24 +13,26 @@ import faulthandler
 import os
 import resource
 import signal
-import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from multiprocessing import connection as mp_connection
-from multiprocessing import parent_process
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import Tensor
 
+from pipeline.averaging import averager_of
 from pipeline.errors import StageError
-from pipeline.modes import MODES
+from pipeline.exchange import Exchange
 from pipeline.policies import Action, scripted
 from pipeline.quality import Quality
 from pipeline.recipe import Recipe
 from pipeline.reference import schedule
+from pipeline.replicas import plan_of, policy_of
 from pipeline.resolve import stage_layers
 from pipeline.runner import Runner
 from pipeline.scores import Scores
@@ -42,9 +44,9 @@ from workers.board import Board
 from workers.channel import ChannelBroken
 from workers.clock import now_ns
 from workers.emulated import EmulatedStage
+from workers.orphan import ends_with_the_driver
 from workers.ports import Ports, attached
 from workers.recorder import Pulse, SpanRecorder
-from workers.shared import unlink_all
 
 __all__ = ["worker_main"]
 
@@ -58,20 +60,21 @@ class Stopped(Exception):
     """The driver asked the worker to end."""
 
 
-def worker_main(assignment: Assignment, connection: Connection) -> None:
+def worker_main(assignment: Assignment, connection: Connection, listener: Path | None = None) -> None:
     """The life of a worker process. Blocks until the run is over; exits non-zero after a failure.
 
     Args:
         assignment: its part of the run.
         connection: the control pipe to the driver.
+        listener: the socket of the fork server that it comes from.
     """
     os.setsid()  # a group of its own: Ctrl-C reaches the driver only, and the driver can end us with our children
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_the_driver(assignment)
-    stacks = (assignment.run_dir / f"stacks-{assignment.index}.txt").open("w")
+    stacks = assignment.files["stacks"].open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(assignment.plan.threads)
-    with contextlib.ExitStack() as stack:  # a failure is reported before the channels close: it is seen first
+    # A failure is reported before the channels close: it is seen first.
+    with ends_with_the_driver(assignment, listener), contextlib.ExitStack() as stack:
         try:
             _work(assignment, connection, stack)
         except Stopped:
@@ -84,18 +87,19 @@ def worker_main(assignment: Assignment, connection: Connection) -> None:
 
 def _work(assignment: Assignment, connection: Connection, stack: contextlib.ExitStack) -> None:
     recipe = assignment.source()
-    board = stack.enter_context(Board(assignment.names.board, assignment.plan.stages))
-    spans = SpanRecorder(assignment.index, board) if assignment.plan.spans else None
-    record = spans or Pulse(assignment.index, board)
-    ports = stack.enter_context(attached(assignment, recipe, record, lambda: board.enough))
+    board = stack.enter_context(Board(assignment.names.board, assignment.plan.workers))
+    spans = SpanRecorder(assignment.worker, board) if assignment.plan.spans else None
+    record = spans or Pulse(assignment.worker, board)
+    ports = stack.enter_context(attached(assignment, recipe, record, lambda step: runner.averager.enough(step)))
     if spans is not None:
         spans.depth = ports.below.depth
     stage = _build(assignment, recipe, record)
-    runner = _runner(assignment, stage, ports, record)
-    report = _Reporter(connection, assignment.resolved.warmup)
+    runner = _runner(assignment, stage, ports, record, board)
+    report = _Reporter(connection, assignment.resolved.warmup, assignment.replica)
     runner.on_loss, runner.on_scores = report.loss, report.scores
     runner.on_quality = partial(report.quality, assignment.index)
-    records.send(connection, records.Ready(assignment.index, os.getpid(), torch.get_num_threads()))
+    ready = records.Ready(assignment.index, os.getpid(), torch.get_num_threads(), assignment.replica)
+    records.send(connection, ready)
     if not connection.poll(assignment.attach_within_s):
         raise TimeoutError(f"no Go from the driver after {assignment.attach_within_s:.0f} s")
     records.receive(connection)
@@ -108,13 +112,15 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     finally:
         end_ns = now_ns()
         if spans is not None:
-            spans.save(assignment.spans_path)
+            spans.save(assignment.files["spans"])
     report.flush()
-    _save(assignment, stage)
+    if assignment.replica == 0:
+        _save(assignment, stage)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     counts = runner.updated, runner.learned, runner.dropped
     times = begin_ns, end_ns, report.window_ns
-    records.send(connection, records.Finished(assignment.index, *counts, peak_bytes, *times, *ports.sent_bytes))
+    last_words = assignment.index, *counts, peak_bytes, *times, *ports.sent_bytes, assignment.replica
+    records.send(connection, records.Finished(*last_words))
 
 
 def _loop(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_after_s: float) -> None:
@@ -136,12 +142,14 @@ def _loop(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_
 
 def _wait(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_after_s: float) -> None:
     """Until somebody rings, or a message that an emulated link holds back is due."""
-    record(Span.WAIT, runner.forwarded)
+    record(Span.HELD if runner.averager.held else Span.WAIT, runner.forwarded)
     # The driver ends a stalled run first, with a better report; this is for when the driver cannot.
-    deadline_ns = now_ns() + int(2 * give_up_after_s * 1e9)
+    deadline_ns, progress = now_ns() + int(2 * give_up_after_s * 1e9), -1
     while not ports.wait(LOOK_UP_EVERY_S):
         if board.stopping:
             raise Stopped
+        if (seen := board.progress()) != progress:  # replicas may wait for each other for as long as somebody works
+            deadline_ns, progress = now_ns() + int(2 * give_up_after_s * 1e9), seen
         if now_ns() > deadline_ns:
             raise TimeoutError(f"nothing came for {2 * give_up_after_s:.0f} s: {runner.view()}")
     record(Span.OTHER, -1)
@@ -164,14 +172,18 @@ def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> Stage | 
         return EmulatedStage(assignment.index, plan, plan.emulation, shape, record)
     cut = None if assignment.last else replace(assignment.resolved.cuts[assignment.index], loss=recipe.loss)
     below = None if assignment.index == 0 else assignment.resolved.cuts[assignment.index - 1]
-    return Stage(stage_layers(recipe, plan, assignment.index), assignment.index, plan, recipe, cut, below, record)
+    layers, mine = stage_layers(recipe, plan, assignment.index), plan_of(plan, assignment.replica)
+    return Stage(layers, assignment.index, mine, recipe, cut, below, record)
 
 
-def _runner(assignment: Assignment, stage: Stage | EmulatedStage, ports: Ports, record: Recorder) -> Runner:
+def _runner(
+    assignment: Assignment, stage: Stage | EmulatedStage, ports: Ports, record: Recorder, board: Board
+) -> Runner:
     plan = assignment.plan
-    policy = MODES[plan.mode].policy
+    policy = policy_of(plan)
     if plan.deterministic:
-        policy = scripted(schedule(plan, assignment.resolved.held_out_batches)[assignment.index])
+        policy = scripted(schedule(plan, assignment.resolved.held_out_batches)[assignment.worker])
+    exchange = Exchange(assignment.index, assignment.replica, ports.to_peers, ports.from_peers)
     return Runner(
         stage=stage,
         policy=policy,
@@ -181,6 +193,7 @@ def _runner(assignment: Assignment, stage: Stage | EmulatedStage, ports: Ports, 
         above=ports.above,
         down=ports.down,
         up=ports.up,
+        averager=averager_of(plan, stage.state_tensors(), exchange, lambda: board.enough, record),
         record=record,
     )
 
@@ -188,8 +201,8 @@ def _runner(assignment: Assignment, stage: Stage | EmulatedStage, ports: Ports, 
 class _Reporter:
     """Sends training losses in groups, so that the pipe is not in the way, and scores at once; times the run."""
 
-    def __init__(self, connection: Connection, warmup: int) -> None:
-        self._connection, self._warmup = connection, warmup
+    def __init__(self, connection: Connection, warmup: int, replica: int) -> None:
+        self._connection, self._warmup, self._replica = connection, warmup, replica
         self._begin_ns = 0
         self.window_ns: tuple[int, int] | None = None
         self._losses: list[float] = []
@@ -213,43 +226,43 @@ class _Reporter:
 
     def quality(self, stage: int, quality: Quality) -> None:
         found = quality.cosine, quality.norm_ratio, quality.error
-        records.send(self._connection, records.Judged(stage, quality.batch, *found, now_ns()))
+        records.send(self._connection, records.Judged(stage, quality.batch, *found, now_ns(), self._replica))
 
     def flush(self) -> None:
         if self._losses:
-            records.send(self._connection, records.Loss(self._first, self._losses, now_ns()))
+            records.send(self._connection, records.Loss(self._first, self._losses, now_ns(), self._replica))
             self._losses, self._sent_ns = [], now_ns()
 
 
 def _save(assignment: Assignment, stage: Stage | EmulatedStage) -> None:
     for what, tensors in (("model", stage.state_tensors()), ("optimizer", stage.optimizer_tensors())):
-        path = assignment.part_path(what)
+        path = assignment.files[what]
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, path)
+        path.write_bytes(save(_apart(tensors)))  # not save_file, which wants to rename a file
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dense tensors that share no memory, as safetensors wants them: copies of those that do."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        alone = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        apart[name] = tensor.detach() if alone else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return apart
 
 
 def _failure(assignment: Assignment, error: BaseException) -> records.Failure:
     located = error if isinstance(error, StageError) else None
+    which = f"replica {assignment.replica}, " if assignment.plan.replicas > 1 else ""
     return records.Failure(
         stage=assignment.index,
         pid=os.getpid(),
-        message=str(error) if located else f"stage {assignment.index}: {type(error).__name__}: {error}",
+        message=which + (str(error) if located else f"stage {assignment.index}: {type(error).__name__}: {error}"),
         traceback="".join(traceback.format_exception(error)),
         time_ns=now_ns(),
         layer=located.layer if located else None,
         batch=located.batch if located else None,
+        replica=assignment.replica,
     )
-
-
-def _end_with_the_driver(assignment: Assignment) -> None:
-    """When the driver dies, this process has nobody to work for, and ends with everything it started."""
-    driver = parent_process()
-    if driver is None:  # not spawned: called directly, in a test
-        return
-
-    def watch() -> None:
-        mp_connection.wait([driver.sentinel])
-        unlink_all(assignment.resolved, assignment.names)
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="driver-watch", daemon=True).start()

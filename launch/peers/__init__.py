@@ -7,9 +7,29 @@ Same initial weights, batches, optimizer and threads as our own rows, in fresh p
 """
 
 from launch.peers.best import MicrobatchChoice, best_microbatches
-from launch.peers.ddp import run_ddp
+from launch.peers.ddp import DDP, run_ddp
+from launch.peers.loop import Rival, Training
 from launch.peers.placement import SCHEDULES
-from launch.peers.record import PeerRun
-from launch.peers.torch_schedule import run_torch_schedule
+from launch.peers.rank_process import RankProcess, Seat
+from launch.peers.ranks import HERE, Hear, Places
+from launch.peers.record import PeerRun, Said
+from launch.peers.torch_schedule import TorchSchedule, run_torch_schedule
 
-__all__ = ["SCHEDULES", "MicrobatchChoice", "PeerRun", "best_microbatches", "run_ddp", "run_torch_schedule"]
+__all__ = [
+    "DDP",
+    "HERE",
+    "SCHEDULES",
+    "Hear",
+    "MicrobatchChoice",
+    "PeerRun",
+    "Places",
+    "RankProcess",
+    "Rival",
+    "Said",
+    "Seat",
+    "TorchSchedule",
+    "Training",
+    "best_microbatches",
+    "run_ddp",
+    "run_torch_schedule",
+]

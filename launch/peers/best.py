@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from launch.peers.placement import check_microbatches, schedule_named
+from launch.peers.ranks import HERE, Places
 from launch.peers.torch_schedule import run_torch_schedule
 from pipeline.errors import PlanError
 from pipeline.recipe import Recipe
@@ -40,6 +41,7 @@ def best_microbatches(
     warmup: int = 2,
     rounds: int = 2,
     within_s: float = 3600.0,
+    places: Places = HERE,
 ) -> MicrobatchChoice:
     """Try 1, 2, 4 and 8 microbatches, as far as batch and schedule allow, for a few steps each.
 
@@ -55,10 +57,11 @@ def best_microbatches(
         warmup: first batches of each trial that are not timed.
         rounds: how often each number is tried, in turns.
         within_s: how long one trial may take.
+        places: where the ranks run.
 
     Raises:
         PlanError: no number fits, or the schedule cannot run.
-        RuntimeError: a trial failed.
+        RunFailed: a trial failed.
 
     Blocks:
         for ``rounds`` short runs per number, a second or so each besides their steps.
@@ -76,6 +79,7 @@ def best_microbatches(
             stages_per_rank=stages_per_rank,
             within_s=within_s,
             evaluates=False,
+            places=places,
         )
         tried[count] = max(tried.get(count, 0.0), run.batches * resolved.batch_shape[0] / run.seconds)
     return MicrobatchChoice(max(tried, key=tried.__getitem__), tried)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from launch.peers.loop import Training, broadcast
-from launch.peers.ranks import run_ranks
+from launch.peers.ranks import HERE, Places, run_ranks
 from launch.peers.record import PeerRun, RankRun, merged
 from pipeline.errors import PlanError
 from pipeline.optimizers import build_optimizer
@@ -20,7 +20,7 @@ from pipeline.resolve import Resolved
 from pipeline.scores import Scores, scores_of
 from pipeline.seeding import derived_seed
 
-__all__ = ["run_ddp"]
+__all__ = ["DDP", "run_ddp"]
 
 
 def run_ddp(
@@ -32,6 +32,7 @@ def run_ddp(
     warmup: int,
     within_s: float = 3600.0,
     weights: Path | None = None,
+    places: Places = HERE,
 ) -> PeerRun:
     """Train with DistributedDataParallel over gloo: the same batches as everybody, cut into one slice per rank.
 
@@ -47,10 +48,11 @@ def run_ddp(
         warmup: first batches that are not timed.
         within_s: how long it may take.
         weights: where to write the final weights (safetensors, the unsplit model's names); None: nowhere.
+        places: where the ranks run.
 
     Raises:
         PlanError: the rows of a batch cannot be shared out evenly.
-        RuntimeError: a rank failed, with its traceback, or it took too long.
+        RunFailed: a rank failed, with its traceback, or it took too long.
 
     Blocks:
         until it is over, at most ``within_s``.
@@ -58,18 +60,19 @@ def run_ddp(
     rows = resolved.batch_shape[0]
     if rows % ranks:
         raise PlanError(f"{ranks} ranks for batches of {rows} rows: give a number of ranks that divides the rows.")
-    work = _Work(Training(source, resolved.plan, warmup, weights=weights), rows // ranks, ranks)
-    return merged(run_ranks("DDP", work, ranks=ranks, threads=threads, within_s=within_s))
+    rival, training = DDP(rows // ranks, ranks), Training(source, resolved.plan, warmup, weights=weights)
+    return merged(run_ranks("DDP", rival, training, ranks=ranks, threads=threads, within_s=within_s, places=places))
 
 
-@dataclass(frozen=True)
-class _Work:
-    training: Training
+class DDP(msgspec.Struct, tag=True, frozen=True):
+    """What a rank does: ``rows`` rows of every batch are its own, of ``ranks`` ranks."""
+
     rows: int
     ranks: int
 
-    def __call__(self, rank: int) -> RankRun:
-        recipe, plan = self.training.source(), self.training.plan
+    def __call__(self, training: Training, rank: int) -> RankRun:
+        """Train; the process group stands. Blocks until the training is over."""
+        recipe, plan = training.source(), training.plan
         layers = layers_of(build_model(recipe, plan.seed))
         torch.manual_seed(derived_seed(plan.seed, "rank", rank))  # slices get dropout masks of their own
         network = torch.nn.Sequential(*(layer.module for layer in layers)).train()
@@ -91,4 +94,4 @@ class _Work:
                 buffer.copy_(broadcast(buffer, 0))
             return scores_of(recipe, network, first=rank, every=self.ranks)
 
-        return self.training.run(recipe, rank, step, lambda: layers, look)
+        return training.run(recipe, rank, step, lambda: layers, look)

@@ -21,7 +21,7 @@ from pipeline.plan import Plan
 from pipeline.recipe import Recipe, build_model, open_data
 from pipeline.scores import Scores, scores_of
 
-__all__ = ["Training", "assembled", "broadcast"]
+__all__ = ["Rival", "Training", "assembled", "broadcast"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ class Training:
             return None
         scores = scores_of(recipe, torch.nn.Sequential(*(layer.module for layer in layers)))
         return HeldOut(scores.loss(), scores.accuracy())
+
+
+Rival = Callable[[Training, int], RankRun]
+"""What one rank does: (what is trained, rank) -> what it found, once the process group stands. Plain data inside."""
 
 
 @torch.no_grad()

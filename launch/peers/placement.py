@@ -61,11 +61,17 @@ class Edge:
 
     Attributes:
         shape: [rows of a microbatch, ...].
-        dtype: its dtype.
+        dtype_name: its dtype's name in torch; a placement is plain data, which any host can be sent.
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype_name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     def example(self, *, requires_grad: bool) -> Tensor:
         """A tensor like it."""
@@ -141,7 +147,7 @@ def place(
     outputs = check_partition(model, layers, stages, inputs)
     _check_first(name, stages[0])
     values = [inputs, *(outputs[stage[-1].index] for stage in stages)]
-    edges = tuple(Edge(tuple(value.shape), value.dtype) for value in values)
+    edges = tuple(Edge(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for value in values)
     return Placement(sizes, _ranks(len(sizes), ranks, schedule_named(name).v), edges)
 
 

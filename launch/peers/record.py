@@ -9,7 +9,7 @@ import msgspec
 
 from pipeline.until import Reached
 
-__all__ = ["HeldOut", "PeerRun", "RankRun", "merged"]
+__all__ = ["Died", "Failed", "HeldOut", "PeerRun", "RankRun", "Said", "merged"]
 
 
 class HeldOut(msgspec.Struct, frozen=True):
@@ -42,6 +42,28 @@ class RankRun(msgspec.Struct, frozen=True, tag="finished"):
     held_out: HeldOut | None
     peak_memory_bytes: int
     reached: Reached | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """How a rank failed.
+
+    Attributes:
+        message: the error in a line.
+        trace: its traceback.
+    """
+
+    message: str
+    trace: str
+
+
+class Died(msgspec.Struct, frozen=True, tag="died"):
+    """A rank's process ended without a word; ``how`` completes the sentence."""
+
+    how: str
+
+
+Said = RankRun | Failed | Died
+"""The last word of a rank."""
 
 
 class PeerRun(msgspec.Struct, frozen=True):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
@@ -22,7 +22,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 from launch.peers.forward import ForwardPass
 from launch.peers.loop import Training, assembled
 from launch.peers.placement import Placement, check_microbatches, place
-from launch.peers.ranks import run_ranks
+from launch.peers.ranks import HERE, Places, run_ranks
 from launch.peers.record import PeerRun, RankRun, merged
 from pipeline.optimizers import build_optimizer
 from pipeline.partition import Layer, layers_of, split
@@ -30,7 +30,7 @@ from pipeline.recipe import Recipe, build_model
 from pipeline.resolve import Resolved
 from pipeline.seeding import derived_seed
 
-__all__ = ["run_torch_schedule"]
+__all__ = ["TorchSchedule", "run_torch_schedule"]
 
 
 def run_torch_schedule(
@@ -45,6 +45,7 @@ def run_torch_schedule(
     within_s: float = 3600.0,
     evaluates: bool = True,
     weights: Path | None = None,
+    places: Places = HERE,
 ) -> PeerRun:
     """Train with one of torch's own pipeline schedules over gloo, one rank per stage of the plan.
 
@@ -63,33 +64,38 @@ def run_torch_schedule(
         within_s: how long it may take.
         evaluates: whether to look at the held-out batches at the end.
         weights: where to write the final weights (safetensors, the unsplit model's names); None: nowhere.
+        places: where the ranks run.
 
     Raises:
         PlanError: the schedule cannot run so; nothing was started.
-        RuntimeError: a rank failed, with its traceback, or it took too long.
+        RunFailed: a rank failed, with its traceback, or it took too long.
 
     Blocks:
         until it is over, at most ``within_s``.
     """
     check_microbatches(schedule, resolved, microbatches)
     placement = place(source(), resolved, schedule, microbatches, stages_per_rank)
-    work = _Work(Training(source, resolved.plan, warmup, evaluates, weights), schedule, microbatches, placement)
-    peer = f"torch's {schedule}"
-    return merged(run_ranks(peer, work, ranks=resolved.plan.stages, threads=threads, within_s=within_s))
+    rival, training = (
+        TorchSchedule(schedule, microbatches, placement),
+        Training(source, resolved.plan, warmup, evaluates, weights),
+    )
+    peer, ranks = f"torch's {schedule}", resolved.plan.stages
+    return merged(run_ranks(peer, rival, training, ranks=ranks, threads=threads, within_s=within_s, places=places))
 
 
-@dataclass(frozen=True)
-class _Work:
-    training: Training
+class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
+    """What a rank does: one of ``SCHEDULES``, into how many microbatches batches are cut, and who has which layers."""
+
     schedule: str
     microbatches: int
     placement: Placement
 
-    def __call__(self, rank: int) -> RankRun:
+    def __call__(self, training: Training, rank: int) -> RankRun:
+        """Train; the process group stands. Blocks until the training is over."""
         logging.getLogger("torch.distributed.pipelining").setLevel(
             logging.CRITICAL
         )  # an error would print the schedule
-        recipe, plan = self.training.source(), self.training.plan
+        recipe, plan = training.source(), training.plan
         mine = self.placement.stages_of(rank)
         stages = split(layers_of(build_model(recipe, plan.seed)), self.placement.sizes)
         local = [layer for index in mine for layer in stages[index]]
@@ -102,7 +108,7 @@ class _Work:
         first, last = 0 in mine, len(stages) - 1 in mine
 
         def step(index: int) -> float | None:
-            given, options = self._batch(recipe, index) if first or last else ((), {})
+            given, options = _batch(recipe, plan.seed, index) if first or last else ((), {})
             losses: list[Tensor] = []
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
@@ -112,12 +118,7 @@ class _Work:
             return float(torch.stack(losses).detach().mean()) if last else None
 
         whole = partial(assembled, recipe, plan, local, self.placement.owners, rank)
-        return self.training.run(recipe, rank, step, whole, look)
-
-    def _batch(self, recipe: Recipe, index: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """What ``schedule.step`` takes: the inputs in the first stage, the labels in the last one."""
-        inputs, labels = recipe.seeded_batch(self.training.plan.seed, index)
-        return (inputs,), {"target": labels}
+        return training.run(recipe, rank, step, whole, look)
 
     def _stage(self, index: int, chain: nn.Sequential) -> PipelineStage:
         before, after = self.placement.edges[index : index + 2]
@@ -135,6 +136,12 @@ class _Work:
         given = stages if issubclass(kind, PipelineScheduleMulti) else stages[0]
         schedule: PipelineScheduleSingle | PipelineScheduleMulti = kind(given, self.microbatches, loss_fn=recipe.loss)
         return schedule
+
+
+def _batch(recipe: Recipe, seed: int, index: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What ``schedule.step`` takes: the inputs in the first stage, the labels in the last one."""
+    inputs, labels = recipe.seeded_batch(seed, index)
+    return (inputs,), {"target": labels}
 
 
 class _Own(nn.Module):

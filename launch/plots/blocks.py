@@ -23,6 +23,7 @@ PHASES: dict[Span, str] = {
     Span.RELAY: "relay",
     Span.SEND: "send + receive",
     Span.RECEIVE: "send + receive",
+    Span.AVERAGE: "send + receive",
     Span.LOAD: "other",
     Span.EVALUATE: "other",
     Span.QUALITY: "other",

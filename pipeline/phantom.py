@@ -1,0 +1,60 @@
+"""A stage without tensors: for the order of actions of a run, and for how long it would take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.plan import Plan
+from pipeline.scores import Scores
+from pipeline.targets import Flow
+
+__all__ = ["Phantom"]
+
+
+class Phantom:
+    """A stage that only says which gradients flow, as ``Stage`` would; its tensors are empty."""
+
+    _EMPTY = torch.empty(0)
+
+    def __init__(self, index: int, plan: Plan) -> None:
+        self._flow = Flow(plan, index)
+        self.index, self.last, self.scores = index, self._flow.last, Scores()
+        self._updated = -1
+
+    def updates(self, batch: int) -> bool:
+        return self._flow.updates(batch)
+
+    def forward(self, batch: int, x: Any, labels: Any, microbatch: int = 0) -> Tensor:
+        return self._EMPTY
+
+    def evaluate(self, batch: int, x: Any, labels: Any) -> Tensor:
+        return self._EMPTY
+
+    def predict(self, batch: int) -> Tensor | None:
+        return None
+
+    def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
+        self._updated = batch
+        return self._EMPTY if self._flow.at_update(batch) else None
+
+    def step(self, batch: int) -> None: ...
+
+    def skip(self, batch: int) -> None: ...
+
+    def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
+        return self._EMPTY if self._flow.relays(batch) else None
+
+    def true_gradient(self) -> Tensor | None:
+        return self._EMPTY if self.last and self._flow.samples(self._updated) else None
+
+    def judge(self, batch: int, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, self._EMPTY
+
+    def loss_of(self, batch: int) -> float:
+        return float("nan")
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {}

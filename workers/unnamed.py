@@ -1,0 +1,49 @@
+"""A temporary file without a name: it goes with the last process that has it open, whatever ends that process.
+
+    agent  makes it, hands it to its worker at the start, reads it at the end        worker  writes it by its path
+
+Nobody has to remove it, so nobody can be killed before he did.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any
+
+__all__ = ["UnnamedFile"]
+
+
+class UnnamedFile:
+    """An empty file in ``$TMPDIR`` without a name. It can be an argument of a process that is being started.
+
+    Args:
+        descriptor: an open one that this object takes over; None: a new file.
+
+    Raises:
+        OSError: no such file can be made there.
+    """
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        if descriptor is None:
+            with tempfile.TemporaryFile() as file:
+                descriptor = os.dup(file.fileno())
+        self._descriptor = descriptor
+
+    @property
+    def path(self) -> Path:
+        """Opens the file anew, from its beginning, in this process only."""
+        return Path(f"/proc/self/fd/{self._descriptor}")
+
+    def close(self) -> None:
+        """Give up this process's hold of it."""
+        os.close(self._descriptor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (reduction.DupFd(self._descriptor),)
+
+
+def _received(handed: Any) -> UnnamedFile:
+    return UnnamedFile(handed.detach())
