@@ -154,7 +154,7 @@ def test_all_mistakes_of_a_plan_come_at_once() -> None:
     assert freewheel(*command.split()).refusals == [
         "freewheel: stages is 0: it must be a whole number, at least 1.",
         "freewheel: targets has no effect with mode naive: leave it out, or choose mode unlocked.",
-        "freewheel: optimizer.momentum has no effect with adam: leave it out, or choose sgd.",
+        "freewheel: optimizer.momentum has no effect with adam: leave it out, or choose sgd or nadamw.",
         "freewheel: name is 'a/b': it names a folder inside the folder of the runs; give a word without / and \\.",
         "freewheel: json a/b: there is no folder a; make it first, or give another path.",
     ]

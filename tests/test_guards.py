@@ -22,6 +22,7 @@ from launch.sources import GivenRecipe
 from launch.training import resolve_source, run
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, StageError, run_reference
 from pipeline.cut import Cut
+from pipeline.dni import DNI
 from pipeline.guards import Guard
 from pipeline.optimizers import build_optimizer
 from pipeline.partition import Layer, layers_of, split
@@ -277,13 +278,14 @@ def test_a_bad_beginning_is_forgiven() -> None:
     _hold(guard, lambda h: (-3.0 if next(wrong, False) else 1.0) * h / h.norm(), 900)
 
 
-def test_a_dni_killed_by_its_learning_rate_ends_the_run() -> None:
-    """It predicts zeros from then on: its gate has closed. The stage below the last one has the true targets."""
-    plan = Plan(stages=2, steps=400, dni=DNIPlan(form="label_residual", lr=100.0))
+def test_a_dni_that_has_died_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 1 of three: the stage below the last one has the true targets."""
+    monkeypatch.setattr(DNI, "predict", lambda dni, h, labels: h * (dni._index == 0))
+    plan = Plan(stages=3, steps=140, dni=DNIPlan(form="label_residual", every=1))
     error = _failure(problems.recipe(), plan)
-    assert (error.stage, error.layer) == (0, "DNI")
-    assert "nothing but zeros" in str(error) or "runs away" in str(error)
-    assert len(run_reference(problems.recipe(), replace(plan, guard=False)).losses) == 400
+    assert (error.stage, error.layer, error.batch) == (1, "DNI", 127)
+    assert "nothing but zeros" in str(error)
+    assert len(run_reference(problems.recipe(), replace(plan, guard=False)).losses) == 140
 
 
 def test_a_prediction_that_is_not_finite_is_located_too() -> None:
@@ -341,7 +343,8 @@ def test_a_clip_that_is_never_reached_changes_no_number(mode: str) -> None:
 
 def test_synthetic_gradients_are_clipped_as_true_ones_are() -> None:
     """With plain SGD, a step is never longer than the learning rate times the clip."""
-    plan = Plan(stages=2, steps=40, optimizer=OptimizerPlan(rule="sgd", lr=1.0, clip=1e-3))
+    sgd = OptimizerPlan(rule="sgd", lr=1.0, clip=1e-3)
+    plan = Plan(stages=2, steps=40, optimizer=sgd, dni=DNIPlan(every=1))
     resolved = resolve(problems.recipe(), plan)
     layers = split(layers_of(build_model(problems.recipe(), 0)), resolved.sizes)[0]
     stage = Stage(layers, 0, resolved.plan, problems.recipe(), resolved.cuts[0])

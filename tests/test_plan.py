@@ -162,7 +162,7 @@ def test_a_locked_mode_refuses_what_only_unlocking_uses(option: dict[str, Any]) 
         ),
         (
             Plan(optimizer=OptimizerPlan(rule="adam", momentum=0.9)),
-            "optimizer.momentum has no effect with adam: leave it out, or choose sgd.",
+            "optimizer.momentum has no effect with adam: leave it out, or choose sgd or nadamw.",
         ),
         (
             Plan(deterministic=True, channel=ChannelPlan(gradient_slots=3)),
