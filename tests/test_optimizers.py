@@ -137,7 +137,7 @@ def test_nadamw_by_hand() -> None:
         m, v = 0.99 * m + 0.01 * g, 0.999 * v + 0.001 * g * g
         step = (1 - mu) * g / (1 - product) + later * m / (1 - product * later)
         w -= 0.1 * step / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        assert float(weight.detach()) == pytest.approx(w, rel=1e-9)
+        assert float(weight.detach()) == pytest.approx(w, rel=1e-6), "torch keeps the product of mu in single precision"
 
 
 @pytest.mark.parametrize("mode", ["naive", "unlocked", "async-1f1b", "local"])

@@ -11,9 +11,14 @@ __all__ = ["PRESETS", "with_preset"]
 
 PRESETS: dict[str, str] = {
     "stages": "--vary stages=1,2,3,6 --hop-steps 1",
-    "hops": "--vary hop-steps=0,1,2,4,8 --stages 6 --row 'backpropagation: --mode naive' --row 'unlocked:' "
+    "hops": "--vary hop-steps=0,1,8 --stages 6 --row 'backpropagation: --mode naive' --row 'unlocked:' "
     "--row 'async-1f1b, waiting: --mode async-1f1b' "
     "--row 'async-1f1b, kept full: --mode async-1f1b --in-flight full'",
+    "rivals": "--stages 6 --hop-steps 1 --row 'backpropagation: --mode naive' --row 'unlocked:' "
+    "--row 'async-1f1b: --mode async-1f1b' --row 'async-1f1b, warm-up: --mode async-1f1b --optimizer.warmup-steps 200' "
+    "--row 'async-1f1b-nadamw: --mode async-1f1b --optimizer.rule nadamw --optimizer.warmup-steps 200' "
+    "--row 'backpropagation, nadamw: --mode naive --optimizer.rule nadamw --optimizer.warmup-steps 200' "
+    "--row 'unlocked after 200 batches: --warmup-steps 200' --row 'unlocked, auto: --unlock auto'",
     "paper": "--vary layers,stages=3,4,5,6 --row 'backpropagation: --mode naive' "
     "--row 'DNI: --dni.form linear --dni.no-labels' --row 'cDNI: --dni.form linear' "
     "--row 'cDNI, true targets: --dni.form linear --targets true' "
