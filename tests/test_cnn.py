@@ -21,7 +21,7 @@ from tests.test_cli import freewheel
 @pytest.fixture(scope="module")
 def small() -> Recipe:
     """Few channels on digits; one held-out batch."""
-    recipe = cnn(channels=4, batch=32)
+    recipe = cnn(width=4, batch=32)
     assert recipe.evaluation is not None
     first = next(iter(recipe.evaluation()))
     return replace(recipe, evaluation=lambda: [first])
@@ -61,15 +61,17 @@ def test_locked_training_of_four_stages_equals_one_process(small: Recipe) -> Non
     assert result.losses == losses
 
 
-@pytest.mark.parametrize("form", ["auto", "conv", "loss_model"])
-def test_every_form_that_fits_a_convolutional_cut_learns(small: Recipe, form: str) -> None:
-    result = run_reference(small, Plan(stages=4, steps=60, dni=DNIPlan(form=form, hidden=8)))
+@pytest.mark.parametrize(
+    "dni", [DNIPlan(), DNIPlan(form="conv", hidden=8), DNIPlan(form="loss_model", hidden=8)], ids=lambda dni: dni.form
+)
+def test_every_form_that_fits_a_convolutional_cut_learns(small: Recipe, dni: DNIPlan) -> None:
+    result = run_reference(small, Plan(stages=4, steps=60, dni=dni))
     assert sum(result.losses[-10:]) < 0.8 * sum(result.losses[:10])
 
 
 def test_what_auto_takes_for_a_convolutional_cut(small: Recipe) -> None:
     resolved = resolve(small, Plan(stages=4))
-    assert [cut.activation_shape for cut in resolved.cuts] == [(32, 8, 4, 4), (32, 16, 2, 2), (32, 16, 2, 2)]
+    assert [cut.activation_shape for cut in resolved.cuts] == [(32, 4, 8, 8), (32, 8, 4, 4), (32, 16, 2, 2)]
     assert {what: value for what, value, _ in resolved.reasons}["DNI"] == "label_residual"
 
 
@@ -80,7 +82,7 @@ def test_it_is_a_recipe_of_the_command_line(tmp_path: Path) -> None:
     assert "cnn: sweep of 1 settings with 1 seed each" in ended.out
 
 
-@pytest.mark.parametrize("option", ["channels", "batch"])
+@pytest.mark.parametrize("option", ["width", "batch"])
 def test_options_are_at_least_1(option: str) -> None:
     with pytest.raises(PlanError, match=f"{option} is 0: it must be a whole number, at least 1"):
         cnn(**{option: 0})

@@ -20,26 +20,24 @@ _SIDE = {"digits": 8, "mnist": 28}
 _HALVED_AT_ONCE = 16  # an image of this side or more is halved by the first convolution already
 
 
-def cnn(
-    data: Path | None = None, channels: int = 16, batch: int = 128, batch_norm: bool = True, seed: int = 0
-) -> Recipe:
+def cnn(data: Path | None = None, width: int = 16, batch: int = 128, batch_norm: bool = True, seed: int = 0) -> Recipe:
     """Four convolutions and a linear layer, on 8x8 digits or MNIST.
 
     Args:
         data: Folder of the MNIST files, as for mnist; default: scikit-learn's digits of 8x8 pixels.
-        channels: Channels of the first convolution; the second has twice as many, the others four times.
+        width: Channels of the first convolution; the second has twice as many, the others four times.
         batch: Rows per batch.
         batch_norm: BatchNorm after every convolution.
         seed: Seed of the order of the data; on the command line the seed of the plan.
     """
-    check_counts(channels=channels, batch=batch)
+    check_counts(width=width, batch=batch)
     flat = digits(batch=batch, seed=seed) if data is None else mnist(data, batch=batch, seed=seed)
     side, evaluation = _SIDE[flat.name], flat.evaluation
     assert evaluation is not None, "both have held-out images"
     assert callable(flat.batches), "both are functions of the index"
     return Recipe(
         name="cnn",
-        model=partial(convolutions, side, channels, 10, batch_norm=batch_norm),
+        model=partial(convolutions, side, width, 10, batch_norm=batch_norm),
         batches=partial(_batch, flat.batches, side),
         loss=F.cross_entropy,
         evaluation=partial(_held_out, evaluation, side),
@@ -48,12 +46,12 @@ def cnn(
     )
 
 
-def convolutions(side: int, channels: int, classes: int, *, batch_norm: bool = True) -> nn.Sequential:
+def convolutions(side: int, width: int, classes: int, *, batch_norm: bool = True) -> nn.Sequential:
     """Blocks of 3x3 convolution, (BatchNorm,) ReLU, most of which halve the image; then a linear layer.
 
     Input [batch, 1, side, side], output [batch, classes]. From side 28: 14, 7, 4, 4; from side 8: 8, 4, 2, 2.
     """
-    widths = [1, channels, 2 * channels, 4 * channels, 4 * channels]
+    widths = [1, width, 2 * width, 4 * width, 4 * width]
     strides = [2 if side >= _HALVED_AT_ONCE else 1, 2, 2, 1]
     blocks = []
     for into, out, stride in zip(widths, widths[1:], strides, strict=False):
