@@ -7,7 +7,20 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Failure", "Finished", "Go", "Judged", "Loss", "Ready", "Record", "Scored", "Switched", "receive", "send"]
+__all__ = [
+    "Failure",
+    "Finding",
+    "Finished",
+    "Go",
+    "Judged",
+    "Loss",
+    "Ready",
+    "Record",
+    "Scored",
+    "Switched",
+    "receive",
+    "send",
+]
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -103,7 +116,9 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     replica: int = 0
 
 
-Record = Ready | Go | Loss | Scored | Judged | Switched | Finished | Failure
+Finding = Loss | Scored | Judged | Switched
+"""What a worker reports of the training while it trains."""
+Record = Ready | Go | Finding | Finished | Failure
 
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Record)
 _encoder = msgspec.msgpack.Encoder()
