@@ -312,8 +312,9 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
     ):
         if not (_is_number(number) and number > 0):
             yield f"{name} is {number}: it must be a positive number."
-    if plan.optimizer.rule == "nadamw" and (plan.optimizer.momentum or 0) >= 1:
-        yield f"optimizer.momentum is {plan.optimizer.momentum}: with nadamw it must lie in [0, 1)."
+    momentum = plan.optimizer.momentum
+    if plan.optimizer.rule == "nadamw" and isinstance(momentum, Real) and momentum >= 1:
+        yield f"optimizer.momentum is {momentum}: with nadamw it must lie in [0, 1)."
     if plan.optimizer.clip is not None and not (_is_number(plan.optimizer.clip) and plan.optimizer.clip > 0):
         yield f"optimizer.clip is {plan.optimizer.clip}: it must be a positive number, or None."
     if not (_is_number(plan.dni.rows) and 0 < plan.dni.rows <= 1):
@@ -364,7 +365,7 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         yield "true_every and dni.every both say how often a target flows: give one of them."
     if mode is not None and plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
         yield NoEffect("mix", f"with targets {plan.targets}: leave it out, or choose targets mixed.")
-    if plan.optimizer.momentum is not None and plan.optimizer.rule not in ("sgd", "nadamw"):
+    if plan.optimizer.momentum and plan.optimizer.rule not in ("sgd", "nadamw"):
         yield NoEffect("optimizer.momentum", f"with {plan.optimizer.rule}: leave it out, or choose sgd or nadamw.")
     if plan.workers == 1 and plan.channels != defaults.channels:
         yield NoEffect("channels", "with 1 stage, which has no channels: leave it out.")

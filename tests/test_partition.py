@@ -191,7 +191,7 @@ def test_measured_layers_decide_the_balance() -> None:
 
 
 def test_a_layer_that_works_in_place_can_be_measured() -> None:
-    """As a stage's first layer it gets a copy; the measurement gave it a view of a leaf once, which autograd refuses."""
+    """The measurement once gave it a view of a leaf, which autograd refuses."""
     layers = layers_of(nn.Sequential(nn.Linear(WIDTH, 4), nn.ReLU(inplace=True), nn.Linear(4, CLASSES)))
     x = torch.randn(ROWS, WIDTH)
     hidden = torch.randn(ROWS, 4)

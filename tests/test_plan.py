@@ -66,6 +66,8 @@ def test_a_name_that_is_no_text_is_unknown_too() -> None:
         ("evaluate_every", 1),
         ("threads", 1),
         ("seed", 0),
+        ("warmup_steps", 0),
+        ("optimizer.warmup_steps", 0),
         ("dni.hidden", 1),
         ("dni.every", 1),
         ("channel.slots", 1),
