@@ -190,7 +190,7 @@ class Stage:
                 output = self.recipe.loss(kept.h, kept.labels) / self.plan.microbatches
                 kept.loss = float(output.detach())
                 self._guard.loss(batch, kept.loss * self.plan.microbatches)
-            elif gradient is not None and self._flow.mode.gradient == "true":
+            elif gradient is not None and self._flow.updates_from_true(kept.locks):
                 self._guard.true_gradient(batch, gradient)
             relays_later, sampled = self._flow.relays(batch, kept.locks), self._flow.samples(batch)
             sends_now = kept.x.requires_grad and self._flow.at_update(batch, kept.locks)
@@ -260,7 +260,7 @@ class Stage:
             del self._kept[older]
         kept = self._kept.pop((batch, 0))
         try:
-            if self._flow.true_targets:
+            if self._flow.true_targets and not kept.locks.mine:
                 self._guard.true_gradient(batch, gradient)
             self._guard.target(batch, self.dni, kept.h.detach(), kept.labels, gradient)
             self.dni.learn(kept.h.detach(), kept.labels, gradient, batch)

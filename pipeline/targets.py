@@ -96,6 +96,10 @@ class Flow:
         """Whether what this stage's DNI learns from is the gradient of the loss, not (partly) of another DNI."""
         return self.plan.targets == "true" or self.index == self.plan.stages - 2
 
+    def updates_from_true(self, locks: Locks = FREE) -> bool:
+        """Whether what this stage, below the last one, updates with surely is the gradient of the loss."""
+        return self.mode.gradient == "true" or (locks.mine and self.index == self.plan.stages - 2)
+
     @property
     def window_suffices(self) -> bool:
         """Whether the stage below only trains its DNI on what it gets from this one, and passes nothing on."""

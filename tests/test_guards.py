@@ -211,6 +211,29 @@ def test_a_true_gradient_that_explodes_ends_the_run() -> None:
         guard.true_gradient(12, ones * math.nan)
 
 
+def test_a_locked_stage_is_guarded_before_it_steps() -> None:
+    """Below the last stage a true gradient comes; the weights are those before it when it has exploded."""
+    plan = Plan(stages=2, warmup_steps=99, optimizer=SGD)
+    resolved = resolve(problems.recipe(), plan)
+    layers = split(layers_of(build_model(problems.recipe(), 0)), resolved.sizes)[0]
+    stage = Stage(layers, 0, resolved.plan, problems.recipe(), resolved.cuts[0])
+    for batch in range(12):
+        x, labels = problems.batch(batch)
+        h = stage.forward(batch, x, labels)
+        assert stage.locked(batch)
+        stage.predict(batch)
+        if batch == 11:
+            break
+        stage.backward(batch, torch.full_like(h, 1e-3))
+        stage.step(batch)
+        if stage.locked(batch):
+            stage.learn(batch, torch.full_like(h, 1e-3))
+    before = {name: tensor.detach().clone() for name, tensor in stage.state_tensors().items()}
+    with pytest.raises(StageError, match=r"stage 0, batch 11: .*the gradient explodes"):
+        stage.backward(11, torch.full_like(h, 1e3))
+    assert_same({name: tensor.detach() for name, tensor in stage.state_tensors().items()}, before)
+
+
 def test_gradients_that_begin_at_nothing_are_no_measure() -> None:
     """A last layer that begins with zeros sends zeros down at first."""
     guard = Guard(Plan(mode="naive"), 0, [])
