@@ -266,7 +266,7 @@ def test_without_the_package_ray_its_launcher_names_the_extra(monkeypatch: pytes
 def test_help_of_a_recipe_lists_its_own_options_and_those_of_the_plan(name: str) -> None:
     ended = freewheel("train", name, "--help")
     assert (ended.status, ended.err) == (0, "")
-    own = {"digits": "--hidden", "mnist": "--batch-norm", "chargpt": "--context", "mlp": "--layers"}
+    own = {"digits": "--hidden", "mnist": "--batch-norm", "cnn": "--width", "chargpt": "--context", "mlp": "--layers"}
     plan = ("--stages", "--mode", "--steps", "--seed", "--optimizer.lr", "--dni.form", "--channel.slots", "--sizes")
     run = ("--runs", "--name", "--json", "--quiet")
     assert [option for option in (own[name], *plan, *run) if option not in ended.out] == []
