@@ -63,9 +63,9 @@ def _kind(layer: Layer, x: Tensor) -> tuple[object, ...]:
 def _once(module: torch.nn.Module, x: Tensor, *, is_first: bool) -> float:
     x = x.detach().clone()
     if x.is_floating_point() and not is_first:
-        x.requires_grad_()
+        x = x.requires_grad_().clone()  # no leaf: a module may work in place
     begin = time.perf_counter()
-    output = module(x.view_as(x))
+    output = module(x)
     if output.requires_grad:
         output.backward(torch.ones_like(output))
     return time.perf_counter() - begin

@@ -20,7 +20,7 @@ from launch.rundir import name_problems
 from launch.sources import NamedRecipe, entry_of
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
 from pipeline.modes import MODES
-from pipeline.plan import DNI_FORMS, OPTIMIZERS, TARGETS
+from pipeline.plan import DNI_FORMS, OPTIMIZERS, SCHEDULES, TARGETS
 
 __all__ = [
     "BenchOptions",
@@ -36,7 +36,7 @@ __all__ = [
 _SEED = "seed"  # a recipe's parameter of this name gets the plan's seed
 _VALID: dict[type, dict[str, Sequence[str]]] = {
     Plan: {"mode": tuple(MODES), "targets": TARGETS},
-    OptimizerPlan: {"rule": OPTIMIZERS},
+    OptimizerPlan: {"rule": OPTIMIZERS, "schedule": SCHEDULES},
     DNIPlan: {"form": DNI_FORMS},
 }
 
@@ -72,7 +72,8 @@ class BenchOptions(RunOptions):
 
     rows: tuple[str, ...] = ("backprop", "naive", "unlocked")
     """Rows: backprop, backprop-all-cores, ddp, torch-gpipe, torch-1f1b, torch-interleaved-1f1b,
-    torch-interleaved-zero-bubble, torch-zbv-zero-bubble, our modes, unlocked-bare (no spans), or all."""
+    torch-interleaved-zero-bubble, torch-zbv-zero-bubble, our modes, async-1f1b-nadamw (with Nesterov momentum and
+    learning-rate warm-up), unlocked-bare (no spans), or all."""
     rounds: int = 5
     """Rounds; in each, every row runs once."""
     quality: bool = True

@@ -166,7 +166,7 @@ def test_all_mistakes_of_a_plan_come_at_once() -> None:
     assert freewheel(*command.split()).refusals == [
         "freewheel: stages is 0: it must be a whole number, at least 1.",
         "freewheel: targets has no effect with mode naive: leave it out, or choose mode unlocked.",
-        "freewheel: optimizer.momentum has no effect with adam: leave it out, or choose sgd.",
+        "freewheel: optimizer.momentum has no effect with adam: leave it out, or choose sgd or nadamw.",
         "freewheel: name is 'a/b': it names a folder inside the folder of the runs; give a word without / and \\.",
         "freewheel: json a/b: there is no folder a; make it first, or give another path.",
     ]
@@ -278,7 +278,7 @@ def test_without_the_package_ray_its_launcher_names_the_extra(monkeypatch: pytes
 def test_help_of_a_recipe_lists_its_own_options_and_those_of_the_plan(name: str) -> None:
     ended = freewheel("train", name, "--help")
     assert (ended.status, ended.err) == (0, "")
-    own = {"digits": "--hidden", "mnist": "--batch-norm", "chargpt": "--context", "mlp": "--layers"}
+    own = {"digits": "--hidden", "mnist": "--batch-norm", "cnn": "--width", "chargpt": "--context", "mlp": "--layers"}
     plan = ("--stages", "--mode", "--steps", "--seed", "--optimizer.lr", "--dni.form", "--channel.slots", "--sizes")
     run = ("--runs", "--name", "--json", "--quiet")
     assert [option for option in (own[name], *plan, *run) if option not in ended.out] == []

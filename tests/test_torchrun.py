@@ -62,6 +62,21 @@ def test_locked_training_equals_local_workers_bit_for_bit(
     assert not (tmp_path / "r" / "parts").exists()
 
 
+def test_a_warm_up_equals_local_workers_and_its_end_is_told(tmp_path: Path) -> None:
+    plan = Plan(stages=2, sizes=(3, 3), steps=12, warmup_steps=7, deterministic=True)
+    source = partial(digits, hidden=32)
+    local = run(source, resolve_source(source, plan), tmp_path, "local", Console(quiet=True), ["test"])
+    typed = "train digits --hidden 32 --sizes 3 3 --steps 12 --warmup-steps 7 --deterministic --name r --runs ."
+    with torchrun(f"{typed} --json r.json", tmp_path, ranks=2) as program:
+        status, out, err = program.ended()
+    assert status == 0, err
+    assert_same(load_file(tmp_path / "r" / "model.safetensors"), local.state_tensors())
+    (switch,) = json.loads((tmp_path / "r.json").read_text())["switches"]
+    assert (switch["stage"], switch["batch"], switch["locked"]) == (0, 7, False)
+    assert "  stage 0 unlocked at batch 7 (the warm-up is over)" in out
+    assert "  stage 0: unlocked for 42% of the batches, 1 switch" in out
+
+
 def test_unlocked_training_learns_and_ends_at_its_goal(tmp_path: Path) -> None:
     """The threads are the plan's, whatever torchrun's OMP_NUM_THREADS; stages are as many as ranks.
 

@@ -109,7 +109,7 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
         schedule = self._schedule(recipe, [self._stage(index, chain) for index, chain in chains.items()])
         look = partial(ForwardPass(self.placement, chains).scores, recipe) if plan.until is not None else None
         parameters = [p for layer in local for p in layer.module.parameters() if p.requires_grad]
-        optimizer = build_optimizer(plan.optimizer, parameters)
+        optimizer = build_optimizer(plan.optimizer, parameters, plan.steps)
         first, last = 0 in mine, len(stages) - 1 in mine
 
         def step(index: int) -> float | None:
