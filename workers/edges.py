@@ -14,6 +14,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -157,29 +158,27 @@ def _shm_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: f
 
 
 def _gloo_sender(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
-    assert meeting is not None, "an edge over gloo needs a rendezvous"
-    return RemoteSender.attach(
-        meeting,
-        edge.label,
-        label=edge.label,
-        slots=edge.slots,
-        slot_bytes=edge.slot_bytes,
-        deadline_s=within_s,
-        sender_bell=bell(edge.source),
-        wire_dtype=edge.wire_dtype,
-    )
+    return _remote(RemoteSender, edge, bell(edge.source), meeting, within_s)
 
 
 def _gloo_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
+    return _remote(RemoteReceiver, edge, bell(edge.target), meeting, within_s)
+
+
+_Remote = TypeVar("_Remote", RemoteSender, RemoteReceiver)
+
+
+def _remote(end: type[_Remote], edge: Edge, bell: Bell | None, meeting: Meeting | None, within_s: float) -> _Remote:
     assert meeting is not None, "an edge over gloo needs a rendezvous"
-    return RemoteReceiver.attach(
+    return end.attach(
         meeting,
         edge.label,
         label=edge.label,
         slots=edge.slots,
         slot_bytes=edge.slot_bytes,
         deadline_s=within_s,
-        receiver_bell=bell(edge.target),
+        bell=bell,
+        wire_dtype=edge.wire_dtype,
     )
 
 

@@ -21,14 +21,14 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
 
 from workers.bell import Bell
 from workers.channel import ChannelBroken, ChannelTimeout, End
-from workers.gloo import Pair, PairBroken
+from workers.gloo import Meeting, Pair, PairBroken
 from workers.slot import Slot, slot_stride
 
 __all__ = ["CLOSED", "RemoteEnd"]
@@ -41,7 +41,45 @@ CLOSED = -1
 class RemoteEnd(End):
     """What both ends share: two rings of buffers, one per direction, and the thread that waits for what arrives."""
 
+    side = 0
     who = peer = ""
+
+    @classmethod
+    def attach(
+        cls,
+        meeting: Meeting,
+        name: str,
+        *,
+        label: str,
+        slots: int,
+        slot_bytes: int,
+        deadline_s: float,
+        bell: Bell | None = None,
+        wire_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Meet the other end. Whoever attaches several ends does so in an order common to all processes.
+
+        Args:
+            meeting: where both meet.
+            name: the channel's, used once.
+            label: what errors call the channel, like ``"activations 0->1"``.
+            slots: how many messages fit.
+            slot_bytes: largest ``layout_of(message).total_bytes``, as narrowed.
+            deadline_s: seconds from now within which the other end must come.
+            bell: this worker's, rung when a message or a release has arrived, and when the channel closes or breaks.
+            wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
+
+        Raises:
+            ChannelTimeout: it did not come.
+            ValueError: the ends do not agree on the slots.
+
+        Blocks:
+            until the other end is there, at most ``deadline_s`` to connect and as long again to greet.
+        """
+        pair = Pair.join(meeting, name, cls.side, deadline_s)
+        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=bell, wire_dtype=wire_dtype)
+        end.start(deadline_s)
+        return end
 
     def __init__(
         self,
@@ -51,7 +89,7 @@ class RemoteEnd(End):
         slots: int,
         slot_bytes: int,
         bell: Bell | None,
-        wire_dtype: torch.dtype | None = None,
+        wire_dtype: torch.dtype | None,
     ) -> None:
         self.label, self.capacity, self._ring_size = label, slots, slots + 1
         stride = slot_stride(slot_bytes)

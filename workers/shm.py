@@ -225,7 +225,6 @@ class ShmSender(_ShmEnd, Sender):
 class ShmReceiver(_ShmEnd, Receiver):
     """The receiving end of a ring; see `Receiver`. Use `attach`."""
 
-    held = 0
     _drained = False
 
     @classmethod
@@ -256,11 +255,7 @@ class ShmReceiver(_ShmEnd, Receiver):
         self.held += 1
         return slot.read()
 
-    def release(self) -> None:
-        """Free the oldest slot held; see `Receiver.release`."""
-        if not self.held:
-            raise RuntimeError(f"{self.label}: no message is held, so there is nothing to release")
-        self.held -= 1
+    def _free(self) -> None:
         if not self._closed:
             self._empty.release()
             self._ring()
