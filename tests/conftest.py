@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,12 @@ _SLOW = ("two_hosts", "ray", "torchrun", "convergence", "bench_torchrun", "until
 
 
 def pytest_configure() -> None:
-    """One thread for fixtures of a whole module too, which are made before ``one_thread`` is."""
+    """One thread for fixtures of a whole module too, which are made before ``one_thread`` is.
+
+    A shell's background job ignores SIGINT, and so would every program that a test starts and interrupts.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
