@@ -11,6 +11,7 @@ from pipeline.messages import Message
 from workers.bell import Bell
 from workers.channel import Receiver, Sender
 from workers.gloo import Meeting, Pair, PairBroken
+from workers.lane import DIRECT, Lane
 from workers.remote_end import CLOSED, RemoteEnd
 
 __all__ = ["RemoteReceiver", "RemoteSender"]
@@ -20,7 +21,7 @@ class RemoteSender(Sender, RemoteEnd):
     """The sending end of a remote channel; see `Sender`. Use `attach`."""
 
     who, peer = "sender", "receiver"
-    _num_sent = _num_released = 0
+    _num_sent = _num_shipped = _num_released = 0
 
     @classmethod
     def attach(
@@ -34,6 +35,7 @@ class RemoteSender(Sender, RemoteEnd):
         deadline_s: float,
         sender_bell: Bell | None = None,
         wire_dtype: torch.dtype | None = None,
+        lane: Lane = DIRECT,
     ) -> RemoteSender:
         """Meet the receiving end. Whoever attaches several ends does so in an order common to all processes.
 
@@ -46,6 +48,7 @@ class RemoteSender(Sender, RemoteEnd):
             deadline_s: seconds from now within which the other end must come.
             sender_bell: this worker's, rung after each release and when the channel closes or breaks.
             wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
+            lane: how messages get into the slots; closed with the end.
 
         Raises:
             ChannelTimeout: it did not come.
@@ -55,7 +58,8 @@ class RemoteSender(Sender, RemoteEnd):
             until the other end is there, at most ``deadline_s`` to connect and as long again to greet.
         """
         pair = Pair.join(meeting, name, 0, deadline_s)
-        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=sender_bell, wire_dtype=wire_dtype)
+        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=sender_bell, lane=lane)
+        end._slots = [lane.outgoing(memory, wire_dtype) for memory in end._memories]
         end.start(deadline_s)
         return end
 
@@ -83,16 +87,27 @@ class RemoteSender(Sender, RemoteEnd):
                 self._break(0.0)
             index = self._num_sent % self._ring_size
             try:
-                self._slots[index].write(message)
+                self.lane.fill(self._slots[index], message)
             except BaseException as error:
                 error.add_note(f"while sending on {self.label}")
                 raise
+            self._num_sent += 1
+            self.lane.then(self._ship_next)
+            if self._broken is not None:
+                self._break(0.0)
+
+    def _ship_next(self) -> None:
+        """The oldest message that is filled; in the thread that sent it, or in that of its lane."""
+        with self._changed:
+            if self._said_end or self._broken is not None:
+                return  # nobody takes it
+            index = self._num_shipped % self._ring_size
             try:
                 self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
             except PairBroken as error:
                 self._broken = error
-                self._break(0.0)
-            self._num_sent += 1
+                self._changed.notify_all()
+            self._num_shipped += 1
 
     def _has_room(self) -> bool:
         return self._num_sent - self._num_released < self.capacity
@@ -112,7 +127,7 @@ class RemoteSender(Sender, RemoteEnd):
     def _say_end(self) -> None:
         if not self._said_end and self._broken is None:
             self._said_end = True
-            index = self._num_sent % self._ring_size
+            index = self._num_shipped % self._ring_size
             self._slots[index].write_end()
             with contextlib.suppress(PairBroken):  # the waiter sees it too
                 self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
@@ -136,10 +151,12 @@ class RemoteReceiver(Receiver, RemoteEnd):
         slot_bytes: int,
         deadline_s: float,
         receiver_bell: Bell | None = None,
+        lane: Lane = DIRECT,
     ) -> RemoteReceiver:
         """Meet the sending end; as `RemoteSender.attach`. ``receiver_bell`` is rung after each arrival and at close."""
         pair = Pair.join(meeting, name, 1, deadline_s)
-        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=receiver_bell)
+        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=receiver_bell, lane=lane)
+        end._slots = [lane.incoming(memory) for memory in end._memories]
         end._half = max(1, slots // 2)
         end.start(deadline_s)
         return end
@@ -169,13 +186,16 @@ class RemoteReceiver(Receiver, RemoteEnd):
             slot = self._slots[self._num_read % self._ring_size]
             self._num_read += 1
             self.held += 1
-            return slot.read()
+            return self.lane.land(slot)
 
     def release(self) -> None:
         """Free the oldest slot held; see `Receiver.release`."""
         if not self.held:
             raise RuntimeError(f"{self.label}: no message is held, so there is nothing to release")
         self.held -= 1
+        self.lane.then(self._free)
+
+    def _free(self) -> None:
         with self._changed:
             index = self._num_released % self._ring_size
             self._num_released += 1

@@ -17,6 +17,7 @@ as much as a small message, so it is given only where the sender takes half of t
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from torch import Tensor
 from workers.bell import Bell
 from workers.channel import ChannelBroken, ChannelTimeout, End
 from workers.gloo import Pair, PairBroken
+from workers.lane import Lane
 from workers.slot import Slot, slot_stride
 
 __all__ = ["CLOSED", "RemoteEnd"]
@@ -51,12 +53,16 @@ class RemoteEnd(End):
         slots: int,
         slot_bytes: int,
         bell: Bell | None,
-        wire_dtype: torch.dtype | None = None,
+        lane: Lane,
     ) -> None:
         self.label, self.capacity, self._ring_size = label, slots, slots + 1
         stride = slot_stride(slot_bytes)
-        memory = torch.zeros(self._ring_size, stride, dtype=torch.uint8)
-        self._slots = [Slot(memoryview(row.numpy()), wire_dtype) for row in memory]
+        pages = mmap.mmap(-1, self._ring_size * stride)  # zeros, and whole pages: a device may want to have them pinned
+        memory = torch.frombuffer(pages, dtype=torch.uint8).view(self._ring_size, stride)
+        lane.pin(memoryview(pages))
+        self.lane = lane
+        self._memories = [memoryview(row.numpy()) for row in memory]
+        self._slots: list[Slot] = []
         self._slot_bytes = list(memory)
         self._credits = list(torch.zeros(self._ring_size, 1, dtype=torch.int64))
         self._pair, self._bell = pair, bell
@@ -72,10 +78,12 @@ class RemoteEnd(End):
         """Close this end; see `End.close`.
 
         Blocks:
-            until the other end's process answered, at most 2 s: it does at once unless it is stopped.
+            until what is under way to or from a device is copied, and the other end's process answered, at most 2 s: it
+            does at once unless it is stopped.
         """
         if self._closed:
             return
+        self.lane.close()
         with self._changed:
             self._closed = True
             self._say_end()
@@ -85,7 +93,7 @@ class RemoteEnd(End):
             self._flush()
         self._pair.cut()
         self._thread.join(_CLOSE_WITHIN_S)
-        self._slots, self._sent, self._expected = [], [], []
+        self._slots, self._memories, self._sent, self._expected = [], [], [], []
         self._ring()
 
     # ------------------------------------------------------------------ what the two ends do differently
