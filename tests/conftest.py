@@ -11,6 +11,15 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` need one, or as many as the mark says: gpu(2)."""
+    there = torch.cuda.device_count()
+    for item in items:
+        needed = max((mark.args[0] if mark.args else 1 for mark in item.iter_markers("gpu")), default=0)
+        if needed > there:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs, torch {torch.__version__} finds {there}"))
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Workers compute with one thread; so does what they are compared with."""

@@ -36,7 +36,7 @@ from workers.peer import HEADER_SLOT_BYTES, PeerEngine, PeerReceiver, PeerSender
 from workers.remote import RemoteReceiver, RemoteSender
 from workers.shm import ShmReceiver, ShmSender
 
-__all__ = ["Edge", "edges_of", "open_receiver", "open_sender", "rendezvous", "slot_bytes"]
+__all__ = ["ENGINES", "Edge", "edges_of", "open_receiver", "open_sender", "rendezvous", "slot_bytes"]
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,12 @@ def open_receiver(edge: Edge, bell: Callable[[int], Bell | None], meeting: Meeti
 _Bells = Callable[[int], Bell | None]
 _End = TypeVar("_End", Sender, Receiver)
 
-_ENGINES: dict[str, Callable[[str], PeerEngine]] = {"cuda": CudaEngine}
+ENGINES: dict[str, Callable[[str], PeerEngine]] = {"cuda": CudaEngine}
 """What copies for the devices of a kind."""
 
 
 def _engine(device: str) -> PeerEngine:
-    return _ENGINES[torch.device(device).type](device)
+    return ENGINES[device.partition(":")[0]](device)
 
 
 def _on_lane(device: str, label: str, attach: Callable[[Lane], _End]) -> _End:
