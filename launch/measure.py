@@ -71,10 +71,11 @@ def _once(module: torch.nn.Module, x: Tensor, computing: Computing, *, is_first:
     x = x.detach().clone()
     if x.is_floating_point() and not is_first:
         x.requires_grad_()
+    in_place = any(getattr(part, "inplace", False) for part in module.modules())  # autograd keeps it off a leaf
     computing.finish()
     begin = time.perf_counter()
     with computing.autocast():
-        output = module(x.view_as(x))
+        output = module(x.clone() if in_place else x)
     if output.requires_grad:
         output.backward(torch.ones_like(output))
     computing.finish()

@@ -14,7 +14,7 @@ from pipeline import Plan, PlanError, Recipe
 from pipeline.computing import Computing
 from pipeline.partition import layers_of
 from pipeline.recipe import build_model
-from workers.gpu import claim
+from workers.gpu import prepare
 from workers.parent import end_with_the_parent
 from workers.processes import process_context
 
@@ -64,7 +64,7 @@ def _main(source: Callable[[], Recipe], plan: Plan, device: str, connection: Con
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
     end_with_the_parent()
     try:
-        claim(device)
+        prepare(device, plan)
         said: list[float] | str = _measured(source(), plan, device)
     except Exception as error:
         said = f"{type(error).__name__}: {error}"

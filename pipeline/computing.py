@@ -50,6 +50,10 @@ class Computing:
         """The tensors on the device; those that are there already are given back as they are."""
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
+    def network(self, modules: nn.Sequential) -> Callable[[Tensor], Tensor]:
+        """The whole network as it is called in training: compiled, where that is asked for."""
+        return self.chain(list(modules)) or modules
+
     def finish(self) -> None:
         """Wait until the device has done all that it was given: before a clock is read. Nothing on the CPU."""
         if self.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""A process's own GPU: claimed before anything computes, and how much of its memory was used."""
+"""What a process does before it computes as its plan says: claim its GPU; and how much memory it used."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import resource
 
 import torch
+import torch._inductor.config as inductor
 
 from pipeline.devices import on_gpu
+from pipeline.plan import Plan
 
-__all__ = ["claim", "finish", "peak_memory_bytes"]
+__all__ = ["claim", "finish", "peak_memory_bytes", "prepare"]
 
 
 def claim(device: str, *, deterministic: bool = False) -> None:
@@ -37,6 +39,17 @@ def claim(device: str, *, deterministic: bool = False) -> None:
             f"process {os.getpid()} cannot use {device}: {error}. Look at nvidia-smi for who else uses it (compute "
             "mode, free memory), or choose device cpu."
         ) from error
+
+
+def prepare(device: str, plan: Plan) -> None:
+    """``claim`` for a process that computes as the plan says; one that compiles does so without helpers of its own.
+
+    Raises:
+        RuntimeError: as ``claim``.
+    """
+    claim(device, deterministic=plan.deterministic)
+    if plan.compile:
+        inductor.compile_threads = 1  # else torch starts a pool of processes, in every worker
 
 
 def finish(device: str) -> None:

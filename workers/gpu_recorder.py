@@ -8,8 +8,8 @@ has come to its event: when all that was queued before is done. Where the device
 which the host turned to it, so that waiting, loading and the host's own time are there as well, and spans still add up
 to the wall time. RECEIVE is the time for which computing had to wait for a copy; copies beside the computing take none.
 
-Nothing waits for the device on the way, but once in 4,096 spans and at the end: then the device's clock is read against
-the host's, and the times of the events since follow from it.
+Nothing waits for the device on the way, but once in 16,384 spans and at the end: then the device's clock is read
+against the host's, and the times of the events since follow from it.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from workers.board import Board
 from workers.channel import ChannelBroken
 from workers.clock import now_ns
 from workers.emulated import EmulatedStage
-from workers.gpu import claim, finish, peak_memory_bytes
+from workers.gpu import finish, peak_memory_bytes, prepare
 from workers.gpu_recorder import CudaMarks, GpuSpanRecorder
 from workers.orphan import ends_with_the_driver
 from workers.ports import Ports, attached
@@ -89,7 +89,7 @@ def worker_main(assignment: Assignment, connection: Connection, listener: Path |
 
 def _work(assignment: Assignment, connection: Connection, stack: contextlib.ExitStack) -> None:
     plan, device = assignment.plan, assignment.device
-    claim(device, deterministic=plan.deterministic)
+    prepare(device, plan)
     recipe = assignment.source()
     board = stack.enter_context(Board(assignment.names.board, assignment.plan.workers))
     spans = _recorder(assignment, board) if plan.spans else None
