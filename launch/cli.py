@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -177,8 +178,15 @@ def _benched(recipe: str, arguments: list[str], parsed: Parsed, site: Site) -> i
         _write_json(path, report.as_dict())
     draw(report, console)
     if "all" not in parsed.run.rows and not site.hosts:
-        console.next_command(shlex.join([*command, "--rows", "all"]), "every rival in the same table")
+        console.next_command(shlex.join(_with_all_rows(command)), "every rival in the same table")
     return 0
+
+
+def _with_all_rows(command: list[str]) -> list[str]:
+    """The same command, whatever rows it names replaced by all."""
+    start = command.index("--rows") if "--rows" in command else len(command)
+    named = takewhile(lambda word: not word.startswith("--"), command[start + 1 :])
+    return [*command[:start], *command[start + 1 + len(list(named)) :], "--rows", "all"]
 
 
 def _sweep(recipe: str, arguments: list[str]) -> int:

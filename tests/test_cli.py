@@ -499,7 +499,7 @@ def test_result_json(trained: Trained) -> None:
     assert sum(result["sizes"]) == 6
     (down, nothing_down), (nothing_up, up) = (result["bytes_moved"][f"{way}_bytes_per_batch"] for way in ("down", "up"))
     assert (nothing_down, nothing_up) == (0, 0), "nothing is below the first stage or above the last"
-    assert down - 2 * up == 128 * 8, "a label goes down with every row, a gradient comes back for every second batch"
+    assert down - 4 * up == 128 * 8, "a label goes down with every row, a gradient comes back for every fourth batch"
     assert up % (64 * 4) == 0, "floats"
     assert [depth is None for depth in result["queue_depth"]["max"]] == [True, False]
 
@@ -712,6 +712,12 @@ def test_the_verdict_comes_before_the_figures(benched: tuple[Ended, dict[str, An
     assert bench["verdict"] in " ".join(ended.out.split())
     assert ended.out.index(bench["verdict"][:40]) < ended.out.index("one process  ")
     assert ended.err == ""
+
+
+@pytest.mark.parametrize("rows", ["", " --rows naive unlocked"])
+def test_the_next_command_of_a_benchmark_names_its_rows_once(rows: str) -> None:
+    asked = f"freewheel bench digits{rows} --rounds 3".split()
+    assert cli._with_all_rows(asked) == ["freewheel", "bench", "digits", "--rounds", "3", "--rows", "all"]
 
 
 @pytest.mark.processes

@@ -344,7 +344,7 @@ def test_the_cheap_forms_train_on_some_rows_only(form: str, samples: int) -> Non
     assert seen == [(samples, 64, 4)]
 
 
-@pytest.mark.parametrize(("cut", "form", "every"), [(CLASSIFIER, "auto", 2), (TOKENS, "auto", 1), (TOKENS, "mlp", 1)])
+@pytest.mark.parametrize(("cut", "form", "every"), [(CLASSIFIER, "auto", 4), (TOKENS, "auto", 1), (TOKENS, "mlp", 1)])
 def test_how_often_a_target_flows_is_the_forms_wish_or_the_plans(cut: Cut, form: str, every: int) -> None:
     assert target_every([cut, cut], DNIPlan(form=form)) == every
     assert target_every([cut], DNIPlan(form=form, every=3)) == 3
