@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import problems
@@ -116,35 +116,46 @@ def test_layers_that_work_in_place_can_be_measured() -> None:
     assert all(seconds > 0 for seconds in layer_seconds(layers, [x, x]))
 
 
-COMPILER = shutil.which("g++") or shutil.which("clang++")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler for the CPU")
-
-
 def smooth() -> nn.Sequential:
     """Without random numbers, of which a compiled stage draws others."""
     return nn.Sequential(nn.Linear(problems.WIDTH, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5))
 
 
-def smooth_recipe() -> Recipe:
+def smooth_recipe(held_out: bool = True) -> Recipe:
     """The same, learning."""
-    return Recipe(
-        name="smooth", model=smooth, batches=problems.batch, loss=F.cross_entropy, evaluation=problems.held_out
-    )
+    evaluation = problems.held_out if held_out else None
+    return Recipe(name="smooth", model=smooth, batches=problems.batch, loss=F.cross_entropy, evaluation=evaluation)
 
 
-@needs_compiler
-@pytest.mark.timeout(300)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, when they are imported
-def test_compiled_stages_compute_the_same_up_to_rounding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    train_both = partial(run_reference, smooth_recipe())
-    plan = Plan(mode="naive", stages=2, sizes=(2, 3), steps=8)
-    plain = train_both(plan)
-    compiled = train_both(Plan(mode="naive", stages=2, sizes=(2, 3), steps=8, compile=True))
+@pytest.mark.parametrize("mode", ["naive", "unlocked", "local"])
+def test_compiled_stages_compute_the_same_up_to_rounding(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated as by torch.compile; the code is not generated, which takes most of a minute."""
+    calls: list[nn.Module] = []
+
+    def compiling(module: nn.Module) -> object:
+        calls.append(module)
+        return torch._dynamo.optimize("aot_eager")(module)
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    plan = Plan(mode=mode, stages=2, sizes=(2, 3), steps=8)
+    plain = run_reference(smooth_recipe(), plan)
+    compiled = run_reference(smooth_recipe(), replace(plan, compile=True))
+    assert [len(list(module.children())) for module in calls] == [2, 3]
     for name, tensor in plain.state_tensors().items():
         torch.testing.assert_close(compiled.state_tensors()[name], tensor, rtol=1e-4, atol=1e-5)
     assert compiled.scores[-1][1].loss() == pytest.approx(plain.scores[-1][1].loss(), rel=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler for the CPU")
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, when they are imported
+def test_a_stage_is_compiled_to_code_of_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plan, recipe = Plan(mode="naive", stages=1, sizes=(5,), steps=2), smooth_recipe(held_out=False)
+    plain, compiled = run_reference(recipe, plan), run_reference(recipe, replace(plan, compile=True))
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert list(tmp_path.rglob("*.cpp")), "code was generated"
 
 
 def test_a_choice_of_devices_says_them_once() -> None:

@@ -13,8 +13,13 @@ import problems
 import pytest
 import torch
 
-from launch import train
+from launch import ray_launcher, train
+from launch.cli import main
 from launch.gpus import chosen_here, gpus_here
+from launch.options import parse
+from launch.ray_options import TrainOptions
+from launch.rows import ROWS
+from launch.site import LOCAL
 from launch.training import resolve_source
 from pipeline import Plan, PlanError, run_reference
 from pipeline.channels import choose_channels, kind_between
@@ -189,3 +194,32 @@ assert not asked, asked
     paths = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(folder.parent)!r}]\n"
     done = subprocess.run([sys.executable, "-c", paths + program], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU here")
+@pytest.mark.parametrize("command", ["train digits --device cuda", "bench channel --device cuda"])
+def test_the_command_line_refuses_a_gpu_that_is_not_there(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    assert ended.value.code == 2
+    assert re.match(r"freewheel: device cuda: .* or choose device cpu\.\n$", capsys.readouterr().err)
+
+
+def test_actors_of_ray_compute_on_the_cpu_and_a_gpu_is_refused_before_ray_is_asked() -> None:
+    arguments = ["--launcher", "ray", "--device", "cuda:0"]
+    parsed = parse("digits", arguments, TrainOptions, "freewheel train", writes=False)
+    with pytest.raises(PlanError, match="device cuda:0 is not there with launcher ray: use torchrun"):
+        ray_launcher.train("digits", arguments, parsed, lambda *_: 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"autocast": "bf16"}, "autocast bf16"), ({"compile": True}, "compile")]
+)
+def test_rivals_that_would_compute_otherwise_are_refused(
+    changes: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    plan = replace(Plan(stages=2, sizes=(4, 4), steps=4), **changes)  # type: ignore[arg-type]
+    resolved = resolve_source(problems.recipe, plan)
+    for row in ("ddp", "torch-gpipe"):
+        with pytest.raises(PlanError, match=f"is compared on the CPU in float32 only: leave {named} out, or that row"):
+            ROWS[row](problems.recipe, resolved, tmp_path, LOCAL)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,6 @@ import torch
 from oracle import assert_same
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._triton import has_triton
 
 from launch.bench_channel import bench_channel
 from launch.console import Console
@@ -36,11 +39,13 @@ from workers.gpu_recorder import CudaMarks, GpuSpanRecorder
 from workers.shm import create_ring, new_prefix, unlink_ring
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product of this process
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # torch warns of what has no deterministic form
 
 GPU = "cuda:0"
 STEPS, DEADLINE_S = 12, 20.0
 SIZES = {1: (8,), 2: (4, 4), 4: (1, 3, 2, 2)}
+WIDE = partial(problems.wide_recipe, layers=8, width=4096, rows=4096)
+"""Steps of milliseconds on a GPU: the host is far ahead of it."""
 
 
 @contextmanager
@@ -172,8 +177,8 @@ def test_stages_on_the_cpu_and_on_the_gpu_work_together(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(not has_triton(), reason="torch.compile needs Triton for a GPU")
 def test_compiled_stages_learn_on_the_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="torch.compile needs Triton for a GPU")
     result = trained(problems.recipe, Plan(mode="naive", stages=2, steps=40, device="cuda", compile=True), tmp_path)
     assert sum(result.losses[-10:]) < sum(result.losses[:10])
 
@@ -184,12 +189,7 @@ def test_compiled_stages_learn_on_the_gpu(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def wide_run(tmp_path_factory: pytest.TempPathFactory) -> Result:
     plan = Plan(mode="unlocked", stages=2, steps=30, device="cuda")
-    return trained(wide_recipe, plan, tmp_path_factory.mktemp("runs"))
-
-
-def wide_recipe() -> Recipe:
-    """Steps of milliseconds on a GPU: the host is far ahead of it."""
-    return problems.wide_recipe(layers=8, width=4096, rows=4096)
+    return trained(WIDE, plan, tmp_path_factory.mktemp("runs"))
 
 
 def test_layers_are_measured_on_the_gpu_and_the_split_is_even(wide_run: Result) -> None:
@@ -218,8 +218,8 @@ def test_peak_memory_is_that_of_the_gpu(wide_run: Result) -> None:
 
 @pytest.mark.processes
 def test_the_yardstick_runs_on_the_same_gpu() -> None:
-    plan = resolve_source(wide_recipe, Plan(mode="naive", stages=1, steps=20, device="cuda")).plan
-    done = run_single(wide_recipe, plan, threads=1, warmup=2, within_s=100.0, device=GPU)
+    plan = resolve_source(WIDE, Plan(mode="naive", stages=1, steps=20, device="cuda")).plan
+    done = run_single(WIDE, plan, threads=1, warmup=2, within_s=100.0, device=GPU)
     assert done.batches == 18
     assert done.seconds > 0
     assert done.peak_memory_bytes > 8 * 4096 * 4096 * 4 * 3
@@ -330,6 +330,19 @@ def test_a_message_is_received_beside_the_computing_and_the_spans_show_it(kind: 
 def _posted(receiver: Receiver) -> bool:
     """Whether a message can be received: its bytes have come."""
     return bool(receiver._filled.value)  # type: ignore[attr-defined]
+
+
+@pytest.mark.processes
+def test_two_ranks_of_torchrun_share_the_gpu(tmp_path: Path) -> None:
+    """As many ranks as GPUs would have the device of their local rank."""
+    arguments = ["train", "digits", "--steps", "60", "--device", "cuda", "--json", "result.json", "--name", "r"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "launch", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(ranks, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert "cuda:0" in done.stdout
+    assert "CUDA peer memory" in done.stdout
+    assert json.loads((tmp_path / "result.json").read_text())["accuracy"] > 0.5
 
 
 @pytest.mark.gpu(2)
