@@ -337,7 +337,8 @@ def test_two_ranks_of_torchrun_share_the_gpu(tmp_path: Path) -> None:
     """As many ranks as GPUs would have the device of their local rank."""
     arguments = ["train", "digits", "--steps", "60", "--device", "cuda", "--json", "result.json", "--name", "r"]
     ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "launch", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(ranks, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     assert "cuda:0" in done.stdout

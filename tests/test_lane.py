@@ -113,6 +113,20 @@ def test_what_is_fetched_late_is_what_was_sent(ends: tuple[Sender, Receiver]) ->
     assert [receiver.take_within(DEADLINE_S).tensors[1].item() for _ in (2, 3)] == [2, 3]
 
 
+def test_the_worker_turns_to_receiving_before_it_waits_for_a_copy(ends: tuple[Sender, Receiver]) -> None:
+    """On a GPU the wait would be booked to whatever came before."""
+    sender, receiver = ends
+    told: list[tuple[int, int]] = []
+    engine = receiver.lane.engine  # type: ignore[attr-defined]
+    fetch = engine.fetch
+    engine.fetch = lambda tensors: told.append((-1, len(tensors))) or fetch(tensors)
+    receiver.lane.before_landing(lambda batch: told.append((batch, 0)))
+    for batch in (7, 8):
+        sender.send(numbered(batch), DEADLINE_S)
+        assert receiver.take_within(DEADLINE_S).batch == batch
+    assert told == [(7, 0), (-1, 2), (8, 0), (-1, 2)]
+
+
 class _Broken(late_device.LateEngine):
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
         self._todo.append(_fail)

@@ -68,6 +68,10 @@ class Lane(ABC):
         """The message in a slot, where the worker computes: in place there, or already a copy."""
 
     @abstractmethod
+    def before_landing(self, call: Callable[[int], None]) -> None:
+        """From now on call with the batch id before computing has to wait for a copy in ``land``."""
+
+    @abstractmethod
     def own(self, message: Message) -> Message:
         """What ``land`` gave, as a copy."""
 
@@ -101,6 +105,9 @@ class Direct(Lane):
     def land(self, slot: Slot) -> Message:
         """In place."""
         return slot.read()
+
+    def before_landing(self, call: Callable[[int], None]) -> None:
+        """Computing never has to."""
 
     def own(self, message: Message) -> Message:
         """See ``Lane``."""
@@ -195,6 +202,7 @@ class DeviceLane(Lane):
     def __init__(self, engine: Engine, called: str) -> None:
         self.engine, self._called = engine, called
         self._unpin: Callable[[], None] | None = None
+        self._landing: Callable[[int], None] = _nobody
         self._failed: Exception | None = None
         self._closed = False
         self._waiting: queue.SimpleQueue[tuple[Done, Callable[[], None]] | None] = queue.SimpleQueue()
@@ -225,8 +233,13 @@ class DeviceLane(Lane):
         """A copy on the device; raises as ``fill``."""
         self._check()
         message, narrow = slot.read_narrow()
+        self._landing(message.batch)
         message = replace(message, tensors=self.engine.fetch(message.tensors))
         return widened(message) if narrow else message
+
+    def before_landing(self, call: Callable[[int], None]) -> None:
+        """See ``Lane``."""
+        self._landing = call
 
     def own(self, message: Message) -> Message:
         """It is one."""
@@ -263,3 +276,7 @@ class DeviceLane(Lane):
                 call()
             except Exception as error:
                 self._failed = self._failed or error
+
+
+def _nobody(batch: int) -> None:
+    """Nobody wants to know."""

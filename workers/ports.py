@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pipeline.devices import on_gpu
 from pipeline.loader import inputs
@@ -158,6 +159,7 @@ def attached(
                 putting[edge.what, edge.target] = Putting(sender, plan.stall_after_s, stamps=plan.links is not None)
             else:
                 receiver = stack.enter_context(open_receiver(edge, bell, meeting, within_s))
+                receiver.lane.before_landing(partial(record, Span.RECEIVE))
                 delayed = DelayedReceiver(receiver, plan.links) if plan.links is not None else None
                 taking[edge.what, edge.source] = Taking(receiver, record, delayed)
         first = Loading(assignment, recipe, record, enough) if assignment.index == 0 else None
