@@ -6,7 +6,6 @@ import os
 import resource
 
 import torch
-import torch._inductor.config as inductor
 
 from pipeline.devices import on_gpu
 from pipeline.plan import Plan
@@ -49,6 +48,8 @@ def prepare(device: str, plan: Plan) -> None:
     """
     claim(device, deterministic=plan.deterministic)
     if plan.compile:
+        import torch._inductor.config as inductor  # slow, and nobody else needs it
+
         inductor.compile_threads = 1  # else torch starts a pool of processes, in every worker
 
 

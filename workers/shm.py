@@ -49,8 +49,10 @@ _SIZES = struct.Struct("<qq")  # number of slots, bytes from one to the next
 _NUM_SENT = struct.Struct("<q")  # written by the sender when it closes
 _NUM_SENT_AT = 16
 # Each flag has one writer, and the two sides do not share a cache line.
-SENDER_ATTACHED, _SENDER_CLOSED = 64, 65
-RECEIVER_ATTACHED, _RECEIVER_CLOSED = 128, 129
+SENDER_ATTACHED = 64
+_SENDER_CLOSED = 65
+RECEIVER_ATTACHED = 128
+_RECEIVER_CLOSED = 129
 CARD = 256
 """From here to the end of the header a kind of channel may leave what its ends have to know of each other."""
 
