@@ -25,10 +25,12 @@ from launch.over import axis_of, bench_over
 from launch.plots import draw
 from launch.ranks import Rank
 from launch.ray_options import LAUNCHER_OPTIONS, BenchRunOptions, TrainOptions, check_no_launcher
+from launch.reader import ends_with_its_reader
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
 from launch.site import LOCAL, Site
 from launch.sweep.command import sweep
+from launch.tidying import leave
 from launch.training import Launcher, resolve_source, run
 from pipeline import Plan, PlanError, nearest
 from pipeline.resolve import Resolved
@@ -52,7 +54,9 @@ Options of a command with a recipe: freewheel COMMAND RECIPE --help
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
-    sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
+    with ends_with_its_reader():
+        status = _guarded(list(sys.argv[1:] if arguments is None else arguments))
+    leave(status)
 
 
 def _guarded(arguments: list[str]) -> int:

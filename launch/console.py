@@ -14,8 +14,10 @@ from rich.table import Table
 
 from launch.quality import LEGEND, quality_table
 from launch.result import Result
+from launch.switches import switch_line, switch_summary
 from pipeline.channels import CHANNELS, kind_between
 from pipeline.measurements import Measured
+from pipeline.optimizers import described
 from pipeline.resolve import Resolved
 from workers import records
 from workers.shared import needed_bytes
@@ -82,6 +84,10 @@ class Console:
         accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.2%}"
         self.rich.print(f"  after {record.updates:>6,} batches: held-out loss {record.loss:.4f}{accuracy}")
 
+    def switched(self, record: records.Switched) -> None:
+        """A stage locked or unlocked."""
+        self.rich.print(f"  {switch_line(record)}")
+
     def finished(self, result: Result) -> None:
         """The last screen of a training run."""
         self._print_whole(f"\n[bold]{escape(result.summary())}[/bold]")
@@ -91,6 +97,8 @@ class Console:
         if result.quality:
             self.rich.print(quality_table(result.quality))
             self.rich.print(f"[dim]{LEGEND}[/dim]")
+        for line in switch_summary(result):
+            self._print_whole(f"  {line}")
         if dropped := sum(record.dropped for record in result.finished.values()):
             self.rich.print(f"  {dropped:,} targets were dropped: raise --channel.gradient-slots")
 
@@ -158,7 +166,7 @@ def _decisions(resolved: Resolved) -> Iterator[tuple[str, str, str]]:
     yield from resolved.reasons
     if plan.unlocked and plan.stages > 1:
         yield "targets", plan.targets, _TARGETS[plan.targets]
-    yield "optimizer", f"{plan.optimizer.rule}, lr {plan.optimizer.lr:g}", "one per stage"
+    yield "optimizer", described(plan.optimizer), "one per stage"
     if plan.workers > 1:
         yield "channels", *_channels(resolved)
 

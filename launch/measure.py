@@ -70,12 +70,11 @@ def _kind(layer: Layer, x: Tensor) -> tuple[object, ...]:
 def _once(module: torch.nn.Module, x: Tensor, computing: Computing, *, is_first: bool) -> float:
     x = x.detach().clone()
     if x.is_floating_point() and not is_first:
-        x.requires_grad_()
-    in_place = any(getattr(part, "inplace", False) for part in module.modules())  # autograd keeps it off a leaf
+        x = x.requires_grad_().clone()  # no leaf: a module may work in place
     computing.finish()
     begin = time.perf_counter()
     with computing.autocast():
-        output = module(x.clone() if in_place else x)
+        output = module(x)
     if output.requires_grad:
         output.backward(torch.ones_like(output))
     computing.finish()

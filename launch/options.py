@@ -21,7 +21,7 @@ from launch.sources import NamedRecipe, entry_of
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
 from pipeline.devices import CPU, device_problems
 from pipeline.modes import MODES
-from pipeline.plan import DNI_FORMS, OPTIMIZERS, TARGETS
+from pipeline.plan import DNI_FORMS, OPTIMIZERS, SCHEDULES, TARGETS
 
 __all__ = [
     "BenchOptions",
@@ -37,7 +37,7 @@ __all__ = [
 _SEED = "seed"  # a recipe's parameter of this name gets the plan's seed
 _VALID: dict[type, dict[str, Sequence[str]]] = {
     Plan: {"mode": tuple(MODES), "targets": TARGETS},
-    OptimizerPlan: {"rule": OPTIMIZERS},
+    OptimizerPlan: {"rule": OPTIMIZERS, "schedule": SCHEDULES},
     DNIPlan: {"form": DNI_FORMS},
 }
 
@@ -73,7 +73,8 @@ class BenchOptions(RunOptions):
 
     rows: tuple[str, ...] = ("backprop", "naive", "unlocked")
     """Rows: backprop, backprop-all-cores, ddp, torch-gpipe, torch-1f1b, torch-interleaved-1f1b,
-    torch-interleaved-zero-bubble, torch-zbv-zero-bubble, our modes, unlocked-bare (no spans), or all."""
+    torch-interleaved-zero-bubble, torch-zbv-zero-bubble, our modes, async-1f1b-nadamw (with Nesterov momentum and
+    learning-rate warm-up), unlocked-bare (no spans), or all."""
     rounds: int = 5
     """Rounds; in each, every row runs once."""
     quality: bool = True
@@ -154,7 +155,7 @@ def parse(
     ]
     if dataclasses.fields(own):
         fields.insert(0, ("recipe", _flat(own), *_default(own)))
-    with _plan_rules(run_type.fixed):
+    with _rules(run_type):
         options: Any = tyro.cli(
             dataclasses.make_dataclass("Options", fields, kw_only=True),
             prog=f"{prog} {recipe}",
@@ -235,31 +236,41 @@ def _over_problems(options: BenchOptions) -> Iterator[str]:
             yield f"over_{name} has {wrong[0]:g}: every one must be at least {least}."
 
 
-def _plan_rules(fixed: dict[str, Any]) -> ConstructorRegistry:
-    """How the plan becomes options: valid names in the help, and no option for what is fixed."""
-    registry = ConstructorRegistry()
+def _rules(run_type: type[RunOptions]) -> ConstructorRegistry:
+    """How the plan and the run become options: valid names in the help, and no option for what is fixed."""
+    registry, ours = ConstructorRegistry(), {*_tree(Plan), *_tree(run_type)}
 
     @registry.struct_rule
     def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
-        if info.type not in _VALID:
+        if info.type not in ours:
             return None
-        hints = get_type_hints(info.type)
-        for name, valid in _VALID[info.type].items():
+        hints = get_type_hints(info.type, include_extras=True)
+        for name, valid in _VALID.get(info.type, {}).items():
             hints[name] = _annotated(hints[name], tyro.conf.arg(metavar=f"{{{','.join(valid)}}}"))
-        help_of = {param.arg_name: param.description for param in docstring_parser.parse_from_object(info.type).params}
+        help_of: dict[str, str] = {}
+        for kind in reversed(info.type.__mro__):  # a docstring of a field stands where the field does
+            help_of |= _help_of(docstring_parser.parse_from_object(kind)) if dataclasses.is_dataclass(kind) else {}
         fields = tuple(
             StructFieldSpec(f.name, hints[f.name], getattr(info.default, f.name), helptext=help_of.get(f.name))
             for f in dataclasses.fields(info.type)
-            if f.name not in (fixed if info.type is Plan else ())
+            if f.name not in (run_type.fixed if info.type is Plan else ())
         )
         return StructConstructorSpec(partial(dataclasses.replace, info.default), fields)
 
     return registry
 
 
+def _tree(kind: type) -> Iterator[type]:
+    """A dataclass, and those of its fields."""
+    yield kind
+    for hint in get_type_hints(kind).values():
+        if dataclasses.is_dataclass(hint):
+            yield from _tree(hint)  # type: ignore[arg-type]
+
+
 def recipe_options(make: Callable[..., Recipe]) -> type:
     """A dataclass with the function's keyword parameters, its docstring as help."""
-    help_of = {param.arg_name: param.description for param in docstring_parser.parse(make.__doc__ or "").params}
+    help_of = _help_of(docstring_parser.parse(make.__doc__ or ""))
     fields: list[Any] = []
     for name, parameter in inspect.signature(make, eval_str=True).parameters.items():
         if name == _SEED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -270,6 +281,13 @@ def recipe_options(make: Callable[..., Recipe]) -> type:
         else:
             fields.append((name, kind, dataclasses.field(default=parameter.default)))
     return dataclasses.make_dataclass("RecipeOptions", fields, frozen=True, kw_only=True)
+
+
+def _help_of(docstring: docstring_parser.Docstring) -> dict[str, str]:
+    """What is said of every parameter, in one line each: help is broken where the terminal ends, not where the source
+    does.
+    """
+    return {param.arg_name: " ".join((param.description or "").split()) for param in docstring.params}
 
 
 def _kind(parameter: inspect.Parameter) -> Any:

@@ -71,7 +71,7 @@ def take_part(
     Blocks:
         until the coordinator ends the benchmark or is gone; 900 s for the next turn.
     """
-    process_context("launch.peers.rank_process", "launch.single")
+    process_context("launch.peers.rank_process", "launch.single", "torch.distributed.pipelining")
     start_fork_server()
     participant = _Participant(wire, hello, parsed, prepare, call, asked, observe)
     try:
@@ -160,7 +160,8 @@ class _Participant:
 
     def _train(self, turn: Train) -> None:
         with contextlib.closing(self._call()) as wire:
-            serve(wire, self._hello(), self._prepare(self._told(turn.changes)), self._asked, self._observe)
+            prepare = self._prepare(self._told(turn.changes))
+            serve(wire, self._hello(), prepare, self._asked, self._observe, last=False)
 
     def _race(self, turn: Race) -> None:
         told = self._told(turn.changes)

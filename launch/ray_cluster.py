@@ -15,9 +15,10 @@ import logging
 import math
 import os
 import secrets
-import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.ray_agent import Call, StageAgent
+from launch.ray_head import Head, connects
+from launch.tidying import tidied
 from pipeline import PlanError
 
 __all__ = ["NAMESPACE", "Actors", "Cluster", "Gauges", "connected"]
@@ -39,9 +42,13 @@ __all__ = ["NAMESPACE", "Actors", "Cluster", "Gauges", "connected"]
 NAMESPACE = "freewheel"
 """Ray namespace of our actors, which are called RUN-stage-K."""
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_NICENESS = "RAY_worker_niceness"
 _LOOK_EVERY_S = 0.2
 _REACH_WITHIN_S = 5.0
-_BORN_WITHIN_S = 60.0
+_BORN_WITHIN_S = 120.0  # every actor imports torch
+_TIDY_WITHIN_S = 5.0
+_SHUT_DOWN_WITHIN_S = 20.0
+_KILLED_WITHIN_S = 10.0
 
 
 @contextlib.contextmanager
@@ -50,7 +57,8 @@ def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator
 
     How to authenticate is set explicitly meanwhile, as Ray would otherwise decide by itself and leave it set: as
     ``RAY_AUTH_MODE`` says if it is set; else with a token of this run's own for a local Ray, and for another with the
-    user's token if there is one.
+    user's token if there is one. The actors of a local Ray are no nicer than this program, as local workers are not,
+    unless ``RAY_worker_niceness`` says so; Ray's own default, 15, leaves them what nobody else wants.
 
     Args:
         address: ``auto``, ``local`` or HOST:PORT.
@@ -64,27 +72,33 @@ def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator
         until connected; 5 s where nobody answers. Ray's own start takes seconds.
     """
     local = address == "local"
-    with _environment(own_token=local):
+    with _environment(own=local):
         where = _own(needs, stages) if local else {"address": _reachable(address)}
         try:
             ray.init(**where, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=True)
         except (RayError, OSError, RuntimeError, ValueError) as error:
             raise PlanError(f"address {address}: Ray does not take this program: {_first_line(error)}") from error
         try:
-            yield Cluster()
+            with Head(ray.get_runtime_context().gcs_address) as head:
+                yield Cluster(head)
         finally:
-            ray.shutdown()
+            tidied(_SHUT_DOWN_WITHIN_S, ray.shutdown)
 
 
 class Cluster:
     """A connection to Ray.
 
+    Args:
+        head: the cluster's head, looked after.
+
     Attributes:
+        head: as given.
         node_id: id of the node that this process is on.
         host: address of that node, as the others reach it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, head: Head) -> None:
+        self.head = head
         self.node_id: str = ray.get_runtime_context().get_node_id()
         self.host = _own_address()
 
@@ -111,38 +125,39 @@ class Cluster:
             KeyboardInterrupt: this process was asked to end.
 
         Blocks:
-            until all actors live; at most ``within_s`` for room, and 60 s for the processes.
+            until all actors live; at most ``within_s`` for room, and 120 s for the processes.
         """
         group = placement_group([dict(needs)] * stages, strategy=strategy)
         try:
             if not _arrived([group.ready()], within_s, asked):
                 raise PlanError(_no_room(needs, stages, strategy, within_s))
-            actors = Actors(group, needs, stages)
+            actors = Actors(group, needs, stages, self.head)
             try:
                 actors.await_birth(asked)
                 yield actors
             finally:
                 actors.end()
         finally:
-            remove_placement_group(group)
+            tidied(_TIDY_WITHIN_S, partial(remove_placement_group, group))
 
 
 class Actors:
     """One actor per stage.
 
     Attributes:
+        run: what their names, RUN-stage-K, begin with.
         node_ids: id of every stage's node, once `await_birth` has returned.
     """
 
-    def __init__(self, group: PlacementGroup, needs: Mapping[str, float], stages: int) -> None:
-        run = secrets.token_hex(4)
+    def __init__(self, group: PlacementGroup, needs: Mapping[str, float], stages: int, head: Head) -> None:
+        self.run, self._head = secrets.token_hex(4), head
         custom = {name: amount for name, amount in needs.items() if name != "CPU"}
         self.node_ids: list[str] = []
         self._runs: list[Any] = []
         actor: Any = _ACTOR(Stage)
         self._actors = [
             actor.options(
-                name=f"{run}-stage-{stage}",
+                name=f"{self.run}-stage-{stage}",
                 num_cpus=needs["CPU"],
                 resources=custom,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, stage),
@@ -175,11 +190,11 @@ class Actors:
         """What Ray knows about the end of an actor's ``run``; None: that it runs.
 
         Blocks:
-            at most ``within_s``.
+            at most ``within_s``, and as long again where Ray knows nothing because its head is gone.
         """
         ended, _ = ray.wait([self._runs[stage]], timeout=within_s)
         if not ended:
-            return None
+            return self._head.silent(within_s) if within_s else None
         try:
             ray.get(ended)
         except RayError as error:
@@ -187,11 +202,15 @@ class Actors:
         return "its actor has ended"
 
     def end(self) -> None:
-        """End all actors; their workers end with them."""
+        """End all actors; their workers end with them.
+
+        Blocks:
+            at most 15 s.
+        """
         if self._runs:  # those that were told to stop return by themselves
-            ray.wait(self._runs, num_returns=len(self._runs), timeout=_REACH_WITHIN_S)
-        for actor in self._actors:
-            ray.kill(actor)
+            ended = partial(ray.wait, self._runs, num_returns=len(self._runs), timeout=_REACH_WITHIN_S)
+            tidied(_TIDY_WITHIN_S + _REACH_WITHIN_S, ended)
+        tidied(_TIDY_WITHIN_S, lambda: [ray.kill(actor) for actor in self._actors])
 
 
 class Gauges:
@@ -218,14 +237,22 @@ class Gauges:
 
 
 class Stage:
-    """`StageAgent` as an actor: ``run`` keeps one thread, control methods have two of their own."""
+    """`StageAgent` as an actor: ``run`` keeps one thread, control methods have two of their own.
+
+    The driver kills it when its run is over. Without the cluster's head nobody can, so it then ends by itself.
+    """
 
     def __init__(self) -> None:
         node_id: str = ray.get_runtime_context().get_node_id()
         self._agent = StageAgent(f"node {node_id[:8]} ({_own_address()})", node_id)
 
     def run(self, call: bytes) -> int:
-        return self._agent.run(call)
+        try:
+            return self._agent.run(call)
+        finally:
+            end = threading.Timer(_KILLED_WITHIN_S, os._exit, (0,))
+            end.daemon = True
+            end.start()
 
     @ray.method(concurrency_group="control")
     def status(self) -> Mapping[str, Any]:
@@ -245,11 +272,16 @@ def _own_address() -> str:
 
 
 @contextlib.contextmanager
-def _environment(*, own_token: bool) -> Iterator[None]:
-    """Set how to authenticate explicitly, and put back every variable of Ray's, which it changes on its own too."""
+def _environment(*, own: bool) -> Iterator[None]:
+    """Set how to authenticate explicitly, and put back every variable of Ray's, which it changes on its own too.
+
+    ``own``: for a Ray of this run's own.
+    """
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    if own:
+        os.environ.setdefault(_NICENESS, "0")
     if _MODE not in before:
-        if own_token:
+        if own:
             os.environ[_TOKEN] = secrets.token_hex(32)
             os.environ.pop(_TOKEN_PATH, None)
         sources = os.environ.get(_TOKEN), os.environ.get(_TOKEN_PATH), (Path.home() / ".ray" / "auth_token").exists()
@@ -286,14 +318,11 @@ def _reachable(address: str) -> str:
             f"address {address}: no Ray cluster was found: start one (ray start --head), give its HOST:PORT, or "
             f"--address local for a Ray of this run's own. (Ray: {_first_line(error)})"
         ) from error
-    host, _, port = found.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _REACH_WITHIN_S).close()
-    except OSError as error:
+    if (silent := connects(found)) is not None:
         raise PlanError(
-            f"address {address}: no Ray cluster answers at {found} ({error}): is it running, and its port reachable "
+            f"address {address}: no Ray cluster answers at {found} ({silent}): is it running, and its port reachable "
             "from here?"
-        ) from error
+        ) from silent
     return found
 
 

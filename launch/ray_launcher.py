@@ -32,6 +32,7 @@ from pipeline.spans import WAITING, Span
 from workers import records
 from workers.control import Reception
 from workers.edges import rendezvous
+from workers.failures import RunFailed
 from workers.fleet import Fleet
 
 __all__ = ["bench", "showing", "train"]
@@ -70,7 +71,7 @@ def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -
     resolved = _resolved(parsed.source, parsed.plan)  # what cannot run is refused before Ray is asked
     with _staffed("train", recipe, arguments, parsed) as staff:
         fleet, host = staff.fleet, staff.reception.host
-        resolved = _placed(resolved, fleet.hosts, options)
+        resolved = _placed(resolved, fleet.hosts, options, staff.names)
         with rendezvous(resolved, host) as meeting:
             fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
             working = showing(fleet, staff.show)
@@ -89,7 +90,7 @@ def bench(recipe: str, arguments: list[str], parsed: Parsed, benched: Benched) -
     options: BenchRunOptions = parsed.run
 
     def resolve(source: Callable[[], Recipe], plan: Plan) -> Resolved:
-        return _placed(_resolved(source, plan), staff.fleet.hosts, options)
+        return _placed(_resolved(source, plan), staff.fleet.hosts, options, staff.names)
 
     with _staffed("bench", recipe, arguments, parsed) as staff:
         another = partial(Fleet, parsed.plan.workers, staff.asked, lost=staff.lost)
@@ -105,6 +106,7 @@ class _Staff:
     reception: Reception
     asked: Callable[[], bool]
     lost: Callable[[int, float], str | None]
+    names: str
     memory: str
     show: Callable[[str], Show]
 
@@ -124,7 +126,7 @@ def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed) ->
     needs = needs_of(options.ray, plan.threads)
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(ray_cluster.connected(address, needs, plan.workers))
-        asked = Asked()
+        asked = _asked_with(cluster.head.problem, Asked())
         actors = stack.enter_context(
             cluster.stages(needs, plan.workers, options.ray.strategy, options.ray.wait_s, asked)
         )
@@ -137,7 +139,8 @@ def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed) ->
             fleet.gather(None, reception, MEET_WITHIN_S, memory=here)
             if plan.link is not None and len(set(fleet.hosts)) > 1:
                 raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
-            yield _Staff(fleet, reception, asked, actors.lost, here, lambda run: ray_cluster.Gauges(run).show)
+            names = f"{actors.run}-stage-K"
+            yield _Staff(fleet, reception, asked, actors.lost, names, here, lambda run: ray_cluster.Gauges(run).show)
 
 
 def showing(
@@ -181,11 +184,22 @@ def _resolved(source: Callable[[], Recipe], plan: Plan) -> Resolved:
     return resolve_source(source, plan, devices=DeviceChoice((CPU,) * plan.workers, "actors compute on the CPU"))
 
 
-def _placed(resolved: Resolved, hosts: Sequence[str], options: TrainOptions) -> Resolved:
+def _asked_with(problem: Callable[[], str | None], asked: Callable[[], bool]) -> Callable[[], bool]:
+    """Whoever looks whether to end also looks whether there is a problem, which fails the run."""
+
+    def look() -> bool:
+        if (why := problem()) is not None:
+            raise RunFailed(why, stage=None)
+        return asked()
+
+    return look
+
+
+def _placed(resolved: Resolved, hosts: Sequence[str], options: TrainOptions, names: str) -> Resolved:
     """With the channels that fit the places, and these among the reasons, for the first screen and plan.json."""
     channels = choose_channels(resolved.plan.channels, hosts, resolved.plan.replicas)
     places = ", ".join(f"{worker} on {host}" for worker, host in enumerate(hosts))
-    reason = "ray", places, f"one actor each, {options.ray.strategy}"
+    reason = "ray", places, f"one actor each, {names}, {options.ray.strategy}"
     return replace(resolved, channels=channels, hosts=tuple(hosts), reasons=(*resolved.reasons, reason))
 
 

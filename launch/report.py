@@ -47,6 +47,7 @@ class Row:
         if c.engine == "single":
             return "one process" if c.threads == 1 else f"one process, {c.threads} threads"
         name = {"ddp": "DDP", "torch": f"torch {_SHORT.get(c.mode, c.mode)}"}.get(c.engine, c.mode)
+        name = f"{name}, {c.variant}" if c.variant else name
         name = name if c.spans else f"{name}, bare"
         return f"{name} x{c.microbatches}" if c.microbatches else name
 
@@ -104,6 +105,7 @@ class Row:
         return {
             "engine": contender.engine,
             "mode": contender.mode,
+            "variant": contender.variant,
             "stages": contender.stages,
             "replicas": contender.replicas,
             "threads": contender.threads,

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +19,7 @@ from pipeline.measurements import Measured, measure
 from pipeline.resolve import Resolved
 from pipeline.spans import Spans
 from pipeline.until import Reached
-from workers.records import Finished, Judged, Scored
+from workers.records import Finished, Judged, Scored, Switched
 
 __all__ = ["SCHEMA", "Result"]
 
@@ -37,6 +38,7 @@ class Result:
         scores: every pass over the held-out batches.
         finished: what each worker reported at its end, by its number.
         judged: quality of the synthetic gradients of every sampled batch, by ``plan.quality_every``.
+        switches: when a stage locked or unlocked, in the order in which word of it came.
         met: the first pass over the held-out batches that met ``plan.until``; None: none did, or not asked for.
         launcher: who started the workers, ``local`` or ``torchrun``.
     """
@@ -48,6 +50,7 @@ class Result:
     scores: list[Scored] = field(default_factory=list)
     finished: dict[int, Finished] = field(default_factory=dict)
     judged: list[Judged] = field(default_factory=list)
+    switches: list[Switched] = field(default_factory=list)
     met: Scored | None = None
     launcher: str = "local"
 
@@ -195,6 +198,7 @@ class Result:
             "queue_depth": measured.queue_depth if measured else None,
             "bytes_moved": measured.bytes_moved if measured else None,
             "quality": [each.as_dict() for each in self.quality] or None,
+            "switches": [msgspec.structs.asdict(each) for each in self.switches] or None,
         }
 
     def write(self, path: Path) -> None:

@@ -20,7 +20,7 @@ from launch.peers import PeerRun, best_microbatches, run_ddp, run_torch_schedule
 from launch.single import SingleRun, run_single
 from launch.site import Site
 from launch.training import run
-from pipeline import DNIPlan, Plan, PlanError, Recipe
+from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
 from pipeline.cost_model import predicted_batches_per_s
 from pipeline.devices import CPU, first_gpu
 from pipeline.flops import count_flops
@@ -76,6 +76,7 @@ class Contender:
         note: why operations could not be counted.
         launcher: who starts the processes.
         replicas: how many there are of these.
+        variant: what tells the row from that of its mode: another optimizer.
         train: (folder for runs, name) -> one training run, in fresh processes; blocks until it is over.
     """
 
@@ -90,6 +91,7 @@ class Contender:
     note: str | None = None
     launcher: str = "local"
     replicas: int = 1
+    variant: str | None = None
     train: Callable[[Path, str], Outcome]
 
 
@@ -196,10 +198,11 @@ def _check_plain(resolved: Resolved, who: str) -> None:
         raise PlanError(f"{who} is compared on the CPU in float32 only: leave {' and '.join(given)} out, or that row.")
 
 
-def _ours(mode: str, *, bare: bool = False) -> Prepare:
+def _ours(mode: str, *, bare: bool = False, variant: str | None = None) -> Prepare:
     def prepare(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
         plan = _in_mode(resolved.plan, mode)
         plan = replace(plan, spans=plan.spans and not bare)
+        plan = replace(plan, optimizer=_VARIANTS[variant](plan.optimizer, resolved.steps)) if variant else plan
         cuts = MODES[mode].cuts_batches
         if cuts and plan.microbatches == 1:
             plan = replace(plan, microbatches=_fastest_cut(source, plan, resolved.batch_shape[0], runs, site))
@@ -211,6 +214,7 @@ def _ours(mode: str, *, bare: bool = False) -> Prepare:
             threads=plan.threads,
             microbatches=plan.microbatches if cuts else None,
             spans=plan.spans,
+            variant=variant,
             predicted=predicted_batches_per_s(mine.plan, mine.warmup),
             replicas=plan.replicas,
             train=partial(_train_ours, source, mine, site),
@@ -259,8 +263,18 @@ def _in_mode(plan: Plan, mode: str) -> Plan:
         deterministic=False,
         hop_steps=0.0,
         quality_every=None,
+        warmup_steps=0,
+        unlock=defaults.unlock,
+        unlock_cosine=defaults.unlock_cosine,
     )
 
+
+def _nesterov(plan: OptimizerPlan, steps: int) -> OptimizerPlan:
+    """As Ajanthan et al. 2025 train asynchronously: NAdamW with momentum 0.99, and a warm-up, here of a tenth."""
+    return replace(plan, rule="nadamw", momentum=None, warmup_steps=plan.warmup_steps or max(1, steps // 10))
+
+
+_VARIANTS: dict[str, Callable[[OptimizerPlan, int], OptimizerPlan]] = {"nadamw": _nesterov}
 
 ROWS: dict[str, Prepare] = {
     "backprop": _single(1),
@@ -272,6 +286,7 @@ ROWS: dict[str, Prepare] = {
     "torch-interleaved-zero-bubble": _torch("InterleavedZeroBubble"),
     "torch-zbv-zero-bubble": _torch("ZBVZeroBubble"),
     **{mode: _ours(mode) for mode in MODES},
+    "async-1f1b-nadamw": _ours("async-1f1b", variant="nadamw"),
     "unlocked-bare": _ours("unlocked", bare=True),
 }
 """Rows by name, in the order of the table; ``unlocked-bare`` records no spans."""

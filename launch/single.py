@@ -121,7 +121,8 @@ def _main(job: _Job, connection: Connection) -> None:
     layers = [layer.module for layer in layers_of(build_model(recipe, job.plan.seed))]
     modules = computing.placed(torch.nn.Sequential(*layers)).train()
     network = computing.network(modules)
-    optimizer = build_optimizer(job.plan.optimizer, [p for p in modules.parameters() if p.requires_grad])
+    parameters = [p for p in modules.parameters() if p.requires_grad]
+    optimizer = build_optimizer(job.plan.optimizer, parameters, job.plan.steps)
     assert optimizer is not None, "the recipe's model has parameters"
     loop = TimedLoop(job.plan, job.warmup, look=lambda: scores_of(recipe, modules, computing))
     forward_s = backward_s = 0.0

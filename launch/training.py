@@ -249,6 +249,10 @@ def _follow(
             elif isinstance(record, records.Judged):
                 result.judged.append(record)
                 rundir.write_metric(metrics, "quality", **msgspec.structs.asdict(record))
+            elif isinstance(record, records.Switched):
+                result.switches.append(record)
+                rundir.write_metric(metrics, "switch", **msgspec.structs.asdict(record))
+                console.switched(record)
             elif isinstance(record, records.Finished):
                 result.finished[worker_of(result.resolved.plan, record.replica, record.stage)] = record
     ended_ns = max(done.end_ns for done in result.finished.values())

@@ -49,6 +49,7 @@ class Kind(enum.IntEnum):
     TRAINED = 7  # no training batch follows; sent where replicas have their weights to average then
     SHARE = 8  # what a replica gives for an average; `batch` is the number of the round, `stage` the replica
     LAST_SHARE = 9  # as SHARE, and nothing follows
+    AWAITED = 10  # as ACTIVATION, from a stage that is locked: it waits for the gradient of the whole batch
 
 
 @dataclass(frozen=True, slots=True)

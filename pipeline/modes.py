@@ -21,6 +21,7 @@ class Mode:
             of a loss of its own.
         exact: equals single-process training over the same microbatches.
         cuts_batches: works on microbatches.
+        timed: what is learned depends on when messages arrive; else their order alone decides, whatever the delays.
         stashes: several batches are open at once while weights change: the backward pass needs the weights of its
             forward pass.
         averages: what the replicas of a stage average (``pipeline.averaging``): the gradients before every step, or the
@@ -32,6 +33,7 @@ class Mode:
     gradient: Literal["true", "synthetic", "local"] = "true"
     exact: bool = True
     cuts_batches: bool = False
+    timed: bool = False
     stashes: bool = False
     averages: Literal["gradients", "weights"] = "gradients"
     says: str
@@ -59,6 +61,7 @@ MODES: dict[str, Mode] = {
         policy=policies.unlocked,
         gradient="synthetic",
         exact=False,
+        timed=True,
         averages="weights",
         says="updates at once from synthetic gradients",
     ),

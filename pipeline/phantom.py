@@ -9,13 +9,16 @@ from torch import Tensor
 
 from pipeline.plan import Plan
 from pipeline.scores import Scores
-from pipeline.targets import Flow
+from pipeline.targets import Flow, Locks
 
 __all__ = ["Phantom"]
 
 
 class Phantom:
-    """A stage that only says which gradients flow, as ``Stage`` would; its tensors are empty."""
+    """A stage that only says which gradients flow, as ``Stage`` would; its tensors are empty.
+
+    It knows of a warm-up, but not of what ``unlock auto`` decides.
+    """
 
     _EMPTY = torch.empty(0)
 
@@ -27,7 +30,13 @@ class Phantom:
     def updates(self, batch: int) -> bool:
         return self._flow.updates(batch)
 
-    def forward(self, batch: int, x: Any, labels: Any, microbatch: int = 0) -> Tensor:
+    def locked(self, batch: int) -> bool:
+        return self._flow.warms_up(batch) and not self.last
+
+    def switched(self) -> None:
+        return None
+
+    def forward(self, batch: int, x: Any, labels: Any, microbatch: int = 0, *, awaited: bool = False) -> Tensor:
         return self._EMPTY
 
     def evaluate(self, batch: int, x: Any, labels: Any) -> Tensor:
@@ -38,14 +47,14 @@ class Phantom:
 
     def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
         self._updated = batch
-        return self._EMPTY if self._flow.at_update(batch) else None
+        return self._EMPTY if self._flow.at_update(batch, self._locks(batch)) else None
 
     def step(self, batch: int) -> None: ...
 
     def skip(self, batch: int) -> None: ...
 
     def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
-        return self._EMPTY if self._flow.relays(batch) else None
+        return self._EMPTY if self._flow.relays(batch, self._locks(batch)) else None
 
     def true_gradient(self) -> Tensor | None:
         return self._EMPTY if self.last and self._flow.samples(self._updated) else None
@@ -58,3 +67,6 @@ class Phantom:
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {}
+
+    def _locks(self, batch: int) -> Locks:
+        return Locks(mine=self.locked(batch), below=self._flow.warms_up(batch) and self.index > 0)

@@ -19,10 +19,12 @@ from pipeline.errors import NoEffect, PlanError, nearest
 from pipeline.modes import MODES
 from pipeline.until import Goal
 
-__all__ = ["DNI_FORMS", "OPTIMIZERS", "TARGETS", "ChannelPlan", "DNIPlan", "OptimizerPlan", "Plan"]
+__all__ = ["DNI_FORMS", "OPTIMIZERS", "SCHEDULES", "TARGETS", "ChannelPlan", "DNIPlan", "OptimizerPlan", "Plan"]
 
 TARGETS = ("bootstrap", "true", "mixed")
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "nadamw")
+SCHEDULES = ("constant", "linear", "cosine")
+_LOCKING = ("warmup_steps", "unlock", "unlock_cosine")
 _SHORT_STAGE_MS = 5.0  # an emulated link holds as many messages as stages of this length send meanwhile
 DNI_FORMS = ("auto", "linear", "mlp", "conv", "label_residual", "loss_model")
 
@@ -32,13 +34,19 @@ class OptimizerPlan:
     """How every stage steps its own parameters. Each stage has its own optimizer of this kind."""
 
     rule: str = "adam"
-    """The rule: sgd, adam or adamw (torch.optim)."""
+    """The rule: sgd, adam, adamw or nadamw (torch.optim; nadamw is NAdam with decoupled weight decay)."""
     lr: float = 1e-3
     """Learning rate."""
-    momentum: float = 0.0
-    """Momentum of sgd; other optimizers refuse it."""
+    momentum: float | None = None
+    """Momentum of sgd (0 by default) and nadamw (0.99); other optimizers refuse it."""
     weight_decay: float = 0.0
-    """Weight decay (L2 for sgd and adam, decoupled for adamw)."""
+    """Weight decay (L2 for sgd and adam, decoupled for adamw and nadamw)."""
+    clip: float | None = None
+    """Scale a stage's gradient, true or synthetic, down to this norm; the norm is the stage's, so the split matters."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0 to lr, by equal amounts."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after that: constant, or down to 0 at the end of the run, linear or as half a cosine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +103,9 @@ class Plan:
     """Who may update when: naive, gpipe, 1f1b (locked, exact), async-1f1b, local, or unlocked."""
     microbatches: int = 1
     """Modes gpipe and 1f1b: into how many microbatches a batch is cut."""
+    in_flight: Literal["stages", "full"] = "stages"
+    """Mode async-1f1b: open batches of stage 0, as many as stages, which waits where hops are slow (hop_steps), or as
+    many as keep every stage busy, whose gradients are older."""
     steps: int | None = None
     """Training batches of each replica; None: what the recipe suggests."""
     seed: int = 0
@@ -111,6 +122,14 @@ class Plan:
     """targets mixed: the lambda of BP(lambda), weight of the true gradient."""
     true_every: int = 1
     """targets true and mixed: the true gradient of one batch in n flows. The same as dni.every."""
+    warmup_steps: int = 0
+    """Unlocked: train locked on so many batches first, while the DNIs learn and nothing is updated from them."""
+    unlock: Literal["always", "auto"] = "always"
+    """Unlocked: always, or auto: each stage begins locked, unlocks when its DNI is good enough, and locks again when it
+    is not; measured on every quality_every-th batch (20)."""
+    unlock_cosine: float = 0.3
+    """unlock auto: the mean cosine between the gradients of a stage's weights under the synthetic and the true gradient
+    from which on it unlocks; below a third of it the stage locks again."""
     update_probability: float = 1.0
     """Unlocked and local: the chance that a stage updates from a batch; others it only passes on (the paper's p)."""
     optimizer: OptimizerPlan = field(default_factory=OptimizerPlan)
@@ -141,6 +160,8 @@ class Plan:
     a copy of its weights and a second backward pass for such a batch."""
     until: str | None = None
     """End the run when held-out data shows accuracy=0.98 (at least) or loss=1.9 (at most); steps is then the most."""
+    guard: bool = True
+    """End a run whose loss, gradients or DNIs run away; what is not finite always ends it."""
     threads: int = 1
     """Compute threads of each worker."""
     spans: bool = True
@@ -256,7 +277,10 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
         (plan.targets, TARGETS, "targets"),
         (plan.dni.form, DNI_FORMS, "DNI form"),
         (plan.optimizer.rule, OPTIMIZERS, "optimizer"),
+        (plan.optimizer.schedule, SCHEDULES, "schedule"),
         (plan.balance, ("time", "layers"), "balance"),
+        (plan.in_flight, ("stages", "full"), "in_flight"),
+        (plan.unlock, ("always", "auto"), "unlock"),
         (plan.channels, ("auto", *CHANNELS), "channels"),
         (plan.channel.wire_dtype or "bf16", tuple(WIRE_DTYPES), "wire dtype"),
         (plan.autocast or "bf16", AUTOCAST_DTYPES, "autocast dtype"),
@@ -280,13 +304,15 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
         ("dni.every", plan.dni.every, 1),
         ("channel.slots", plan.channel.slots, 1),
         ("channel.gradient_slots", plan.channel.gradient_slots, 1),
+        ("warmup_steps", plan.warmup_steps, 0),
+        ("optimizer.warmup_steps", plan.optimizer.warmup_steps, 0),
         ("seed", plan.seed, 0),
     ):
         if value is not None and not (isinstance(value, Integral) and value >= least):
             yield f"{name} is {value}: it must be a whole number, at least {least}."
     for name, number in (
         ("hop_steps", plan.hop_steps),
-        ("optimizer.momentum", plan.optimizer.momentum),
+        ("optimizer.momentum", plan.optimizer.momentum or 0),
         ("optimizer.weight_decay", plan.optimizer.weight_decay),
     ):
         if not (_is_number(number) and number >= 0):
@@ -298,10 +324,17 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
     ):
         if not (_is_number(number) and number > 0):
             yield f"{name} is {number}: it must be a positive number."
+    momentum = plan.optimizer.momentum
+    if plan.optimizer.rule == "nadamw" and isinstance(momentum, Real) and momentum >= 1:
+        yield f"optimizer.momentum is {momentum}: with nadamw it must lie in [0, 1)."
+    if plan.optimizer.clip is not None and not (_is_number(plan.optimizer.clip) and plan.optimizer.clip > 0):
+        yield f"optimizer.clip is {plan.optimizer.clip}: it must be a positive number, or None."
     if not (_is_number(plan.dni.rows) and 0 < plan.dni.rows <= 1):
         yield f"dni.rows is {plan.dni.rows}: give the fraction of the rows to train on, in (0, 1]."
     if not (_is_number(plan.update_probability) and 0 < plan.update_probability <= 1):
         yield f"update_probability is {plan.update_probability}: give the share of batches to update from, in (0, 1]."
+    if not (_is_number(plan.unlock_cosine) and 0 < plan.unlock_cosine <= 1):
+        yield f"unlock_cosine is {plan.unlock_cosine}: it must lie in (0, 1]."
     if not (_is_number(plan.mix) and 0 <= plan.mix <= 1):
         yield f"mix is {plan.mix}: it weighs the true gradient and must lie in [0, 1]."
 
@@ -316,6 +349,8 @@ def _without_effect(plan: Plan) -> Iterator[str]:
     mode = MODES.get(plan.mode)
     if mode is not None and not mode.cuts_batches and plan.microbatches != 1:
         yield NoEffect("microbatches", f"with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b.")
+    if plan.in_flight != defaults.in_flight and (plan.mode != "async-1f1b" or not plan.hop_steps):
+        yield NoEffect("in_flight", "but in mode async-1f1b with hop_steps: leave it out.")
     if plan.average_every != defaults.average_every and plan.replicas == 1:
         yield NoEffect("average_every", "without replicas: leave it out, or add replicas.")
     elif mode is not None and mode.averages != "weights" and plan.average_every != defaults.average_every:
@@ -329,18 +364,21 @@ def _without_effect(plan: Plan) -> Iterator[str]:
             "true_every",
             *(["deterministic"] if plan.device in ("auto", CPU) else []),
             "quality_every",
+            *_LOCKING,
             *(["dni", "update_probability"] if mode.gradient == "true" else []),
         ):
             if getattr(plan, name) != getattr(defaults, name):
                 yield NoEffect(name, f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
     elif plan.targets == "bootstrap" and plan.true_every != 1:
         yield NoEffect("true_every", "with targets bootstrap: leave it out, or choose targets true or mixed.")
+    if mode is not None and plan.unlocked:
+        yield from _locking(plan, defaults)
     if plan.true_every != 1 and plan.dni.every not in (None, plan.true_every):
         yield "true_every and dni.every both say how often a target flows: give one of them."
     if mode is not None and plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
         yield NoEffect("mix", f"with targets {plan.targets}: leave it out, or choose targets mixed.")
-    if plan.optimizer.momentum and plan.optimizer.rule != "sgd":
-        yield NoEffect("optimizer.momentum", f"with {plan.optimizer.rule}: leave it out, or choose sgd.")
+    if plan.optimizer.momentum and plan.optimizer.rule not in ("sgd", "nadamw"):
+        yield NoEffect("optimizer.momentum", f"with {plan.optimizer.rule}: leave it out, or choose sgd or nadamw.")
     if plan.workers == 1 and plan.channels != defaults.channels:
         yield NoEffect("channels", "with 1 stage, which has no channels: leave it out.")
     if plan.stages == 1 and plan.channel.wire_dtype is not None:
@@ -370,6 +408,25 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         yield "until has no effect with emulate, where nothing is learned: leave one of them out."
     if plan.dni.factory is not None and plan.dni.form != "auto":
         yield f"both a DNI factory and the form {plan.dni.form} are given: leave one out."
+
+
+def _locking(plan: Plan, defaults: Plan) -> Iterator[str]:
+    """What the options of ``pipeline.unlocking`` do not go together with."""
+    given = [name for name in _LOCKING if getattr(plan, name) != getattr(defaults, name)]
+    for name in given:
+        if plan.stages == 1:
+            yield NoEffect(name, "with 1 stage, which has no DNI: leave it out.")
+        elif plan.emulate is not None:
+            yield f"{name} has no effect with emulate, where nothing is learned: leave one of them out."
+    if plan.unlock_cosine != defaults.unlock_cosine and plan.unlock != "auto" and plan.stages > 1:
+        yield NoEffect("unlock_cosine", "without unlock auto: leave it out, or add unlock auto.")
+    if given and plan.update_probability != 1:
+        yield f"{given[0]} and update_probability do not go together: a locked stage waits for every batch's gradient."
+    if plan.unlock == "auto" and plan.deterministic:
+        yield (
+            "unlock auto decides by what is measured, and deterministic runs fix the order of actions before: "
+            "leave one of them out, or take warmup_steps."
+        )
 
 
 def _spaced(numbers: tuple[int, ...]) -> str:

@@ -14,11 +14,13 @@ Locked: a stage steps only after the true gradients of the whole batch came back
 Not locked: a stage steps as soon as it can, batch after batch.
 
     async-1f1b  k=0  F0 F1 .  B0 F2 B1 F3 B2 F4 B3    whole batches; the step of b lands after the forwards of b + 1 ...
-                k=1  .  F0 B0 F1 B1 F2 B2 F3 B3 F4
+                k=1  .  F0 B0 F1 B1 F2 B2 F3 B3 F4    slow hops make it wait, or more open batches its gradients old
     unlocked    k=0  F0 U0 F1 U1 L0 F2 U2 L1 F3 U3    U = update from the synthetic gradient, L = learn
                 k=1  .  F0 U0 F1 U1 F2 U2 F3 U3       the last stage has the loss
     at random   k=0  F0 S0 F1 U1 L0 F2 S2 L1 F3 U3    S = no update from this batch: it is only passed on
     local       the same without L: no gradient crosses a cut
+    cut locked  k=0  F0 .  .  B0 F1 .  .  B1          unlocked, but for cut 0: see pipeline/unlocking.py
+                k=1  .  F0 U0 .  .  F1 U1
 
 Several replicas of the pipeline: A = take the average over the replicas of this stage.
 
@@ -74,6 +76,9 @@ class View(NamedTuple):
         average: the average over the replicas of this stage can be taken.
         held: nothing else may happen before it is.
         updates: the stage updates from its oldest open batch; else it was only passed on.
+        locked: the oldest open batch waits for its gradient, though the mode updates from synthetic ones.
+        late: the gradient that waits belongs to a batch whose update is over.
+        ahead: async-1f1b: batches that may be open besides one; None: as many as there are stages above.
     """
 
     stages_above: int = 1
@@ -88,6 +93,9 @@ class View(NamedTuple):
     average: bool = False
     held: bool = False
     updates: bool = True
+    locked: bool = False
+    late: bool = False
+    ahead: int | None = None
 
     @property
     def open(self) -> int:
@@ -130,12 +138,18 @@ def one_f_one_b(view: View) -> Action:
 
 def async_1f1b(view: View) -> Action:
     """Not locked: at most K - k open batches, no flush between them (Narayanan et al. 2019, PipeDream, section 3)."""
-    full = view.open > view.stages_above
+    full = view.open > (view.stages_above if view.ahead is None else view.ahead)
     return view.backward_if_possible if full or (view.ended and view.open) else view.forward_if_possible
 
 
 def unlocked(view: View) -> Action:
-    """Update at once; learn from a true gradient as soon as there is one; otherwise take the next batch."""
+    """Update at once; learn from a true gradient as soon as there is one; otherwise take the next batch.
+
+    A batch that came in while the stage was locked waits for its gradient instead; meanwhile the stage learns from what
+    comes for older ones.
+    """
+    if view.open and view.locked:
+        return Action.LEARN if view.gradient and view.late else view.backward_if_possible
     if view.open:
         return Action.UPDATE if view.updates else Action.SKIP
     return Action.LEARN if view.gradient else view.forward_if_possible
@@ -145,13 +159,15 @@ def averaged(policy: Policy) -> Policy:
     """The policy of a stage that has replicas: take the average when it is there, and wait for it where that must be.
 
     A batch that is open between its forward and its update has its gradient taken on the weights of its forward: the
-    weights do not change between the two (but for stashed ones, of which the graph has a copy).
+    weights do not change between the two (but for stashed ones, of which the graph has a copy). A locked stage, which
+    waits between them, takes no average then.
     """
 
     def with_averages(view: View) -> Action:
         action = Action.WAIT if view.held else policy(view)
         backwards = action in (Action.UPDATE, Action.BACKWARD)
-        return Action.AVERAGE if view.average and not backwards else action
+        waits = view.locked and view.open > 0
+        return Action.AVERAGE if view.average and not backwards and not waits else action
 
     return with_averages
 

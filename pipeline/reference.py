@@ -30,7 +30,10 @@ from pipeline.resolve import Resolved, resolve, stage_layers
 from pipeline.runner import Runner, StageLike
 from pipeline.scores import Scores
 from pipeline.stage import Stage
+from pipeline.unlocking import Switch
 from pipeline.virtual import Clock, Queue, Source
+
+_ENDS = (Action.UPDATE, Action.BACKWARD, Action.SKIP)
 
 Sources = Callable[[int, Callable[[int], bool]], Iterator[Message]]
 """(replica, whether it is enough before a step) -> what comes into its first stage."""
@@ -60,7 +63,7 @@ class Costs:
 class Event:
     """Stage ``stage`` of replica ``replica`` did ``action`` from tick ``start`` to ``end``.
 
-    ``batch`` counts that action on that stage.
+    ``batch`` counts that action on that stage; what ends a batch, with an update or without, counts as one.
     """
 
     stage: int
@@ -84,6 +87,7 @@ class Reference:
         events: what every stage did when.
         others: the trained stages of the other replicas.
         qualities: of every stage below the last: its synthetic gradients of the sampled batches against the true ones.
+        switches: when a stage of replica 0 locked or unlocked (``pipeline.unlocking``), in order.
     """
 
     resolved: Resolved
@@ -92,6 +96,7 @@ class Reference:
     scores: list[tuple[int, Scores]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     qualities: dict[int, list[Quality]] = field(default_factory=dict)
+    switches: list[Switch] = field(default_factory=list)
     others: list[list[Stage]] = field(default_factory=list)
 
     @property
@@ -196,7 +201,8 @@ def _drive(
             clock.effect = busy_until[k] = clock.now + costs.of(action)
             runner.perform(action)
             clock.at(busy_until[k])
-            batch = counts[k][action] = counts[k].get(action, -1) + 1
+            counted = Action.UPDATE if action in _ENDS else action
+            batch = counts[k][counted] = counts[k].get(counted, -1) + 1
             replica, stage = divmod(k, plan.stages)
             events.append(Event(stage, action, batch, clock.now, busy_until[k], replica))
             moved = True
@@ -212,6 +218,8 @@ def _listen(runners: Sequence[Runner], plan: Plan, losses: Sequence[list[float]]
     for worker, runner in enumerate(runners):
         replica, stage = divmod(worker, plan.stages)
         runner.on_quality = result.qualities.setdefault(stage, []).append
+        if replica == 0:
+            runner.on_switch = result.switches.append
         if runner.stage.last:
             runner.on_loss = partial(_keep_loss, losses[replica])
             runner.on_scores = lambda updates, scores: result.scores.append((updates, scores))
@@ -287,6 +295,13 @@ def _connect(
             down=None if stage.last else downs[k],
             up=None if k == 0 else ups[k - 1],
             averager=averagers[k],
+            ahead=_round_trips(plan, k, hop, costs) if plan.in_flight == "full" else None,
         )
         for k, stage in enumerate(stages)
     ]
+
+
+def _round_trips(plan: Plan, k: int, hop: int, costs: Costs) -> int:
+    """Batches that stage k begins while one goes to the last stage and comes back: a step a stage, two hops a cut."""
+    step = costs.forward + costs.backward
+    return (plan.stages - 1 - k) * -(-(step + 2 * hop) // step)

@@ -30,6 +30,7 @@ _AVERAGES = {
     "gradients": "gradients are averaged before every step: as one process on the {0.replicas} batches of a step",
     "weights": "weights are averaged every {0.average_every} steps, nobody waits for it, and at the end",
 }
+_QUALITY_EVERY = 20  # with unlock auto, where nobody says
 _FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model"), "labels": ("linear", "mlp", "conv")}
 
 
@@ -38,7 +39,8 @@ class Resolved:
     """A run without open questions.
 
     Attributes:
-        plan: the plan with ``steps``, ``sizes`` and ``dni.every`` (and ``evaluate_every``, with ``until``) filled in.
+        plan: the plan with ``steps``, ``sizes`` and ``dni.every`` filled in, where needed ``evaluate_every`` and
+            ``quality_every`` too.
         layer_names: of the whole network, in order.
         layer_parameters: number of parameters of each layer.
         layer_bytes: of each layer's parameters and buffers, and one more for each of them.
@@ -174,6 +176,9 @@ def resolve(
     held_out_batches = _count_held_out(recipe, (inputs, labels))
     if plan.until is not None and not held_out_batches:
         raise PlanError("until has no effect as evaluation gives no batch: leave it out, or give held-out batches.")
+    reasons += _locking(plan)
+    if plan.unlock == "auto":
+        plan = dataclasses.replace(plan, quality_every=plan.quality_every or _QUALITY_EVERY)
     return Resolved(
         plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None, dni=_with_every(plan, cuts)),
         layer_names=tuple(layer.name for layer in layers),
@@ -206,6 +211,20 @@ def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
     if plan.goal.metric == "accuracy" and recipe.correct is None:
         raise PlanError(f"until {plan.goal}: the recipe counts no right answers; give correct, or ask for a loss.")
     return dataclasses.replace(plan, evaluate_every=plan.evaluate_every or look_every(steps))
+
+
+def _locking(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """What is said of the beginning of a run that is not unlocked from its first batch on."""
+    if plan.warmup_steps:
+        yield "warm-up", f"{plan.warmup_steps:,} batches", "locked, while the DNIs learn; nothing is updated from them"
+    if plan.unlock == "auto":
+        every, least = plan.quality_every or _QUALITY_EVERY, plan.unlock_cosine
+        yield (
+            "unlock",
+            "auto",
+            f"a stage unlocks at cosine {least:g} between its gradients, locks again below {least / 3:.2g}; "
+            f"every {every}th batch is looked at",
+        )
 
 
 def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:

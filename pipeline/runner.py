@@ -26,6 +26,7 @@ from pipeline.quality import Quality
 from pipeline.queues import Inlet, Outlet
 from pipeline.scores import Scores
 from pipeline.spans import Recorder, Span, silent
+from pipeline.unlocking import Switch
 
 __all__ = ["Runner", "StageLike"]
 
@@ -38,7 +39,11 @@ class StageLike(Protocol):
     scores: Scores
 
     def updates(self, batch: int) -> bool: ...
-    def forward(self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0) -> Tensor: ...
+    def locked(self, batch: int) -> bool: ...
+    def switched(self) -> Switch | None: ...
+    def forward(
+        self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0, *, awaited: bool = False
+    ) -> Tensor: ...
     def predict(self, batch: int) -> Tensor | None: ...
     def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None: ...
     def step(self, batch: int) -> None: ...
@@ -62,11 +67,13 @@ class Runner:
         above: gradients from the stage above; None for the last stage.
         down: activations to the stage above; None for the last stage.
         up: gradients to the stage below; None for the first stage.
+        ahead: how many batches async-1f1b may have open besides one; None: as many as there are stages above.
         averager: what the stage averages with its replicas.
         record: told what the worker turns to.
         on_loss: last stage: called with (batch, training loss).
         on_scores: last stage: called with (number of updates, scores of a pass over the held-out batches).
         on_quality: below the last stage: called with the quality of every sampled batch.
+        on_switch: below the last stage: called whenever the stage locks or unlocks.
         stages: number of stages of the pipeline.
         microbatches: microbatches per batch.
         forwarded, backwarded: counts of training microbatches.
@@ -81,11 +88,13 @@ class Runner:
     above: Inlet | None = None
     down: Outlet | None = None
     up: Outlet | None = None
+    ahead: int | None = None
     averager: Averager = ALONE
     record: Recorder = silent
     on_loss: Callable[[int, float], None] = field(default=lambda batch, loss: None)
     on_scores: Callable[[int, Scores], None] = field(default=lambda updates, scores: None)
     on_quality: Callable[[Quality], None] = field(default=lambda quality: None)
+    on_switch: Callable[[Switch], None] = field(default=lambda switch: None)
     stages: int = 1
     microbatches: int = 1
     forwarded: int = 0
@@ -131,6 +140,9 @@ class Runner:
             average=self.averager.ready,
             held=self.averager.held,
             updates=self.stage.updates(self.updated),
+            locked=self.stage.locked(self.updated),
+            late=self._gradient is not None and self._is_late(self._gradient),
+            ahead=self.ahead,
         )
 
     def perform(self, action: Action) -> None:
@@ -145,7 +157,7 @@ class Runner:
         elif action is Action.UPDATE:
             self._update(self.stage.predict(self.updated))
         elif action is Action.BACKWARD:
-            self._update(None if self.stage.last else self._taken_gradient(self.backwarded).tensors[0])
+            self._backward()
         elif action is Action.SKIP:
             self._skip()
         elif action is Action.LEARN:
@@ -160,12 +172,18 @@ class Runner:
         message, self._activation = self._activation, None
         assert message is not None, "the policy took an activation that is not there"
         kind, batch = message.kind, message.batch
-        if kind is Kind.ACTIVATION:
+        if kind in (Kind.ACTIVATION, Kind.AWAITED):
             part = self._in_turn("activation", self.forwarded, message)
             x, labels = message.tensors
-            h = self.stage.forward(batch, x, labels, microbatch=part)
-            self._send_down(Message(kind, batch, self.stage.index, (h, labels), microbatch=part))
+            h = self.stage.forward(batch, x, labels, microbatch=part, awaited=kind is Kind.AWAITED)
+            waits = self.stage.locked(batch)
+            sent_as = Kind.AWAITED if waits else Kind.ACTIVATION
+            self._send_down(Message(sent_as, batch, self.stage.index, (h, labels), microbatch=part))
             self.forwarded += 1
+            if waits:
+                self.stage.predict(batch)  # used for nothing: what the DNI learns without a gradient it learns here
+            if (switch := self.stage.switched()) is not None:
+                self.on_switch(switch)
         elif kind is Kind.EVALUATION:
             h = self.stage.evaluate(batch, *message.tensors)
             self._send_down(Message(kind, batch, self.stage.index, (h, message.tensors[1])))
@@ -183,6 +201,17 @@ class Runner:
             self._send_down(Message(kind, batch, self.stage.index))
             if self.stage.last:
                 self._end(message)
+
+    def _backward(self) -> None:
+        gradient = None if self.stage.last else self._taken_gradient(self.backwarded).tensors[0]
+        batch = self.updated
+        self._update(gradient)
+        if gradient is not None and self.stage.locked(batch):
+            self.stage.learn(batch, gradient)
+            self.learned += 1
+
+    def _is_late(self, message: Message) -> bool:
+        return message.kind is Kind.SAMPLE or message.batch < self.updated
 
     def _update(self, gradient: Tensor | None) -> None:
         """Backpropagate the next microbatch, send up what is to be sent; step after the last one of its batch."""

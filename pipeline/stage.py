@@ -14,7 +14,6 @@ flight) and keeps that graph; the gradients found there are applied to the real 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -28,6 +27,7 @@ from pipeline.cut import Cut
 from pipeline.devices import CPU
 from pipeline.dni import DNI, build_dni, training_window
 from pipeline.errors import StageError
+from pipeline.guards import Guard
 from pipeline.local_loss import LocalLoss
 from pipeline.optimizers import build_optimizer
 from pipeline.partition import Layer
@@ -37,7 +37,8 @@ from pipeline.recipe import Recipe
 from pipeline.scores import Scores
 from pipeline.seeding import seed_layer
 from pipeline.spans import Recorder, Span, silent
-from pipeline.targets import Flow
+from pipeline.targets import FREE, Flow, Locks
+from pipeline.unlocking import Lock, Switch
 from pipeline.window import on_window
 
 __all__ = ["Stage"]
@@ -54,6 +55,7 @@ class _Kept:
     leaves: list[Tensor]  # what the gradients are taken for: the parameters, or their stashed copies
     synthetic: Tensor | None = None
     loss: float = float("nan")
+    locks: Locks = FREE
 
 
 @dataclass(slots=True)
@@ -64,7 +66,7 @@ class _Sample:
     h: Tensor
     leaves: list[Tensor]
     synthetic: Tensor
-    gradients: list[Tensor | None]  # of the parameters, under the synthetic gradient
+    gradients: list[Tensor | None] | None  # of the parameters, under the synthetic gradient; None: not taken yet
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Stage:
         self._modules = self._computing.placed(nn.ModuleList(layer.module for layer in self.layers))
         self._chain = self._computing.chain([layer.module for layer in self.layers])
         self._parameters = [p for p in self._modules.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.plan.optimizer, self._parameters)
+        self.optimizer = build_optimizer(self.plan.optimizer, self._parameters, self.plan.steps)
         if self.cut is not None and self._flow.mode.gradient == "synthetic":
             self.dni = self._computing.placed(build_dni(self.cut, self.plan.dni, self.plan.seed))
         if self.cut is not None and self._flow.mode.gradient == "local":
@@ -116,17 +118,22 @@ class Stage:
         self._samples: dict[int, _Sample] = {}
         self._true_gradient: Tensor | None = None
         self.scores = Scores()
+        self._guard = Guard(self.plan, self.index, self.layers, self.cut, self._computing)
+        self._lock = Lock(self.plan, self.index)
 
     # ------------------------------------------------------------------ one training batch
 
-    def forward(self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0) -> Tensor:
+    def forward(self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0, *, awaited: bool = False) -> Tensor:
         """Compute the stage's output for a training batch and keep what the backward pass needs.
+
+        Whether the stage is locked for this batch is decided here (``pipeline.unlocking``).
 
         Args:
             batch: batch id; with the seed and the layer it fixes every random number.
             x: [rows, ...] output of the stage below, or the inputs.
             labels: [rows, ...].
             microbatch: which part of the batch.
+            awaited: the stage below is locked and waits for the gradient of the whole batch.
 
         Returns:
             [rows, ...] the output, detached.
@@ -137,13 +144,16 @@ class Stage:
         self.record(Span.FORWARD, batch)
         self._training(True)
         x, labels = self._computing.here(x.detach(), labels)
-        stash = self._flow.stashes(batch)
-        leaf, samples, enter = self._entrance(batch, x, stash)
+        locks = Locks(self._lock.decide(batch), awaited)
+        stash = self._flow.stashes(batch, locks)
+        leaf, samples, enter = self._entrance(batch, x, whole=awaited, plain=stash)
         sampled = self._flow.samples(batch) and self.index > 0
-        if x.is_floating_point() and (sampled or self._flow.at_update(batch) or self._flow.relays(batch)):
+        if x.is_floating_point() and (sampled or self._flow.at_update(batch, locks) or self._flow.relays(batch, locks)):
             leaf.requires_grad_()
-        h, leaves = self._run(batch * self.plan.microbatches + microbatch, x, stash, enter)
-        self._kept[batch, microbatch] = _Kept(leaf, h, labels, samples, leaves)
+        seeded = batch * self.plan.microbatches + microbatch
+        h, leaves = self._run(seeded, x, stash, enter)
+        self._guard.activation(batch, seeded, x, h.detach())
+        self._kept[batch, microbatch] = _Kept(leaf, h, labels, samples, leaves, locks=locks)
         return h.detach()
 
     def predict(self, batch: int) -> Tensor | None:
@@ -156,8 +166,17 @@ class Stage:
         try:
             kept.synthetic = source.meet(kept.h.detach(), kept.labels, batch)
         except Exception as error:
-            raise self._error(error, "DNI", batch) from error
+            raise self._error(error, "DNI" if self.dni else None, batch) from error
         return kept.synthetic
+
+    def locked(self, batch: int) -> bool:
+        """Whether a batch that the stage still keeps something of came in while the stage was locked."""
+        kept = self._kept.get((batch, 0))
+        return kept is not None and kept.locks.mine
+
+    def switched(self) -> Switch | None:
+        """How the stage has just locked or unlocked, if it has; gives it once."""
+        return self._lock.switched()
 
     def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
         """Backpropagate ``gradient`` (None: the loss) through the stage; add to its parameters' ``.grad``.
@@ -179,22 +198,24 @@ class Stage:
                 with self._computing.autocast():
                     output = self.recipe.loss(kept.h, kept.labels) / self.plan.microbatches
                 kept.loss = float(output.detach())
-                if not math.isfinite(kept.loss):
-                    raise FloatingPointError(
-                        f"the loss is {kept.loss}: lower the learning rate, or look at the inputs of this batch"
-                    )
-            relays_later, sampled = self._flow.relays(batch), self._flow.samples(batch)
-            sends_now = kept.x.requires_grad and self._flow.at_update(batch)
+                self._guard.loss(batch, kept.loss * self.plan.microbatches)
+            elif gradient is not None and self._flow.updates_from_true(kept.locks):
+                self._guard.true_gradient(batch, gradient)
+            relays_later, sampled = self._flow.relays(batch, kept.locks), self._flow.samples(batch)
+            sends_now = kept.x.requires_grad and self._flow.at_update(batch, kept.locks)
             if microbatch == 0 and self.optimizer is not None:
                 self.optimizer.zero_grad(set_to_none=True)
             inputs = kept.leaves if relays_later else None  # the gradient of x comes later, in learn
             if output.requires_grad and inputs != []:
                 torch.autograd.backward(output, gradient, retain_graph=relays_later or sampled, inputs=inputs)
+        except StageError:
+            raise
         except Exception as error:
             raise self._error(error, None, batch) from error
         below, kept.x.grad = kept.x.grad, None
-        if self._flow.stashes(batch):
+        if self._flow.stashes(batch, kept.locks):
             self._take_gradients(kept.leaves)
+        self._guard.gradients(batch, below)
         if sampled:
             self._keep_for_judgement(batch, kept, below)
         self._keep_for_target(batch, microbatch, relays_later)
@@ -226,6 +247,7 @@ class Stage:
         if self.last:
             with self._computing.autocast():
                 kept.loss = float(self.recipe.loss(kept.h.detach(), kept.labels))
+            self._guard.loss(batch, kept.loss)
         elif self._flow.relays(batch) and self.plan.targets == "mixed":
             kept.synthetic = self.predict(batch)
         self._keep_for_target(batch, 0, self._flow.relays(batch))
@@ -249,10 +271,15 @@ class Stage:
             del self._kept[older]
         kept = self._kept.pop((batch, 0))
         try:
+            if self._flow.true_targets and not kept.locks.mine:
+                self._guard.true_gradient(batch, gradient)
+            self._guard.target(batch, self.dni, kept.h.detach(), kept.labels, gradient)
             self.dni.learn(kept.h.detach(), kept.labels, gradient, batch)
+        except StageError:
+            raise
         except Exception as error:
             raise self._error(error, "DNI", batch) from error
-        if not self._flow.relays(batch):
+        if not self._flow.relays(batch, kept.locks):
             return None
         self.record(Span.RELAY, batch)
         if self.plan.targets == "mixed":
@@ -260,6 +287,7 @@ class Stage:
             gradient = torch.lerp(kept.synthetic, gradient, self.plan.mix)
         keep = self._flow.samples(batch)
         (relayed,) = torch.autograd.grad(kept.h, [kept.x], gradient, allow_unused=True, retain_graph=keep)
+        self._guard.gradient_below(batch, relayed)
         return (relayed if relayed is not None else torch.zeros_like(kept.x))[kept.samples]
 
     def true_gradient(self) -> Tensor | None:
@@ -283,10 +311,16 @@ class Stage:
             del self._samples[older]
         sample = self._samples.pop(batch)
         wanted = sample.leaves if self.index == 0 else [sample.x, *sample.leaves]
+        under_s: Sequence[Tensor | None] | None = sample.gradients
+        if under_s is None:
+            under_s = torch.autograd.grad(
+                sample.h, sample.leaves, sample.synthetic, allow_unused=True, retain_graph=True
+            )
         found = torch.autograd.grad(sample.h, wanted, gradient, allow_unused=True)
         below = None if self.index == 0 else found[0]
         under_g = found[len(wanted) - len(sample.leaves) :]
-        quality = compare(batch, sample.synthetic, gradient, sample.gradients, under_g)
+        quality = compare(batch, sample.synthetic, gradient, under_s, under_g)
+        self._lock.judged(quality)
         return quality, torch.zeros_like(sample.x) if below is None and self.index > 0 else below
 
     def loss_of(self, batch: int) -> float:
@@ -336,14 +370,16 @@ class Stage:
 
     # ------------------------------------------------------------------ private
 
-    def _entrance(self, batch: int, x: Tensor, stash: bool) -> tuple[Tensor, slice, Callable[[Tensor], Tensor] | None]:
+    def _entrance(
+        self, batch: int, x: Tensor, *, whole: bool, plain: bool
+    ) -> tuple[Tensor, slice, Callable[[Tensor], Tensor] | None]:
         """The leaf whose gradient the stage below gets, which samples of it, and what stands for the first layer."""
-        if self._window is None:
+        if self._window is None or whole:
             return x, slice(None), None
         samples = self._window.of(batch)
         leaf = x[samples]
-        plain = not (stash or self._flow.samples(batch) or self._computing.autocasts or self._chain)
-        enter = on_window(self.layers[0].module, leaf, samples) if plain else None
+        plain = plain or self._flow.samples(batch) or self._computing.autocasts or self._chain is not None
+        enter = None if plain else on_window(self.layers[0].module, leaf, samples)
         return (x, samples, None) if enter is None else (leaf, slice(None), enter)
 
     def _run(
@@ -406,14 +442,16 @@ class Stage:
             self._true_gradient = below if below is not None else torch.zeros_like(kept.x)
             return
         assert kept.synthetic is not None, "a stage below the last one updates from its DNI"
-        gradients = [parameter.grad for parameter in self._parameters]
-        self._samples[batch] = _Sample(kept.x, kept.h, kept.leaves, kept.synthetic, gradients)
+        clips = self.plan.optimizer.clip is not None  # in place, before the step: these are compared unclipped
+        gradients = [p.grad.clone() if clips and p.grad is not None else p.grad for p in self._parameters]
+        under_s = None if kept.locks.mine else gradients  # a locked stage has those under the gradient from above
+        self._samples[batch] = _Sample(kept.x, kept.h, kept.leaves, kept.synthetic, under_s)
 
     def _keep_for_target(self, batch: int, microbatch: int, relays_later: bool) -> None:
         """Keep of a batch only what is still needed: the loss, h and the labels, the graph too, or nothing."""
         if self.last:
             return
-        if not self._flow.wants_target(batch):
+        if not self._flow.wants_target(batch, self._kept[batch, microbatch].locks):
             del self._kept[batch, microbatch]
         elif not relays_later:
             kept = self._kept[batch, microbatch]

@@ -10,6 +10,14 @@ import psutil
 import pytest
 import torch
 
+_SLOW = ("two_hosts", "ray", "torchrun", "convergence", "bench_torchrun", "until", "peers", "replicas", "over", "cli")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: whoever runs two at a time then ends with short ones."""
+    places = {f"test_{name}": place for place, name in enumerate(_SLOW)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` need one, or as many as the mark says: gpu(2)."""

@@ -507,7 +507,7 @@ def test_a_spawned_process_attaches_by_name_and_when_it_is_killed_waits_end_in_t
             back_end.receive(3.0)
         with pytest.raises(CHANNELS[bench.kind].sees_death, match=r"activations 0->1: .*the sender waited.*2/2 slots"):
             there_end.send(numbered(102), 1.0)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < DEADLINE_S
 
 
 def _hold(ground: Ground, sends: bool) -> None:
@@ -539,7 +539,7 @@ def test_a_stopped_peer_costs_the_deadline_and_closing_ends_in_time(bench: Workb
         with pytest.raises(ChannelTimeout, match="the sender waited"):
             end.send(numbered(1), SOON_S)
     end.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < DEADLINE_S
 
 
 @pytest.mark.processes
@@ -592,7 +592,7 @@ def test_a_full_channel_closes_and_keeps_what_was_sent(bench: Workbench) -> None
             receiver.take_within(DEADLINE_S)
     start = time.monotonic()
     sender.close()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < DEADLINE_S / 2
     assert [receiver.take_within(DEADLINE_S).batch for _ in range(2)] == [3, 4]
     with pytest.raises(ChannelClosed):
         receiver.take()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -91,6 +93,16 @@ def starts_nothing(starts_no_run: None, empty_folder: Path) -> Iterator[None]:
     assert not (empty_folder / "runs").exists()
 
 
+@pytest.mark.processes
+def test_the_command_starts_without_what_is_slow_to_import() -> None:
+    """Torch's compiler alone, which the rivals' schedules bring along, once cost every command, rank and actor 2 s."""
+    slow = "'torch._dynamo', 'torch.distributed.pipelining', 'sympy', 'sklearn', 'matplotlib', 'ray'"
+    code = f"import sys, launch.cli, launch.ray_agent; print(sorted({{{slow}}} & sys.modules.keys()))"
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 # ---------------------------------------------------------------- wrong use
 
 
@@ -154,7 +166,7 @@ def test_all_mistakes_of_a_plan_come_at_once() -> None:
     assert freewheel(*command.split()).refusals == [
         "freewheel: stages is 0: it must be a whole number, at least 1.",
         "freewheel: targets has no effect with mode naive: leave it out, or choose mode unlocked.",
-        "freewheel: optimizer.momentum has no effect with adam: leave it out, or choose sgd.",
+        "freewheel: optimizer.momentum has no effect with adam: leave it out, or choose sgd or nadamw.",
         "freewheel: name is 'a/b': it names a folder inside the folder of the runs; give a word without / and \\.",
         "freewheel: json a/b: there is no folder a; make it first, or give another path.",
     ]
@@ -266,7 +278,7 @@ def test_without_the_package_ray_its_launcher_names_the_extra(monkeypatch: pytes
 def test_help_of_a_recipe_lists_its_own_options_and_those_of_the_plan(name: str) -> None:
     ended = freewheel("train", name, "--help")
     assert (ended.status, ended.err) == (0, "")
-    own = {"digits": "--hidden", "mnist": "--batch-norm", "chargpt": "--context", "mlp": "--layers"}
+    own = {"digits": "--hidden", "mnist": "--batch-norm", "cnn": "--width", "chargpt": "--context", "mlp": "--layers"}
     plan = ("--stages", "--mode", "--steps", "--seed", "--optimizer.lr", "--dni.form", "--channel.slots", "--sizes")
     run = ("--runs", "--name", "--json", "--quiet")
     assert [option for option in (own[name], *plan, *run) if option not in ended.out] == []
@@ -281,6 +293,18 @@ def test_help_of_a_recipe_lists_its_own_options_and_those_of_the_plan(name: str)
 )
 def test_help_lists_what_an_option_can_be(option: str, valid: Iterable[str]) -> None:
     assert f"{option} {{{','.join(valid)}}}" in freewheel("train", "digits", "--help").out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", ["train", "bench", "sweep"])
+def test_help_breaks_where_the_terminal_ends_not_where_the_source_does(command: str, columns: int) -> None:
+    """Each line but the last of a description has no room for the first word of the next."""
+    out = freewheel(command, "digits", "--help", columns=columns).out
+    lines = [line[1:-1].rstrip() for line in out.splitlines() if line.startswith("| ")]
+    (begin,) = (line.index("show this help") for line in lines if "show this help" in line)
+    goes_on = [(line, after) for line, after in itertools.pairwise(lines) if line[begin:] and not after[:begin].strip()]
+    assert len(goes_on) > 20
+    assert [line for line, after in goes_on if len(line) + 1 + len(after.split()[0]) < columns - 4] == []
 
 
 def test_help_of_a_benchmark_offers_no_mode() -> None:

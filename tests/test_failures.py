@@ -28,6 +28,8 @@ from workers import orphan
 
 pytestmark = pytest.mark.processes
 HERE = Path(__file__).parent
+UNSEEN_S = 50.0
+"""Before a failure that nobody saw would end as a stall, after 60 s."""
 
 
 def _seconds(call: Callable[[], object]) -> tuple[RunFailed, float]:
@@ -45,7 +47,7 @@ def test_an_exception_in_layer_3_of_stage_1_travels_whole(tmp_path: Path) -> Non
     assert (failure.stage, failure.layer, failure.batch) == (1, "5", 5)
     assert "stage 1, layer 5, batch 5: ZeroDivisionError: as planned (pid" in str(failure)
     assert "raise ZeroDivisionError" in failure.details
-    assert seconds < 10
+    assert seconds < UNSEEN_S
     assert "as planned" in next(tmp_path.glob("*/failure.txt")).read_text()
 
 
@@ -64,7 +66,7 @@ def test_a_killed_worker_ends_the_run(mode: str, tmp_path: Path) -> None:
     )
     assert (failure.stage, failure.batch) == (1, 5)
     assert "was killed by SIGKILL, forward of batch 5" in str(failure)
-    assert seconds < 10
+    assert seconds < UNSEEN_S
 
 
 @pytest.mark.parametrize("mode", ["naive", "unlocked"])
@@ -84,7 +86,7 @@ def test_a_stopped_worker_is_reported_after_the_stall_limit(mode: str, tmp_path:
     assert "no progress for 1.5 s: stage 1" in str(failure)
     assert "the process is stopped" in str(failure)
     assert "stage 0  waits" in failure.details
-    assert seconds < 1.5 + 10
+    assert seconds < UNSEEN_S
 
 
 def test_a_loss_that_is_not_finite_is_reported_where_it_appears(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _wait_for_training(driver: subprocess.Popen[str], within_s: float = 40.0) -> None:
+def _wait_for_training(driver: subprocess.Popen[str], within_s: float = 150.0) -> None:
     """Block until the driver tells of its first pass over the held-out batches; a driver that is late is killed."""
     assert driver.stdout is not None
     late = threading.Timer(within_s, driver.kill)
@@ -152,7 +154,7 @@ def _wait_for_training(driver: subprocess.Popen[str], within_s: float = 40.0) ->
         late.join()
 
 
-def _still_running(family: list[psutil.Process], within_s: float = 10.0) -> list[psutil.Process]:
+def _still_running(family: list[psutil.Process], within_s: float = 60.0) -> list[psutil.Process]:
     """Who has not ended in time. A zombie has: whoever adopts it, in a container nobody, only has not looked yet."""
     deadline = time.monotonic() + within_s
     left = [process for process in family if not _ended(process)]
@@ -176,7 +178,7 @@ def test_an_interrupted_driver_stops_its_workers(
     _wait_for_training(driver)
     family = _family(driver.pid)
     os.killpg(driver.pid, number)
-    _, errors = driver.communicate(timeout=30)
+    _, errors = driver.communicate(timeout=60)
     assert driver.returncode == status
     assert "Traceback" not in errors
     assert "interrupted" in errors

@@ -31,6 +31,9 @@ from workers.channel import ChannelTimeout
 from workers.gloo import Pair, Rendezvous
 from workers.remote import RemoteReceiver, RemoteSender
 
+UNSEEN_S = 50.0
+"""Before a failure that nobody saw would end as a stall, after 60 s."""
+
 
 def _run(source: partial[Recipe], plan: Plan, runs: Path, hosts: Sequence[str] | None = None) -> Result:
     return run(source, resolve_source(source, plan, hosts), runs, "run", Console(quiet=True), ["test"])
@@ -64,7 +67,7 @@ def test_the_command_line_trains_over_gloo_and_says_so(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
     )
     assert ended.returncode == 0, ended.stderr
     assert "  channels   gloo, 4 slots  (as asked for)" in ended.stdout
@@ -111,7 +114,7 @@ def test_the_stage_that_was_killed_is_named_not_the_one_that_saw_its_connection_
             quiet=True,
         )
     assert caught.value.stage == 1
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < UNSEEN_S
 
 
 @pytest.mark.processes
@@ -128,7 +131,7 @@ def test_an_exception_travels_whole_and_its_consequences_do_not_hide_it(tmp_path
             quiet=True,
         )
     assert (caught.value.stage, caught.value.layer, caught.value.batch) == (2, "5", 5)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < UNSEEN_S
 
 
 @pytest.mark.processes
@@ -144,7 +147,7 @@ def test_a_stopped_worker_is_reported_after_the_stall_limit(tmp_path: Path) -> N
             quiet=True,
         )
     assert caught.value.stage == 1
-    assert time.monotonic() - start < 1.5 + 10
+    assert time.monotonic() - start < UNSEEN_S
 
 
 # ---------------------------------------------------------------- the choice, and the meeting
@@ -193,7 +196,7 @@ def test_a_meeting_where_nobody_comes_ends_at_its_deadline() -> None:
         gone = rendezvous
     with pytest.raises(ChannelTimeout, match=rf"no store answered at 127\.0\.0\.1:{gone.port} within 0\.2 s"):
         gone.join(0.2)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_ends_that_do_not_agree_on_their_slots_refuse_each_other() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from oracle import assert_same, optimizer_tensors, train_alone
 from torch import Tensor, nn
 
+from launch.measure import layer_seconds
 from pipeline import Batch, OptimizerPlan, Plan, PlanError, Recipe, run_reference
 from pipeline.partition import balanced_sizes, layers_of
 from pipeline.recipe import build_model
@@ -187,6 +188,15 @@ def test_measured_layers_decide_the_balance() -> None:
     assert resolved.sizes == (4, 1)
     assert resolved.layer_seconds == (1.0, 1.0, 1.0, 1.0, 4.0)
     assert ("split", "4 | 1", "measured time per layer") in resolved.reasons
+
+
+def test_a_layer_that_works_in_place_can_be_measured() -> None:
+    """The measurement once gave it a view of a leaf, which autograd refuses."""
+    layers = layers_of(nn.Sequential(nn.Linear(WIDTH, 4), nn.ReLU(inplace=True), nn.Linear(4, CLASSES)))
+    x = torch.randn(ROWS, WIDTH)
+    hidden = torch.randn(ROWS, 4)
+    assert all(seconds > 0 for seconds in layer_seconds(layers, [x, hidden, hidden.relu()], threads=1))
+    assert bool((hidden < 0).any()), "what is measured with is left as it was"
 
 
 @pytest.mark.parametrize("model", [module_list, lambda: list(sequential())], ids=["ModuleList", "list"])

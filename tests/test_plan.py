@@ -66,6 +66,8 @@ def test_a_name_that_is_no_text_is_unknown_too() -> None:
         ("evaluate_every", 1),
         ("threads", 1),
         ("seed", 0),
+        ("warmup_steps", 0),
+        ("optimizer.warmup_steps", 0),
         ("dni.hidden", 1),
         ("dni.every", 1),
         ("channel.slots", 1),
@@ -153,12 +155,16 @@ def test_a_locked_mode_refuses_what_only_unlocking_uses(option: dict[str, Any]) 
             "true_every has no effect with targets bootstrap: leave it out, or choose targets true or mixed.",
         ),
         (
+            Plan(mode="async-1f1b", in_flight="full"),
+            "in_flight has no effect but in mode async-1f1b with hop_steps: leave it out.",
+        ),
+        (
             Plan(targets="true", mix=0.25),
             "mix has no effect with targets true: leave it out, or choose targets mixed.",
         ),
         (
             Plan(optimizer=OptimizerPlan(rule="adam", momentum=0.9)),
-            "optimizer.momentum has no effect with adam: leave it out, or choose sgd.",
+            "optimizer.momentum has no effect with adam: leave it out, or choose sgd or nadamw.",
         ),
         (
             Plan(deterministic=True, channel=ChannelPlan(gradient_slots=3)),

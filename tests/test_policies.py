@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import pytest
 
 from pipeline import DNIPlan, Plan
 from pipeline.loader import phantom_inputs
 from pipeline.phantom import Phantom
 from pipeline.policies import Action, View, naive, scripted, unlocked
-from pipeline.reference import Costs, Event, _drive, schedule
+from pipeline.reference import Costs, Event, _drive, schedule, timeline
 
 
-def _diagram(plan: Plan, costs: Costs) -> list[str]:
+def diagram(plan: Plan, costs: Costs, phantoms: Sequence[Phantom] = ()) -> list[str]:
     """Which action of which batch each stage does at each tick, with costs of one tick."""
     assert plan.steps is not None
-    phantoms = [Phantom(k, plan) for k in range(plan.stages)]
+    phantoms = phantoms or [Phantom(k, plan) for k in range(plan.stages)]
     events = _drive([phantoms], plan, lambda replica, enough: phantom_inputs(plan, plan.steps, 0), costs, None)
     shown = [event for event in events if event.batch < plan.steps * plan.microbatches and event.end > event.start]
     width = max(event.end for event in shown)
@@ -33,7 +36,7 @@ def _cell(event: Event) -> str:
 
 def test_naive_keeps_one_batch_in_the_pipeline() -> None:
     plan = Plan(mode="naive", stages=3, steps=2)
-    assert _diagram(plan, Costs(forward=1, backward=1)) == [
+    assert diagram(plan, Costs(forward=1, backward=1)) == [
         "F0 .  .  .  .  B0 F1 .  .  .  .  B1",
         ".  F0 .  .  B0 .  .  F1 .  .  B1",
         ".  .  F0 B0 .  .  .  .  F1 B1",
@@ -42,16 +45,33 @@ def test_naive_keeps_one_batch_in_the_pipeline() -> None:
 
 def test_unlocked_never_waits_for_a_gradient() -> None:
     plan = Plan(mode="unlocked", stages=3, steps=4)
-    assert _diagram(plan, Costs(forward=1, backward=1)) == [
+    assert diagram(plan, Costs(forward=1, backward=1)) == [
         "F0 U0 F1 U1 F2 U2 F3 U3",
         ".  F0 U0 F1 U1 F2 U2 F3 U3",
         ".  .  F0 U0 F1 U1 F2 U2 F3 U3",
     ]
 
 
+def test_async_1f1b_waits_for_slow_hops_or_keeps_more_batches_open() -> None:
+    """A hop of two steps: a batch is back at stage 0 of three after two stages up and four hops, ten steps."""
+    waiting, full = (
+        [event for event in timeline(plan, 0, Costs()) if event.stage == 0 and event.batch < 60]
+        for plan in (
+            Plan(mode="async-1f1b", stages=3, steps=60, hop_steps=2.0, in_flight=in_flight)
+            for in_flight in ("stages", "full")
+        )
+    )
+    ahead = [[event.action for event in events].index(Action.BACKWARD) for events in (waiting, full)]
+    assert ahead == [3, 11]
+    first, last = 11, max(index for index, event in enumerate(full) if event.action is Action.FORWARD)
+    assert all(before.end == after.start for before, after in itertools.pairwise(full[first : last + 1])), "no gap"
+    ends = [max(event.end for event in events) for events in (waiting, full)]
+    assert ends[0] > 3 * ends[1]
+
+
 def test_gpipe_forwards_all_microbatches_then_backwards_all() -> None:
     plan = Plan(mode="gpipe", stages=3, steps=1, microbatches=4)
-    assert _diagram(plan, Costs(forward=1, backward=1)) == [
+    assert diagram(plan, Costs(forward=1, backward=1)) == [
         "F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3",
         ".  F0 F1 F2 F3 .  .  B0 B1 B2 B3",
         ".  .  F0 F1 F2 F3 B0 B1 B2 B3",
@@ -60,7 +80,7 @@ def test_gpipe_forwards_all_microbatches_then_backwards_all() -> None:
 
 def test_1f1b_keeps_no_more_than_one_microbatch_open_per_stage_above_and_itself() -> None:
     plan = Plan(mode="1f1b", stages=3, steps=1, microbatches=4)
-    assert _diagram(plan, Costs(forward=1, backward=1)) == [
+    assert diagram(plan, Costs(forward=1, backward=1)) == [
         "F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3",
         ".  F0 F1 .  B0 F2 B1 F3 B2 .  B3",
         ".  .  F0 B0 F1 B1 F2 B2 F3 B3",
@@ -69,7 +89,7 @@ def test_1f1b_keeps_no_more_than_one_microbatch_open_per_stage_above_and_itself(
 
 def test_async_1f1b_goes_on_without_a_flush() -> None:
     plan = Plan(mode="async-1f1b", stages=3, steps=5)
-    assert _diagram(plan, Costs(forward=1, backward=1)) == [
+    assert diagram(plan, Costs(forward=1, backward=1)) == [
         "F0 F1 F2 .  .  B0 F3 B1 F4 B2 .  B3 .  B4",
         ".  F0 F1 .  B0 F2 B1 F3 B2 F4 B3 .  B4",
         ".  .  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4",

@@ -1,6 +1,7 @@
 """``--launcher ray``: real Ray, on this host and on clusters of several nodes; failures that name stage and node.
 
-The driver is a program of its own, like a user's. The cluster of several nodes demands a token.
+The driver is a program of its own, like a user's. The cluster of several nodes demands a token, and serves all tests
+but the one that kills its head. What is refused before a worker starts is refused in this process.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,13 @@ import psutil
 import pytest
 from oracle import assert_same
 from safetensors.torch import load_file
-from torchrun_program import HERE, Program
+from torchrun_program import HERE, Program, left_in
 
 from launch import ray_launcher
 from launch.console import Console
 from launch.recipes.digits import digits
 from launch.training import resolve_source, run
-from pipeline import Plan
+from pipeline import Plan, PlanError
 from pipeline.spans import Span
 from workers import records
 from workers.board import Status
@@ -42,10 +44,11 @@ ray = pytest.importorskip("ray", reason="the package ray is not installed: pip i
 
 from ray._private.authentication_test_utils import reset_auth_token_state  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
+from ray.exceptions import RayError  # noqa: E402
 
 from launch import ray_cluster  # noqa: E402
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 _ENDLESS = f"train {HERE / 'endless.py'} --mode naive --name r --runs . --launcher ray"
 _FORGET: dict[str, str | None] = dict.fromkeys(
     ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
@@ -88,11 +91,10 @@ def _digits(sizes: tuple[int, ...]) -> str:
 # ---------------------------------------------------------------- a Ray of the run's own
 
 
-@pytest.mark.parametrize("sizes", [(3, 3), (2, 2, 2)])
-def test_locked_training_equals_local_workers_bit_for_bit(sizes: tuple[int, ...], tmp_path: Path) -> None:
+def test_locked_training_equals_local_workers_bit_for_bit(tmp_path: Path) -> None:
     """Three stages find room on two cores too. Nothing of Ray is left when the command has ended."""
-    local = _local_run(sizes, tmp_path)
-    with freewheel(f"{_digits(sizes)} --launcher ray --address local --json r.json", tmp_path) as program:
+    local = _local_run((2, 2, 2), tmp_path)
+    with freewheel(f"{_digits((2, 2, 2))} --launcher ray --address local --json r.json", tmp_path) as program:
         status, out, err = program.ended()
     assert status == 0, err
     assert_same(load_file(tmp_path / "r" / "model.safetensors"), local.state_tensors())
@@ -102,55 +104,7 @@ def test_locked_training_equals_local_workers_bit_for_bit(sizes: tuple[int, ...]
     assert "shared memory, 4 slots  (all workers on this host" in out
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert {line["event"] for line in lines} == {"train", "evaluation"}
-    assert len(list((tmp_path / "r" / "spans").iterdir())) == len(sizes)
-
-
-def test_unlocked_training_reaches_its_accuracy(tmp_path: Path) -> None:
-    typed = "train digits --hidden 128 --stages 2 --until accuracy=0.9 --steps 2000 --name r --runs ."
-    with freewheel(f"{typed} --launcher ray --address local", tmp_path) as program:
-        status, _, err = program.ended()
-    assert status == 0, err
-    result = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert result["until_samples"] is not None
-    assert result["accuracy"] >= 0.7, "it was at 0.9; batches under way move it after that"
-    assert result["steps"] < 2000
-
-
-def test_threads_are_the_plans_and_what_a_worker_prints_reaches_the_drivers_console(tmp_path: Path) -> None:
-    """Ray would set OMP_NUM_THREADS to the actor's CPUs, which are three here."""
-    typed = f"train {HERE / 'ray_threads.py'} --name r --runs . --launcher ray --address local --ray.cpus 3"
-    with freewheel(typed, tmp_path) as program:
-        status, out, err = program.ended()
-    assert status == 0, err
-    assert set(re.findall(r"threads \d+ \S+ \S+", out)) == {"threads 2 2 2"}
-
-
-def test_a_benchmark_runs_its_rows_over_the_actors(tmp_path: Path) -> None:
-    """A mode of ours, and a rival whose ranks are children of the same actors; 14 rows make its search short."""
-    typed = "bench digits --hidden 32 --batch 14 --stages 2 --rows naive ddp torch-1f1b --steps 6 --rounds 1"
-    with freewheel(f"{typed} --launcher ray --address local --runs . --name b", tmp_path) as program:
-        status, _, err = program.ended(within_s=160.0)
-    assert status == 0, err
-    report = json.loads((tmp_path / "b" / "bench.json").read_text())
-    rows = report["rows"]
-    assert [(row["engine"], row["mode"]) for row in rows] == [
-        ("single", "backprop"),
-        ("ddp", "backprop"),
-        ("torch", "1F1B"),
-        ("freewheel", "naive"),
-    ]
-    assert {row["launcher"] for row in rows} == {"ray"}
-    assert all(host.startswith("node ") for host in report["environment"]["hosts"])
-    assert [row["loss"] for row in rows] == pytest.approx([rows[0]["loss"]] * 4, abs=1e-4), "the same batches"
-
-
-def test_an_exception_in_a_stage_travels_whole(tmp_path: Path) -> None:
-    typed = f"train {HERE / 'failing.py'} --name r --runs . --launcher ray --address local"
-    with freewheel(typed, tmp_path) as program:
-        status, _, err = program.ended()
-    assert status == 1
-    assert re.search(r"stage 1, layer 5, batch 5: ZeroDivisionError: as planned \(pid \d+ on node [0-9a-f]{8}", err)
-    assert "raise ZeroDivisionError" in err
+    assert len(list((tmp_path / "r" / "spans").iterdir())) == 3
 
 
 def test_a_killed_driver_takes_its_own_ray_with_it(tmp_path: Path) -> None:
@@ -158,15 +112,6 @@ def test_a_killed_driver_takes_its_own_ray_with_it(tmp_path: Path) -> None:
         program.wait_for("held-out loss")
         program.process.kill()
         program.ended()
-
-
-def test_an_interrupted_driver_stops_everything(tmp_path: Path) -> None:
-    with freewheel(f"{_ENDLESS} --address local", tmp_path) as program:
-        program.wait_for("held-out loss")
-        program.process.send_signal(signal.SIGINT)
-        status, _, err = program.ended()
-    assert status == 130
-    assert "Traceback" not in err
 
 
 def test_variables_of_ray_are_set_explicitly_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,27 +122,40 @@ def test_variables_of_ray_are_set_explicitly_and_put_back(monkeypatch: pytest.Mo
     with ray_cluster.connected("local", {"CPU": 1.0}, 1) as cluster:
         assert os.environ["RAY_AUTH_MODE"] == "token"
         assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+        assert _ray_variables()["RAY_worker_niceness"] == "0", "as of local workers"
         assert cluster.node_id
     assert _ray_variables() == before
     left = set(psutil.Process().children(recursive=True)) - set(children)
-    assert not psutil.wait_procs(left, timeout=10)[1]
+    assert not psutil.wait_procs(left, timeout=60)[1]
+
+
+def test_an_address_at_which_nobody_answers_is_refused() -> None:
+    """What can be known without Ray stands in test_cli."""
+    refused = pytest.raises(PlanError, match=r"address 127\.0\.0\.1:1: no Ray cluster answers at \S+:1 \(")
+    with refused, ray_cluster.connected("127.0.0.1:1", {"CPU": 1.0}, 1):
+        pass
 
 
 # ---------------------------------------------------------------- a cluster of several nodes
 
 
 class Nodes:
-    """A head without CPUs and two nodes with one each, which demand a token."""
+    """A cluster whose nodes demand a token: a head with a number of CPUs, and others with three each."""
 
-    def __init__(self, token: str) -> None:
-        self.env = {**_FORGET, "RAY_AUTH_TOKEN": token}
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        for _ in range(2):
-            self.cluster.add_node(num_cpus=1)
+    def __init__(self, head_cpus: int, others: int) -> None:
+        self.env = {**_FORGET, "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
+        args = {"num_cpus": head_cpus, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=args)
+        for _ in range(others):
+            self.add()
+
+    def add(self) -> None:
+        """Another node."""
+        self.cluster.add_node(num_cpus=3)
 
     @property
     def ids(self) -> set[str]:
-        """Ids of the two."""
+        """Ids of all but the head."""
         return {node.node_id for node in self.cluster.worker_nodes}
 
     def started(self) -> list[psutil.Process]:
@@ -213,45 +171,81 @@ class Nodes:
         return [process for process in found if process.ppid() != os.getpid() and process.pid != os.getpid()]
 
     def assert_nothing_left(self) -> None:
-        """Within ten seconds no actor, no worker, no shared memory of a dead process."""
-        deadline = time.monotonic() + 10.0
+        """No actor, no worker, and nothing in the nodes' $TMPDIR but Ray's own."""
+        deadline = time.monotonic() + 60.0
         while (left := self.started()) and time.monotonic() < deadline:
             psutil.wait_procs(left, timeout=0.2)
         assert not left, f"left behind: {[process.cmdline() for process in left]}"
+        assert not left_in(Path(os.environ["TMPDIR"]))
 
     @contextmanager
-    def asked(self) -> Iterator[list[Any]]:
-        """The actors of the run that trains now, by stage, for whoever wants to ask or kill them."""
+    def asked(self, run_dir: Path) -> Iterator[list[Any]]:
+        """The actors of a run that trains now, by stage, for whoever wants to ask or kill them."""
+        why = _decided(run_dir)["why"]
+        (names,) = re.findall(r"([0-9a-f]{8}-stage-)K", why)
         ray.init(address=self.cluster.address, namespace=ray_cluster.NAMESPACE, log_to_driver=False)
         try:
-            yield [ray.get_actor(name) for name in sorted(ray.util.list_named_actors())]
+            yield [ray.get_actor(f"{names}{stage}") for stage in range(2)]
         finally:
             ray.shutdown()
 
 
+def _decided(run_dir: Path) -> dict[str, str]:
+    """What was decided about Ray."""
+    plan = json.loads((run_dir / "plan.json").read_text())
+    (decision,) = (dict(decision) for decision in plan["decided"] if decision["what"] == "ray")
+    return decision
+
+
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
+def token() -> Iterator[None]:
+    """For all clusters of this module: a token, a tag for whatever they start, and a $TMPDIR with a short name."""
     token = secrets.token_hex(32)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "FREEWHEEL_NODES": token[:8]}.items():
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="fw") as temp:
+        path = os.pathsep.join([str(HERE.parent), str(HERE)])  # the nodes' own, as of an installation
+        given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "FREEWHEEL_NODES": token[:8]}
+        # A node would start an idle Python for each of its CPUs as soon as a driver comes, and give actors what others
+        # leave of a busy machine (niceness 15).
+        given |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
+        given |= {"RAY_worker_niceness": "0"}
+        for name, value in {**given, "PYTHONPATH": path, "TMPDIR": temp}.items():
             patch.setenv(name, value)
-        path = os.pathsep.join([str(HERE.parent), str(HERE)])
-        patch.setenv("PYTHONPATH", path)  # the nodes' own, as of an installation
         reset_auth_token_state()
-        cluster = Nodes(token)
-        try:
-            yield cluster
-            cluster.assert_nothing_left()
-        finally:
-            cluster.cluster.shutdown()
+        yield
     reset_auth_token_state()
-    left = psutil.wait_procs([p for p in psutil.Process().children(recursive=True) if "ray" in p.name()], timeout=10)[1]
-    assert not left
+
+
+@contextmanager
+def _nodes(head_cpus: int, others: int) -> Iterator[Nodes]:
+    before = _of_ray()
+    nodes = Nodes(head_cpus, others)
+    started = _of_ray() - before
+    try:
+        yield nodes
+    finally:
+        nodes.cluster.shutdown()
+        for process in started:  # Ray's own, which wait for a killed head for a minute
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert not psutil.wait_procs(started, timeout=60)[1]
+
+
+def _of_ray() -> set[psutil.Process]:
+    """What Ray has started on behalf of this process."""
+    return {process for process in psutil.Process().children(recursive=True) if "ray" in process.name()}
+
+
+@pytest.fixture(scope="module")
+def nodes(token: None) -> Iterator[Nodes]:
+    """The head has no room."""
+    with _nodes(0, 2) as nodes:
+        yield nodes
+        nodes.assert_nothing_left()
 
 
 @contextmanager
 def endless(nodes: Nodes, tmp_path: Path) -> Iterator[Program]:
-    """A run over both nodes that trains by now."""
+    """A run over two nodes that trains by now."""
     with freewheel(
         f"{_ENDLESS} --address {nodes.cluster.address} --ray.strategy STRICT_SPREAD", tmp_path, **nodes.env
     ) as program:
@@ -269,55 +263,82 @@ def test_two_nodes_train_over_gloo_and_equal_local_workers_bit_for_bit(nodes: No
     assert os.environ["RAY_AUTH_TOKEN"] not in out + err
     plan = json.loads((tmp_path / "r" / "plan.json").read_text())
     assert [channel["kind"] for channel in plan["channels"]] == ["gloo"]
-    (places,) = (decision["value"] for decision in plan["decided"] if decision["what"] == "ray")
+    places = _decided(tmp_path / "r")["value"]
     assert set(re.findall(r"node ([0-9a-f]{8})", places)) == {name[:8] for name in nodes.ids}
     assert set(re.findall(r"node\s+([0-9a-f]{8})", out)) >= {name[:8] for name in nodes.ids}
     nodes.assert_nothing_left()
 
 
-def _actor_by_ray(nodes: Nodes, stage: int) -> float:
-    with nodes.asked() as actors:
-        ray.kill(actors[stage])
-        return time.monotonic()
+def test_unlocked_training_ends_at_its_goal_with_the_threads_of_the_plan(nodes: Nodes, tmp_path: Path) -> None:
+    """Ray would set OMP_NUM_THREADS to the actor's CPUs, which are three here. What workers print is to be seen."""
+    goal = "--mode unlocked --until loss=1.3 --evaluate-every 50 --steps 20000"
+    typed = f"train {HERE / 'ray_threads.py'} {goal} --name r --runs . --launcher ray --address {nodes.cluster.address}"
+    with freewheel(f"{typed} --ray.cpus 3", tmp_path, **nodes.env) as program:
+        status, out, err = program.ended()
+    assert status == 0, err
+    assert set(re.findall(r"threads \d+ \S+ \S+", out)) == {"threads 2 2 2"}
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert result["until_samples"] is not None
+    assert result["steps"] < 20_000
 
 
-def _actor_by_signal(nodes: Nodes, stage: int) -> float:
-    with nodes.asked() as actors:
-        pid = ray.get(actors[stage].status.remote(), timeout=10)["pid"]
+def test_a_benchmark_runs_its_rows_over_the_actors(nodes: Nodes, tmp_path: Path) -> None:
+    """A mode of ours, and a rival whose ranks are children of the same actors; 14 rows make its search short."""
+    typed = "bench digits --hidden 32 --batch 14 --stages 2 --rows naive ddp torch-1f1b --steps 6 --rounds 1"
+    where = f"--launcher ray --address {nodes.cluster.address} --runs . --name b"
+    with freewheel(f"{typed} {where}", tmp_path, **nodes.env) as program:
+        status, _, err = program.ended(within_s=300.0)
+    assert status == 0, err
+    report = json.loads((tmp_path / "b" / "bench.json").read_text())
+    rows = report["rows"]
+    assert [(row["engine"], row["mode"]) for row in rows] == [
+        ("single", "backprop"),
+        ("ddp", "backprop"),
+        ("torch", "1F1B"),
+        ("freewheel", "naive"),
+    ]
+    assert {row["launcher"] for row in rows} == {"ray"}
+    assert all(host.startswith("node ") for host in report["environment"]["hosts"])
+    assert [row["loss"] for row in rows] == pytest.approx([rows[0]["loss"]] * 4, abs=1e-4), "the same batches"
+
+
+def test_an_exception_in_a_stage_travels_whole(nodes: Nodes, tmp_path: Path) -> None:
+    typed = f"train {HERE / 'failing.py'} --name r --runs . --launcher ray --address {nodes.cluster.address}"
+    with freewheel(typed, tmp_path, **nodes.env) as program:
+        status, _, err = program.ended()
+    assert status == 1
+    assert re.search(r"stage 1, layer 5, batch 5: ZeroDivisionError: as planned \(pid \d+ on node [0-9a-f]{8}", err)
+    assert "raise ZeroDivisionError" in err
+
+
+def _kill_actor(nodes: Nodes, run_dir: Path) -> None:
+    with nodes.asked(run_dir) as actors:
+        pid = ray.get(actors[1].status.remote(), timeout=60)["pid"]
     os.kill(pid, signal.SIGKILL)
-    return time.monotonic()
 
 
-def _node(nodes: Nodes, stage: int) -> float:
-    with nodes.asked() as actors:
-        where = ray.get(actors[stage].status.remote(), timeout=10)["node"]
+def _kill_node(nodes: Nodes, run_dir: Path) -> None:
+    with nodes.asked(run_dir) as actors:
+        where = ray.get(actors[1].status.remote(), timeout=60)["node"]
     (node,) = (node for node in nodes.cluster.worker_nodes if node.node_id == where)
-    start = time.monotonic()
     nodes.cluster.remove_node(node, allow_graceful=False)
-    return start
 
 
-@pytest.mark.parametrize("kill", [_actor_by_ray, _actor_by_signal, _node])
-def test_who_is_killed_is_named_within_five_seconds(
-    kill: Callable[[Nodes, int], float], nodes: Nodes, tmp_path: Path
-) -> None:
-    """Not the stage that saw its connection break. Counted until the driver wrote its verdict down."""
+@pytest.mark.parametrize("kill", [_kill_actor, _kill_node])
+def test_who_is_killed_is_named(kill: Callable[[Nodes, Path], None], nodes: Nodes, tmp_path: Path) -> None:
+    """Not the stage that saw its connection break; and by what broke or by Ray's word, not because time went by."""
     with endless(nodes, tmp_path) as program:
-        plan = json.loads((tmp_path / "r" / "plan.json").read_text())
-        killed = kill(nodes, 1)
-        failure = tmp_path / "r" / "failure.txt"
-        while not failure.exists() and time.monotonic() < killed + 20:
-            psutil.wait_procs([psutil.Process(program.process.pid)], timeout=0.05)
-        seconds = failure.stat().st_mtime - (time.time() - time.monotonic()) - killed
+        (node,) = re.findall(r"1 on (node [0-9a-f]{8} \([\d.]+\))", _decided(tmp_path / "r")["value"])
+        kill(nodes, tmp_path / "r")
         status, _, err = program.ended()
     assert status == 1, err
-    (places,) = (decision["value"] for decision in plan["decided"] if decision["what"] == "ray")
-    (node,) = re.findall(r"1 on (node [0-9a-f]{8} \([\d.]+\))", places)
-    assert re.search(rf"freewheel: stage 1: .*\(pid \d+ on {re.escape(node)}\)", err), err
-    assert seconds < 5, f"{seconds} s"
+    (line,) = [line for line in err.splitlines() if line.startswith("freewheel: ")]
+    assert re.match(rf"freewheel: stage 1: .*\(pid \d+ on {re.escape(node)}\)", line), err
+    assert not re.search("timed out|no word from it for|Errno 110", line)
+    assert (tmp_path / "r" / "failure.txt").read_text().startswith(line.removeprefix("freewheel: "))
     nodes.assert_nothing_left()
     while len(nodes.cluster.worker_nodes) < 2:
-        nodes.cluster.add_node(num_cpus=1)
+        nodes.add()
 
 
 def test_actors_of_a_killed_driver_end(nodes: Nodes, tmp_path: Path) -> None:
@@ -328,37 +349,54 @@ def test_actors_of_a_killed_driver_end(nodes: Nodes, tmp_path: Path) -> None:
     nodes.assert_nothing_left()
 
 
+def test_an_interrupted_driver_stops_everything(nodes: Nodes, tmp_path: Path) -> None:
+    with endless(nodes, tmp_path) as program:
+        program.process.send_signal(signal.SIGINT)
+        status, _, err = program.ended()
+    assert status == 130, err
+    assert "freewheel: interrupted; all workers were stopped" in err
+    assert "Traceback" not in err
+    nodes.assert_nothing_left()
+
+
 def test_control_methods_answer_while_training_runs_and_stop_ends_the_run(nodes: Nodes, tmp_path: Path) -> None:
     with endless(nodes, tmp_path) as program:
-        with nodes.asked() as actors:
-            statuses = ray.get([actor.status.remote() for actor in actors], timeout=10)
+        with nodes.asked(tmp_path / "r") as actors:
+            deadline = time.monotonic() + 60.0
+            statuses: list[Any] = []
+            while not statuses or (any(each["progress"] == 0 for each in statuses) and time.monotonic() < deadline):
+                statuses = ray.get([actor.status.remote() for actor in actors], timeout=60)
             assert [status["stage"] for status in statuses] == [0, 1]
             assert {status["node"] for status in statuses} == nodes.ids
-            assert all(status["progress"] > 0 for status in statuses)
-            ray.get(actors[0].stop.remote(), timeout=10)
+            assert all(status["progress"] > 0 for status in statuses), "an agent looks twice a second"
+            with suppress(RayError):  # the run may be over before the answer is here
+                ray.get(actors[0].stop.remote(), timeout=60)
         status, _, err = program.ended()
     assert status == 130, err
     nodes.assert_nothing_left()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("needs", "stages", "strategy", "message"),
     [
         (
-            "--stages 3 --sizes 2 3 3 --ray.strategy STRICT_SPREAD --ray.wait-s 1.5",
-            r"no room for 3 stages with CPU 1 each \(STRICT_SPREAD\) within 1\.5 s: .*has CPU 1, free CPU 1",
+            {"CPU": 2.0},
+            3,
+            "STRICT_SPREAD",
+            r"no room for 3 stages with CPU 2 each \(STRICT_SPREAD\) within 1\.5 s: .*has CPU 3, free CPU 3",
         ),
-        ("--ray.resources disk=2 --ray.wait-s 1.5", r"2 stages with CPU 1, disk 2 each \(PACK\) .* free CPU 1, disk 0"),
+        ({"CPU": 1.0, "disk": 2.0}, 2, "PACK", r"2 stages with CPU 1, disk 2 each \(PACK\) .* free CPU 3, disk 0"),
     ],
 )
 def test_a_cluster_without_room_is_refused_with_what_is_there(
-    options: str, message: str, nodes: Nodes, tmp_path: Path
+    needs: dict[str, float], stages: int, strategy: str, message: str, nodes: Nodes
 ) -> None:
-    with freewheel(f"{_ENDLESS} --address {nodes.cluster.address} {options}", tmp_path, **nodes.env) as program:
-        status, _, err = program.ended()
-    assert status == 2
-    assert re.search(message, err), err
-    assert not (tmp_path / "r").exists(), "nothing was begun"
+    with (
+        ray_cluster.connected(nodes.cluster.address, needs, stages) as cluster,
+        pytest.raises(PlanError, match=message),
+        cluster.stages(needs, stages, strategy, 1.5, lambda: False),
+    ):
+        pass
 
 
 def test_a_cluster_that_demands_a_token_refuses_who_has_none(nodes: Nodes, tmp_path: Path) -> None:
@@ -367,6 +405,41 @@ def test_a_cluster_that_demands_a_token_refuses_who_has_none(nodes: Nodes, tmp_p
         status, _, err = program.ended()
     assert status == 2, err
     assert "Ray does not take this program" in err
+    assert not (tmp_path / "r").exists(), "nothing was begun"
+
+
+# ---------------------------------------------------------------- the head
+
+
+def test_a_run_ends_with_one_message_when_only_the_heads_service_dies(nodes: Nodes, tmp_path: Path) -> None:
+    """All stages could go on, but Ray would end driver and actors after a minute, without a word.
+
+    The last test with these nodes: nothing can be asked of them any more.
+    """
+    address = nodes.cluster.address  # Ray forgets it
+    with endless(nodes, tmp_path) as program:
+        nodes.cluster.head_node.kill_gcs_server(check_alive=False)
+        status, _, err = program.ended()
+    assert status == 1, err
+    (line,) = [line for line in err.splitlines() if line.startswith("freewheel: ")]
+    silent = re.escape(f"the Ray cluster's head at {address} does not answer ([Errno 111] ")
+    assert re.match(rf"freewheel: {silent}.*, for \d+ s now, and Ray ends .*: look whether the head node is", line), err
+    assert (tmp_path / "r" / "failure.txt").read_text().startswith(line.removeprefix("freewheel: "))
+    nodes.assert_nothing_left()
+
+
+def test_a_lost_head_ends_the_run_with_one_message(token: None, tmp_path: Path) -> None:
+    """A stage is on the head node. Ray's own calls then hang, and Ray would end the driver after a minute."""
+    with _nodes(1, 1) as doomed:
+        with endless(doomed, tmp_path) as program:
+            doomed.cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+            status, _, err = program.ended()
+        assert status == 1, err
+        (line,) = [line for line in err.splitlines() if line.startswith("freewheel: ")]
+        silent = f"the Ray cluster's head at {doomed.cluster.address} does not answer ("
+        assert re.match(rf"freewheel: stage \d: rank \d \(.*\) is gone without a word \({re.escape(silent)}", line), err
+        assert (tmp_path / "r" / "failure.txt").read_text().startswith(line.removeprefix("freewheel: "))
+    doomed.assert_nothing_left()
 
 
 # ---------------------------------------------------------------- metrics, and jobs
@@ -403,7 +476,7 @@ def test_a_submitted_job_trains_a_recipe_of_its_working_folder(tmp_path: Path, m
         command = f"{sys.executable} -m launch train ray_threads.py --launcher ray --name j --runs {tmp_path}".split()
         submit = ["job", "submit", "--address", f"http://{cluster.head_node.webui_url}", "--working-dir", str(folder)]
         ray_command = [sys.executable, "-m", "ray.scripts.scripts", *submit, "--", *command]
-        ended = subprocess.run(ray_command, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(ray_command, capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert "ray_threads: naive, 2 stages" in ended.stdout
     finally:
@@ -411,15 +484,3 @@ def test_a_submitted_job_trains_a_recipe_of_its_working_folder(tmp_path: Path, m
         monkeypatch.undo()
         reset_auth_token_state()
     assert json.loads((tmp_path / "j" / "result.json").read_text())["launcher"] == "ray"
-
-
-# ---------------------------------------------------------------- refused before anything starts
-
-
-def test_an_address_at_which_nobody_answers_is_refused(tmp_path: Path) -> None:
-    """What can be known without Ray stands in test_cli."""
-    with freewheel("train digits --runs . --launcher ray --address 127.0.0.1:1", tmp_path, **_FORGET) as program:
-        status, _, err = program.ended()
-    assert status == 2
-    assert re.search(r"address 127.0.0.1:1: no Ray cluster answers at \S+:1 \(", err), err
-    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import struct
 import sys
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from functools import partial
 from multiprocessing import resource_sharer
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,13 @@ import problems
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from launch import train
 from launch.recipes import BUILT_IN
 from launch.recipes.chargpt import chargpt
-from launch.recipes.digits import digits
+from launch.recipes.digits import _table, digits
 from launch.recipes.mlp import mlp
 from launch.recipes.mnist import mnist
 from launch.sources import GivenRecipe, NamedRecipe, check_travels, entry_of
@@ -389,6 +392,22 @@ def _held_out(recipe: Recipe) -> Iterable[Batch]:
 
 def _rows(batches: Iterable[Batch]) -> set[tuple[float, ...]]:
     return {tuple(row) for inputs, _ in batches for row in inputs.tolist()}
+
+
+def test_digits_are_those_that_scikit_learn_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read without the package, which is slow to import; where its file is not, the package loads them."""
+    rows = _table()
+    loaded = load_digits()
+    assert np.array_equal(rows, np.column_stack([loaded.data, loaded.target]))
+    elsewhere = SimpleNamespace(origin="/nowhere/sklearn/__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: elsewhere)
+    assert np.array_equal(rows, _table())
+
+
+def test_without_scikit_learn_digits_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(PlanError, match=r"scikit-learn, which is not installed: pip install 'freewheel\[digits\]'"):
+        _table()
 
 
 def test_digits_are_split_once_and_for_all() -> None:

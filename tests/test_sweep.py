@@ -26,7 +26,7 @@ from launch.sweep.options import SweepOptions
 from launch.sweep.points import Outcome, Store
 from launch.sweep.presets import PRESETS, with_preset
 from launch.sweep.work import run_point
-from pipeline import Plan, StageError, run_reference
+from pipeline import Plan, PlanError, StageError, run_reference
 from tests.test_cli import Ended, freewheel
 
 RECIPE = '''
@@ -180,6 +180,20 @@ def test_an_exact_mode_is_run_once_for_all_splits_and_delays() -> None:
     assert keys[12:14] == [keys[0]] * 2, "unlocked, one stage"
     assert len({tuple(each) for each in keys[14:]}) == 4
     assert [setting.backprop for setting in grid.settings] == [True] * 14 + [False] * 4
+
+
+def test_what_delays_do_not_change_is_run_once_for_all_of_them() -> None:
+    """Asynchronous 1F1B waits for late gradients, unless it keeps more batches open; in mode local there are none."""
+    rows = (
+        "--row 'waits: --mode async-1f1b' --row 'full: --mode async-1f1b --in-flight full' --row 'local: --mode local'"
+    )
+    settings = _grid(f"{rows} --vary hop-steps=0,2,8").settings
+    keys = [_keys(setting)[0] for setting in settings]
+    assert len(set(keys[:4])) == 1, "and without a delay there is nothing to keep full"
+    assert len({*keys[3:6]}) == 3
+    assert len(set(keys[6:])) == 1
+    with pytest.raises(PlanError, match="hop-steps has no effect here: 0, 8 are one and the same run; leave it out"):
+        _grid("--mode local --vary hop-steps=0,8")
 
 
 def test_rounding_on_the_way_makes_the_split_matter() -> None:
@@ -363,9 +377,9 @@ def test_the_first_screen_says_what_will_run_and_the_last_what_came_out(swept: t
     assert (ended.status, ended.err) == (0, "")
     first, _, rest = ended.out.partition("\n")
     assert first == ("mine: sweep of 6 settings (3 x 2) with 2 seeds each in the reference driver, 30 batches of 16")
-    assert "  to run     10  (0 of 10 are there; 2 at a time)" in rest
-    assert "  runs       10, not 12  (" in rest
-    assert len(re.findall(r"^ +\d+/10  ", rest, re.MULTILINE)) == 10
+    assert "  to run     8  (0 of 8 are there; 2 at a time)" in rest
+    assert "  runs       8, not 12  (" in rest
+    assert len(re.findall(r"^ +\d+/8  ", rest, re.MULTILINE)) == 8
     verdict = _content(folder)["verdict"]
     assert re.match(r"Best: .*, [\d.]+ % \([\d.]+ to [\d.]+, 2 seeds\)\.", verdict)
     assert verdict in rest
@@ -418,12 +432,12 @@ def test_a_second_call_runs_nothing_and_a_third_only_what_is_new(
         patch.setattr(BaseProcess, "start", lambda process: pytest.fail("a process was started"))
         again = freewheel("sweep", folder / "mine.py", *_TYPED, "--runs", folder / "runs")
     assert again.status == 0
-    assert "  to run     0  (10 of 10 are there; 1 at a time)" in again.out
+    assert "  to run     0  (8 of 8 are there; 1 at a time)" in again.out
     more = freewheel("sweep", folder / "mine.py", *_TYPED, "--seeds", "0,1,2", "--runs", folder / "runs")
-    assert "  to run     5  (10 of 15 are there; 2 at a time)" in more.out
+    assert "  to run     4  (8 of 12 are there; 2 at a time)" in more.out
     assert "  next: freewheel train " in more.out, "three seeds and backpropagation: enough to try it"
     after = {path.name: path.stat().st_mtime_ns for path in points.iterdir()}
-    assert len(after) == 15
+    assert len(after) == 12
     assert before.items() <= after.items()
 
 

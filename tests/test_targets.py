@@ -43,9 +43,11 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     log = Log()
     forward, predict, learn = Stage.forward, Stage.predict, Stage.learn
 
-    def logged_forward(self: Stage, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0) -> Tensor:
+    def logged_forward(
+        self: Stage, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0, *, awaited: bool = False
+    ) -> Tensor:
         log.weights[self.index, batch] = [layer.module.weight.detach().clone() for layer in self.layers]  # type: ignore[union-attr, operator]
-        h = forward(self, batch, x, labels, microbatch)
+        h = forward(self, batch, x, labels, microbatch, awaited=awaited)
         if self.last:  # mean cross-entropy: (softmax - onehot) / rows
             log.loss_gradient[batch] = (h.softmax(1) - F.one_hot(labels, h.shape[1])) / len(h)
         return h

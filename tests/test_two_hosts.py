@@ -20,7 +20,7 @@ import pytest
 from oracle import assert_same
 from safetensors.torch import load_file
 from torchrun_program import HERE, Program, Torchrun, torchrun
-from two_hosts import Host, NoNamespacesError, two_hosts
+from two_hosts import CLOCK_AHEAD_S, Host, NoNamespacesError, two_hosts
 
 from launch.console import Console
 from launch.recipes.digits import digits
@@ -28,7 +28,7 @@ from launch.rundir import read_spans
 from launch.training import resolve_source, run
 from pipeline import Plan
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_unlocked_training_between_two_hosts_learns(hosts: tuple[Host, Host], tm
     assert result["until_samples"] is not None, "it was at 0.9 when it stopped; batches under way move it after that"
     assert result["accuracy"] >= 0.7
     assert result["steps"] < 2000
-    assert 0 < result["seconds"] < 60, "on one clock"
+    assert 0 < result["seconds"] < CLOCK_AHEAD_S / 2, "on one clock"
 
 
 def test_a_transformer_trains_between_two_hosts_to_the_end(
@@ -126,6 +126,7 @@ _RAY_PORT = 29519
 def _ray_on_both(hosts: tuple[Host, Host], folder: Path) -> Iterator[dict[str, str | None]]:
     """Ray's head on host a and a node on host b, a CPU each, which demand a token; gives a driver's environment."""
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ADDRESS": None}
+    env |= {"RAY_worker_niceness": "0", "RAY_prestart_worker_first_driver": "0"}  # as in test_ray
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
     start += ["--object-store-memory=80000000"]
     where = f"{hosts[0].address}:{_RAY_PORT}"
@@ -172,11 +173,9 @@ def test_a_failure_on_the_other_host_is_told_on_the_first(what: str, hosts: tupl
         if what != "an exception":
             a.wait_for("held-out loss")
             (b.worker(1) if what == "a kill" else b.rank(1)).kill()
-            start = time.monotonic()
         status, _, err = a.ended()
         other = b.ended()
-        if what != "an exception":
-            assert time.monotonic() - start < 28, "torchrun kills after 30 s"
+    assert "forcefully" not in err + other[2], "torchrun kills who has not ended 30 s after its SIGTERM, and says so"
     assert status != 0
     assert other[0] != 0
     (line,) = [line for line in (err + other[2]).splitlines() if line.startswith("freewheel: ")]
@@ -205,4 +204,4 @@ def test_a_cable_that_is_pulled_ends_both_sides(hosts: tuple[Host, Host], tmp_pa
         "freewheel: rank 1 on host-b: the driver (rank 0) is gone ([Errno 110] Connection timed out)"
     )
     assert [status for status, _, _ in ended] == [1, 1]
-    assert seconds < 50
+    assert seconds < 100, "not the stall limit"

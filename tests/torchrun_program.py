@@ -66,19 +66,15 @@ class Program:
             late.cancel()
             late.join()
 
-    def ended(self, within_s: float = 150.0, but: str | None = None) -> tuple[int, str, str]:
-        """(exit status, stdout, stderr) once it has ended by itself, and nobody and nothing of it is left.
-
-        Names in $TMPDIR that begin with ``but`` may be.
-        """
+    def ended(self, within_s: float = 150.0) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr) once it has ended by itself, and nobody and nothing of it is left."""
         out, err = self.process.communicate(timeout=within_s)
-        deadline = time.monotonic() + 30.0
+        deadline = time.monotonic() + 60.0
         while (left := self.family()) and time.monotonic() < deadline:
             psutil.wait_procs(left, timeout=0.2)
         assert not left, f"processes left behind: {left}\n{err}"
         assert not self.left_in_shared_memory(), f"{self.left_in_shared_memory()}\n{err}"
-        files = [name for name in left_in(self.temp) if but is None or not name.startswith(but)]
-        assert not files, f"{files} in $TMPDIR\n{err}"
+        assert not left_in(self.temp), f"{left_in(self.temp)} in $TMPDIR\n{err}"
         return self.process.returncode, out, err
 
     def family(self) -> list[psutil.Process]:

@@ -23,6 +23,7 @@ from workers import control, records
 from workers.assignment import FILES, Assignment
 from workers.clock import now_ns
 from workers.control import Wire
+from workers.processes import forget_fork_server
 from workers.rank_worker import RankWorker
 from workers.shared import shared_memory, unlink_all
 from workers.unnamed import UnnamedFile
@@ -62,6 +63,7 @@ def serve(
     prepare: Callable[[control.Task], Assignment],
     asked: Callable[[], bool],
     observe: Callable[[control.Status], None] | None = None,
+    last: bool = True,
 ) -> int:
     """Take part in one run.
 
@@ -71,6 +73,7 @@ def serve(
         prepare: makes the worker's assignment from the task; what it raises goes to the driver, who reports it.
         asked: whether somebody asked this process to end (SIGINT, SIGTERM).
         observe: gets what the worker does, twice a second, before the driver does.
+        last: whether this process starts no other worker after this run.
 
     Returns:
         the exit status that the driver gave.
@@ -81,7 +84,7 @@ def serve(
     Blocks:
         until the driver stops the run or is gone; 900 s for the task.
     """
-    agent = _Agent(wire, hello, asked, observe or _nobody)
+    agent = _Agent(wire, hello, asked, observe or _nobody, last)
     try:
         try:
             agent.run(prepare)
@@ -122,8 +125,10 @@ class _Agent:
         hello: control.Hello,
         asked: Callable[[], bool],
         observe: Callable[[control.Status], None],
+        last: bool,
     ) -> None:
         self.started = False
+        self._last = last
         self._wire, self._hello, self._asked, self._observe = wire, hello, asked, observe
         self._interrupted_at: float | None = None
         self._worker: RankWorker | None = None
@@ -171,6 +176,8 @@ class _Agent:
     def end(self) -> None:
         """End the worker and remove what this process made; a second call does nothing."""
         if self._worker is not None:
+            if self._last:  # as long as the worker is there, who tidies up if this process is killed meanwhile
+                forget_fork_server()
             self._worker.end()
             self._worker = None
         self._stack.close()

@@ -110,7 +110,7 @@ class Receiver(End):
         lane: how messages get from the slots to where the worker computes.
     """
 
-    held: int
+    held: int = 0
     lane: Lane
 
     @abstractmethod
@@ -139,13 +139,20 @@ class Receiver(End):
             until a message is there, at most ``deadline_s``.
         """
 
-    @abstractmethod
     def release(self) -> None:
         """Free the oldest slot whose message was received and not yet released. Never blocks.
 
         Raises:
             RuntimeError: no slot is held.
         """
+        if not self.held:
+            raise RuntimeError(f"{self.label}: no message is held, so there is nothing to release")
+        self.held -= 1
+        self.lane.then(self._free)
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Let the sender have the oldest slot held; a closed end has nothing to do. Never blocks."""
 
     def take(self) -> Message | None:
         """The next message as a copy, its slot already free again, or None. Never blocks.

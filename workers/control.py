@@ -279,7 +279,7 @@ class Reception:
         self._socket.settimeout(within_s)
         try:
             accepted, _ = self._socket.accept()
-        except TimeoutError:
+        except (TimeoutError, ConnectionAbortedError):
             return None
         connection = _connection(accepted, _GREET_WITHIN_S)
         nonce = secrets.token_bytes(_NONCE_BYTES)
@@ -322,9 +322,11 @@ def called(host: str, port: int, key: bytes, within_s: float) -> Wire:
         theirs, nonce = connection.recv_bytes(_NONCE_BYTES), secrets.token_bytes(_NONCE_BYTES)
         connection.send_bytes(nonce + _proof(key, b"agent", theirs, nonce))
         answer = connection.recv_bytes(_NONCE_BYTES)
-    except EOFError as error:
+    except (EOFError, OSError) as error:
         connection.close()
-        raise ConnectionError(f"{host}:{port} hung up during the greeting: another run's driver?") from error
+        raise ConnectionError(
+            f"{host}:{port} broke off the greeting ({error or 'it hung up'}): another run's driver?"
+        ) from error
     if not hmac.compare_digest(answer, _proof(key, b"driver", nonce, theirs)):
         connection.close()
         raise ConnectionError(f"{host}:{port} does not know this run's key: another run's driver?")

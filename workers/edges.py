@@ -202,34 +202,32 @@ def _shm_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: f
 
 
 def _gloo_sender(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
-    assert meeting is not None, "an edge over gloo needs a rendezvous"
-    attach = partial(
-        RemoteSender.attach,
-        meeting,
-        edge.label,
-        label=edge.label,
-        slots=edge.slots,
-        slot_bytes=edge.slot_bytes,
-        deadline_s=within_s,
-        sender_bell=bell(edge.source),
-        wire_dtype=edge.wire_dtype,
-    )
-    return _on_lane(edge.source_device, edge.label, lambda lane: attach(lane=lane))
+    return _remote(RemoteSender, edge, edge.source, edge.source_device, bell, meeting, within_s)
 
 
 def _gloo_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
+    return _remote(RemoteReceiver, edge, edge.target, edge.target_device, bell, meeting, within_s)
+
+
+_Remote = TypeVar("_Remote", RemoteSender, RemoteReceiver)
+
+
+def _remote(
+    end: type[_Remote], edge: Edge, worker: int, device: str, bell: _Bells, meeting: Meeting | None, within_s: float
+) -> _Remote:
     assert meeting is not None, "an edge over gloo needs a rendezvous"
     attach = partial(
-        RemoteReceiver.attach,
+        end.attach,
         meeting,
         edge.label,
         label=edge.label,
         slots=edge.slots,
         slot_bytes=edge.slot_bytes,
         deadline_s=within_s,
-        receiver_bell=bell(edge.target),
+        bell=bell(worker),
+        wire_dtype=edge.wire_dtype,
     )
-    return _on_lane(edge.target_device, edge.label, lambda lane: attach(lane=lane))
+    return _on_lane(device, edge.label, lambda lane: attach(lane=lane))
 
 
 def _peer_sender(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:

@@ -47,7 +47,14 @@ class EmulatedStage:
         self._input_shapes: dict[tuple[int, int], torch.Size] = {}
         self._owed_ns = 0
 
-    def forward(self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0) -> Tensor:
+    def locked(self, batch: int) -> bool:
+        """Nothing is learned that a lock could be for."""
+        return False
+
+    def switched(self) -> None:
+        """Nor is there a switch."""
+
+    def forward(self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0, *, awaited: bool = False) -> Tensor:
         """A third of the stage's time."""
         self._record(Span.FORWARD, batch)
         with self._lasting(self._part_ms / 3):

@@ -21,14 +21,14 @@ class RunFailed(RuntimeError):
     """A worker failed, died or stalled; the run is over and everything is cleaned up.
 
     Attributes:
-        stage: the stage where it began.
+        stage: the stage where it began; None: in none of them.
         layer: the layer, if one was running.
         batch: the batch in work, if any; the replica's own count.
         details: the worker's traceback, or the stall report; may be empty.
     """
 
     def __init__(
-        self, message: str, *, stage: int, layer: str | None = None, batch: int | None = None, details: str = ""
+        self, message: str, *, stage: int | None, layer: str | None = None, batch: int | None = None, details: str = ""
     ) -> None:
         super().__init__(message)
         self.stage, self.layer, self.batch, self.details = stage, layer, batch, details

@@ -227,7 +227,7 @@ class Fleet:
         for member in self.members:
             self._tell(member, records.Go())
         for _, record in self._until(records.Finished, self._resolved.plan.stall_after_s):
-            if isinstance(record, records.Loss | records.Scored | records.Judged | records.Finished):
+            if isinstance(record, records.Finding | records.Finished):
                 yield record
 
     def note(self, rank: int, content: bytes) -> None:
@@ -419,7 +419,7 @@ class Fleet:
             self._write(member, record)
         elif isinstance(record, records.Ready):
             member.pid = record.pid
-        elif isinstance(record, records.Loss | records.Scored | records.Judged | records.Failure):
+        elif isinstance(record, records.Finding | records.Failure):
             return msgspec.structs.replace(record, time_ns=record.time_ns - member.offset_ns)
         elif isinstance(record, records.Finished):
             late = member.offset_ns

@@ -12,6 +12,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 
 from workers.assignment import Assignment
+from workers.processes import remove_listener
 from workers.shared import unlink_all
 
 __all__ = ["ends_with_the_driver"]
@@ -43,7 +44,7 @@ def ends_with_the_driver(assignment: Assignment, listener: Path | None) -> Itera
         try:
             unlink_all(assignment.resolved, assignment.names)
             if listener is not None:
-                _remove(listener)
+                remove_listener(listener)
         finally:
             os.killpg(os.getpgid(0), signal.SIGKILL)
 
@@ -54,10 +55,3 @@ def ends_with_the_driver(assignment: Assignment, listener: Path | None) -> Itera
     finally:
         if mp_connection.wait([driver.sentinel], 0.0):
             thread.join(_TIDY_WITHIN_S)
-
-
-def _remove(listener: Path) -> None:
-    """multiprocessing makes a folder for it, which may have sockets of the user's own."""
-    with contextlib.suppress(OSError):
-        listener.unlink()
-        listener.parent.rmdir()

@@ -27,7 +27,7 @@ from workers.emulated import DelayedReceiver
 
 __all__ = ["Ports", "attached"]
 
-_TRAINING = (Kind.ACTIVATION, Kind.GRADIENT)
+_TRAINING = (Kind.ACTIVATION, Kind.AWAITED, Kind.GRADIENT)
 
 
 class Loading:

@@ -7,7 +7,20 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Failure", "Finished", "Go", "Judged", "Loss", "Ready", "Record", "Scored", "receive", "send"]
+__all__ = [
+    "Failure",
+    "Finding",
+    "Finished",
+    "Go",
+    "Judged",
+    "Loss",
+    "Ready",
+    "Record",
+    "Scored",
+    "Switched",
+    "receive",
+    "send",
+]
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -57,6 +70,18 @@ class Judged(msgspec.Struct, tag=True, frozen=True):
     replica: int = 0
 
 
+class Switched(msgspec.Struct, tag=True, frozen=True):
+    """A stage locked or unlocked; see ``pipeline.unlocking.Switch``."""
+
+    stage: int
+    batch: int
+    locked: bool
+    cosine: float | None
+    norm_ratio: float | None
+    time_ns: int
+    replica: int = 0
+
+
 class Finished(msgspec.Struct, tag=True, frozen=True):
     """The worker did everything and wrote its files.
 
@@ -91,7 +116,9 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     replica: int = 0
 
 
-Record = Ready | Go | Loss | Scored | Judged | Finished | Failure
+Finding = Loss | Scored | Judged | Switched
+"""What a worker reports of the training while it trains."""
+Record = Ready | Go | Finding | Finished | Failure
 
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Record)
 _encoder = msgspec.msgpack.Encoder()

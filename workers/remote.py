@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from pipeline.messages import Message
-from workers.bell import Bell
 from workers.channel import Receiver, Sender
-from workers.gloo import Meeting, Pair, PairBroken
-from workers.lane import DIRECT, Lane
+from workers.gloo import PairBroken
 from workers.remote_end import CLOSED, RemoteEnd
+from workers.slot import Slot
 
 __all__ = ["RemoteReceiver", "RemoteSender"]
 
@@ -20,48 +19,8 @@ __all__ = ["RemoteReceiver", "RemoteSender"]
 class RemoteSender(Sender, RemoteEnd):
     """The sending end of a remote channel; see `Sender`. Use `attach`."""
 
-    who, peer = "sender", "receiver"
+    side, who, peer = 0, "sender", "receiver"
     _num_sent = _num_shipped = _num_released = 0
-
-    @classmethod
-    def attach(
-        cls,
-        meeting: Meeting,
-        name: str,
-        *,
-        label: str,
-        slots: int,
-        slot_bytes: int,
-        deadline_s: float,
-        sender_bell: Bell | None = None,
-        wire_dtype: torch.dtype | None = None,
-        lane: Lane = DIRECT,
-    ) -> RemoteSender:
-        """Meet the receiving end. Whoever attaches several ends does so in an order common to all processes.
-
-        Args:
-            meeting: where both meet.
-            name: the channel's, used once.
-            label: what errors call the channel, like ``"activations 0->1"``.
-            slots: how many messages fit.
-            slot_bytes: largest ``layout_of(message).total_bytes``, as narrowed.
-            deadline_s: seconds from now within which the other end must come.
-            sender_bell: this worker's, rung after each release and when the channel closes or breaks.
-            wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
-            lane: how messages get into the slots; closed with the end.
-
-        Raises:
-            ChannelTimeout: it did not come.
-            ValueError: the ends do not agree on the slots.
-
-        Blocks:
-            until the other end is there, at most ``deadline_s`` to connect and as long again to greet.
-        """
-        pair = Pair.join(meeting, name, 0, deadline_s)
-        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=sender_bell, lane=lane)
-        end._slots = [lane.outgoing(memory, wire_dtype) for memory in end._memories]
-        end.start(deadline_s)
-        return end
 
     def depth(self) -> int:
         """Number of slots in use; see `End.depth`."""
@@ -112,6 +71,9 @@ class RemoteSender(Sender, RemoteEnd):
     def _has_room(self) -> bool:
         return self._num_sent - self._num_released < self.capacity
 
+    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
+        return self.lane.outgoing(memory, wire_dtype)
+
     def _incoming(self) -> list[Tensor]:
         return self._credits
 
@@ -136,30 +98,8 @@ class RemoteSender(Sender, RemoteEnd):
 class RemoteReceiver(Receiver, RemoteEnd):
     """The receiving end of a remote channel; see `Receiver`. Use `attach`."""
 
-    who, peer = "receiver", "sender"
-    held = _half = 0
+    side, who, peer = 1, "receiver", "sender"
     _num_arrived = _num_read = _num_released = _num_told = _num_credits = 0
-
-    @classmethod
-    def attach(
-        cls,
-        meeting: Meeting,
-        name: str,
-        *,
-        label: str,
-        slots: int,
-        slot_bytes: int,
-        deadline_s: float,
-        receiver_bell: Bell | None = None,
-        lane: Lane = DIRECT,
-    ) -> RemoteReceiver:
-        """Meet the sending end; as `RemoteSender.attach`. ``receiver_bell`` is rung after each arrival and at close."""
-        pair = Pair.join(meeting, name, 1, deadline_s)
-        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=receiver_bell, lane=lane)
-        end._slots = [lane.incoming(memory) for memory in end._memories]
-        end._half = max(1, slots // 2)
-        end.start(deadline_s)
-        return end
 
     def depth(self) -> int:
         """Number of slots in use, as far as messages have arrived; see `End.depth`."""
@@ -188,13 +128,6 @@ class RemoteReceiver(Receiver, RemoteEnd):
             self.held += 1
             return self.lane.land(slot)
 
-    def release(self) -> None:
-        """Free the oldest slot held; see `Receiver.release`."""
-        if not self.held:
-            raise RuntimeError(f"{self.label}: no message is held, so there is nothing to release")
-        self.held -= 1
-        self.lane.then(self._free)
-
     def _free(self) -> None:
         with self._changed:
             index = self._num_released % self._ring_size
@@ -202,7 +135,7 @@ class RemoteReceiver(Receiver, RemoteEnd):
             if not self._said_end and self._broken is None:
                 with contextlib.suppress(PairBroken):  # the waiter sees it too
                     self._expect(index)
-                    self._give_credit(self._half)
+                    self._give_credit(self.capacity // 2 or 1)
 
     def _give_credit(self, least: int) -> None:
         """Tell the sender what was released, once ``least`` slots are in use as far as it knows."""

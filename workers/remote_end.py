@@ -22,15 +22,15 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
 
 from workers.bell import Bell
 from workers.channel import ChannelBroken, ChannelTimeout, End
-from workers.gloo import Pair, PairBroken
-from workers.lane import Lane
+from workers.gloo import Meeting, Pair, PairBroken
+from workers.lane import DIRECT, Lane
 from workers.slot import Slot, slot_stride
 
 __all__ = ["CLOSED", "RemoteEnd"]
@@ -43,7 +43,47 @@ CLOSED = -1
 class RemoteEnd(End):
     """What both ends share: two rings of buffers, one per direction, and the thread that waits for what arrives."""
 
+    side = 0
     who = peer = ""
+
+    @classmethod
+    def attach(
+        cls,
+        meeting: Meeting,
+        name: str,
+        *,
+        label: str,
+        slots: int,
+        slot_bytes: int,
+        deadline_s: float,
+        bell: Bell | None = None,
+        wire_dtype: torch.dtype | None = None,
+        lane: Lane = DIRECT,
+    ) -> Self:
+        """Meet the other end. Whoever attaches several ends does so in an order common to all processes.
+
+        Args:
+            meeting: where both meet.
+            name: the channel's, used once.
+            label: what errors call the channel, like ``"activations 0->1"``.
+            slots: how many messages fit.
+            slot_bytes: largest ``layout_of(message).total_bytes``, as narrowed.
+            deadline_s: seconds from now within which the other end must come.
+            bell: this worker's, rung when a message or a release has arrived, and when the channel closes or breaks.
+            wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
+            lane: how messages get into the slots, or out of them; closed with the end.
+
+        Raises:
+            ChannelTimeout: it did not come.
+            ValueError: the ends do not agree on the slots.
+
+        Blocks:
+            until the other end is there, at most ``deadline_s`` to connect and as long again to greet.
+        """
+        pair = Pair.join(meeting, name, cls.side, deadline_s)
+        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=bell, wire_dtype=wire_dtype, lane=lane)
+        end.start(deadline_s)
+        return end
 
     def __init__(
         self,
@@ -53,6 +93,7 @@ class RemoteEnd(End):
         slots: int,
         slot_bytes: int,
         bell: Bell | None,
+        wire_dtype: torch.dtype | None,
         lane: Lane,
     ) -> None:
         self.label, self.capacity, self._ring_size = label, slots, slots + 1
@@ -61,8 +102,7 @@ class RemoteEnd(End):
         memory = torch.frombuffer(pages, dtype=torch.uint8).view(self._ring_size, stride)
         lane.pin(memoryview(pages))
         self.lane = lane
-        self._memories = [memoryview(row.numpy()) for row in memory]
-        self._slots: list[Slot] = []
+        self._slots = [self._slot(memoryview(row.numpy()), wire_dtype) for row in memory]
         self._slot_bytes = list(memory)
         self._credits = list(torch.zeros(self._ring_size, 1, dtype=torch.int64))
         self._pair, self._bell = pair, bell
@@ -93,10 +133,14 @@ class RemoteEnd(End):
             self._flush()
         self._pair.cut()
         self._thread.join(_CLOSE_WITHIN_S)
-        self._slots, self._memories, self._sent, self._expected = [], [], [], []
+        self._slots, self._sent, self._expected = [], [], []
         self._ring()
 
     # ------------------------------------------------------------------ what the two ends do differently
+
+    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
+        """A slot of this end's ring."""
+        raise NotImplementedError
 
     def _incoming(self) -> list[Tensor]:
         raise NotImplementedError

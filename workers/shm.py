@@ -244,7 +244,6 @@ class ShmSender(_ShmEnd, Sender):
 class ShmReceiver(_ShmEnd, Receiver):
     """The receiving end of a ring; see `Receiver`. Use `attach`."""
 
-    held = 0
     _drained = False
 
     @classmethod
@@ -278,13 +277,6 @@ class ShmReceiver(_ShmEnd, Receiver):
         self._next += 1
         self.held += 1
         return self.lane.land(slot)
-
-    def release(self) -> None:
-        """Free the oldest slot held; see `Receiver.release`."""
-        if not self.held:
-            raise RuntimeError(f"{self.label}: no message is held, so there is nothing to release")
-        self.held -= 1
-        self.lane.then(self._free)
 
     def _free(self) -> None:
         if not self._closed:

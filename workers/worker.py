@@ -15,7 +15,7 @@ import signal
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,6 +38,7 @@ from pipeline.runner import Runner
 from pipeline.scores import Scores
 from pipeline.spans import Recorder, Span
 from pipeline.stage import Stage
+from pipeline.unlocking import Switch
 from workers import records
 from workers.assignment import Assignment
 from workers.board import Board
@@ -101,7 +102,7 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     runner = _runner(assignment, stage, ports, record, board)
     report = _Reporter(connection, assignment.resolved.warmup, assignment.replica)
     runner.on_loss, runner.on_scores = report.loss, report.scores
-    runner.on_quality = partial(report.quality, assignment.index)
+    runner.on_quality, runner.on_switch = partial(report.quality, assignment.index), report.switch
     ready = records.Ready(assignment.index, os.getpid(), torch.get_num_threads(), assignment.replica)
     records.send(connection, ready)
     if not connection.poll(assignment.attach_within_s):
@@ -238,6 +239,9 @@ class _Reporter:
     def quality(self, stage: int, quality: Quality) -> None:
         found = quality.cosine, quality.norm_ratio, quality.error
         records.send(self._connection, records.Judged(stage, quality.batch, *found, now_ns(), self._replica))
+
+    def switch(self, switch: Switch) -> None:
+        records.send(self._connection, records.Switched(**asdict(switch), time_ns=now_ns(), replica=self._replica))
 
     def flush(self) -> None:
         if self._losses:

@@ -77,7 +77,7 @@ class DDP(msgspec.Struct, tag=True, frozen=True):
         torch.manual_seed(derived_seed(plan.seed, "rank", rank))  # slices get dropout masks of their own
         network = torch.nn.Sequential(*(layer.module for layer in layers)).train()
         model = DistributedDataParallel(network)
-        optimizer = build_optimizer(plan.optimizer, [p for p in model.parameters() if p.requires_grad])
+        optimizer = build_optimizer(plan.optimizer, [p for p in model.parameters() if p.requires_grad], plan.steps)
         assert optimizer is not None, "DDP refuses a model without parameters"
         mine = slice(rank * self.rows, (rank + 1) * self.rows)
 

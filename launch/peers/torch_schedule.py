@@ -1,5 +1,8 @@
 """Pipelines run by torch.distributed.pipelining: its schedules on our layers, cut as our own stages are.
 
+torch.distributed.pipelining is imported where a schedule runs: it brings torch's compiler along, which would cost every
+command two seconds at its start.
+
 Shapes are given beforehand (``input_args``, ``output_args``): otherwise the first step would find them out by an
 extra pass. Every example activation but the network's input says ``requires_grad``: without it torch's first stage
 raises and the others wait for it.
@@ -11,13 +14,11 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 
 from launch.peers.forward import ForwardPass
 from launch.peers.loop import Training, assembled
@@ -29,6 +30,10 @@ from pipeline.partition import Layer, layers_of, split
 from pipeline.recipe import Recipe, build_model
 from pipeline.resolve import Resolved
 from pipeline.seeding import derived_seed
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 __all__ = ["TorchSchedule", "run_torch_schedule"]
 
@@ -104,7 +109,7 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
         schedule = self._schedule(recipe, [self._stage(index, chain) for index, chain in chains.items()])
         look = partial(ForwardPass(self.placement, chains).scores, recipe) if plan.until is not None else None
         parameters = [p for layer in local for p in layer.module.parameters() if p.requires_grad]
-        optimizer = build_optimizer(plan.optimizer, parameters)
+        optimizer = build_optimizer(plan.optimizer, parameters, plan.steps)
         first, last = 0 in mine, len(stages) - 1 in mine
 
         def step(index: int) -> float | None:
@@ -121,6 +126,8 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
         return training.run(recipe, rank, step, whole, look)
 
     def _stage(self, index: int, chain: nn.Sequential) -> PipelineStage:
+        from torch.distributed.pipelining import PipelineStage
+
         before, after = self.placement.edges[index : index + 2]
         return PipelineStage(
             chain,
@@ -132,6 +139,8 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
         )
 
     def _schedule(self, recipe: Recipe, stages: list[PipelineStage]) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
+
         kind: Any = get_schedule_class(self.schedule)
         given = stages if issubclass(kind, PipelineScheduleMulti) else stages[0]
         schedule: PipelineScheduleSingle | PipelineScheduleMulti = kind(given, self.microbatches, loss_fn=recipe.loss)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from launch.recipes.chargpt import chargpt
+from launch.recipes.cnn import cnn
 from launch.recipes.digits import digits
 from launch.recipes.mlp import mlp
 from launch.recipes.mnist import mnist
@@ -30,6 +31,7 @@ class Entry:
 BUILT_IN: dict[str, Entry] = {
     "digits": Entry(digits),
     "mnist": Entry(mnist),
+    "cnn": Entry(cnn),
     "chargpt": Entry(chargpt),
     "mlp": Entry(mlp, Plan(optimizer=OptimizerPlan(rule="sgd", lr=0.01))),
 }

@@ -108,7 +108,7 @@ def _announce(grid: Grid, missing: Sequence[Point], store: Store, options: Sweep
         _line(console, axis.name, ", ".join(axis.labels))
     _line(console, "seeds", ", ".join(map(str, grid.seeds)))
     if asked > num_points:
-        why = "exact modes and single stages depend on no split and no delay: run once, shown everywhere"
+        why = "what must learn the same, bit for bit, is run once: an exact mode at any split, most modes at any delay"
         _line(console, "runs", f"{num_points}, not {asked}", why)
     outdated = sum(store.outdated(point) for point in missing)
     there = f"{num_points - len(missing)} of {num_points} are there"

@@ -225,14 +225,16 @@ def _setting(labels: tuple[str, ...], wish: Parsed, plan: Plan, seeds: Sequence[
 def _as_run(plan: Plan) -> Plan:
     """A plan that learns the same, bit for bit, and is run once for all that do.
 
-    An exact mode does not depend on the split, nor on the delays; a single stage is backpropagation in every mode.
+    An exact mode does not depend on the split, and most modes on no delay; a single stage is backpropagation in all.
     """
-    exact = MODES[plan.mode].exact and plan.wire_dtype is None
+    if not MODES[plan.mode].timed and plan.in_flight == "stages":
+        plan = replace(plan, hop_steps=0.0)
+    exact = MODES[plan.mode].exact and plan.wire_dtype is None and plan.optimizer.clip is None
     if not exact and (plan.stages > 1 or plan.microbatches > 1 or plan.update_probability < 1):
         return plan
     whole = {"stages": 1, "sizes": (sum(plan.sizes or ()),), "hop_steps": 0.0, "channel": ChannelPlan()}
-    locked = {"mode": "naive", "targets": Plan.targets, "mix": Plan.mix, "true_every": 1, "dni": DNIPlan()}
-    changes: dict[str, Any] = {**whole, **(locked if plan.microbatches == 1 else {})}
+    locked = {"mode": "naive", "targets": Plan.targets, "mix": Plan.mix, "true_every": 1, "in_flight": "stages"}
+    changes: dict[str, Any] = {**whole, **({**locked, "dni": DNIPlan()} if plan.microbatches == 1 else {})}
     return replace(plan, **changes)
 
 

@@ -11,14 +11,24 @@ __all__ = ["PRESETS", "with_preset"]
 
 PRESETS: dict[str, str] = {
     "stages": "--vary stages=1,2,3,6 --hop-steps 1",
-    "hops": "--vary mode=naive,unlocked,async-1f1b --vary hop-steps=0,1,2,4,8 --stages 6",
+    "hops": "--vary hop-steps=0,1,8 --stages 6 --row 'backpropagation: --mode naive' --row 'unlocked:' "
+    "--row 'async-1f1b, waiting: --mode async-1f1b' "
+    "--row 'async-1f1b, kept full: --mode async-1f1b --in-flight full'",
+    "rivals": "--stages 6 --hop-steps 1 --row 'backpropagation: --mode naive' --row 'unlocked:' "
+    "--row 'async-1f1b: --mode async-1f1b' --row 'async-1f1b, warm-up: --mode async-1f1b --optimizer.warmup-steps 200' "
+    "--row 'async-1f1b-nadamw: --mode async-1f1b --optimizer.rule nadamw --optimizer.warmup-steps 200' "
+    "--row 'backpropagation, nadamw: --mode naive --optimizer.rule nadamw --optimizer.warmup-steps 200' "
+    "--row 'unlocked after 200 batches: --warmup-steps 200' --row 'unlocked, auto: --unlock auto'",
     "paper": "--vary layers,stages=3,4,5,6 --row 'backpropagation: --mode naive' "
     "--row 'DNI: --dni.form linear --dni.no-labels' --row 'cDNI: --dni.form linear' "
     "--row 'cDNI, true targets: --dni.form linear --targets true' "
     "--row 'cDNI, p = 0.2: --dni.form linear --update-probability 0.2' "
     "--row 'label_residual: --dni.form label_residual' "
     "--row 'label_residual, p = 0.2: --dni.form label_residual --update-probability 0.2'",
-    "dni-size": "--vary dni.hidden=16,64,256,1024 --dni.form loss_model --stages 6 --hop-steps 1",
+    "dni-size": "--vary dni.hidden=16,64,256,1024 --stages 6 --hop-steps 1 --row 'backpropagation: --mode naive' "
+    "--row 'mlp: --dni.form mlp' --row 'loss_model: --dni.form loss_model'",
+    "batch-norm": "--vary batch-norm=true,false --stages 6 --hop-steps 1 --row 'backpropagation: --mode naive' "
+    "--row 'bootstrap:' --row 'true: --targets true'",
 }
 """Options by name."""
 

@@ -69,8 +69,6 @@ def run_point(source: NamedRecipe, plan: Plan) -> Outcome:
         if not isinstance(error.__cause__, FloatingPointError):
             raise
         return Outcome(diverged=str(error), batches=error.batch or 0, seconds=time.perf_counter() - start)
-    except FloatingPointError as error:
-        return Outcome(diverged=str(error), seconds=time.perf_counter() - start)
     resolved = result.resolved
     tail = result.losses[-max(1, len(result.losses) // 10) :]
     train_loss = sum(tail) / len(tail)

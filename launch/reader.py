@@ -1,0 +1,45 @@
+"""Who reads what the command prints: once nobody does, it ends, and has nothing more to say.
+
+freewheel train digits --help | head -3
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+from collections.abc import Iterator
+
+__all__ = ["ends_with_its_reader"]
+
+_NOBODY = select.POLLERR | select.POLLHUP | select.POLLNVAL
+
+
+@contextlib.contextmanager
+def ends_with_its_reader() -> Iterator[None]:
+    """Flush stdout at the end, while something can be done about it.
+
+    Raises:
+        SystemExit: with status 1, as soon as something is printed that nobody can read any more.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # as it is after >&-
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more as it exits
+        os.close(nowhere)
+        sys.exit(1)
+
+
+def _unread() -> bool:
+    """Whether it is stdout that is broken, and not a connection to somebody else."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & _NOBODY for _, event in poll.poll(0))
