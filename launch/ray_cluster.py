@@ -190,7 +190,7 @@ class Actors:
         """What Ray knows about the end of an actor's ``run``; None: that it runs.
 
         Blocks:
-            at most ``within_s``, and as long again where Ray knows nothing because its head is gone.
+            at most ``within_s``, and as long again to see whether the head is gone, which is then the reason.
         """
         ended, _ = ray.wait([self._runs[stage]], timeout=within_s)
         if not ended:
@@ -198,7 +198,7 @@ class Actors:
         try:
             ray.get(ended)
         except RayError as error:
-            return _why(error)
+            return (self._head.silent(within_s) if within_s else None) or _why(error)
         return "its actor has ended"
 
     def end(self) -> None:

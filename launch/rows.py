@@ -263,7 +263,7 @@ def _in_mode(plan: Plan, mode: str) -> Plan:
         deterministic=False,
         hop_steps=0.0,
         quality_every=None,
-        warmup_steps=0,
+        warmup_steps=defaults.warmup_steps,
         unlock=defaults.unlock,
         unlock_cosine=defaults.unlock_cosine,
     )

@@ -122,8 +122,9 @@ class Plan:
     """targets mixed: the lambda of BP(lambda), weight of the true gradient."""
     true_every: int = 1
     """targets true and mixed: the true gradient of one batch in n flows. The same as dni.every."""
-    warmup_steps: int = 0
-    """Unlocked: train locked on so many batches first, while the DNIs learn and nothing is updated from them."""
+    warmup_steps: int | None = None
+    """Unlocked: train locked on so many batches first, while the DNIs learn and nothing is updated from them. None: a
+    tenth of the run, 100 at most, where every position has a label of its own; else none."""
     unlock: Literal["always", "auto"] = "always"
     """Unlocked: always, or auto: each stage begins locked, unlocks when its DNI is good enough, and locks again when it
     is not; measured on every quality_every-th batch (20)."""
@@ -367,7 +368,7 @@ def _without_effect(plan: Plan) -> Iterator[str]:
             *_LOCKING,
             *(["dni", "update_probability"] if mode.gradient == "true" else []),
         ):
-            if getattr(plan, name) != getattr(defaults, name):
+            if getattr(plan, name) not in (getattr(defaults, name), 0):  # a warm-up of 0 batches is none
                 yield NoEffect(name, f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
     elif plan.targets == "bootstrap" and plan.true_every != 1:
         yield NoEffect("true_every", "with targets bootstrap: leave it out, or choose targets true or mixed.")
@@ -412,7 +413,7 @@ def _without_effect(plan: Plan) -> Iterator[str]:
 
 def _locking(plan: Plan, defaults: Plan) -> Iterator[str]:
     """What the options of ``pipeline.unlocking`` do not go together with."""
-    given = [name for name in _LOCKING if getattr(plan, name) != getattr(defaults, name)]
+    given = [name for name in _LOCKING if getattr(plan, name) not in (getattr(defaults, name), 0)]
     for name in given:
         if plan.stages == 1:
             yield NoEffect(name, "with 1 stage, which has no DNI: leave it out.")

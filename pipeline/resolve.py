@@ -31,6 +31,7 @@ _AVERAGES = {
     "weights": "weights are averaged every {0.average_every} steps, nobody waits for it, and at the end",
 }
 _QUALITY_EVERY = 20  # with unlock auto, where nobody says
+_WARMUP_STEPS = 100  # at most, where nobody says
 _FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model"), "labels": ("linear", "mlp", "conv")}
 
 
@@ -39,8 +40,8 @@ class Resolved:
     """A run without open questions.
 
     Attributes:
-        plan: the plan with ``steps``, ``sizes`` and ``dni.every`` filled in, where needed ``evaluate_every`` and
-            ``quality_every`` too.
+        plan: the plan with ``steps``, ``sizes``, ``warmup_steps`` and ``dni.every`` filled in, where needed
+            ``evaluate_every`` and ``quality_every`` too.
         layer_names: of the whole network, in order.
         layer_parameters: number of parameters of each layer.
         layer_bytes: of each layer's parameters and buffers, and one more for each of them.
@@ -176,9 +177,8 @@ def resolve(
     held_out_batches = _count_held_out(recipe, (inputs, labels))
     if plan.until is not None and not held_out_batches:
         raise PlanError("until has no effect as evaluation gives no batch: leave it out, or give held-out batches.")
-    reasons += _locking(plan)
-    if plan.unlock == "auto":
-        plan = dataclasses.replace(plan, quality_every=plan.quality_every or _QUALITY_EVERY)
+    wish, plan = plan, _with_locking(plan, cuts, steps)
+    reasons += _locking(wish, plan)
     return Resolved(
         plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None, dni=_with_every(plan, cuts)),
         layer_names=tuple(layer.name for layer in layers),
@@ -213,10 +213,24 @@ def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
     return dataclasses.replace(plan, evaluate_every=plan.evaluate_every or look_every(steps))
 
 
-def _locking(plan: Plan) -> Iterator[tuple[str, str, str]]:
+def _with_locking(plan: Plan, cuts: Sequence[Cut], steps: int) -> Plan:
+    """The plan with the length of its warm-up filled in, and with ``unlock auto`` how often it measures."""
+    if plan.unlock == "auto":
+        plan = dataclasses.replace(plan, quality_every=plan.quality_every or _QUALITY_EVERY)
+    if plan.warmup_steps is not None:
+        return plan
+    free = plan.unlocked and plan.unlock == "always" and plan.update_probability == 1 and plan.emulate is None
+    warms_up = free and any(cut.per_token for cut in cuts)
+    return dataclasses.replace(plan, warmup_steps=min(steps // 10, _WARMUP_STEPS) if warms_up else 0)
+
+
+def _locking(wish: Plan, plan: Plan) -> Iterator[tuple[str, str, str]]:
     """What is said of the beginning of a run that is not unlocked from its first batch on."""
     if plan.warmup_steps:
-        yield "warm-up", f"{plan.warmup_steps:,} batches", "locked, while the DNIs learn; nothing is updated from them"
+        why = "locked, while the DNIs learn; nothing is updated from them"
+        if wish.warmup_steps is None:
+            why = "locked: where every position has a label, stages that begin unlocked stay behind"
+        yield "warm-up", f"{plan.warmup_steps:,} batches", why
     if plan.unlock == "auto":
         every, least = plan.quality_every or _QUALITY_EVERY, plan.unlock_cosine
         yield (

@@ -79,7 +79,8 @@ class Lock:
         self._plan, self._stage = plan, stage
         self._auto = plan.unlock == "auto"
         has_dni = plan.unlocked and stage < plan.stages - 1
-        self.locked = has_dni and (self._auto or plan.warmup_steps > 0)
+        self._warmup = plan.warmup_steps or 0
+        self.locked = has_dni and (self._auto or self._warmup > 0)
         self._fixed = not has_dni
         self._samples: deque[Quality] = deque(maxlen=_SAMPLES)
         self._switch: Switch | None = None
@@ -90,7 +91,7 @@ class Lock:
 
     def decide(self, batch: int) -> bool:
         """Whether the stage waits for the gradient of this batch, which comes in now."""
-        if self._fixed or batch < self._plan.warmup_steps:
+        if self._fixed or batch < self._warmup:
             return self.locked
         if not self._auto:
             if self.locked:

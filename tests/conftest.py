@@ -13,6 +13,11 @@ import torch
 _SLOW = ("two_hosts", "ray", "torchrun", "convergence", "bench_torchrun", "until", "peers", "replicas", "over", "cli")
 
 
+def pytest_configure() -> None:
+    """One thread for fixtures of a whole module too, which are made before ``one_thread`` is."""
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first: whoever runs two at a time then ends with short ones."""
     places = {f"test_{name}": place for place, name in enumerate(_SLOW)}

@@ -41,7 +41,7 @@ class Program:
     def __init__(self, command: Sequence[str], cwd: Path, env: Mapping[str, str | None] | None = None) -> None:
         self.tag = uuid.uuid4().hex
         self.temp = Path(tempfile.mkdtemp(prefix="fw"))  # short, as there will be sockets in it
-        self._shared_before = _shared()
+        self._shared_before, self._pids, self._over = _shared(), set[int](), threading.Event()
         path = os.pathsep.join([str(HERE.parent), str(HERE)])
         wanted = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(self.temp), _TAG: self.tag, **(env or {})}
         self.process = subprocess.Popen(
@@ -53,6 +53,8 @@ class Program:
             text=True,
             start_new_session=True,
         )
+        self._looking = threading.Thread(target=self._look, name="family", daemon=True)
+        self._looking.start()
 
     def wait_for(self, text: str, within_s: float = 150.0) -> None:
         """Block until a line of stdout has a text; whoever is late is killed."""
@@ -79,13 +81,21 @@ class Program:
 
     def family(self) -> list[psutil.Process]:
         """All living processes of it, orphans included."""
-        return [process for process in psutil.process_iter() if _environment(process).get(_TAG) == self.tag]
+        found = [process for process in psutil.process_iter() if _environment(process).get(_TAG) == self.tag]
+        self._pids |= {process.pid for process in found}
+        return found
 
     def left_in_shared_memory(self) -> list[str]:
-        """What has come into /dev/shm since, and belongs to a process that is no more."""
+        """What has come into /dev/shm since, and belongs to a process of it that is no more."""
         new = _shared() - self._shared_before
         owners = {name: re.search(r"fw-(\d+)-", name) for name in new}
-        return sorted(name for name, owner in owners.items() if owner and not psutil.pid_exists(int(owner[1])))
+        mine = {name: int(owner[1]) for name, owner in owners.items() if owner and int(owner[1]) in self._pids}
+        return sorted(name for name, owner in mine.items() if not psutil.pid_exists(owner))
+
+    def _look(self) -> None:
+        """Who belongs to it, twice a second: what it leaves in shared memory bears their numbers, as others' does."""
+        while not self._over.wait(0.5):
+            self.family()
 
     def kill(self) -> None:
         """End everybody."""
@@ -95,6 +105,8 @@ class Program:
 
     def close(self) -> None:
         """End everybody, and remove what anybody left in $TMPDIR."""
+        self._over.set()
+        self._looking.join(10.0)
         self.kill()
         self.process.communicate(timeout=10)
         shutil.rmtree(self.temp, ignore_errors=True)
