@@ -400,10 +400,11 @@ def _without_effect(plan: Plan) -> Iterator[str]:
     for name in ("device", "autocast", "compile"):
         if plan.emulate is not None and getattr(plan, name) not in (getattr(defaults, name), CPU):
             yield NoEffect(name, "with emulate, where nothing is computed: leave one of them out.")
-    if plan.compile and ((mode is not None and mode.stashes) or plan.targets != "bootstrap" or plan.quality_every):
+    judged = plan.quality_every or plan.unlock == "auto"
+    if plan.compile and ((mode is not None and mode.stashes) or plan.targets != "bootstrap" or judged):
         yield (
-            "compile and stashed weights do not go together (mode async-1f1b, targets true and mixed, quality_every): "
-            "leave one of them out."
+            "compile and stashed weights do not go together (mode async-1f1b, targets true and mixed, quality_every, "
+            "unlock auto): leave one of them out."
         )
     if plan.emulate is not None and plan.until is not None:
         yield "until has no effect with emulate, where nothing is learned: leave one of them out."

@@ -14,13 +14,11 @@ from oracle import assert_same
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from launch.measure import layer_seconds
 from launch.single import run_single
 from launch.training import resolve_source, train
 from pipeline import Plan, Recipe, run_reference
 from pipeline.computing import Computing
 from pipeline.devices import DeviceChoice
-from pipeline.partition import layers_of
 from pipeline.recipe import build_model
 from pipeline.seeding import seed_layer
 
@@ -108,12 +106,6 @@ def test_a_module_is_moved_and_stays_the_same_object() -> None:
     assert layer.weight is weight
     assert computing.here(x)[0] is x
     assert computing.chain([layer]) is None
-
-
-def test_layers_that_work_in_place_can_be_measured() -> None:
-    """`--balance time` once ended in autograd's refusal to change a leaf, with ReLU(inplace=True) as a layer."""
-    layers, x = layers_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))), torch.randn(2, 4)
-    assert all(seconds > 0 for seconds in layer_seconds(layers, [x, x]))
 
 
 def smooth() -> nn.Sequential:

@@ -101,6 +101,7 @@ def test_a_device_that_is_no_name_of_one_is_refused(device: str) -> None:
         (Plan(emulate="stage_ms=1", compile=True), "compile has no effect with emulate"),
         (Plan(mode="async-1f1b", compile=True), "compile and stashed weights do not go together"),
         (Plan(targets="true", compile=True), "compile and stashed weights do not go together"),
+        (Plan(unlock="auto", compile=True), "compile and stashed weights do not go together"),
         (Plan(autocast="fp16"), "unknown autocast dtype 'fp16'; did you mean 'bf16'?"),  # type: ignore[arg-type]
         (Plan(mode="naive", deterministic=True), "deterministic has no effect with mode naive"),
         (Plan(mode="naive", deterministic=True, device="cpu"), "deterministic has no effect with mode naive"),

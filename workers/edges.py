@@ -28,7 +28,7 @@ from pipeline.replicas import worker_of
 from pipeline.resolve import Resolved
 from workers.assignment import Names
 from workers.bell import Bell
-from workers.channel import Receiver, Sender
+from workers.channel import End, Receiver, Sender
 from workers.cuda import CudaEngine
 from workers.gloo import Meeting, Rendezvous
 from workers.lane import DIRECT, DeviceLane, Lane
@@ -162,7 +162,7 @@ def open_receiver(edge: Edge, bell: Callable[[int], Bell | None], meeting: Meeti
 
 
 _Bells = Callable[[int], Bell | None]
-_End = TypeVar("_End", Sender, Receiver)
+_End = TypeVar("_End", bound=End)
 
 ENGINES: dict[str, Callable[[str], PeerEngine]] = {"cuda": CudaEngine}
 """What copies for the devices of a kind."""
