@@ -152,6 +152,9 @@ class RemoteReceiver(Receiver, RemoteEnd):
     def _has_message(self) -> bool:
         return self._num_arrived > self._num_read
 
+    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
+        return self.lane.incoming(memory)
+
     def _incoming(self) -> list[Tensor]:
         return self._slot_bytes
 
