@@ -325,7 +325,7 @@ def called(host: str, port: int, key: bytes, within_s: float) -> Wire:
     except (EOFError, OSError) as error:
         connection.close()
         raise ConnectionError(
-            f"{host}:{port} broke off the greeting ({error or 'it hung up'}): another run's driver?"
+            f"{host}:{port} broke off the greeting ({str(error) or 'it hung up'}): another run's driver?"
         ) from error
     if not hmac.compare_digest(answer, _proof(key, b"driver", nonce, theirs)):
         connection.close()
