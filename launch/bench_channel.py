@@ -152,8 +152,9 @@ class _Track:
 def _tracks(prefix: str, sizes: Sequence[int], slots: int, devices: tuple[str, str]) -> tuple[_Track, ...]:
     def edge(kind: str, way: str, i: int, size: int) -> Edge:
         name, (source, target) = f"{prefix}-{kind[0]}{i}{way[0]}", _WAYS[way]
+        label = f"{way} ({kind}, {size} bytes)"  # ends over gloo find each other by it
         ends, size = (devices[source], devices[target]), layout_of(_message(size)).total_bytes
-        return Edge(kind, way, name, f"{way} ({kind})", source, target, slots, size, None, *ends)
+        return Edge(kind, way, name, label, source, target, slots, size, None, *ends)
 
     return tuple(
         _Track(kind, size, edge(kind, "there", i, size), edge(kind, "back", i, size))
