@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 
 from launch.bench_channel import SIZES, _tracks, bench_channel, print_rows
-from pipeline.errors import PlanError
 from pipeline.devices import CPU
+from pipeline.errors import PlanError
 from pipeline.messages import Kind, Message
 from workers.channel import ChannelTimeout
 from workers.shm import (
