@@ -15,9 +15,11 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 import torch
 
+from launch.gpus import chosen_here
 from launch.options import Parsed
 from launch.training import resolve_source, without_loss
 from pipeline import Plan, PlanError, Recipe
+from pipeline.devices import DeviceChoice
 from pipeline.resolve import Resolved
 from workers.assignment import Assignment, Names
 from workers.control import Task
@@ -39,7 +41,8 @@ def preparing(index: int, parsed: Parsed | None) -> Callable[[Task], Assignment]
     def prepare(task: Task) -> Assignment:
         assert parsed is not None, "the driver ends a run whose ranks have problems"
         plan = replace(parsed.plan, sizes=tuple(task.sizes), cuts=None)
-        resolved = resolve_source(parsed.source, plan, task.hosts, worker=index)
+        devices = DeviceChoice(tuple(task.devices), "as rank 0 says") if task.devices else None
+        resolved = resolve_source(parsed.source, plan, task.hosts, index, devices)
         mine = profile(resolved)
         problems = [
             f"its {what} is {mine.get(what)}, that of rank 0 {value}: give all ranks the same command, recipe and data."
@@ -61,15 +64,17 @@ def assignment(index: int, parsed: Parsed, resolved: Resolved, task: Task) -> As
     return Assignment(stage, bare, parsed.source, names, Path(), meeting, replica=replica)
 
 
-def resolved_on(hosts: Sequence[str], source: Callable[[], Recipe], plan: Plan) -> Resolved:
-    """A driver's ``resolve_source``, with the hosts of all stages.
+def resolved_on(
+    hosts: Sequence[str], source: Callable[[], Recipe], plan: Plan, *, gpus: Sequence[int] | None = None
+) -> Resolved:
+    """A driver's ``resolve_source``, with the hosts of all stages, and how many GPUs each of these has.
 
     Raises:
         PlanError: also where links are emulated between hosts.
     """
     if plan.link is not None and len(set(hosts)) > 1:
         raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
-    return resolve_source(source, plan, hosts)
+    return resolve_source(source, plan, hosts, devices=chosen_here(plan, hosts, gpus))
 
 
 def profile(resolved: Resolved) -> dict[str, str]:

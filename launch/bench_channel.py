@@ -4,7 +4,8 @@
                        <-- back ---                         throughput: a stream there, one message back
 
 Channels, sizes and rounds are interleaved, so that a slow minute of the machine hits all alike. Gloo runs over the
-loopback interface here, so its rows show what it costs by itself, without a network.
+loopback interface here, so its rows show what it costs by itself, without a network. On a GPU a message counts as
+received when it is there for computing: shared memory and gloo then carry it through pinned memory of the host.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from rich.table import Table
 
 from launch.spread import Spread
 from pipeline.channels import CHANNELS
+from pipeline.devices import CPU, on_gpu
 from pipeline.messages import Kind, Message, layout_of
 from workers.channel import Receiver, Sender
 from workers.edges import Edge, open_receiver, open_sender
 from workers.gloo import Meeting, Rendezvous
+from workers.gpu import claim, finish
 from workers.processes import process_context
 from workers.shm import check_shared_memory, create_ring, new_prefix, ring_bytes, sweep_stale, unlink_ring
 
@@ -69,7 +72,11 @@ class ChannelRow:
 
 
 def bench_channel(
-    sizes: Sequence[int] = SIZES, rounds: int = 5, slots: int = 4, deadline_s: float = 180.0
+    sizes: Sequence[int] = SIZES,
+    rounds: int = 5,
+    slots: int = 4,
+    deadline_s: float = 180.0,
+    devices: tuple[str, str] = (CPU, CPU),
 ) -> list[ChannelRow]:
     """Measure every kind of channel between two fresh processes with one compute thread each.
 
@@ -78,6 +85,7 @@ def bench_channel(
         rounds: how often everything is measured, interleaved.
         slots: slots of each channel.
         deadline_s: for everything together, in seconds.
+        devices: where the two processes have their tensors.
 
     Returns:
         one row per kind of channel and size.
@@ -94,7 +102,7 @@ def bench_channel(
     if rounds < 1 or not sizes or any(size < 4 or size % 4 for size in sizes):
         raise ValueError(f"sizes must be positive multiples of 4 and rounds at least 1, not {sizes}, {rounds}")
     end = time.monotonic() + deadline_s
-    tracks = _tracks(new_prefix(), sizes, slots)
+    tracks = _tracks(new_prefix(), sizes, slots, devices)
     with Rendezvous.hosted() as meet:
         samples = _measured(tracks, meet, rounds, end)
     return [_row(track, samples[i]) for i, track in enumerate(tracks)]
@@ -141,14 +149,17 @@ class _Track:
     back: Edge
 
 
-def _tracks(prefix: str, sizes: Sequence[int], slots: int) -> tuple[_Track, ...]:
+def _tracks(prefix: str, sizes: Sequence[int], slots: int, devices: tuple[str, str]) -> tuple[_Track, ...]:
     def edge(kind: str, way: str, i: int, size: int) -> Edge:
         name, (source, target) = f"{prefix}-{kind[0]}{i}{way[0]}", _WAYS[way]
-        return Edge(kind, way, name, f"{way} ({kind})", source, target, slots, layout_of(_message(size)).total_bytes)
+        label = f"{way} ({kind}, {size} bytes)"  # ends over gloo find each other by it
+        ends, size = (devices[source], devices[target]), layout_of(_message(size)).total_bytes
+        return Edge(kind, way, name, label, source, target, slots, size, None, *ends)
 
     return tuple(
         _Track(kind, size, edge(kind, "there", i, size), edge(kind, "back", i, size))
         for kind in CHANNELS
+        if kind != "cuda" or all(map(on_gpu, devices))
         for i, size in enumerate(sizes)
     )
 
@@ -156,16 +167,17 @@ def _tracks(prefix: str, sizes: Sequence[int], slots: int) -> tuple[_Track, ...]
 @contextlib.contextmanager
 def _rings(tracks: Sequence[_Track]) -> Iterator[Callable[[], None]]:
     sweep_stale()
-    rings = [edge for track in tracks if track.kind == "shm" for edge in (track.there, track.back)]
-    check_shared_memory(sum(ring_bytes(ring.slots, ring.slot_bytes) for ring in rings))
+    edges = [edge for track in tracks for edge in (track.there, track.back)]
+    rings = [(edge, size) for edge in edges if (size := edge.ring_slot_bytes) is not None]
+    check_shared_memory(sum(ring_bytes(edge.slots, size) for edge, size in rings))
 
     def unlink() -> None:
-        for ring in rings:
-            unlink_ring(ring.name)
+        for edge, _ in rings:
+            unlink_ring(edge.name)
 
     try:
-        for ring in rings:
-            create_ring(ring.name, ring.slots, ring.slot_bytes)
+        for edge, size in rings:
+            create_ring(edge.name, edge.slots, size)
         yield unlink
     finally:
         unlink()
@@ -205,14 +217,16 @@ def _report(connection: Connection, processes: Sequence[BaseProcess], end: float
 def _ping(tracks: Sequence[_Track], meet: Rendezvous, rounds: int, parent: Connection) -> None:
     """Report "attached", then by track and round (p50 us, p99 us, GB/s)."""
     torch.set_num_threads(1)
+    device = tracks[0].there.source_device
+    claim(device)
     meeting = meet.join(_STEP_DEADLINE_S)
     ends = [(_sender(track.there, meeting), _receiver(track.back, meeting)) for track in tracks]
     parent.send("attached")
     samples: list[list[tuple[float, float, float]]] = [[] for _ in tracks]
     for _ in range(rounds):
         for i, (track, (there, back)) in enumerate(zip(tracks, ends, strict=True)):
-            message, count = _message(track.size), _num_streamed(track.size)
-            hops_us = [_round_trip_s(there, back, message) / 2 * 1e6 for _ in range(_NUM_PINGS)]
+            message, count = _message(track.size, device), _num_streamed(track.size)
+            hops_us = [_round_trip_s(there, back, message, device) / 2 * 1e6 for _ in range(_NUM_PINGS)]
             hops_us = sorted(hops_us[_NUM_WARM_UP:])
             p50, p99 = (hops_us[int(share * len(hops_us))] for share in (0.50, 0.99))
             samples[i].append((p50, p99, track.size * count / _stream_s(there, back, message, count) / 1e9))
@@ -222,6 +236,8 @@ def _ping(tracks: Sequence[_Track], meet: Rendezvous, rounds: int, parent: Conne
 def _pong(tracks: Sequence[_Track], meet: Rendezvous, rounds: int, parent: Connection) -> None:
     """The mirror image of `_ping`: echo the pings, swallow the stream and confirm it."""
     torch.set_num_threads(1)
+    device = tracks[0].there.target_device
+    claim(device)
     meeting = meet.join(_STEP_DEADLINE_S)
     ends = [(_receiver(track.there, meeting), _sender(track.back, meeting)) for track in tracks]
     parent.send("attached")
@@ -233,14 +249,16 @@ def _pong(tracks: Sequence[_Track], meet: Rendezvous, rounds: int, parent: Conne
             for _ in range(_num_streamed(track.size)):
                 there.receive(_STEP_DEADLINE_S)
                 there.release()
-            back.send(_message(4), _STEP_DEADLINE_S)
+            finish(device)
+            back.send(_message(4, device), _STEP_DEADLINE_S)
 
 
-def _round_trip_s(there: Sender, back: Receiver, message: Message) -> float:
+def _round_trip_s(there: Sender, back: Receiver, message: Message, device: str) -> float:
     start = time.perf_counter()
     there.send(message, _STEP_DEADLINE_S)
     back.receive(_STEP_DEADLINE_S)
     back.release()
+    finish(device)
     return time.perf_counter() - start
 
 
@@ -265,8 +283,8 @@ def _no_bell(stage: int) -> None:
     """Whoever has one channel at a time waits on it."""
 
 
-def _message(size: int) -> Message:
-    return Message(Kind.ACTIVATION, batch=0, stage=0, tensors=(torch.zeros(size // 4),))
+def _message(size: int, device: str = CPU) -> Message:
+    return Message(Kind.ACTIVATION, batch=0, stage=0, tensors=(torch.zeros(size // 4, device=device),))
 
 
 def _num_streamed(size: int) -> int:

@@ -19,6 +19,7 @@ from launch.bench import bench
 from launch.bench_channel import bench_channel, print_rows
 from launch.console import Console
 from launch.environment import environment
+from launch.gpus import chosen_here
 from launch.options import Parsed, parse, parse_channel
 from launch.over import axis_of, bench_over
 from launch.plots import draw
@@ -41,7 +42,7 @@ _USAGE = f"""usage: freewheel COMMAND RECIPE [options]
 
   freewheel train RECIPE    train on worker processes of this host
   freewheel bench RECIPE    locked against unlocked, verdict first
-  freewheel bench channel   shared memory and gloo: latency and bandwidth of a hop
+  freewheel bench channel   shared memory, gloo, GPU memory: latency and bandwidth of a hop
   freewheel sweep RECIPE    what is learned over modes, delays, DNIs: a grid in the reference driver
 
   torchrun --nproc-per-node K -m launch train RECIPE    one stage per rank, on one host or several; bench likewise
@@ -201,7 +202,8 @@ def _sweep(recipe: str, arguments: list[str]) -> int:
 
 def _bench_channel(arguments: list[str]) -> int:
     options = parse_channel(arguments)
-    rows = bench_channel(rounds=options.rounds, slots=options.slots)
+    one, other = chosen_here(Plan(device=options.device)).devices
+    rows = bench_channel(rounds=options.rounds, slots=options.slots, devices=(one, other))
     print_rows(rows)
     content = {
         "schema": SCHEMA,

@@ -147,7 +147,7 @@ class Coordinator:
     def _agree(self, resolved: Resolved) -> None:
         """Raises PlanError where a participant sees another recipe or plan."""
         self._resolved(resolved)
-        task = Task(list(resolved.sizes), self._hosts, "", False, None, profile(resolved))
+        task = Task(list(resolved.sizes), self._hosts, "", False, None, profile(resolved), list(resolved.devices))
         everybody = len(self._hosts)
         self._tell(Agree(task, changes(self._parsed.plan, resolved.plan)), everybody)
         seen = self._await(Seen, _AGREED_WITHIN_S, everybody)

@@ -20,7 +20,15 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": torch.multiprocessing.cpu_count(),
         "gpus": torch.cuda.device_count(),
+        "gpu_models": _gpu_models(),
     }
+
+
+def _gpu_models() -> list[str]:
+    """As the driver's files name them: asking CUDA would initialise it in this process."""
+    texts = [path.read_text() for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
+    lines = [line for text in texts for line in text.splitlines() if line.startswith("Model:")]
+    return [line.partition(":")[2].strip() for line in lines]
 
 
 def _processor() -> str:

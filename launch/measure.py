@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.computing import Computing
 from pipeline.partition import Layer
+from pipeline.plan import Plan
 
 __all__ = ["layer_seconds"]
 
@@ -21,7 +23,9 @@ _ROUNDS = 5
 _ENOUGH_S = 3.0  # a round more is not worth it after this long
 
 
-def layer_seconds(layers: Sequence[Layer], inputs: Sequence[Tensor], threads: int = 1) -> list[float]:
+def layer_seconds(
+    layers: Sequence[Layer], inputs: Sequence[Tensor], threads: int = 1, computing: Computing | None = None
+) -> list[float]:
     """Seconds of forward and backward of each layer, measured in rounds over all of them.
 
     Works on copies: buffers and gradients of the model stay as they are.
@@ -30,20 +34,23 @@ def layer_seconds(layers: Sequence[Layer], inputs: Sequence[Tensor], threads: in
         layers: the layers.
         inputs: what goes into each of them.
         threads: compute threads, as many as a worker will have.
+        computing: where and how; the inputs are there already. None: plainly, on the CPU.
 
     Blocks:
         for six passes over the network, three when those take seconds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    modules = [copy.deepcopy(layer.module).train() for layer in layers]
+    computing = computing or Computing(Plan())
+    modules = [computing.placed(copy.deepcopy(layer.module)).train() for layer in layers]
     seconds: list[list[float]] = [[] for _ in layers]
     begin = time.perf_counter()
     try:
-        with torch.random.fork_rng():
+        gpus = [computing.device] if computing.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus):  # by itself it would ask every GPU there is
             for _ in range(1 + _ROUNDS):
                 for index, (module, x) in enumerate(zip(modules, inputs, strict=True)):
-                    seconds[index].append(_once(module, x, is_first=index == 0))
+                    seconds[index].append(_once(module, x, computing, is_first=index == 0))
                 if time.perf_counter() - begin > _ENOUGH_S and len(seconds[0]) > 2:
                     break
     finally:
@@ -60,12 +67,15 @@ def _kind(layer: Layer, x: Tensor) -> tuple[object, ...]:
     return repr(layer.module), sum(p.numel() for p in layer.module.parameters()), x.shape, layer.index == 0
 
 
-def _once(module: torch.nn.Module, x: Tensor, *, is_first: bool) -> float:
+def _once(module: torch.nn.Module, x: Tensor, computing: Computing, *, is_first: bool) -> float:
     x = x.detach().clone()
     if x.is_floating_point() and not is_first:
         x = x.requires_grad_().clone()  # no leaf: a module may work in place
+    computing.finish()
     begin = time.perf_counter()
-    output = module(x)
+    with computing.autocast():
+        output = module(x)
     if output.requires_grad:
         output.backward(torch.ones_like(output))
+    computing.finish()
     return time.perf_counter() - begin

@@ -19,6 +19,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from launch.rundir import name_problems
 from launch.sources import NamedRecipe, entry_of
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
+from pipeline.devices import CPU, device_problems
 from pipeline.modes import MODES
 from pipeline.plan import DNI_FORMS, OPTIMIZERS, SCHEDULES, TARGETS
 
@@ -105,12 +106,15 @@ class ChannelOptions:
     """Rounds; in each, every size is measured once."""
     slots: int = 4
     """Slots of each channel."""
+    device: str = CPU
+    """Where the tensors are: cpu, cuda, or one or two devices like cuda:0,cuda:1."""
     json: Path | None = None
     """Also write the rows to this file."""
 
     def problems(self) -> Iterator[str]:
         """What cannot work, one sentence each."""
         yield from _count_problems(rounds=self.rounds, slots=self.slots)
+        yield from device_problems(self.device)
         yield from _json_problems(self.json)
 
 

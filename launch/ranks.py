@@ -21,6 +21,7 @@ from typing import Any, Self
 import msgspec
 import torch.distributed as dist
 
+from launch.gpus import gpus_here
 from launch.interfaces import address_of
 from pipeline import PlanError
 from workers.control import Hello, Reception, Wire, called
@@ -99,7 +100,8 @@ class Rank:
 
     def hello(self, problems: list[str] | None = None) -> Hello:
         """How this rank introduces itself to the driver."""
-        return Hello(self.index, os.getpid(), socket.gethostname(), memory(), new_prefix(), problems or [])
+        where = socket.gethostname(), memory(), new_prefix()
+        return Hello(self.index, os.getpid(), *where, problems or [], gpus_here())
 
     def reception(self) -> Reception:
         """Rank 0: take calls from now on, and tell the others where.

@@ -26,6 +26,7 @@ from launch.site import Site
 from launch.training import Launcher, Working, resolve_source
 from pipeline import Plan, PlanError, Recipe
 from pipeline.channels import choose_channels
+from pipeline.devices import CPU, DeviceChoice, first_gpu
 from pipeline.resolve import Resolved
 from pipeline.spans import WAITING, Span
 from workers import records
@@ -67,7 +68,7 @@ def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -
         until the training is over.
     """
     options: TrainOptions = parsed.run
-    resolved = resolve_source(parsed.source, parsed.plan)  # what cannot run is refused before Ray is asked
+    resolved = _resolved(parsed.source, parsed.plan)  # what cannot run is refused before Ray is asked
     with _staffed("train", recipe, arguments, parsed) as staff:
         fleet, host = staff.fleet, staff.reception.host
         resolved = _placed(resolved, fleet.hosts, options, staff.names)
@@ -89,7 +90,7 @@ def bench(recipe: str, arguments: list[str], parsed: Parsed, benched: Benched) -
     options: BenchRunOptions = parsed.run
 
     def resolve(source: Callable[[], Recipe], plan: Plan) -> Resolved:
-        return _placed(resolve_source(source, plan), staff.fleet.hosts, options, staff.names)
+        return _placed(_resolved(source, plan), staff.fleet.hosts, options, staff.names)
 
     with _staffed("bench", recipe, arguments, parsed) as staff:
         another = partial(Fleet, parsed.plan.workers, staff.asked, lost=staff.lost)
@@ -174,6 +175,13 @@ def _calls(command: str, recipe: str, arguments: Sequence[str], plan: Plan, rece
         )
         for worker in range(plan.workers)
     ]
+
+
+def _resolved(source: Callable[[], Recipe], plan: Plan) -> Resolved:
+    """``resolve_source`` for actors, which compute on the CPU."""
+    if first_gpu(plan.device.split(",")) not in (None, "auto"):
+        raise PlanError(f"device {plan.device} is not there with launcher ray: use torchrun, or choose device cpu.")
+    return resolve_source(source, plan, devices=DeviceChoice((CPU,) * plan.workers, "actors compute on the CPU"))
 
 
 def _asked_with(problem: Callable[[], str | None], asked: Callable[[], bool]) -> Callable[[], bool]:

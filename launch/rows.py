@@ -22,6 +22,7 @@ from launch.site import Site
 from launch.training import run
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
 from pipeline.cost_model import predicted_batches_per_s
+from pipeline.devices import CPU, first_gpu
 from pipeline.flops import count_flops
 from pipeline.measurements import Measured
 from pipeline.modes import MODES
@@ -131,7 +132,9 @@ def _single(threads: int) -> Prepare:
         source, resolved = joined(source, resolved)
 
         def train(runs: Path, name: str) -> Outcome:
-            done = run_single(source, resolved.plan, threads=threads, warmup=resolved.warmup, look=site.look)
+            device = first_gpu(resolved.devices) or CPU
+            warmup = resolved.warmup
+            done = run_single(source, resolved.plan, threads=threads, warmup=warmup, look=site.look, device=device)
             return _outcome(done, resolved)
 
         counted = _counted_unsplit(source, resolved)
@@ -142,6 +145,7 @@ def _single(threads: int) -> Prepare:
 
 def _ddp(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
     ranks, threads = resolved.plan.workers, resolved.plan.threads
+    _check_plain(resolved, "ddp")
     source, resolved = joined(source, resolved)
 
     def train(runs: Path, name: str) -> Outcome:
@@ -154,6 +158,7 @@ def _ddp(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contende
 
 def _torch(schedule: str) -> Prepare:
     def prepare(source: Source, resolved: Resolved, runs: Path, site: Site) -> Contender:
+        _check_plain(resolved, f"torch's {schedule}")
         source, resolved = joined(source, resolved)
         threads = resolved.plan.threads
         parts = best_microbatches(source, resolved, schedule, threads=threads, places=site.places).microbatches
@@ -181,6 +186,16 @@ def _torch(schedule: str) -> Prepare:
         )
 
     return prepare
+
+
+def _check_plain(resolved: Resolved, who: str) -> None:
+    """Rivals compute on the CPU in float32 so far: beside rows that do not, their figures would say nothing."""
+    plan, gpu = resolved.plan, first_gpu(resolved.devices)
+    given = [f"device {gpu}"] if gpu else []
+    given += [f"autocast {plan.autocast}"] if plan.autocast else []
+    given += ["compile"] if plan.compile else []
+    if given:
+        raise PlanError(f"{who} is compared on the CPU in float32 only: leave {' and '.join(given)} out, or that row.")
 
 
 def _ours(mode: str, *, bare: bool = False, variant: str | None = None) -> Prepare:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +12,8 @@ import msgspec
 import torch
 
 from launch.timed import TimedLoop
+from pipeline.computing import Computing
+from pipeline.devices import CPU
 from pipeline.optimizers import build_optimizer
 from pipeline.partition import layers_of
 from pipeline.plan import Plan
@@ -20,6 +21,7 @@ from pipeline.recipe import Recipe, build_model, open_data
 from pipeline.scores import scores_of
 from pipeline.until import Reached
 from workers.failures import RunFailed
+from workers.gpu import peak_memory_bytes, prepare
 from workers.parent import end_with_the_parent
 from workers.processes import process_context
 
@@ -38,7 +40,7 @@ class SingleRun(msgspec.Struct, frozen=True):
         backward_s: of it, in the loss, the backward passes and the optimizer, as in the last stage of a pipeline.
         loss: held-out loss, or the last training loss without held-out data.
         accuracy: held-out accuracy, if the recipe counts right answers.
-        peak_memory_bytes: peak resident memory.
+        peak_memory_bytes: peak resident memory, or of the GPU.
         reached: when ``plan.until`` was met, which ended the run; None: never, or not asked for.
     """
 
@@ -58,6 +60,7 @@ class _Job:
     plan: Plan
     threads: int
     warmup: int
+    device: str
 
 
 def run_single(
@@ -68,6 +71,7 @@ def run_single(
     warmup: int,
     within_s: float = 3600.0,
     look: Callable[[], None] = lambda: None,
+    device: str = CPU,
 ) -> SingleRun:
     """Train the unsplit model in a fresh process with ``threads`` compute threads.
 
@@ -78,6 +82,8 @@ def run_single(
         warmup: first batches that are not timed.
         within_s: how long it may take.
         look: called twice a second meanwhile; what it raises ends the run.
+        device: where it computes. On a GPU the forward pass is timed until it is queued; the loss is read at every
+            step, which waits for the rest, and so does the clock.
 
     Raises:
         RunFailed: the process failed or took too long.
@@ -87,7 +93,7 @@ def run_single(
     """
     context = process_context(__name__)
     mine, theirs = context.Pipe()
-    process = context.Process(target=_main, args=(_Job(source, plan, threads, warmup), theirs), daemon=True)
+    process = context.Process(target=_main, args=(_Job(source, plan, threads, warmup, device), theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -110,30 +116,35 @@ def _main(job: _Job, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
     end_with_the_parent()
     torch.set_num_threads(job.threads)
-    recipe = job.source()
-    modules = torch.nn.Sequential(*(layer.module for layer in layers_of(build_model(recipe, job.plan.seed)))).train()
+    prepare(job.device, job.plan)
+    recipe, computing = job.source(), Computing(job.plan, job.device)
+    layers = [layer.module for layer in layers_of(build_model(recipe, job.plan.seed))]
+    modules = computing.placed(torch.nn.Sequential(*layers)).train()
+    network = computing.network(modules)
     parameters = [p for p in modules.parameters() if p.requires_grad]
     optimizer = build_optimizer(job.plan.optimizer, parameters, job.plan.steps)
     assert optimizer is not None, "the recipe's model has parameters"
-    loop = TimedLoop(job.plan, job.warmup, look=lambda: scores_of(recipe, modules))
+    loop = TimedLoop(job.plan, job.warmup, look=lambda: scores_of(recipe, modules, computing))
     forward_s = backward_s = 0.0
     value = float("nan")
     open_data(recipe, job.plan)
     for step in loop:
         if step == job.warmup:
             forward_s = backward_s = 0.0
-        inputs, labels = recipe.seeded_batch(job.plan.seed, step)
+        inputs, labels = computing.here(*recipe.seeded_batch(job.plan.seed, step))
         loaded = time.perf_counter()
-        output = modules(inputs)
+        with computing.autocast():
+            output = network(inputs)
         forwarded = time.perf_counter()
-        loss = recipe.loss(output, labels)
+        with computing.autocast():
+            loss = recipe.loss(output, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        value = float(loss.detach())  # a GPU is waited for here
         forward_s, backward_s = forward_s + forwarded - loaded, backward_s + time.perf_counter() - forwarded
-        value = float(loss.detach())
-    scores = scores_of(recipe, modules)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    scores = scores_of(recipe, modules, computing)
+    peak_bytes = peak_memory_bytes(job.device)
     held_out = scores.loss() if scores.rows else value
     run = SingleRun(
         loop.batches, loop.seconds, forward_s, backward_s, held_out, scores.accuracy(), peak_bytes, loop.reached

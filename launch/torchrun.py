@@ -111,7 +111,7 @@ def _drive(rank: Rank, recipe: str, arguments: list[str], trained: Trained) -> i
             )
             own.start()
             fleet.gather(mine, reception, MEET_WITHIN_S)
-            resolved = resolved_on(fleet.hosts, parsed.source, parsed.plan)
+            resolved = resolved_on(fleet.hosts, parsed.source, parsed.plan, gpus=fleet.gpus)
             agreed.append(resolved)
             with rendezvous(resolved, reception.host) as meeting:
                 fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
@@ -132,7 +132,7 @@ def _coordinate(rank: Rank, recipe: str, arguments: list[str], benched: Benched)
             thread.start()
             fleet.gather(mine, reception, MEET_WITHIN_S)
             coordinator = Coordinator(parsed, fleet, reception, partial(Fleet, rank.world, asked), own)
-            site = coordinator.site("torchrun", partial(resolved_on, fleet.hosts))
+            site = coordinator.site("torchrun", partial(resolved_on, fleet.hosts, gpus=fleet.gpus))
             return benched(recipe, arguments, parsed, site)
 
 

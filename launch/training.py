@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from launch import rundir
 from launch.console import Console
+from launch.gpus import chosen_here
 from launch.losses import StepLosses
 from launch.measure import layer_seconds
+from launch.measure_gpu import layer_seconds_on
 from launch.ranks import Rank
 from launch.result import Result
 from launch.sources import GivenRecipe, check_travels
 from pipeline import Batch, Plan, PlanError, Recipe
+from pipeline.devices import DeviceChoice, first_gpu
+from pipeline.partition import Layer
 from pipeline.replicas import worker_of
-from pipeline.resolve import Resolved, resolve
+from pipeline.resolve import Measure, Resolved, resolve
 from workers import records
 from workers.assignment import Assignment, Names
 from workers.crew import Crew
@@ -101,7 +105,11 @@ def train(
 
 
 def resolve_source(
-    source: Callable[[], Recipe], plan: Plan, hosts: Sequence[str] | None = None, worker: int = 0
+    source: Callable[[], Recipe],
+    plan: Plan,
+    hosts: Sequence[str] | None = None,
+    worker: int = 0,
+    devices: DeviceChoice | None = None,
 ) -> Resolved:
     """Everything that can be said before a process starts.
 
@@ -110,9 +118,10 @@ def resolve_source(
         plan: the wish.
         hosts: name of the host of every worker, those of replica 0 first; None: all on this one.
         worker: one that is on this host.
+        devices: where every worker computes; None: as the plan says, with as many GPUs on every host as here.
 
     Raises:
-        PlanError: recipe and plan do not fit, or there is too little shared memory.
+        PlanError: recipe and plan do not fit, there is no such device, or there is too little shared memory.
     """
     if getattr(current_process(), "_inheriting", False):
         raise PlanError('a worker process came to train() again: put the call under if __name__ == "__main__":')
@@ -127,12 +136,25 @@ def resolve_source(
         raise PlanError(
             f"model is a {type(recipe.model).__name__}: give the function that builds it; every worker builds its own."
         )
+    devices = devices or chosen_here(plan, hosts)
+    measure = _measuring(source, plan, first_gpu(devices.devices))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
-        resolved = resolve(recipe, plan, partial(layer_seconds, threads=plan.threads), hosts)
+        resolved = resolve(recipe, plan, measure, hosts, devices)
     here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[worker]]
     check_shared_memory(needed_bytes(resolved, here))
     return resolved
+
+
+def _measuring(source: Callable[[], Recipe], plan: Plan, gpu: str | None) -> Measure:
+    """What measures the layers where they will be computed."""
+    if gpu is None:
+        return partial(layer_seconds, threads=plan.threads)
+
+    def measured(layers: Sequence[Layer], inputs: Sequence[Tensor]) -> list[float]:
+        return layer_seconds_on(source, plan, gpu)
+
+    return measured
 
 
 def run(

@@ -162,7 +162,7 @@ class GradientAverager:
         """Put the mean in the place of the gradients."""
         self._record(Span.AVERAGE, self._steps)
         shares = self._exchange.shares()
-        *there, asked = torch.stack([marks for *_, marks in shares]).any(0).tolist()
+        *there, asked = torch.stack([marks.cpu() for *_, marks in shares]).any(0).tolist()
         means = self._packing.unpacked(_mean([vectors for *vectors, _ in shares]))
         for parameter, mean, given in zip(self._parameters, means, there, strict=True):
             if parameter.grad is not None:

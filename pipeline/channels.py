@@ -1,7 +1,8 @@
 """Which channel a cut gets, and what travels on it: choices that need no process to be made.
 
-    workers of one host        shared memory, the cheapest way there is
-    workers of two hosts       gloo: TCP, by torch.distributed
+    workers of one host             shared memory, the cheapest way there is
+    workers on GPUs of one host     CUDA peer memory: from GPU memory to GPU memory
+    workers of two hosts            gloo: TCP, by torch.distributed
 
 A wire dtype narrows the first tensor of a message, the activation or the gradient, and only if it is float32. Labels
 travel as they are.
@@ -15,12 +16,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pipeline.devices import CPU, on_gpu
 from pipeline.errors import PlanError
 from pipeline.messages import Message
 
 __all__ = ["CHANNELS", "WIRE_DTYPES", "ChannelChoice", "choose_channels", "kind_between", "narrowed", "widened"]
 
-CHANNELS = {"shm": "shared memory", "gloo": "gloo"}
+CHANNELS = {"shm": "shared memory", "gloo": "gloo", "cuda": "CUDA peer memory"}
 """What can carry messages, and how users see it called."""
 WIRE_DTYPES = {"bf16": torch.bfloat16}
 """What float32 may be narrowed to on its way."""
@@ -39,54 +41,71 @@ class ChannelChoice:
     why: str
 
 
-def choose_channels(wanted: str, hosts: Sequence[str], replicas: int = 1) -> tuple[ChannelChoice, ...]:
+def choose_channels(
+    wanted: str, hosts: Sequence[str], replicas: int = 1, devices: Sequence[str] | None = None
+) -> tuple[ChannelChoice, ...]:
     """Choose what carries each cut.
 
     Args:
-        wanted: a key of ``CHANNELS`` for all cuts, or ``auto``: shared memory wherever both workers share a host.
+        wanted: a key of ``CHANNELS`` for all cuts, or ``auto``: for each the fastest that both workers can reach.
         hosts: name of the host of every worker, those of replica 0 first.
         replicas: of the pipeline.
+        devices: where every worker computes; None: on the CPU.
 
     Returns:
         one choice per cut, those of replica 0 first.
 
     Raises:
-        PlanError: shared memory between two hosts.
+        PlanError: shared memory between two hosts; CUDA peer memory between two hosts, or with a worker on the CPU.
     """
     stages = len(hosts) // replicas
-    pipelines = [hosts[start : start + stages] for start in range(0, len(hosts), stages)]
+    devices = devices or [CPU] * len(hosts)
+    workers = list(zip(hosts, devices, strict=True))
+    pipelines = [workers[start : start + stages] for start in range(0, len(hosts), stages)]
     pairs = [pair for pipeline in pipelines for pair in itertools.pairwise(pipeline)]
-    columns = [pipelines[0][k] != other[k] for other in pipelines for k in range(stages)]
-    if wanted == "shm" and any(columns):
-        raise PlanError(
-            "channels shm: replicas of a stage are on different hosts, which share no memory: choose channels auto or "
-            "gloo."
-        )
-    if wanted == "shm" and (apart := [k for k, (one, other) in enumerate(pairs) if one != other]):
-        raise PlanError(
-            f"channels shm: the workers on both sides of cut {apart[0] % (stages - 1)} are on different hosts, "
-            f"{' and '.join(pairs[apart[0]])}, which share no memory: choose channels auto or gloo."
-        )
+    columns = [(pipelines[0][k], other[k]) for other in pipelines[1:] for k in range(stages)]
+    for index, (one, other) in enumerate(pairs):
+        _check_reach(wanted, one, other, f"the workers on both sides of cut {index % (stages - 1)}")
+    for one, other in columns:
+        _check_reach(wanted, one, other, "replicas of a stage")
     if wanted != "auto":
         return tuple(ChannelChoice(wanted, "as asked for") for _ in pairs)
     together = "all workers on this host" if len(set(hosts)) == 1 else "both workers on one host"
-    return tuple(
-        ChannelChoice("shm", together) if one == other else ChannelChoice("gloo", f"{one} and {other} are two hosts")
-        for one, other in pairs
-    )
+    return tuple(_chosen(one, other, together) for one, other in pairs)
 
 
-def kind_between(wanted: str, one: str, other: str) -> str:
-    """What carries messages between workers on two hosts: a key of ``CHANNELS``.
+def kind_between(wanted: str, one: tuple[str, str], other: tuple[str, str]) -> str:
+    """What carries messages between two workers: a key of ``CHANNELS``.
 
     Args:
         wanted: a key of ``CHANNELS``, or ``auto``.
-        one: name of a worker's host.
-        other: name of the other's.
+        one: (name of its host, where it computes) of a worker.
+        other: the same of the other.
     """
-    if wanted != "auto":
-        return wanted
-    return "shm" if one == other else "gloo"
+    return wanted if wanted != "auto" else _chosen(one, other, "").kind
+
+
+def _chosen(one: tuple[str, str], other: tuple[str, str], together: str) -> ChannelChoice:
+    """What ``auto`` chooses between two workers, each (host, device)."""
+    if one[0] != other[0]:
+        return ChannelChoice("gloo", f"{one[0]} and {other[0]} are two hosts")
+    if on_gpu(one[1]) and on_gpu(other[1]):
+        where = f"both workers on {one[1]}" if one[1] == other[1] else f"{one[1]} and {other[1]} are on one host"
+        return ChannelChoice("cuda", where)
+    return ChannelChoice("shm", together)
+
+
+def _check_reach(wanted: str, one: tuple[str, str], other: tuple[str, str], who: str) -> None:
+    if wanted in ("shm", "cuda") and one[0] != other[0]:
+        raise PlanError(
+            f"channels {wanted}: {who} are on different hosts, {one[0]} and {other[0]}, which share no memory: choose "
+            "channels auto or gloo."
+        )
+    if wanted == "cuda" and not (on_gpu(one[1]) and on_gpu(other[1])):
+        raise PlanError(
+            f"channels cuda: {who} compute on {one[1]} and {other[1]}, and CUDA peer memory lies between GPUs: choose "
+            "channels auto, or device cuda."
+        )
 
 
 def narrowed(message: Message, wire_dtype: torch.dtype | None) -> Message:

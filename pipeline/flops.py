@@ -91,7 +91,7 @@ def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageF
         for index, layers in enumerate(split(layers_of(build_model(recipe, plan.seed)), plan.sizes)):
             cut = dataclasses.replace(cuts[index], loss=recipe.loss) if index < plan.stages - 1 else None
             counting = dataclasses.replace(
-                plan, quality_every=None, update_probability=1.0, warmup_steps=0, unlock="always"
+                plan, quality_every=None, update_probability=1.0, warmup_steps=0, unlock="always", compile=False
             )
             stage = Stage(layers, index, counting, recipe, cut, cuts[index - 1] if index else None)
             flops, x = _counted(stage, counting, x, labels)

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.computing import Computing
 from pipeline.cut import Cut
 from pipeline.dni import DNI, training_window
 from pipeline.dni_forms import Custom, root_mean_square
@@ -51,10 +52,19 @@ class Guard:
         stage: its index.
         layers: its layers.
         cut: above it, where it has a DNI.
+        computing: how its layers compute; None: as the plan says, on the CPU.
     """
 
-    def __init__(self, plan: Plan, stage: int, layers: Sequence[Layer], cut: Cut | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        stage: int,
+        layers: Sequence[Layer],
+        cut: Cut | None = None,
+        computing: Computing | None = None,
+    ) -> None:
         self._plan, self._stage, self._layers = plan, stage, layers
+        self._computing = computing or Computing(plan)
         self._window = training_window(cut, plan.dni, plan.seed) if cut is not None and plan.unlocked else None
         self._named = [
             (layer.name, f"{layer.name}.{name}", parameter)
@@ -216,7 +226,8 @@ class Guard:
         h = x.clone()
         for layer in self._layers:
             seed_layer(self._plan.seed, layer.index, seeded)
-            h = layer.module(h)
+            with self._computing.autocast():
+                h = layer.module(h)
             if not _finite(h):
                 return layer.name
         return None

@@ -37,9 +37,9 @@ class LocalLoss(nn.Module):
 
     def meet(self, h: Tensor, labels: Tensor, batch: int) -> Tensor:
         """The gradient of the local loss at ``h`` [batch, ...]; trains the head on the way, with the same backward."""
-        leaf = h.detach().requires_grad_()
+        leaf = h.detach().to(self._trained[0].dtype).requires_grad_()
         gradient, *of_head = torch.autograd.grad(self._loss(self.head(leaf), labels), [leaf, *self._trained])
         for parameter, grad in zip(self._trained, of_head, strict=True):
             parameter.grad = grad
         self.optimizer.step()
-        return gradient
+        return gradient.to(h.dtype)

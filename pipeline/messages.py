@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ALIGNMENT_BYTES", "Kind", "Layout", "Message", "decode", "layout_of", "write_into"]
+__all__ = ["ALIGNMENT_BYTES", "Kind", "Layout", "Message", "decode", "layout_of", "tensors_over", "write_into"]
 
 ALIGNMENT_BYTES = 64
 _HEADER = struct.Struct("<BBHIqHq")  # kind, number of tensors, stage, generation, batch id, microbatch, sent
@@ -60,7 +60,7 @@ class Message:
         kind: what it is.
         batch: the batch id it belongs to.
         stage: index of the sender.
-        tensors: payload, CPU, any shapes; (h, y) or (g,) or nothing.
+        tensors: payload, any shapes; (h, y) or (g,) or nothing.
         generation: counts restarts, so that a message from before a restart is recognised.
         microbatch: which part of the batch, in modes that cut batches.
         sent_ns: when it was sent, on the common clock; 0 where nobody needs to know.
@@ -129,14 +129,8 @@ def decode(buffer: memoryview) -> Message:
     """
     try:
         kind, count, stage, generation, batch, microbatch, sent_ns = _HEADER.unpack_from(buffer, 0)
-        position, specs = _HEADER.size, []
-        for _ in range(count):
-            code, num_dims = _TENSOR.unpack_from(buffer, position)
-            position += _TENSOR.size
-            shape = tuple(_DIMENSION.unpack_from(buffer, position + i * _DIMENSION.size)[0] for i in range(num_dims))
-            position += num_dims * _DIMENSION.size
-            specs.append((_DTYPES[code], shape))
-        tensors, end = [], position
+        specs, end = _specs(buffer, count)
+        tensors = []
         for dtype, shape in specs:
             start = _aligned(end)
             tensors.append(_view(buffer, start, dtype, shape))
@@ -144,6 +138,39 @@ def decode(buffer: memoryview) -> Message:
         return Message(Kind(kind), batch, stage, tuple(tensors), generation, microbatch, sent_ns)
     except (struct.error, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"not a message, or cut short ({len(buffer)} bytes): {error}") from error
+
+
+def tensors_over(header: memoryview, memory: Tensor) -> tuple[Tensor, ...]:
+    """The tensors of a message whose header lies in one place and whose bytes in another, in place.
+
+    Args:
+        header: begins with the header of an encoded message.
+        memory: [bytes] uint8, on any device; stands for the message's bytes from the first on, header included.
+
+    Raises:
+        ValueError: the message does not fit the memory.
+    """
+    specs, end = _specs(header, _HEADER.unpack_from(header, 0)[1])
+    tensors = []
+    for dtype, shape in specs:
+        start = _aligned(end)
+        end = start + torch.Size(shape).numel() * dtype.itemsize
+        if end > len(memory):
+            raise ValueError(f"{list(shape)} {dtype} at byte {start} does not fit {len(memory):,} bytes")
+        tensors.append(memory[start:end].view(dtype).view(shape))
+    return tuple(tensors)
+
+
+def _specs(buffer: memoryview, count: int) -> tuple[list[tuple[torch.dtype, tuple[int, ...]]], int]:
+    """Dtypes and shapes of a message's tensors, and where its header ends."""
+    position, specs = _HEADER.size, []
+    for _ in range(count):
+        code, num_dims = _TENSOR.unpack_from(buffer, position)
+        position += _TENSOR.size
+        shape = tuple(_DIMENSION.unpack_from(buffer, position + i * _DIMENSION.size)[0] for i in range(num_dims))
+        position += num_dims * _DIMENSION.size
+        specs.append((_DTYPES[code], shape))
+    return specs, position
 
 
 def _view(buffer: memoryview, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.channels import CHANNELS, WIRE_DTYPES
+from pipeline.devices import AUTOCAST_DTYPES, CPU, device_problems
 from pipeline.emulation import Emulation, Link
 from pipeline.errors import NoEffect, PlanError, nearest
 from pipeline.modes import MODES
@@ -138,10 +139,19 @@ class Plan:
     """What predicts the gradient."""
     channel: ChannelPlan = field(default_factory=ChannelPlan)
     """The queues."""
-    channels: Literal["auto", "shm", "gloo"] = "auto"
-    """What carries messages: shm (shared memory), gloo (TCP), or auto: shared memory between workers of one host."""
+    channels: Literal["auto", "shm", "gloo", "cuda"] = "auto"
+    """What carries messages: shm (shared memory), gloo (TCP), cuda (memory of the GPU), or auto: the fastest that both
+    workers can reach."""
+    device: str = "auto"
+    """Where workers compute: auto, cpu, cuda, or devices like cuda:0,cuda:1, shared out among the workers of a host.
+    auto: the GPUs of every host, where each has one."""
+    autocast: Literal["bf16"] | None = None
+    """Compute layers in this dtype where torch.autocast does; weights and optimizer stay float32."""
+    compile: bool = False
+    """Compile every stage with torch.compile. Locked modes then equal a single process in distribution, not in bits."""
     deterministic: bool = False
-    """Unlocked: take each gradient at the step at which the reference driver takes it, so that runs repeat exactly."""
+    """Unlocked: take each gradient at the step at which the reference driver takes it, so that runs repeat exactly. On
+    GPUs, in every mode: deterministic algorithms."""
     hop_steps: float = 0.0
     """Delay of one hop in the reference driver (and in deterministic runs), in steps of a stage."""
     evaluate_every: int | None = None
@@ -250,6 +260,7 @@ def _problems(plan: Plan) -> Iterator[str]:
                 yield from error.problems
     yield from _unknown_names(plan)
     yield from _out_of_range(plan)
+    yield from device_problems(plan.device)
     if plan.sizes is not None and plan.cuts is not None:
         yield "sizes and cuts both say where to split: give one of them."
     if plan.sizes is not None and len(plan.sizes) != plan.stages:
@@ -273,6 +284,7 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
         (plan.unlock, ("always", "auto"), "unlock"),
         (plan.channels, ("auto", *CHANNELS), "channels"),
         (plan.channel.wire_dtype or "bf16", tuple(WIRE_DTYPES), "wire dtype"),
+        (plan.autocast or "bf16", AUTOCAST_DTYPES, "autocast dtype"),
     ):
         if value not in valid:
             yield nearest(str(value), valid, what)
@@ -351,7 +363,7 @@ def _without_effect(plan: Plan) -> Iterator[str]:
             "targets",
             "mix",
             "true_every",
-            "deterministic",
+            *(["deterministic"] if plan.device in ("auto", CPU) else []),
             "quality_every",
             *_LOCKING,
             *(["dni", "update_probability"] if mode.gradient == "true" else []),
@@ -385,6 +397,15 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         )
     if plan.emulate is not None and plan.quality_every is not None:
         yield "quality_every has no effect with emulate, where nothing is learned: leave one of them out."
+    for name in ("device", "autocast", "compile"):
+        if plan.emulate is not None and getattr(plan, name) not in (getattr(defaults, name), CPU):
+            yield NoEffect(name, "with emulate, where nothing is computed: leave one of them out.")
+    judged = plan.quality_every or plan.unlock == "auto"
+    if plan.compile and ((mode is not None and mode.stashes) or plan.targets != "bootstrap" or judged):
+        yield (
+            "compile and stashed weights do not go together (mode async-1f1b, targets true and mixed, quality_every, "
+            "unlock auto): leave one of them out."
+        )
     if plan.emulate is not None and plan.until is not None:
         yield "until has no effect with emulate, where nothing is learned: leave one of them out."
     if plan.dni.factory is not None and plan.dni.form != "auto":

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from pipeline.averaging import Averager, averager_of
+from pipeline.devices import CPU, choose_devices
 from pipeline.exchange import ROOM, Exchange
 from pipeline.loader import inputs, phantom_inputs
 from pipeline.messages import Message
@@ -117,14 +119,18 @@ class Reference:
 def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Reference:
     """Train in this process as the plan says; a hop takes ``plan.hop_steps``.
 
-    Uses torch's current number of threads; processes use ``plan.threads``. With ``until``, no batch is taken once the
+    Uses torch's current number of threads; processes use ``plan.threads``. Device ``auto`` is the CPU here.
+
+    With ``until``, no batch is taken once the
     last stage has met the goal; what is in the pipeline by then is finished.
 
     Raises:
         PlanError: recipe or plan cannot run.
         StageError: the work failed.
     """
-    resolved = resolve(recipe, plan)
+    wanted, hosts = CPU if plan.device == "auto" else plan.device, ["this host"] * plan.workers
+    devices = choose_devices(wanted, hosts, {"this host": torch.cuda.device_count()}, torch.backends.cuda.is_built())
+    resolved = resolve(recipe, plan, devices=devices)
     plan = resolved.plan
     stages, *others = (
         [
@@ -135,6 +141,7 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
                 recipe,
                 resolved.cuts[k] if k < plan.stages - 1 else None,
                 resolved.cuts[k - 1] if k > 0 else None,
+                device=resolved.devices[worker_of(plan, replica, k)],
             )
             for k in range(plan.stages)
         ]

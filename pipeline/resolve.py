@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.channels import ChannelChoice, choose_channels
 from pipeline.cut import Cut
+from pipeline.devices import CPU, DeviceChoice
 from pipeline.dni import describe_form, target_every
 from pipeline.errors import NoEffect, PlanError
 from pipeline.modes import MODES
@@ -20,7 +21,7 @@ from pipeline.plan import DNIPlan, Plan
 from pipeline.recipe import Batch, Recipe, build_model, check_batches
 from pipeline.until import look_every
 
-__all__ = ["Resolved", "resolve", "stage_layers"]
+__all__ = ["Measure", "Resolved", "resolve", "stage_layers"]
 
 Measure = Callable[[Sequence[Layer], Sequence[Tensor]], list[float]]
 """(layers, what goes into each of them) -> seconds of forward and backward of each."""
@@ -51,6 +52,7 @@ class Resolved:
         held_out_batches: batches of one evaluation pass.
         channels: what carries each cut, those of replica 0 first.
         hosts: name of the host of every worker, those of replica 0 first.
+        devices: where every worker computes, in the same order.
         reasons: (what was decided, value, why), for the first screen.
     """
 
@@ -65,6 +67,7 @@ class Resolved:
     held_out_batches: int
     channels: tuple[ChannelChoice, ...]
     hosts: tuple[str, ...]
+    devices: tuple[str, ...]
     reasons: tuple[tuple[str, str, str], ...]
 
     @property
@@ -97,7 +100,13 @@ class Resolved:
         return max(1, min(self.steps // 10, self.steps - 1, (first_look or self.steps) - 1))
 
 
-def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: Sequence[str] | None = None) -> Resolved:
+def resolve(
+    recipe: Recipe,
+    plan: Plan,
+    measure: Measure | None = None,
+    hosts: Sequence[str] | None = None,
+    devices: DeviceChoice | None = None,
+) -> Resolved:
     """Check recipe and plan against each other and fill in what was left open.
 
     Runs the model once on batch 0, in evaluation mode.
@@ -108,6 +117,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
         measure: measures layers when the plan asks for a balance by time; without it layers count alike (the
             reference driver has no clock).
         hosts: name of the host of every worker, those of replica 0 first; None: one host.
+        devices: where every worker computes (``choose_devices``); None: all on the CPU.
 
     Raises:
         PlanError: see ``Plan.check``, ``check_batches``, ``check_partition``, and: a loss that does not take the output
@@ -116,7 +126,8 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
     """
     plan.check()
     hosts = hosts or ["this host"] * plan.workers
-    channels = choose_channels(plan.channels, hosts, plan.replicas)
+    devices = devices or DeviceChoice((CPU,) * plan.workers, "nothing else was looked for")
+    channels = choose_channels(plan.channels, hosts, plan.replicas, devices.devices)
     if plan.evaluate_every is not None and recipe.evaluation is None:
         raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
     steps = plan.steps or recipe.steps
@@ -144,6 +155,13 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
     cuts = tuple(_cut(k, outputs[end - 1], labels, outputs[-1], recipe, plan) for k, end in enumerate(ends))
     reasons = [("split", " | ".join(map(str, sizes)), why)]
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
+    reasons.append(("device", devices.says, devices.why))
+    if plan.autocast is not None:
+        reasons.append(
+            ("autocast", plan.autocast, "layers compute in it where torch.autocast does; weights are float32")
+        )
+    if plan.compile:
+        reasons.append(("compile", "yes", "every stage by torch.compile, at its first batch"))
     forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
     if forms:
         reasons.append(("DNI", *forms[0]))
@@ -173,6 +191,7 @@ def resolve(recipe: Recipe, plan: Plan, measure: Measure | None = None, hosts: S
         held_out_batches=held_out_batches,
         channels=channels,
         hosts=tuple(hosts),
+        devices=devices.devices,
         reasons=tuple(reasons),
     )
 

@@ -8,6 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from pipeline.computing import Computing
+from pipeline.plan import Plan
 from pipeline.recipe import Recipe
 
 __all__ = ["Scores", "scores_of"]
@@ -41,18 +43,23 @@ class Scores:
 
 
 @torch.no_grad()
-def scores_of(recipe: Recipe, network: nn.Module, first: int = 0, every: int = 1) -> Scores:
+def scores_of(
+    recipe: Recipe, network: nn.Module, computing: Computing | None = None, first: int = 0, every: int = 1
+) -> Scores:
     """Go through the held-out batches with a whole network, in evaluation mode; it is in training mode afterwards.
 
     Args:
         recipe: gives the batches (none: scores of no rows), the loss and what is right.
         network: inputs -> output.
+        computing: where and how; None: plainly, on the CPU.
         first: index of the first batch to take.
         every: take every n-th batch from there on.
     """
-    scores = Scores()
+    scores, computing = Scores(), computing or Computing(Plan())
     network.eval()
-    for inputs, labels in islice(recipe.evaluation() if recipe.evaluation else (), first, None, every):
-        scores.add(recipe, network(inputs), labels)
+    for batch in islice(recipe.evaluation() if recipe.evaluation else (), first, None, every):
+        inputs, labels = computing.here(*batch)
+        with computing.autocast():
+            scores.add(recipe, network(inputs), labels)
     network.train()
     return scores

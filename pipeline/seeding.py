@@ -32,7 +32,8 @@ def seed_layer(seed: int, layer: int, batch: int) -> None:
 @contextmanager
 def seeded(seed: int, *purpose: int | str) -> Iterator[None]:
     """Run a block with the global generator seeded for ``purpose``; the generator's state is restored after it."""
-    on_devices = torch.random.fork_rng() if torch.cuda.is_initialized() else nullcontext()
+    on_gpu = torch.cuda.is_initialized()
+    on_devices = torch.random.fork_rng(devices=[torch.cuda.current_device()]) if on_gpu else nullcontext()
     with on_devices:
         before = torch.get_rng_state()
         try:

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pipeline.computing import Computing
 from pipeline.cut import Cut
+from pipeline.devices import CPU
 from pipeline.dni import DNI, build_dni, training_window
 from pipeline.errors import StageError
 from pipeline.guards import Guard
@@ -79,6 +81,7 @@ class Stage:
         cut: what is known of the cut above; None for the last stage and in locked modes (no DNI is built then).
         below: what is known of the cut below; None for the first stage.
         record: told what the stage turns to.
+        device: where it computes; what it is given is brought there.
     """
 
     layers: Sequence[Layer]
@@ -88,19 +91,22 @@ class Stage:
     cut: Cut | None = None
     below: Cut | None = None
     record: Recorder = silent
+    device: str = CPU
     dni: DNI | None = field(init=False, default=None)
     local: LocalLoss | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._flow = Flow(self.plan, self.index)
         self.last = self._flow.last
-        self._modules = nn.ModuleList(layer.module for layer in self.layers)
+        self._computing = Computing(self.plan, self.device)
+        self._modules = self._computing.placed(nn.ModuleList(layer.module for layer in self.layers))
+        self._chain = self._computing.chain([layer.module for layer in self.layers])
         self._parameters = [p for p in self._modules.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.plan.optimizer, self._parameters, self.plan.steps)
         if self.cut is not None and self._flow.mode.gradient == "synthetic":
-            self.dni = build_dni(self.cut, self.plan.dni, self.plan.seed)
+            self.dni = self._computing.placed(build_dni(self.cut, self.plan.dni, self.plan.seed))
         if self.cut is not None and self._flow.mode.gradient == "local":
-            self.local = LocalLoss(self.cut, self.plan.dni, self.plan.seed)
+            self.local = self._computing.placed(LocalLoss(self.cut, self.plan.dni, self.plan.seed))
         self._modules.train()
         self._window = None
         if self.below is not None and self._flow.window_suffices:
@@ -112,7 +118,7 @@ class Stage:
         self._samples: dict[int, _Sample] = {}
         self._true_gradient: Tensor | None = None
         self.scores = Scores()
-        self._guard = Guard(self.plan, self.index, self.layers, self.cut)
+        self._guard = Guard(self.plan, self.index, self.layers, self.cut, self._computing)
         self._lock = Lock(self.plan, self.index)
 
     # ------------------------------------------------------------------ one training batch
@@ -137,7 +143,7 @@ class Stage:
         """
         self.record(Span.FORWARD, batch)
         self._training(True)
-        x = x.detach()
+        x, labels = self._computing.here(x.detach(), labels)
         locks = Locks(self._lock.decide(batch), awaited)
         stash = self._flow.stashes(batch, locks)
         leaf, samples, enter = self._entrance(batch, x, whole=awaited, plain=stash)
@@ -186,8 +192,11 @@ class Stage:
         kept = self._kept[batch, microbatch]
         try:
             output = kept.h
+            if gradient is not None:
+                (gradient,) = self._computing.here(gradient)
             if self.last:
-                output = self.recipe.loss(kept.h, kept.labels) / self.plan.microbatches
+                with self._computing.autocast():
+                    output = self.recipe.loss(kept.h, kept.labels) / self.plan.microbatches
                 kept.loss = float(output.detach())
                 self._guard.loss(batch, kept.loss * self.plan.microbatches)
             elif gradient is not None and self._flow.updates_from_true(kept.locks):
@@ -236,7 +245,8 @@ class Stage:
         self.record(Span.BACKWARD, batch)
         kept = self._kept[batch, 0]
         if self.last:
-            kept.loss = float(self.recipe.loss(kept.h.detach(), kept.labels))
+            with self._computing.autocast():
+                kept.loss = float(self.recipe.loss(kept.h.detach(), kept.labels))
             self._guard.loss(batch, kept.loss)
         elif self._flow.relays(batch) and self.plan.targets == "mixed":
             kept.synthetic = self.predict(batch)
@@ -256,6 +266,7 @@ class Stage:
         """
         assert self.dni is not None, "a gradient came to a stage without a DNI"
         self.record(Span.DNI_TRAIN, batch)
+        (gradient,) = self._computing.here(gradient)
         for older in [key for key in self._kept if key[0] < batch]:
             del self._kept[older]
         kept = self._kept.pop((batch, 0))
@@ -295,6 +306,7 @@ class Stage:
             The quality, and the true gradient of the stage below; None in the first stage.
         """
         self.record(Span.QUALITY, batch)
+        (gradient,) = self._computing.here(gradient)
         for older in [key for key in self._samples if key < batch]:
             del self._samples[older]
         sample = self._samples.pop(batch)
@@ -322,14 +334,16 @@ class Stage:
         """Forward a held-out batch in evaluation mode; the last stage adds to ``scores``."""
         self.record(Span.EVALUATE, batch)
         self._training(False)
+        x, labels = self._computing.here(x, labels)
         x = x.clone() if self._writes_to_input else x
-        for layer in self.layers:
-            try:
-                x = layer.module(x)
-            except Exception as error:
-                raise self._error(error, layer.name, batch) from error
-        if self.last:
-            self.scores.add(self.recipe, x, labels)
+        with self._computing.autocast():
+            for name, call in self._calls():
+                try:
+                    x = call(x)
+                except Exception as error:
+                    raise self._error(error, name, batch) from error
+            if self.last:
+                self.scores.add(self.recipe, x, labels)
         return x
 
     # ------------------------------------------------------------------ state
@@ -364,7 +378,8 @@ class Stage:
             return x, slice(None), None
         samples = self._window.of(batch)
         leaf = x[samples]
-        enter = None if plain or self._flow.samples(batch) else on_window(self.layers[0].module, leaf, samples)
+        plain = plain or self._flow.samples(batch) or self._computing.autocasts or self._chain is not None
+        enter = None if plain else on_window(self.layers[0].module, leaf, samples)
         return (x, samples, None) if enter is None else (leaf, slice(None), enter)
 
     def _run(
@@ -373,19 +388,37 @@ class Stage:
         """The layers in order, ``enter`` standing for the first one."""
         h = x.clone() if self._writes_to_input else x
         copies = self._copies() if stash else {}
-        for layer in self.layers:
-            seed_layer(self.plan.seed, layer.index, batch)
-            call, enter = enter or layer.module, None
-            try:
-                h = _on_copies(layer.module, h, copies) if stash else call(h)
-            except Exception as error:
-                raise self._error(error, layer.name, batch) from error
+        with self._computing.autocast():
+            h = self._run_layers(batch, h, copies, enter)
         if not stash:
             return h, list(self._parameters)
         with torch.no_grad():
             for buffer in self._modules.buffers():
                 buffer.copy_(copies[id(buffer)])
         return h, [copies[id(parameter)] for parameter in self._parameters]
+
+    def _run_layers(
+        self, batch: int, h: Tensor, copies: dict[int, Tensor], enter: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        """One by one; in one call where they are compiled, which is seeded like the first of them."""
+        if self._chain is not None:
+            seed_layer(self.plan.seed, self.layers[0].index, batch)
+            try:
+                return self._chain(h)
+            except Exception as error:
+                raise self._error(error, None, batch) from error
+        for layer in self.layers:
+            seed_layer(self.plan.seed, layer.index, batch)
+            call, enter = enter or layer.module, None
+            try:
+                h = _on_copies(layer.module, h, copies) if copies else call(h)
+            except Exception as error:
+                raise self._error(error, layer.name, batch) from error
+        return h
+
+    def _calls(self) -> list[tuple[str | None, Callable[[Tensor], Tensor]]]:
+        """What a held-out batch goes through, and the layer's name where it is one."""
+        return [(None, self._chain)] if self._chain else [(layer.name, layer.module) for layer in self.layers]
 
     def _training(self, mode: bool) -> None:
         if self._modules.training is not mode:  # setting it walks through all modules

@@ -24,9 +24,17 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first: whoever runs two at a time then ends with short ones."""
+    """Files that take long come first: whoever runs two at a time then ends with short ones.
+
+    Tests marked ``gpu`` need one, or as many as the mark says: gpu(2).
+    """
     places = {f"test_{name}": place for place, name in enumerate(_SLOW)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    there = torch.cuda.device_count()
+    for item in items:
+        needed = max((mark.args[0] if mark.args else 1 for mark in item.iter_markers("gpu")), default=0)
+        if needed > there:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs, torch {torch.__version__} finds {there}"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""What every channel must do, whatever carries it. A new implementation adds one entry to `CHANNELS`."""
+"""What every channel must do, whatever carries it. A new implementation adds one entry to `CHANNELS`.
+
+Channels of GPUs run here twice: on the CPU, with a device that does nothing before somebody waits for it, and on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import late_device
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.devices import CPU
 from pipeline.messages import Kind, Message
 from workers.bell import Bell
 from workers.channel import ChannelBroken, ChannelClosed, ChannelTimeout, Receiver, Sender
@@ -52,9 +57,11 @@ class Ground:
     rendezvous: Rendezvous | None = None
 
     def sender(self, bells: Bells = NO_BELLS) -> Sender:
+        late_device.register()
         return open_sender(self.edge, bells.of, self._meeting(), DEADLINE_S)
 
     def receiver(self, bells: Bells = NO_BELLS) -> Receiver:
+        late_device.register()
         return open_receiver(self.edge, bells.of, self._meeting(), DEADLINE_S)
 
     def _meeting(self) -> Meeting | None:
@@ -63,7 +70,8 @@ class Ground:
 
 @contextmanager
 def over_shared_memory(edge: Edge) -> Iterator[Ground]:
-    create_ring(edge.name, edge.slots, edge.slot_bytes)
+    assert edge.ring_slot_bytes is not None
+    create_ring(edge.name, edge.slots, edge.ring_slot_bytes)
     try:
         yield Ground(edge)
     finally:
@@ -83,16 +91,27 @@ class Implementation:
     Attributes:
         ground: makes what an edge needs.
         sees_death: what a wait raises whose other end was killed; shared memory only has its deadlines.
+        kind: of the edge.
+        device: where both ends have their tensors.
     """
 
     ground: Callable[[Edge], AbstractContextManager[Ground]]
     sees_death: type[Exception]
+    kind: str
+    device: str = CPU
 
 
 CHANNELS = {
-    "shm": Implementation(over_shared_memory, ChannelTimeout),
-    "gloo": Implementation(over_gloo, ChannelBroken),
+    "shm": Implementation(over_shared_memory, ChannelTimeout, "shm"),
+    "gloo": Implementation(over_gloo, ChannelBroken, "gloo"),
+    "shm, late device": Implementation(over_shared_memory, ChannelTimeout, "shm", late_device.DEVICE),
+    "gloo, late device": Implementation(over_gloo, ChannelBroken, "gloo", late_device.DEVICE),
+    "peer memory, late device": Implementation(over_shared_memory, ChannelTimeout, "cuda", late_device.DEVICE),
+    "shm, GPU": Implementation(over_shared_memory, ChannelTimeout, "shm", "cuda:0"),
+    "gloo, GPU": Implementation(over_gloo, ChannelBroken, "gloo", "cuda:0"),
+    "peer memory, GPU": Implementation(over_shared_memory, ChannelTimeout, "cuda", "cuda:0"),
 }
+KINDS = [pytest.param(name, marks=[pytest.mark.gpu] if "GPU" in name else []) for name in CHANNELS]
 
 
 @dataclass
@@ -105,8 +124,10 @@ class Workbench:
     def edge(
         self, slots: int = 3, slot_bytes: int = 1 << 16, wire_dtype: torch.dtype | None = None, label: str = LABEL
     ) -> Ground:
-        edge = Edge(self.kind, "activations", f"{new_prefix()}-a0", label, 0, 1, slots, slot_bytes, wire_dtype)
-        return self.stack.enter_context(CHANNELS[self.kind].ground(edge))
+        how, name = CHANNELS[self.kind], f"{new_prefix()}-a0"
+        devices = how.device, how.device
+        edge = Edge(how.kind, "activations", name, label, 0, 1, slots, slot_bytes, wire_dtype, *devices)
+        return self.stack.enter_context(how.ground(edge))
 
     def ends(
         self,
@@ -134,7 +155,7 @@ class Workbench:
         return process
 
 
-@pytest.fixture(params=list(CHANNELS))
+@pytest.fixture(params=KINDS)
 def bench(request: pytest.FixtureRequest) -> Iterator[Workbench]:
     threads = set(threading.enumerate())
     with ExitStack() as stack:
@@ -156,7 +177,7 @@ def assert_same(one: Message, other: Message) -> None:
     )
     assert [t.dtype for t in one.tensors] == [t.dtype for t in other.tensors]
     assert [t.shape for t in one.tensors] == [t.shape for t in other.tensors]
-    assert all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(one.tensors, other.tensors, strict=True))
 
 
 def eventually(what: Callable[[], bool]) -> None:
@@ -232,7 +253,7 @@ def test_messages_of_an_evaluation_and_of_training_share_a_channel(bench: Workbe
         with torch.inference_mode(batch % 2 == 0):
             sender.send(numbered(batch, torch.full((3,), float(batch))), DEADLINE_S)
         with torch.inference_mode(batch % 3 == 0):
-            arrived = receiver.take_within(DEADLINE_S).tensors[0]
+            arrived = receiver.take_within(DEADLINE_S).tensors[0].cpu()
         assert arrived.tolist() == [batch] * 3
         if batch % 3:
             weight = torch.ones(3, requires_grad=True)
@@ -251,7 +272,7 @@ def test_a_sent_tensor_may_be_changed_at_once(bench: Workbench) -> None:
     tensor = torch.zeros(3)
     sender.send(numbered(0, tensor), DEADLINE_S)
     tensor.fill_(1)
-    assert torch.equal(receiver.take_within(DEADLINE_S).tensors[0], torch.zeros(3))
+    assert torch.equal(receiver.take_within(DEADLINE_S).tensors[0].cpu(), torch.zeros(3))
 
 
 def test_a_full_channel_refuses_within_the_deadline_and_says_who_waited_for_whom(bench: Workbench) -> None:

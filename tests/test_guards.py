@@ -98,6 +98,13 @@ def test_the_layer_and_the_batch_are_named_where_it_began(mode: str, where: str)
         assert "the gradient of 2.bias is not finite; nothing was stepped with it" in str(error)
 
 
+def test_the_layer_is_named_where_what_travels_is_bf16() -> None:
+    """Layers with float32 weights are gone through once more as the stage did: under autocast."""
+    plan = Plan(mode="naive", sizes=(2, 4), steps=9, autocast="bf16")
+    error = _failure(_recipe(partial(_breaking, "forward")), plan)
+    assert (error.stage, error.layer, error.batch) == (1, "3", 4)
+
+
 def test_the_weights_are_those_before_the_batch_that_broke() -> None:
     recipe, plan = _recipe(partial(_breaking, "backward")), Plan(stages=1, mode="naive", steps=4, optimizer=SGD)
     truth = run_reference(recipe, plan).state_tensors()

@@ -15,7 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from launch.bench_channel import bench_channel, print_rows
+from launch.bench_channel import SIZES, _tracks, bench_channel, print_rows
+from pipeline.devices import CPU
 from pipeline.errors import PlanError
 from pipeline.messages import Kind, Message
 from workers.channel import ChannelTimeout
@@ -172,6 +173,12 @@ def test_the_sweep_takes_what_the_dead_left_and_nothing_else(name: str) -> None:
     finally:
         unlink_ring(dead)
         foreign.unlink()
+
+
+def test_every_channel_of_the_benchmark_has_a_label_of_its_own() -> None:
+    """Those of all sizes once met under one, and the ends over gloo waited for each other's greeting in vain."""
+    labels = [edge.label for track in _tracks("x", SIZES, 4, (CPU, CPU)) for edge in (track.there, track.back)]
+    assert len(set(labels)) == len(labels) == 2 * 2 * len(SIZES)
 
 
 @pytest.mark.processes

@@ -94,6 +94,11 @@ class Assignment:
         return worker_of(self.plan, self.replica, self.index)
 
     @property
+    def device(self) -> str:
+        """Where the worker computes."""
+        return self.resolved.devices[self.worker]
+
+    @property
     def called(self) -> str:
         """What users see the worker called."""
         return called(self.plan, self.replica, self.index)

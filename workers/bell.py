@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import posix_ipc
 
-__all__ = ["SPIN_S", "Bell", "acquire_within", "create_semaphore", "open_semaphore", "unlink_semaphore"]
+__all__ = ["LOOK_EVERY_S", "SPIN_S", "Bell", "acquire_within", "create_semaphore", "open_semaphore", "unlink_semaphore"]
 
 # A sleeping core of a virtual machine takes 60 to 90 us to wake, as long as three hops; one that looks does not sleep.
 SPIN_S = 100e-6

@@ -12,11 +12,13 @@ waited for whom, for how long, and how full the channel was. An end belongs to o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from pipeline.messages import Message
+
+if TYPE_CHECKING:
+    from workers.lane import Lane
 
 __all__ = ["ChannelBroken", "ChannelClosed", "ChannelTimeout", "End", "Receiver", "Sender"]
 
@@ -79,7 +81,7 @@ class Sender(End):
 
     @abstractmethod
     def send(self, message: Message, deadline_s: float) -> None:
-        """Send one message; on return its tensors may be changed.
+        """Send one message; on return its tensors may be changed (those of a device by its current stream).
 
         Args:
             message: what to send; its tensors are copied once.
@@ -105,15 +107,18 @@ class Receiver(End):
 
     Attributes:
         held: number of messages received in place and not yet released.
+        lane: how messages get from the slots to where the worker computes.
     """
 
     held: int = 0
+    lane: Lane
 
     @abstractmethod
     def poll(self) -> Message | None:
         """The next message in place, or None when there is none now. Never blocks.
 
-        Its tensors share the slot's memory: they are valid until `release`, and not to be written to.
+        Its tensors share the slot's memory: they are valid until `release`, and not to be written to. On a device they
+        are copies already.
 
         Raises:
             ChannelClosed: this end is closed, or the sender's is and everything it sent was received.
@@ -143,7 +148,7 @@ class Receiver(End):
         if not self.held:
             raise RuntimeError(f"{self.label}: no message is held, so there is nothing to release")
         self.held -= 1
-        self._free()
+        self.lane.then(self._free)
 
     @abstractmethod
     def _free(self) -> None:
@@ -158,7 +163,7 @@ class Receiver(End):
         """
         self._require_none_held()
         message = self.poll()
-        return None if message is None else self._copied(message)
+        return None if message is None else self.copied(message)
 
     def take_within(self, deadline_s: float) -> Message:
         """The next message as a copy, its slot already free again.
@@ -175,18 +180,18 @@ class Receiver(End):
             until a message is there, at most ``deadline_s``.
         """
         self._require_none_held()
-        return self._copied(self.receive(deadline_s))
+        return self.copied(self.receive(deadline_s))
 
     def _require_none_held(self) -> None:
         if self.held:  # release frees the oldest slot, which would not be the one just copied
             raise RuntimeError(f"{self.label}: {self.held} messages are held in place; release them before a take")
 
-    def _copied(self, message: Message) -> Message:
+    def copied(self, message: Message) -> Message:
+        """A copy of the only message that is held, its slot free again. Never blocks."""
         try:
-            tensors = tuple(tensor.clone() for tensor in message.tensors)
+            return self.lane.own(message)
         finally:
             self.release()
-        return replace(message, tensors=tensors)
 
     def _give_up(self, waited_s: float) -> NoReturn:
         raise ChannelTimeout(

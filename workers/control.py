@@ -64,6 +64,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
         memory: names the shared memory that it sees; agents that give the same one can share.
         prefix: a start for names in that memory that belong to this process.
         problems: why it cannot take part, one sentence each.
+        gpus: how many its host has.
     """
 
     rank: int
@@ -72,6 +73,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     memory: str
     prefix: str
     problems: list[str] = []
+    gpus: int = 0
 
 
 class Clock(msgspec.Struct, tag=True, frozen=True):
@@ -94,6 +96,7 @@ class Task(msgspec.Struct, tag=True, frozen=True):
         makes_memory: whether this agent makes and removes what lies there.
         meeting: (host, port) where workers without common memory meet; None: there are none.
         profile: what recipe and plan look like to the driver, one text per property.
+        devices: where every worker computes; empty: as the agent finds, whose plan it is.
     """
 
     sizes: list[int]
@@ -102,6 +105,7 @@ class Task(msgspec.Struct, tag=True, frozen=True):
     makes_memory: bool
     meeting: tuple[str, int] | None
     profile: dict[str, str]
+    devices: list[str] = []
 
 
 class Prepared(msgspec.Struct, tag=True, frozen=True):

@@ -5,7 +5,7 @@ cut k:   stage k  --activations k->k+1-->  stage k+1        two edges, of one ki
 
 every stage of several replicas:   replica r  --averages r->q-->  replica q        for every two, both ways
 
-A new kind of channel adds a pair of functions to `_OPEN`.
+A new kind of channel adds a pair of functions to `_OPEN`, and to `_RING_SLOT_BYTES` if it has a ring in shared memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -21,17 +22,21 @@ import torch
 from pipeline.averaging import share_bytes
 from pipeline.channels import kind_between, narrowed
 from pipeline.cut import Cut
+from pipeline.devices import CPU, on_gpu
 from pipeline.messages import Kind, Message, layout_of
 from pipeline.replicas import worker_of
 from pipeline.resolve import Resolved
 from workers.assignment import Names
 from workers.bell import Bell
-from workers.channel import Receiver, Sender
+from workers.channel import End, Receiver, Sender
+from workers.cuda import CudaEngine
 from workers.gloo import Meeting, Rendezvous
+from workers.lane import DIRECT, DeviceLane, Lane
+from workers.peer import HEADER_SLOT_BYTES, PeerEngine, PeerReceiver, PeerSender
 from workers.remote import RemoteReceiver, RemoteSender
 from workers.shm import ShmReceiver, ShmSender
 
-__all__ = ["Edge", "edges_of", "open_receiver", "open_sender", "rendezvous", "slot_bytes"]
+__all__ = ["ENGINES", "Edge", "edges_of", "open_receiver", "open_sender", "rendezvous", "slot_bytes"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Edge:
         slots: how many messages fit.
         slot_bytes: bytes of the largest encoded message.
         wire_dtype: what float32 activations and gradients are narrowed to on their way.
+        source_device: where the sender computes.
+        target_device: where the receiver computes.
     """
 
     kind: str
@@ -59,6 +66,19 @@ class Edge:
     slots: int
     slot_bytes: int
     wire_dtype: torch.dtype | None = None
+    source_device: str = CPU
+    target_device: str = CPU
+
+    @property
+    def meets(self) -> bool:
+        """Whether its ends find each other at the run's rendezvous."""
+        return self.kind not in _RING_SLOT_BYTES
+
+    @property
+    def ring_slot_bytes(self) -> int | None:
+        """Bytes of a slot of its ring in shared memory; None: it has none."""
+        size = _RING_SLOT_BYTES.get(self.kind)
+        return None if size is None else size(self)
 
 
 def edges_of(resolved: Resolved, names: Names) -> Iterator[Edge]:
@@ -75,10 +95,10 @@ def _edges_of_replica(resolved: Resolved, names: Names, replica: int) -> Iterato
     for k, (cut, choice) in enumerate(zip(resolved.cuts, choices, strict=True)):
         size, up = slot_bytes(cut, plan.wire_dtype)
         w, slots, wire = worker_of(plan, replica, k), plan.activation_slots, plan.wire_dtype
-        label = f"activations {k}->{k + 1}{of}"
-        yield Edge(choice.kind, "activations", names.activations(w), label, w, w + 1, slots, size, wire)
+        label, (one, other) = f"activations {k}->{k + 1}{of}", resolved.devices[w : w + 2]
+        yield Edge(choice.kind, "activations", names.activations(w), label, w, w + 1, slots, size, wire, one, other)
         slots, label = plan.gradient_slots_at(k), f"gradients {k + 1}->{k}{of}"
-        yield Edge(choice.kind, "gradients", names.gradients(w), label, w + 1, w, slots, up, wire)
+        yield Edge(choice.kind, "gradients", names.gradients(w), label, w + 1, w, slots, up, wire, other, one)
 
 
 def _edges_between_replicas(resolved: Resolved, names: Names) -> Iterator[Edge]:
@@ -89,8 +109,9 @@ def _edges_between_replicas(resolved: Resolved, names: Names) -> Iterator[Edge]:
             source, target = worker_of(plan, one, k), worker_of(plan, other, k)
             label = f"averages {one}->{other} of stage {k}"
             name = names.averages(source, target)
-            kind = kind_between(plan.channels, resolved.hosts[source], resolved.hosts[target])
-            yield Edge(kind, "averages", name, label, source, target, 1, share_bytes(state_bytes))
+            places = [(resolved.hosts[worker], resolved.devices[worker]) for worker in (source, target)]
+            kind, size = kind_between(plan.channels, *places), share_bytes(state_bytes)
+            yield Edge(kind, "averages", name, label, source, target, 1, size, None, places[0][1], places[1][1])
 
 
 def slot_bytes(cut: Cut, wire_dtype: torch.dtype | None = None) -> tuple[int, int]:
@@ -110,7 +131,7 @@ def rendezvous(resolved: Resolved, host: str = "127.0.0.1") -> Iterator[Rendezvo
         resolved: the run.
         host: this host's address, as all workers reach it.
     """
-    if any(edge.kind == "gloo" for edge in edges_of(resolved, Names(""))):
+    if any(edge.meets for edge in edges_of(resolved, Names(""))):
         with Rendezvous.hosted(host) as hosted:
             yield hosted
     else:
@@ -130,7 +151,7 @@ def open_sender(edge: Edge, bell: Callable[[int], Bell | None], meeting: Meeting
         ChannelTimeout: the other end, or the memory, was not there in time.
 
     Blocks:
-        see ``ShmSender.attach`` and ``RemoteSender.attach``.
+        see ``ShmSender.attach``, ``RemoteSender.attach`` and ``PeerSender.join``.
     """
     return _OPEN[edge.kind][0](edge, bell, meeting, within_s)
 
@@ -141,45 +162,104 @@ def open_receiver(edge: Edge, bell: Callable[[int], Bell | None], meeting: Meeti
 
 
 _Bells = Callable[[int], Bell | None]
+_End = TypeVar("_End", bound=End)
+
+ENGINES: dict[str, Callable[[str], PeerEngine]] = {"cuda": CudaEngine}
+"""What copies for the devices of a kind."""
+
+
+def _engine(device: str) -> PeerEngine:
+    return ENGINES[device.partition(":")[0]](device)
+
+
+def _on_lane(device: str, label: str, attach: Callable[[Lane], _End]) -> _End:
+    """Attach an end whose worker computes on a device; nothing stays behind where it fails."""
+    lane = DeviceLane(_engine(device), label) if on_gpu(device) else DIRECT
+    try:
+        return attach(lane)
+    except BaseException:
+        lane.close()
+        raise
 
 
 def _shm_sender(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
-    return ShmSender.attach(
+    attach = partial(
+        ShmSender.attach,
         edge.name,
         label=edge.label,
         deadline_s=within_s,
         receiver_bell=bell(edge.target),
         wire_dtype=edge.wire_dtype,
     )
+    return _on_lane(edge.source_device, edge.label, lambda lane: attach(lane=lane))
 
 
 def _shm_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
-    return ShmReceiver.attach(edge.name, label=edge.label, deadline_s=within_s, sender_bell=bell(edge.source))
+    attach = partial(
+        ShmReceiver.attach, edge.name, label=edge.label, deadline_s=within_s, sender_bell=bell(edge.source)
+    )
+    return _on_lane(edge.target_device, edge.label, lambda lane: attach(lane=lane))
 
 
 def _gloo_sender(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
-    return _remote(RemoteSender, edge, bell(edge.source), meeting, within_s)
+    return _remote(RemoteSender, edge, edge.source, edge.source_device, bell, meeting, within_s)
 
 
 def _gloo_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
-    return _remote(RemoteReceiver, edge, bell(edge.target), meeting, within_s)
+    return _remote(RemoteReceiver, edge, edge.target, edge.target_device, bell, meeting, within_s)
 
 
 _Remote = TypeVar("_Remote", RemoteSender, RemoteReceiver)
 
 
-def _remote(end: type[_Remote], edge: Edge, bell: Bell | None, meeting: Meeting | None, within_s: float) -> _Remote:
+def _remote(
+    end: type[_Remote], edge: Edge, worker: int, device: str, bell: _Bells, meeting: Meeting | None, within_s: float
+) -> _Remote:
     assert meeting is not None, "an edge over gloo needs a rendezvous"
-    return end.attach(
+    attach = partial(
+        end.attach,
         meeting,
         edge.label,
         label=edge.label,
         slots=edge.slots,
         slot_bytes=edge.slot_bytes,
         deadline_s=within_s,
-        bell=bell,
+        bell=bell(worker),
+        wire_dtype=edge.wire_dtype,
+    )
+    return _on_lane(device, edge.label, lambda lane: attach(lane=lane))
+
+
+def _peer_sender(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
+    return PeerSender.join(
+        edge.name,
+        label=edge.label,
+        slot_bytes=edge.slot_bytes,
+        deadline_s=within_s,
+        engine=_engine(edge.source_device),
+        receiver_bell=bell(edge.target),
         wire_dtype=edge.wire_dtype,
     )
 
 
-_OPEN = {"shm": (_shm_sender, _shm_receiver), "gloo": (_gloo_sender, _gloo_receiver)}
+def _peer_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
+    return PeerReceiver.join(
+        edge.name,
+        label=edge.label,
+        slot_bytes=edge.slot_bytes,
+        deadline_s=within_s,
+        engine=_engine(edge.target_device),
+        sender_bell=bell(edge.source),
+    )
+
+
+_OPEN = {
+    "shm": (_shm_sender, _shm_receiver),
+    "gloo": (_gloo_sender, _gloo_receiver),
+    "cuda": (_peer_sender, _peer_receiver),
+}
+_RING_SLOT_BYTES: dict[str, Callable[[Edge], int]] = {
+    "shm": lambda edge: edge.slot_bytes,
+    "cuda": lambda edge: HEADER_SLOT_BYTES,
+}
+"""Kinds with a ring in shared memory."""

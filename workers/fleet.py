@@ -164,6 +164,11 @@ class Fleet:
             names.setdefault(member.hello.memory, name)
         return [names[member.hello.memory] for member in self.members]
 
+    @property
+    def gpus(self) -> list[int]:
+        """How many GPUs the host of every rank has."""
+        return [member.hello.gpus for member in self.members]
+
     def prepare(self, resolved: Resolved, meeting: tuple[str, int] | None, profile: Mapping[str, str]) -> None:
         """Tell every agent its task, and wait until all agree; see ``control.Task``.
 
@@ -179,7 +184,13 @@ class Fleet:
         for member, host in zip(self.members, hosts, strict=True):
             maker = makers[host]
             task = control.Task(
-                list(resolved.sizes), hosts, maker.hello.prefix, maker is member, meeting, dict(profile)
+                list(resolved.sizes),
+                hosts,
+                maker.hello.prefix,
+                maker is member,
+                meeting,
+                dict(profile),
+                list(resolved.devices),
             )
             self._tell(member, task)
         problems: list[str] = []

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
+from pipeline.devices import on_gpu
 from pipeline.loader import inputs
 from pipeline.messages import Kind, Message
 from pipeline.recipe import Recipe, open_data
@@ -62,8 +64,7 @@ class Taking:
         if message is None:
             return None
         self.record(Span.RECEIVE, message.batch)
-        owned = replace(message, tensors=tuple(tensor.clone() for tensor in message.tensors))
-        self.receiver.release()
+        owned = self.receiver.copied(message)
         self.record(Span.OTHER, -1)
         return owned
 
@@ -142,11 +143,11 @@ def attached(
     """
     k, within_s, plan = assignment.worker, assignment.attach_within_s, assignment.plan
     edges = [edge for edge in edges_of(assignment.resolved, assignment.names) if k in (edge.source, edge.target)]
-    rendezvous = assignment.rendezvous if any(edge.kind != "shm" for edge in edges) else None
+    rendezvous = assignment.rendezvous if any(edge.meets for edge in edges) else None
     with contextlib.ExitStack() as stack:
 
         def bell(worker: int) -> Bell:
-            spin_s = 0.0 if rendezvous else SPIN_S  # else threads of this process ring
+            spin_s = 0.0 if rendezvous or on_gpu(assignment.device) else SPIN_S  # where threads of this process ring
             return stack.enter_context(Bell.attach(assignment.names.bell(worker), within_s, spin_s))
 
         mine, meeting = bell(k), None if rendezvous is None else rendezvous.join(within_s)
@@ -158,6 +159,7 @@ def attached(
                 putting[edge.what, edge.target] = Putting(sender, plan.stall_after_s, stamps=plan.links is not None)
             else:
                 receiver = stack.enter_context(open_receiver(edge, bell, meeting, within_s))
+                receiver.lane.before_landing(partial(record, Span.RECEIVE))
                 delayed = DelayedReceiver(receiver, plan.links) if plan.links is not None else None
                 taking[edge.what, edge.source] = Taking(receiver, record, delayed)
         first = Loading(assignment, recipe, record, enough) if assignment.index == 0 else None

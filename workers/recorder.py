@@ -12,10 +12,13 @@ from pipeline.spans import SPAN_DTYPE, WAITING, Span
 from workers.board import Board
 from workers.clock import now_ns
 
-__all__ = ["Pulse", "SpanRecorder"]
+__all__ = ["FIELDS", "START", "Pulse", "SpanRecorder"]
 
 _CHUNK = 1 << 14  # records per piece of memory: 512 KiB
-_FIELDS = len(SPAN_DTYPE.names or ())
+FIELDS = len(SPAN_DTYPE.names or ())
+"""Numbers in a record."""
+START = 3
+"""Which of them is the start."""
 _TOLD = (Span.FORWARD, Span.BACKWARD, Span.DNI_TRAIN, Span.EVALUATE, *WAITING)
 _NO_PROGRESS = (*WAITING, Span.OTHER)
 
@@ -47,17 +50,22 @@ class SpanRecorder:
         chunk[position + 1] = batch
         chunk[position + 2] = self.depth() if span is Span.FORWARD and self.depth is not None else -1
         chunk[position + 3] = start_ns
-        self._position = position + _FIELDS
+        self._position = position + FIELDS
         if span not in _NO_PROGRESS:
             self._progress += 1
         self._board.write(self._worker, span, batch, start_ns, self._progress)
         if self._position == len(chunk):
+            self._settle()
             self._full.append(chunk)
             self._chunk, self._position = _empty_chunk(), 0
+
+    def _settle(self) -> None:
+        """Before the records in the present piece of memory are put away: their times become final."""
 
     def save(self, path: Path) -> None:
         """End the last span and write all records (SPAN_DTYPE) as a .npy file."""
         self(Span.OTHER, -1)
+        self._settle()
         values = np.concatenate([*map(np.asarray, self._full), np.asarray(self._chunk)[: self._position]])
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
@@ -87,4 +95,4 @@ class Pulse:
 
 
 def _empty_chunk() -> array[int]:
-    return array("q", bytes(8 * _FIELDS * _CHUNK))
+    return array("q", bytes(8 * FIELDS * _CHUNK))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 
+import torch
 from torch import Tensor
 
 from pipeline.messages import Message
 from workers.channel import Receiver, Sender
 from workers.gloo import PairBroken
 from workers.remote_end import CLOSED, RemoteEnd
+from workers.slot import Slot
 
 __all__ = ["RemoteReceiver", "RemoteSender"]
 
@@ -18,7 +20,7 @@ class RemoteSender(Sender, RemoteEnd):
     """The sending end of a remote channel; see `Sender`. Use `attach`."""
 
     side, who, peer = 0, "sender", "receiver"
-    _num_sent = _num_released = 0
+    _num_sent = _num_shipped = _num_released = 0
 
     def depth(self) -> int:
         """Number of slots in use; see `End.depth`."""
@@ -44,19 +46,33 @@ class RemoteSender(Sender, RemoteEnd):
                 self._break(0.0)
             index = self._num_sent % self._ring_size
             try:
-                self._slots[index].write(message)
+                self.lane.fill(self._slots[index], message)
             except BaseException as error:
                 error.add_note(f"while sending on {self.label}")
                 raise
+            self._num_sent += 1
+            self.lane.then(self._ship_next)
+            if self._broken is not None:
+                self._break(0.0)
+
+    def _ship_next(self) -> None:
+        """The oldest message that is filled; in the thread that sent it, or in that of its lane."""
+        with self._changed:
+            if self._said_end or self._broken is not None:
+                return  # nobody takes it
+            index = self._num_shipped % self._ring_size
             try:
                 self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
             except PairBroken as error:
                 self._broken = error
-                self._break(0.0)
-            self._num_sent += 1
+                self._changed.notify_all()
+            self._num_shipped += 1
 
     def _has_room(self) -> bool:
         return self._num_sent - self._num_released < self.capacity
+
+    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
+        return self.lane.outgoing(memory, wire_dtype)
 
     def _incoming(self) -> list[Tensor]:
         return self._credits
@@ -73,7 +89,7 @@ class RemoteSender(Sender, RemoteEnd):
     def _say_end(self) -> None:
         if not self._said_end and self._broken is None:
             self._said_end = True
-            index = self._num_sent % self._ring_size
+            index = self._num_shipped % self._ring_size
             self._slots[index].write_end()
             with contextlib.suppress(PairBroken):  # the waiter sees it too
                 self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
@@ -110,7 +126,7 @@ class RemoteReceiver(Receiver, RemoteEnd):
             slot = self._slots[self._num_read % self._ring_size]
             self._num_read += 1
             self.held += 1
-            return slot.read()
+            return self.lane.land(slot)
 
     def _free(self) -> None:
         with self._changed:
@@ -135,6 +151,9 @@ class RemoteReceiver(Receiver, RemoteEnd):
 
     def _has_message(self) -> bool:
         return self._num_arrived > self._num_read
+
+    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
+        return self.lane.incoming(memory)
 
     def _incoming(self) -> list[Tensor]:
         return self._slot_bytes

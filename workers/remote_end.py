@@ -17,6 +17,7 @@ as much as a small message, so it is given only where the sender takes half of t
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from torch import Tensor
 from workers.bell import Bell
 from workers.channel import ChannelBroken, ChannelTimeout, End
 from workers.gloo import Meeting, Pair, PairBroken
+from workers.lane import DIRECT, Lane
 from workers.slot import Slot, slot_stride
 
 __all__ = ["CLOSED", "RemoteEnd"]
@@ -56,6 +58,7 @@ class RemoteEnd(End):
         deadline_s: float,
         bell: Bell | None = None,
         wire_dtype: torch.dtype | None = None,
+        lane: Lane = DIRECT,
     ) -> Self:
         """Meet the other end. Whoever attaches several ends does so in an order common to all processes.
 
@@ -68,6 +71,7 @@ class RemoteEnd(End):
             deadline_s: seconds from now within which the other end must come.
             bell: this worker's, rung when a message or a release has arrived, and when the channel closes or breaks.
             wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
+            lane: how messages get into the slots, or out of them; closed with the end.
 
         Raises:
             ChannelTimeout: it did not come.
@@ -77,7 +81,7 @@ class RemoteEnd(End):
             until the other end is there, at most ``deadline_s`` to connect and as long again to greet.
         """
         pair = Pair.join(meeting, name, cls.side, deadline_s)
-        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=bell, wire_dtype=wire_dtype)
+        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=bell, wire_dtype=wire_dtype, lane=lane)
         end.start(deadline_s)
         return end
 
@@ -90,11 +94,15 @@ class RemoteEnd(End):
         slot_bytes: int,
         bell: Bell | None,
         wire_dtype: torch.dtype | None,
+        lane: Lane,
     ) -> None:
         self.label, self.capacity, self._ring_size = label, slots, slots + 1
         stride = slot_stride(slot_bytes)
-        memory = torch.zeros(self._ring_size, stride, dtype=torch.uint8)
-        self._slots = [Slot(memoryview(row.numpy()), wire_dtype) for row in memory]
+        pages = mmap.mmap(-1, self._ring_size * stride)  # zeros, and whole pages: a device may want to have them pinned
+        memory = torch.frombuffer(pages, dtype=torch.uint8).view(self._ring_size, stride)
+        lane.pin(memoryview(pages))
+        self.lane = lane
+        self._slots = [self._slot(memoryview(row.numpy()), wire_dtype) for row in memory]
         self._slot_bytes = list(memory)
         self._credits = list(torch.zeros(self._ring_size, 1, dtype=torch.int64))
         self._pair, self._bell = pair, bell
@@ -110,10 +118,12 @@ class RemoteEnd(End):
         """Close this end; see `End.close`.
 
         Blocks:
-            until the other end's process answered, at most 2 s: it does at once unless it is stopped.
+            until what is under way to or from a device is copied, and the other end's process answered, at most 2 s: it
+            does at once unless it is stopped.
         """
         if self._closed:
             return
+        self.lane.close()
         with self._changed:
             self._closed = True
             self._say_end()
@@ -127,6 +137,10 @@ class RemoteEnd(End):
         self._ring()
 
     # ------------------------------------------------------------------ what the two ends do differently
+
+    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
+        """A slot of this end's ring."""
+        raise NotImplementedError
 
     def _incoming(self) -> list[Tensor]:
         raise NotImplementedError

@@ -22,7 +22,7 @@ def needed_bytes(resolved: Resolved, here: Collection[int] | None = None) -> int
         resolved: the run.
         here: the workers on the host in question; None: all.
     """
-    return sum(ring_bytes(edge.slots, edge.slot_bytes) for edge in _rings(resolved, Names(""), here))
+    return sum(ring_bytes(edge.slots, size) for edge, size in _rings(resolved, Names(""), here))
 
 
 @contextmanager
@@ -40,8 +40,8 @@ def shared_memory(resolved: Resolved, names: Names, here: Collection[int] | None
     sweep_stale()
     check_shared_memory(needed_bytes(resolved, here))
     try:
-        for edge in _rings(resolved, names, here):
-            create_ring(edge.name, edge.slots, edge.slot_bytes)
+        for edge, size in _rings(resolved, names, here):
+            create_ring(edge.name, edge.slots, size)
         for worker in range(resolved.plan.workers):
             Bell.create(names.bell(worker)).close()
         with Board(names.board, resolved.plan.workers, create=True) as board:
@@ -52,14 +52,16 @@ def shared_memory(resolved: Resolved, names: Names, here: Collection[int] | None
 
 def unlink_all(resolved: Resolved, names: Names) -> None:
     """Remove all names; whoever has attached goes on. Names already removed are no error."""
-    for edge in _rings(resolved, names):
+    for edge, _ in _rings(resolved, names):
         unlink_ring(edge.name)
     for worker in range(resolved.plan.workers):
         unlink_semaphore(names.bell(worker))
     Board.unlink_name(names.board)
 
 
-def _rings(resolved: Resolved, names: Names, here: Collection[int] | None = None) -> Iterator[Edge]:
-    """The edges in shared memory. Both ends of one are on the same host, so one end tells where it is."""
-    rings = (edge for edge in edges_of(resolved, names) if edge.kind == "shm")
-    return (edge for edge in rings if here is None or edge.source in here)
+def _rings(resolved: Resolved, names: Names, here: Collection[int] | None = None) -> Iterator[tuple[Edge, int]]:
+    """The edges with a ring in shared memory, and bytes of its slots. Both ends are on one host: one tells where."""
+    for edge in edges_of(resolved, names):
+        size = edge.ring_slot_bytes
+        if size is not None and (here is None or edge.source in here):
+            yield edge, size

@@ -27,9 +27,13 @@ from pipeline.messages import Message
 from workers.bell import Bell, acquire_within, create_semaphore, open_semaphore, unlink_semaphore
 from workers.channel import ChannelTimeout, End, Receiver, Sender
 from workers.devshm import check_shared_memory, new_prefix, sweep_stale, too_little
+from workers.lane import DIRECT, Lane
 from workers.slot import Slot, slot_stride
 
 __all__ = [
+    "CARD",
+    "RECEIVER_ATTACHED",
+    "SENDER_ATTACHED",
     "ShmReceiver",
     "ShmSender",
     "check_shared_memory",
@@ -45,8 +49,12 @@ _SIZES = struct.Struct("<qq")  # number of slots, bytes from one to the next
 _NUM_SENT = struct.Struct("<q")  # written by the sender when it closes
 _NUM_SENT_AT = 16
 # Each flag has one writer, and the two sides do not share a cache line.
-_SENDER_ATTACHED, _SENDER_CLOSED = 64, 65
-_RECEIVER_ATTACHED, _RECEIVER_CLOSED = 128, 129
+SENDER_ATTACHED = 64
+_SENDER_CLOSED = 65
+RECEIVER_ATTACHED = 128
+_RECEIVER_CLOSED = 129
+CARD = 256
+"""From here to the end of the header a kind of channel may leave what its ends have to know of each other."""
 
 
 def ring_bytes(slots: int, slot_bytes: int) -> int:
@@ -108,7 +116,7 @@ class _ShmEnd(End):
         deadline_s: float,
         attached_flag: int,
         peer_bell: Bell | None,
-        wire_dtype: torch.dtype | None = None,
+        lane: Lane,
     ) -> None:
         try:
             self._filled = open_semaphore(f"{name}-f", deadline_s)
@@ -130,18 +138,21 @@ class _ShmEnd(End):
         # by hand (a tensor would crash), but goes with its last view.
         self._header = view[:_HEADER_BYTES]
         starts = range(_HEADER_BYTES, len(view), stride)
-        self._slots = [Slot(view[start : start + stride], wire_dtype) for start in starts]
+        self.lane = lane
+        self._memories = [view[start : start + stride] for start in starts]
+        self._slots: list[Slot] = []
         self._next = 0  # how many messages this side has sent or received
         self._closed = False
         self._peer_bell = peer_bell
         if self._header[attached_flag]:
             raise ValueError(f"{label}: this end of '{name}' is attached already; a channel has one of each end")
         self._header[attached_flag] = 1
+        lane.pin(view)
 
     @property
     def paired(self) -> bool:
         """Whether both ends have attached: from then on the names are of no more use."""
-        return bool(self._header[_SENDER_ATTACHED] and self._header[_RECEIVER_ATTACHED])
+        return bool(self._header[SENDER_ATTACHED] and self._header[RECEIVER_ATTACHED])
 
     def depth(self) -> int:
         """Number of slots in use; see `End.depth`."""
@@ -149,7 +160,7 @@ class _ShmEnd(End):
 
     def _shut(self) -> None:
         self._closed = True
-        self._slots = []
+        self._slots, self._memories = [], []
         self._filled.close()
         self._empty.close()
         self._ring()
@@ -171,6 +182,7 @@ class ShmSender(_ShmEnd, Sender):
         deadline_s: float,
         receiver_bell: Bell | None = None,
         wire_dtype: torch.dtype | None = None,
+        lane: Lane = DIRECT,
     ) -> ShmSender:
         """Open the sending end of a ring that any process makes with `create_ring`.
 
@@ -180,6 +192,7 @@ class ShmSender(_ShmEnd, Sender):
             deadline_s: seconds from now within which the ring must exist.
             receiver_bell: rung after each send and at close.
             wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
+            lane: how messages get into the slots; closed with the end.
 
         Raises:
             ChannelTimeout: there is no such ring.
@@ -188,7 +201,9 @@ class ShmSender(_ShmEnd, Sender):
         Blocks:
             until the ring exists, at most ``deadline_s``.
         """
-        return cls(name, label, deadline_s, _SENDER_ATTACHED, receiver_bell, wire_dtype)
+        end = cls(name, label, deadline_s, SENDER_ATTACHED, receiver_bell, lane)
+        end._slots = [lane.outgoing(memory, wire_dtype) for memory in end._memories]
+        return end
 
     def room(self) -> bool:
         """Whether a send would not block now; see `Sender.room`."""
@@ -204,18 +219,22 @@ class ShmSender(_ShmEnd, Sender):
             self._empty.release()
             self._refuse("the receiver")
         try:
-            self._slots[self._next % self.capacity].write(message)
+            self.lane.fill(self._slots[self._next % self.capacity], message)
         except BaseException as error:
             self._empty.release()
             error.add_note(f"while sending on {self.label}")
             raise
         self._next += 1
+        self.lane.then(self._post)
+
+    def _post(self) -> None:
         self._filled.release()
         self._ring()
 
     def close(self) -> None:
         """Close this end; see `End.close`. The receiver gets what was sent, then `ChannelClosed`."""
         if not self._closed:
+            self.lane.close()
             _NUM_SENT.pack_into(self._header, _NUM_SENT_AT, self._next)
             self._header[_SENDER_CLOSED] = 1
             self._filled.release()  # one more than messages sent: wakes the receiver
@@ -228,9 +247,13 @@ class ShmReceiver(_ShmEnd, Receiver):
     _drained = False
 
     @classmethod
-    def attach(cls, name: str, *, label: str, deadline_s: float, sender_bell: Bell | None = None) -> ShmReceiver:
+    def attach(
+        cls, name: str, *, label: str, deadline_s: float, sender_bell: Bell | None = None, lane: Lane = DIRECT
+    ) -> ShmReceiver:
         """Open the receiving end; as `ShmSender.attach`. ``sender_bell`` is rung by releases and at close."""
-        return cls(name, label, deadline_s, _RECEIVER_ATTACHED, sender_bell)
+        end = cls(name, label, deadline_s, RECEIVER_ATTACHED, sender_bell, lane)
+        end._slots = [lane.incoming(memory) for memory in end._memories]
+        return end
 
     def poll(self) -> Message | None:
         """The next message in place, or None; see `Receiver.poll`."""
@@ -253,7 +276,7 @@ class ShmReceiver(_ShmEnd, Receiver):
         slot = self._slots[self._next % self.capacity]
         self._next += 1
         self.held += 1
-        return slot.read()
+        return self.lane.land(slot)
 
     def _free(self) -> None:
         if not self._closed:
@@ -263,6 +286,7 @@ class ShmReceiver(_ShmEnd, Receiver):
     def close(self) -> None:
         """Close this end; see `End.close`. The sender gets `ChannelClosed` at once."""
         if not self._closed:
+            self.lane.close()
             self._header[_RECEIVER_CLOSED] = 1
             self._empty.release()  # wakes the sender
             self._shut()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.channels import narrowed, widened
-from pipeline.messages import ALIGNMENT_BYTES, Kind, Message, decode, layout_of, write_into
+from pipeline.messages import ALIGNMENT_BYTES, Kind, Layout, Message, decode, layout_of, write_into
 
 __all__ = ["Slot", "slot_stride"]
 
@@ -64,12 +64,9 @@ class Slot:
         """
         specs = [(tensor.dtype, tensor.shape) for tensor in message.tensors]
         if specs == self._specs:
-            for mine, room, tensor in zip(self._tensors, self._rooms, message.tensors, strict=True):
-                if room is not None and tensor.is_contiguous():
-                    ctypes.memmove(room.address, tensor.data_ptr(), room.size)
-                else:
-                    mine.copy_(tensor.detach())
+            self._copy_in(message)
         else:
+            self._specs = None
             self._lay_out(message)
             self._specs = specs
         m, serial, narrow = message, self._serial, self._narrow
@@ -83,36 +80,65 @@ class Slot:
         self.used_bytes = ALIGNMENT_BYTES
 
     @property
+    def body(self) -> memoryview:
+        """The memory behind the record, where the encoded message begins."""
+        return self._body
+
+    @property
     def is_end(self) -> bool:
         """Whether ``write_end`` wrote last."""
         return self._record[_KIND_AT] == _END_OF_CHANNEL
 
     def read(self) -> Message:
         """The message in place: its tensors share the slot's memory, but for one that was narrowed on its way."""
+        message, narrow = self.read_narrow()
+        return widened(message) if narrow else message
+
+    def read_narrow(self) -> tuple[Message, bool]:
+        """The message in place as it travelled, and whether its first tensor was narrowed for that."""
         serial, kind, narrow, stage, generation, batch, microbatch, sent_ns = _RECORD.unpack_from(self._record)
         if serial != self._serial:
-            self._tensors = _laid_over(self._body)
+            with torch.inference_mode(False):  # made in an evaluation, they serve in training too
+                self._tensors = self._laid_over()
             self._serial = serial
         # Tensors of their own for the caller, who may set requires_grad on them.
         tensors = tuple([tensor.detach() for tensor in self._tensors])
-        message = Message(_KINDS[kind], batch, stage, tensors, generation, microbatch, sent_ns)
-        return widened(message) if narrow else message
+        return Message(_KINDS[kind], batch, stage, tensors, generation, microbatch, sent_ns), narrow
+
+    def _copy_in(self, message: Message) -> None:
+        """Copy the tensors of a message like the last one."""
+        for mine, room, tensor in zip(self._tensors, self._rooms, message.tensors, strict=True):
+            if room is not None and tensor.is_contiguous():
+                ctypes.memmove(room.address, tensor.data_ptr(), room.size)
+            else:
+                mine.copy_(tensor.detach())
 
     def _lay_out(self, message: Message) -> None:
-        self._specs = None
+        """Write a message unlike the last one, header and tensors."""
         sent = narrowed(message, self._wire_dtype)
         layout = layout_of(sent)
-        if layout.total_bytes > len(self._body):
-            raise ValueError(
-                f"a message of {layout.total_bytes:,} bytes does not fit its slot of {len(self._body):,}"
-                " bytes; make the slots larger or the batch smaller"
-            )
+        self._check_fits(layout.total_bytes, len(self._body))
         write_into(self._body, sent, layout)
-        self._narrow = sent is not message
-        self._tensors = _laid_over(self._body)
+        with torch.inference_mode(False):
+            self._tensors = self._laid_over()
         self._rooms = tuple(map(_room, self._tensors, message.tensors))
+        self._laid_out(layout, narrow=sent is not message)
+
+    def _laid_out(self, layout: Layout, *, narrow: bool) -> None:
+        self._narrow = narrow
         self.used_bytes = ALIGNMENT_BYTES + layout.total_bytes
         self._serial += 1
+
+    def _check_fits(self, total_bytes: int, room_bytes: int) -> None:
+        if total_bytes > room_bytes:
+            raise ValueError(
+                f"a message of {total_bytes:,} bytes does not fit its slot of {room_bytes:,}"
+                " bytes; make the slots larger or the batch smaller"
+            )
+
+    def _laid_over(self) -> tuple[Tensor, ...]:
+        """The tensors of the message whose header lies in the slot."""
+        return decode(self._body).tensors
 
 
 class _Room(NamedTuple):
@@ -127,8 +153,3 @@ def _room(mine: Tensor, sent: Tensor) -> _Room | None:
     if mine.dtype != sent.dtype or sent.device.type != "cpu" or not mine.numel():
         return None
     return _Room(mine.data_ptr(), mine.numel() * mine.element_size())
-
-
-def _laid_over(body: memoryview) -> tuple[Tensor, ...]:
-    with torch.inference_mode(False):  # made in an evaluation, they serve in training too
-        return decode(body).tensors

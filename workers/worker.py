@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import resource
 import signal
 import time
 import traceback
@@ -26,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.averaging import averager_of
+from pipeline.devices import on_gpu
 from pipeline.errors import StageError
 from pipeline.exchange import Exchange
 from pipeline.policies import Action, scripted
@@ -45,6 +45,8 @@ from workers.board import Board
 from workers.channel import ChannelBroken
 from workers.clock import now_ns
 from workers.emulated import EmulatedStage
+from workers.gpu import finish, peak_memory_bytes, prepare
+from workers.gpu_recorder import CudaMarks, GpuSpanRecorder
 from workers.orphan import ends_with_the_driver
 from workers.ports import Ports, attached
 from workers.recorder import Pulse, SpanRecorder
@@ -87,9 +89,11 @@ def worker_main(assignment: Assignment, connection: Connection, listener: Path |
 
 
 def _work(assignment: Assignment, connection: Connection, stack: contextlib.ExitStack) -> None:
+    plan, device = assignment.plan, assignment.device
+    prepare(device, plan)
     recipe = assignment.source()
     board = stack.enter_context(Board(assignment.names.board, assignment.plan.workers))
-    spans = SpanRecorder(assignment.worker, board) if assignment.plan.spans else None
+    spans = _recorder(assignment, board) if plan.spans else None
     record = spans or Pulse(assignment.worker, board)
     ports = stack.enter_context(attached(assignment, recipe, record, lambda step: runner.averager.enough(step)))
     if spans is not None:
@@ -106,7 +110,8 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     records.receive(connection)
     begin_ns = now_ns()
     try:
-        _loop(runner, ports, board, record, assignment.plan.stall_after_s)
+        _loop(runner, ports, board, record, plan.stall_after_s)
+        finish(device)
     except ChannelBroken:
         _leave_word_to_the_cause(board)
         raise
@@ -117,11 +122,17 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     report.flush()
     if assignment.replica == 0:
         _save(assignment, stage)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak_bytes = peak_memory_bytes(device)
     counts = runner.updated, runner.learned, runner.dropped
     times = begin_ns, end_ns, report.window_ns
     last_words = assignment.index, *counts, peak_bytes, *times, *ports.sent_bytes, assignment.replica
     records.send(connection, records.Finished(*last_words))
+
+
+def _recorder(assignment: Assignment, board: Board) -> SpanRecorder:
+    if on_gpu(assignment.device):
+        return GpuSpanRecorder(assignment.worker, board, CudaMarks(assignment.device))
+    return SpanRecorder(assignment.worker, board)
 
 
 def _loop(runner: Runner, ports: Ports, board: Board, record: Recorder, give_up_after_s: float) -> None:
@@ -174,7 +185,7 @@ def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> Stage | 
     cut = None if assignment.last else replace(assignment.resolved.cuts[assignment.index], loss=recipe.loss)
     below = None if assignment.index == 0 else assignment.resolved.cuts[assignment.index - 1]
     layers, mine = stage_layers(recipe, plan, assignment.index), plan_of(plan, assignment.replica)
-    return Stage(layers, assignment.index, mine, recipe, cut, below, record)
+    return Stage(layers, assignment.index, mine, recipe, cut, below, record, assignment.device)
 
 
 def _runner(
@@ -246,10 +257,11 @@ def _save(assignment: Assignment, stage: Stage | EmulatedStage) -> None:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dense tensors that share no memory, as safetensors wants them: copies of those that do."""
+    """Dense CPU tensors that share no memory, as safetensors wants them: copies of those that do."""
     apart: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu()
         storage = tensor.untyped_storage()
         alone = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
         seen.add(storage.data_ptr())

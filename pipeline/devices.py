@@ -1,0 +1,121 @@
+"""Where each worker computes: a choice that needs no device to be made.
+
+    auto             the GPUs of every host, where each has one; else the CPU
+    cpu, cuda        the CPU; the GPUs of every host
+    cuda:1,cuda:3    these, in the order of the workers of a host; cpu may be among them
+
+A host's devices are shared out in blocks, so that workers which talk to each other share one, and messages between GPUs
+are few. With as many workers as GPUs, or fewer, the n-th worker of a host (its local rank) has the n-th GPU.
+
+    6 workers, 4 GPUs:  0 0 1 2 2 3
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import PlanError
+
+__all__ = ["AUTOCAST_DTYPES", "CPU", "DeviceChoice", "choose_devices", "device_problems", "first_gpu", "on_gpu"]
+
+CPU = "cpu"
+AUTOCAST_DTYPES = ("bf16",)
+"""What layers may compute in while the weights stay float32."""
+_LIST = re.compile(r"(cpu|cuda:\d+)(,(cpu|cuda:\d+))*")
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """Where the workers compute.
+
+    Attributes:
+        devices: of every worker, as torch names them: ``cpu``, ``cuda:0``, ...
+        why: the reason, for the first screen.
+    """
+
+    devices: tuple[str, ...]
+    why: str
+
+    @property
+    def says(self) -> str:
+        """All devices, once each if they are the same."""
+        return self.devices[0] if len(set(self.devices)) == 1 else ", ".join(self.devices)
+
+
+def on_gpu(device: str) -> bool:
+    """Whether this is a GPU."""
+    return device != CPU
+
+
+def first_gpu(devices: Sequence[str]) -> str | None:
+    """The first of the devices that is a GPU, if one is."""
+    return next(filter(on_gpu, devices), None)
+
+
+def device_problems(wanted: str) -> Iterator[str]:
+    """What is wrong with the wish itself, as one sentence."""
+    if wanted not in ("auto", CPU, "cuda") and not _LIST.fullmatch(wanted):
+        yield f"device is {wanted!r}: give auto, cpu, cuda, or devices with commas between them, like cuda:0,cuda:1."
+
+
+def choose_devices(wanted: str, hosts: Sequence[str], gpus: Mapping[str, int], built: bool = True) -> DeviceChoice:
+    """Choose where each worker computes.
+
+    Args:
+        wanted: ``Plan.device``.
+        hosts: name of the host of every worker, in the order of the workers.
+        gpus: how many GPUs torch can use on each host.
+        built: whether torch on this host is built with CUDA.
+
+    Raises:
+        PlanError: there is no such device, on the host that the sentence names.
+    """
+    if wanted == CPU:
+        return DeviceChoice((CPU,) * len(hosts), "as asked for")
+    without = [host for host in dict.fromkeys(hosts) if not gpus.get(host)]
+    missing = "this torch is built without CUDA" if not built else f"torch finds no GPU on {', '.join(without)}"
+    if wanted == "auto" and without:
+        return DeviceChoice((CPU,) * len(hosts), missing)
+    if wanted == "cuda" and without:
+        remedy = "install a build of torch with CUDA" if not built else "look what nvidia-smi says there"
+        raise PlanError(f"device cuda: {missing}: {remedy}, or choose device cpu.")
+    if wanted not in ("auto", "cuda"):
+        _check_there(wanted, hosts, gpus, missing)
+    places = _local_places(hosts)
+    devices: list[str] = []
+    for host, (index, count) in zip(hosts, places, strict=True):
+        offered = wanted.split(",") if wanted not in ("auto", "cuda") else [f"cuda:{n}" for n in range(gpus[host])]
+        devices.append(offered[index if count <= len(offered) else index * len(offered) // count])
+    return DeviceChoice(tuple(devices), _reason(wanted, hosts, gpus, devices))
+
+
+def _check_there(wanted: str, hosts: Sequence[str], gpus: Mapping[str, int], missing: str) -> None:
+    problems = []
+    for host in dict.fromkeys(hosts):
+        count = gpus.get(host, 0)
+        for device in dict.fromkeys(wanted.split(",")):
+            if on_gpu(device) and int(device.partition(":")[2]) >= count:
+                there = f"{host} has cuda:0 to cuda:{count - 1}" if count else missing
+                problems.append(f"device {device}: {there}: choose among these, or device cpu.")
+    if problems:
+        raise PlanError(*problems)
+
+
+def _local_places(hosts: Sequence[str]) -> list[tuple[int, int]]:
+    """(number among the workers of its host, how many these are), of every worker."""
+    seen: dict[str, int] = {}
+    places = []
+    for host in hosts:
+        places.append((seen.get(host, 0), hosts.count(host)))
+        seen[host] = seen.get(host, 0) + 1
+    return places
+
+
+def _reason(wanted: str, hosts: Sequence[str], gpus: Mapping[str, int], devices: Sequence[str]) -> str:
+    counts = [gpus[host] for host in dict.fromkeys(hosts)] if wanted in ("auto", "cuda") else []
+    found = f"{sum(counts)} GPU{'s' if sum(counts) != 1 else ''} found" if counts else "as asked for"
+    used = {(host, device) for host, device in zip(hosts, devices, strict=True) if on_gpu(device)}
+    shared = sum(on_gpu(device) for device in devices) > len(used)
+    return f"{found}; workers share them" if shared else found

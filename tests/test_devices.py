@@ -1,0 +1,226 @@
+"""Where workers compute: a choice made from words and counts, before anything starts."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import problems
+import pytest
+import torch
+
+from launch import ray_launcher, train
+from launch.cli import main
+from launch.gpus import chosen_here, gpus_here
+from launch.options import parse
+from launch.ray_options import TrainOptions
+from launch.rows import ROWS
+from launch.site import LOCAL
+from launch.training import resolve_source
+from pipeline import Plan, PlanError, run_reference
+from pipeline.channels import choose_channels, kind_between
+from pipeline.devices import choose_devices
+from workers.assignment import Names
+from workers.edges import edges_of
+from workers.peer import HEADER_SLOT_BYTES
+from workers.shared import needed_bytes
+from workers.shm import ring_bytes
+
+NO_GPU = not torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "hosts", "gpus", "devices", "why"),
+    [
+        ("cpu", "a a", {"a": 8}, "cpu cpu", "as asked for"),
+        ("auto", "a a", {}, "cpu cpu", "torch finds no GPU on a"),
+        ("auto", "a a b", {"a": 2}, "cpu cpu cpu", "torch finds no GPU on b"),
+        ("auto", "a a", {"a": 1}, "cuda:0 cuda:0", "1 GPU found; workers share them"),
+        ("auto", "a a", {"a": 2}, "cuda:0 cuda:1", "2 GPUs found"),
+        ("auto", "a a", {"a": 8}, "cuda:0 cuda:1", "8 GPUs found"),
+        (
+            "cuda",
+            "a a a a a a",
+            {"a": 4},
+            "cuda:0 cuda:0 cuda:1 cuda:2 cuda:2 cuda:3",
+            "4 GPUs found; workers share them",
+        ),
+        ("cuda", "a b a b", {"a": 2, "b": 2}, "cuda:0 cuda:0 cuda:1 cuda:1", "4 GPUs found"),
+        ("cuda:1", "a a", {"a": 2}, "cuda:1 cuda:1", "as asked for; workers share them"),
+        ("cuda:1,cuda:0", "a a", {"a": 2}, "cuda:1 cuda:0", "as asked for"),
+        ("cpu,cuda:0", "a a a", {"a": 1}, "cpu cpu cuda:0", "as asked for"),
+    ],
+)
+def test_devices_are_shared_out(wanted: str, hosts: str, gpus: Mapping[str, int], devices: str, why: str) -> None:
+    chosen = choose_devices(wanted, hosts.split(), gpus)
+    assert (" ".join(chosen.devices), chosen.why) == (devices, why)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "built", "problems"),
+    [
+        (
+            "cuda",
+            {},
+            False,
+            "device cuda: this torch is built without CUDA: install a build of torch with CUDA, or choose device cpu.",
+        ),
+        (
+            "cuda",
+            {},
+            True,
+            "device cuda: torch finds no GPU on a: look what nvidia-smi says there, or choose device cpu.",
+        ),
+        ("cuda:2", {"a": 2}, True, "device cuda:2: a has cuda:0 to cuda:1: choose among these, or device cpu."),
+        ("cuda:0", {}, True, "device cuda:0: torch finds no GPU on a: choose among these, or device cpu."),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    wanted: str, gpus: Mapping[str, int], built: bool, problems: str
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        choose_devices(wanted, ["a", "a"], gpus, built)
+    assert caught.value.problems == (problems,)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:0,", "", "cuda:0 cuda:1", "cuda,cpu"])
+def test_a_device_that_is_no_name_of_one_is_refused(device: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(f"device is {device!r}: give auto, cpu, cuda, or devices")):
+        Plan(device=device).check()
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan(emulate="stage_ms=1", device="cuda"), "device has no effect with emulate"),
+        (Plan(emulate="stage_ms=1", autocast="bf16"), "autocast has no effect with emulate"),
+        (Plan(emulate="stage_ms=1", compile=True), "compile has no effect with emulate"),
+        (Plan(mode="async-1f1b", compile=True), "compile and stashed weights do not go together"),
+        (Plan(targets="true", compile=True), "compile and stashed weights do not go together"),
+        (Plan(unlock="auto", compile=True), "compile and stashed weights do not go together"),
+        (Plan(autocast="fp16"), "unknown autocast dtype 'fp16'; did you mean 'bf16'?"),  # type: ignore[arg-type]
+        (Plan(mode="naive", deterministic=True), "deterministic has no effect with mode naive"),
+        (Plan(mode="naive", deterministic=True, device="cpu"), "deterministic has no effect with mode naive"),
+    ],
+)
+def test_what_cannot_be_computed_so_is_refused(plan: Plan, message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        plan.check()
+
+
+def test_locked_training_on_gpus_may_ask_for_deterministic_algorithms() -> None:
+    assert Plan(mode="naive", deterministic=True, device="cuda").check()
+
+
+def test_the_channel_of_a_cut_follows_from_hosts_and_devices() -> None:
+    hosts, devices = ["a", "a", "a", "a", "b"], ["cpu", "cuda:0", "cuda:0", "cuda:1", "cuda:0"]
+    assert [(choice.kind, choice.why) for choice in choose_channels("auto", hosts, devices=devices)] == [
+        ("shm", "both workers on one host"),
+        ("cuda", "both workers on cuda:0"),
+        ("cuda", "cuda:0 and cuda:1 are on one host"),
+        ("gloo", "a and b are two hosts"),
+    ]
+    assert kind_between("auto", ("a", "cuda:0"), ("a", "cuda:3")) == "cuda"
+    assert kind_between("gloo", ("a", "cuda:0"), ("a", "cuda:3")) == "gloo"
+    assert {choice.kind for choice in choose_channels("shm", hosts[:4], devices=devices[:4])} == {"shm"}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "devices", "message"),
+    [
+        ("a b", "cuda:0 cuda:0", "channels cuda: the workers on both sides of cut 0 are on different hosts, a and b"),
+        ("a a", "cpu cuda:0", "channels cuda: the workers on both sides of cut 0 compute on cpu and cuda:0"),
+        ("a a", "cpu cpu", "channels cuda: the workers on both sides of cut 0 compute on cpu and cpu"),
+    ],
+)
+def test_peer_memory_that_cannot_be_reached_is_refused(hosts: str, devices: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        choose_channels("cuda", hosts.split(), devices=devices.split())
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU here")
+def test_without_a_gpu_everything_is_on_the_cpu_and_the_first_screen_says_so() -> None:
+    resolved = resolve_source(problems.recipe, Plan(stages=2, sizes=(4, 4)))
+    assert resolved.devices == ("cpu", "cpu")
+    reason = next(reason for reason in resolved.reasons if reason[0] == "device")
+    assert reason[1] == "cpu"
+    assert reason[2].startswith("torch finds no GPU") or reason[2] == "this torch is built without CUDA"
+    assert gpus_here() == 0
+    assert chosen_here(Plan(emulate="stage_ms=1")).why == "as asked for"
+    for plan in (Plan(steps=1, device="cuda"), Plan(steps=1, device="cuda:0")):
+        with pytest.raises(PlanError, match=f"device {plan.device}: "):
+            run_reference(problems.recipe(), plan)
+        with pytest.raises(PlanError, match=f"device {plan.device}: "):
+            train(model=problems.two_linear, batches=problems.batch, loss=problems.recipe().loss, plan=plan)
+
+
+def test_edges_know_the_devices_of_their_ends_and_peer_memory_takes_little_of_the_hosts() -> None:
+    """Resolved by hand: as it would be with two GPUs."""
+    there = resolve_source(problems.recipe, Plan(stages=3, sizes=(3, 3, 2), replicas=2, device="cpu"))
+    devices = ("cpu", "cuda:0", "cuda:0", "cpu", "cuda:1", "cuda:1")
+    choices = choose_channels("auto", there.hosts, 2, devices)
+    there = replace(there, devices=devices, channels=choices)
+    edges = {edge.label: edge for edge in edges_of(there, Names("x"))}
+    up = edges["gradients 2->1 of replica 1"]
+    assert (up.kind, up.source_device, up.target_device) == ("cuda", "cuda:1", "cuda:1")
+    down = edges["activations 0->1 of replica 0"]
+    assert (down.kind, down.source_device, down.target_device) == ("shm", "cpu", "cuda:0")
+    share = edges["averages 0->1 of stage 2"]
+    assert (share.kind, share.source_device, share.target_device) == ("cuda", "cuda:0", "cuda:1")
+    assert up.ring_slot_bytes == HEADER_SLOT_BYTES
+    assert down.ring_slot_bytes == down.slot_bytes
+    expected = [ring_bytes(e.slots, e.ring_slot_bytes) for e in edges.values() if e.ring_slot_bytes is not None]
+    assert needed_bytes(there) == sum(expected)
+
+
+def test_neither_the_driver_nor_the_fork_server_asks_for_cuda() -> None:
+    """A process that has asked the CUDA runtime for anything must not fork."""
+    program = """
+import torch
+asked = []
+for name in ("is_available", "_lazy_init", "current_device", "init", "set_device"):
+    setattr(torch.cuda, name, lambda *a, name=name, **k: asked.append(name) or False)
+import torch._dynamo, workers.worker, workers.cuda, launch.training, launch.bench_channel
+from pipeline import Plan
+import problems
+from launch.training import resolve_source
+resolve_source(problems.two_linear_recipe, Plan(stages=2, device="cpu"))
+assert not asked, asked
+"""
+    folder = Path(__file__).parent
+    paths = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(folder.parent)!r}]\n"
+    done = subprocess.run([sys.executable, "-c", paths + program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU here")
+@pytest.mark.parametrize("command", ["train digits --device cuda", "bench channel --device cuda"])
+def test_the_command_line_refuses_a_gpu_that_is_not_there(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    assert ended.value.code == 2
+    assert re.match(r"freewheel: device cuda: .* or choose device cpu\.\n$", capsys.readouterr().err)
+
+
+def test_actors_of_ray_compute_on_the_cpu_and_a_gpu_is_refused_before_ray_is_asked() -> None:
+    arguments = ["--launcher", "ray", "--device", "cuda:0"]
+    parsed = parse("digits", arguments, TrainOptions, "freewheel train", writes=False)
+    with pytest.raises(PlanError, match="device cuda:0 is not there with launcher ray: use torchrun"):
+        ray_launcher.train("digits", arguments, parsed, lambda *_: 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"autocast": "bf16"}, "autocast bf16"), ({"compile": True}, "compile")]
+)
+def test_rivals_that_would_compute_otherwise_are_refused(
+    changes: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    plan = replace(Plan(stages=2, sizes=(4, 4), steps=4), **changes)  # type: ignore[arg-type]
+    resolved = resolve_source(problems.recipe, plan)
+    for row in ("ddp", "torch-gpipe"):
+        with pytest.raises(PlanError, match=f"is compared on the CPU in float32 only: leave {named} out, or that row"):
+            ROWS[row](problems.recipe, resolved, tmp_path, LOCAL)
