@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.cut import Cut
 
-__all__ = ["MLP", "Conv", "Custom", "Form", "LabelResidual", "Linear", "root_mean_square"]
+__all__ = ["MLP", "Conv", "Custom", "Form", "LabelResidual", "Linear", "clip", "root_mean_square"]
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -54,7 +54,7 @@ class Form(nn.Module):
         labels: Shaped[Tensor, " batch *rest"],
         sigma: Float[Tensor, ""],
     ) -> Float[Tensor, " batch *features"]:
-        """The gradient at ``h``, in units of ``sigma``."""
+        """The gradient at ``h``, in units of ``sigma``; in memory that nobody else has."""
         prediction: Tensor = self(h, labels)
         return prediction
 
@@ -65,9 +65,7 @@ class Form(nn.Module):
         sigma: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
         """The prediction with its root mean square clipped to 1, times ``sigma``; and its root mean square before."""
-        prediction = self.predict(h, labels, sigma)
-        size = root_mean_square(prediction)
-        return prediction * (sigma / size.clamp(min=1)), size
+        return clip(self.predict(h, labels, sigma), sigma)
 
     def meet(
         self,
@@ -222,6 +220,15 @@ class Custom(Form):
             )
         return prediction
 
+    def predict(
+        self,
+        h: Float[Tensor, " batch *features"],
+        labels: Shaped[Tensor, " batch *rest"],
+        sigma: Float[Tensor, ""],
+    ) -> Float[Tensor, " batch *features"]:
+        """A copy of it: the module may give ``h`` itself or a parameter, and predictions are clipped in place."""
+        return super().predict(h, labels, sigma).clone()
+
 
 class LabelResidual(Form):
     """A (softmax(C h) - onehot(y)): what a local classifier gets wrong, mapped back to h.
@@ -258,15 +265,6 @@ class LabelResidual(Form):
         """The prediction, shaped like ``h``."""
         return (self._residual(h, labels) @ self.back).reshape(h.shape)
 
-    def clipped(
-        self,
-        h: Float[Tensor, " batch *features"],
-        labels: Shaped[Tensor, " batch *rest"],
-        sigma: Float[Tensor, ""],
-    ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
-        """The prediction with its root mean square clipped to 1, times ``sigma``; and its root mean square before."""
-        return self._mapped_back(self._residual(h, labels), h.shape, sigma)
-
     @torch.no_grad()
     def meet(
         self,
@@ -280,7 +278,7 @@ class LabelResidual(Form):
         rows = h[samples].reshape(-1, self.features)
         wrong = residual.view(len(h), -1, residual.shape[1])[samples].flatten(0, 1) / len(rows)
         self.local.weight.grad, self.local.bias.grad = wrong.T @ rows, wrong.sum(dim=0)
-        return self._mapped_back(residual, h.shape, sigma)
+        return clip((residual @ self.back).reshape(h.shape), sigma)
 
     @torch.no_grad()
     def gradients(
@@ -309,13 +307,16 @@ class LabelResidual(Form):
         residual.scatter_add_(1, labels.clamp(min=0).long(), residual.new_full((len(rows), 1), -1))
         return residual.mul_(labels >= 0)
 
-    def _mapped_back(
-        self, residual: Tensor, shape: torch.Size, sigma: Tensor
-    ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
-        """R A, clipped, times sigma; and its root mean square before."""
-        wide = residual @ self.back
-        size = root_mean_square(wide)
-        return wide.mul_(sigma / size.clamp(min=1)).reshape(shape), size
+
+def clip(
+    prediction: Float[Tensor, " batch *features"], sigma: Float[Tensor, ""]
+) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
+    """A prediction in units of ``sigma`` with its root mean square clipped to 1, times ``sigma``; and what that was.
+
+    In place: fresh memory would cost as much as the product that the prediction came from.
+    """
+    size = root_mean_square(prediction)
+    return prediction.mul_(sigma / size.clamp(min=1)), size
 
 
 def root_mean_square(values: Tensor) -> Float[Tensor, ""]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pipeline.cut import Cut
-from pipeline.dni_forms import Form, root_mean_square
+from pipeline.dni_forms import Form, clip
 
 __all__ = ["LossModel", "head_for"]
 
@@ -78,9 +78,7 @@ class LossModel(Form):
         wrong, of_model, *of_head = self._differentiated(h, labels, own)
         for parameter, gradient in zip(own, of_head, strict=True):
             parameter.grad = gradient
-        prediction = self._corrected(wrong, of_model, sigma)
-        size = root_mean_square(prediction)
-        return prediction * (sigma / size.clamp(min=1)), size
+        return clip(self._corrected(wrong, of_model, sigma), sigma)
 
     @torch.no_grad()
     def gradients(

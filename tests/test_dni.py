@@ -334,6 +334,24 @@ def test_trains_on_a_fraction_of_the_rows_that_follows_from_the_batch() -> None:
     assert not torch.equal(seen[0], seen[1])
 
 
+class _Same(nn.Module):
+    """Gives h itself."""
+
+    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+        return h
+
+
+def test_a_users_module_may_give_the_activation_itself() -> None:
+    """Predictions are clipped in place; the activation, which travels, must not be."""
+    dni = build_dni(REGRESSION, DNIPlan(factory=lambda cut: _Same()), seed=0)
+    h, labels, g = problem(REGRESSION)()
+    dni.learn(h, labels, g, batch=0)
+    before = h.clone()
+    for prediction in (dni.predict(h, labels), dni.meet(h, labels, 1)):
+        assert not torch.equal(prediction, h)
+        assert torch.equal(h, before)
+
+
 @pytest.mark.parametrize(("form", "samples"), [("label_residual", 2), ("loss_model", 8)])
 def test_the_cheap_forms_train_on_some_rows_only(form: str, samples: int) -> None:
     cut = replace(TOKENS, activation_shape=(32, 64, 4), label_shape=(32, 64), output_shape=(32, 64, CLASSES))

@@ -20,6 +20,7 @@ import contextlib
 import mmap
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn, Self
@@ -138,20 +139,21 @@ class RemoteEnd(End):
 
     # ------------------------------------------------------------------ what the two ends do differently
 
+    @abstractmethod
     def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
         """A slot of this end's ring."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _incoming(self) -> list[Tensor]:
-        raise NotImplementedError
+        """Where what the peer says lands."""
 
+    @abstractmethod
     def _arrived(self, index: int) -> bool:
         """Take in what arrived in a buffer; False when it says that nothing will follow."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _say_end(self) -> None:
         """Tell the peer, once, that nothing will follow. With the lock held."""
-        raise NotImplementedError
 
     def start(self, within_s: float) -> None:
         """Agree with the other end on the slots, which also warms the connection up, then listen."""
@@ -228,8 +230,9 @@ class RemoteEnd(End):
             "process died, or the network between the hosts did: look what its worker reported, and at its system's log"
         ) from self._broken
 
+    @abstractmethod
     def _give_up(self, waited_s: float) -> NoReturn:
-        raise NotImplementedError
+        """Raise what says who waited for whom."""
 
     def _ring(self) -> None:
         if self._bell is not None:
