@@ -62,7 +62,7 @@ class DNIPlan:
     rows: float = 1.0
     """Fraction of a batch's rows the DNI trains on, in (0, 1]."""
     every: int | None = None
-    """Targets flow, and the DNI trains on them, for every n-th batch; None: as the form wants (label_residual 2, others
+    """Targets flow, and the DNI trains on them, for every n-th batch; None: as the form wants (label_residual 4, others
     1)."""
     labels: bool = True
     """linear, mlp, conv: predict from activation and labels (the paper's cDNI); else from the activation alone."""

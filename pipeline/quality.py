@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Quality", "compare"]
+__all__ = ["Quality", "Sample", "Samples", "compare"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,63 @@ class Quality:
     cosine: float
     norm_ratio: float
     error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a stage keeps of a sampled batch until its true gradient comes.
+
+    Attributes:
+        x: what the true gradient is passed on for; None in the first stage.
+        h: the output, with its graph.
+        leaves: the parameters as they were in the forward pass.
+        synthetic: like ``h``, the synthetic gradient.
+        gradients: of the leaves under the synthetic gradient; None: not taken yet.
+    """
+
+    x: Tensor | None
+    h: Tensor
+    leaves: Sequence[Tensor]
+    synthetic: Tensor
+    gradients: Sequence[Tensor | None] | None
+
+
+class Samples:
+    """The sampled batches of one stage whose true gradients are still to come."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Sample] = {}
+
+    def keep(self, batch: int, sample: Sample) -> None:
+        """Keep a sampled batch until ``judge``."""
+        self._kept[batch] = sample
+
+    def judge(self, batch: int, g: Tensor) -> tuple[Quality, Tensor | None]:
+        """Compare the synthetic gradient of a kept batch with the true one.
+
+        Args:
+            batch: its batch id; what is kept of older ones (their true gradients were dropped) goes.
+            g: the true gradient, like ``h``.
+
+        Returns:
+            The quality, and the true gradient for ``x``; None in the first stage.
+        """
+        for older in [key for key in self._kept if key < batch]:
+            del self._kept[older]
+        sample = self._kept.pop(batch)
+        under_s = sample.gradients
+        if under_s is None:
+            under_s = torch.autograd.grad(
+                sample.h, sample.leaves, sample.synthetic, allow_unused=True, retain_graph=True
+            )
+        wanted = [*sample.leaves] if sample.x is None else [*sample.leaves, sample.x]
+        found = torch.autograd.grad(sample.h, wanted, g, allow_unused=True)
+        under_g = found[: len(sample.leaves)]
+        quality = compare(batch, sample.synthetic, g, under_s, under_g)
+        if sample.x is None:
+            return quality, None
+        below = found[-1]
+        return quality, torch.zeros_like(sample.x) if below is None else below
 
 
 def compare(

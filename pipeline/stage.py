@@ -32,7 +32,7 @@ from pipeline.local_loss import LocalLoss
 from pipeline.optimizers import build_optimizer
 from pipeline.partition import Layer
 from pipeline.plan import Plan
-from pipeline.quality import Quality, compare
+from pipeline.quality import Quality, Sample, Samples
 from pipeline.recipe import Recipe
 from pipeline.scores import Scores
 from pipeline.seeding import seed_layer
@@ -56,17 +56,6 @@ class _Kept:
     synthetic: Tensor | None = None
     loss: float = float("nan")
     locks: Locks = FREE
-
-
-@dataclass(slots=True)
-class _Sample:
-    """What a stage keeps of a sampled batch until its true gradient comes."""
-
-    x: Tensor
-    h: Tensor
-    leaves: list[Tensor]
-    synthetic: Tensor
-    gradients: list[Tensor | None] | None  # of the parameters, under the synthetic gradient; None: not taken yet
 
 
 @dataclass
@@ -115,7 +104,7 @@ class Stage:
         first = self.layers[0].module
         self._writes_to_input = any(getattr(module, "inplace", False) for module in first.modules())
         self._kept: dict[tuple[int, int], _Kept] = {}
-        self._samples: dict[int, _Sample] = {}
+        self._samples = Samples()
         self._true_gradient: Tensor | None = None
         self.scores = Scores()
         self._guard = Guard(self.plan, self.index, self.layers, self.cut, self._computing)
@@ -307,21 +296,9 @@ class Stage:
         """
         self.record(Span.QUALITY, batch)
         (gradient,) = self._computing.here(gradient)
-        for older in [key for key in self._samples if key < batch]:
-            del self._samples[older]
-        sample = self._samples.pop(batch)
-        wanted = sample.leaves if self.index == 0 else [sample.x, *sample.leaves]
-        under_s: Sequence[Tensor | None] | None = sample.gradients
-        if under_s is None:
-            under_s = torch.autograd.grad(
-                sample.h, sample.leaves, sample.synthetic, allow_unused=True, retain_graph=True
-            )
-        found = torch.autograd.grad(sample.h, wanted, gradient, allow_unused=True)
-        below = None if self.index == 0 else found[0]
-        under_g = found[len(wanted) - len(sample.leaves) :]
-        quality = compare(batch, sample.synthetic, gradient, under_s, under_g)
+        quality, below = self._samples.judge(batch, gradient)
         self._lock.judged(quality)
-        return quality, torch.zeros_like(sample.x) if below is None and self.index > 0 else below
+        return quality, below
 
     def loss_of(self, batch: int) -> float:
         """The training loss of a batch whose backward is done, once; last stage only."""
@@ -445,7 +422,8 @@ class Stage:
         clips = self.plan.optimizer.clip is not None  # in place, before the step: these are compared unclipped
         gradients = [p.grad.clone() if clips and p.grad is not None else p.grad for p in self._parameters]
         under_s = None if kept.locks.mine else gradients  # a locked stage has those under the gradient from above
-        self._samples[batch] = _Sample(kept.x, kept.h, kept.leaves, kept.synthetic, under_s)
+        x = kept.x if self.index > 0 else None
+        self._samples.keep(batch, Sample(x, kept.h, kept.leaves, kept.synthetic, under_s))
 
     def _keep_for_target(self, batch: int, microbatch: int, relays_later: bool) -> None:
         """Keep of a batch only what is still needed: the loss, h and the labels, the graph too, or nothing."""
