@@ -26,6 +26,7 @@ from pipeline.cut import Cut
 __all__ = ["MLP", "Conv", "Custom", "Form", "LabelResidual", "Linear", "clip", "root_mean_square"]
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
+_LEAST_SCALE = 1e-3  # where A points away from the last targets: hardly anything, but a DNI that says nothing is dead
 _REMEMBERED = 0.95  # of the products that give a scale: it suits the last 20 targets or so
 
 
@@ -311,7 +312,7 @@ class LabelResidual(Form):
             self.back.grad = slope * residual.T @ (there - target)
         self.products.mul_(_REMEMBERED).add_(torch.stack(products))
         fits, size = self.products
-        self.scale.copy_(torch.where(size > 0, fits / size, 1.0).clamp(min=0))
+        self.scale.copy_(torch.where(size > 0, fits / size, 1.0).clamp(min=_LEAST_SCALE))
 
     def _residual(self, h: Tensor, labels: Tensor) -> Float[Tensor, "rows classes"]:
         """softmax(C h) - onehot(y); zeros where the label is negative, by convention one that the loss ignores."""
