@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import islice
 
@@ -34,8 +35,8 @@ class Scores:
             self.answers += answers
 
     def loss(self) -> float:
-        """Mean loss per row."""
-        return self.loss_sum / max(1, self.rows)
+        """Mean loss per row; NaN of no rows, which meets no goal."""
+        return self.loss_sum / self.rows if self.rows else math.nan
 
     def accuracy(self) -> float | None:
         """Share of right answers, or None for a recipe without."""

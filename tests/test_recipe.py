@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import math
 import struct
 import sys
 from collections.abc import Callable, Iterable
@@ -43,6 +44,7 @@ from pipeline import (
 )
 from pipeline.recipe import build_model
 from pipeline.resolve import resolve
+from pipeline.scores import Scores
 
 WIDTH, CLASSES, ROWS = 6, 3, 8
 
@@ -296,6 +298,18 @@ def test_held_out_batches_have_to_fit_into_the_channels(held_out: Batch) -> None
 def test_evaluating_without_held_out_data_is_refused() -> None:
     sentence = "evaluate_every has no effect without held-out batches: leave it out, or give evaluation."
     assert _refused(Plan(steps=6, evaluate_every=2)) == sentence
+
+
+@pytest.mark.parametrize("plan", [Plan(steps=6), Plan(steps=6, until="loss=1"), Plan(steps=6, evaluate_every=2)])
+def test_an_evaluation_without_a_batch_is_refused(plan: Plan) -> None:
+    """It once ended as "held-out loss 0.0000", the best there can be."""
+    sentence = "evaluation() gives no batch: give held-out batches (inputs, labels), or leave evaluation out."
+    assert _refused(plan, evaluation=list) == sentence
+
+
+def test_no_rows_have_no_loss() -> None:
+    assert math.isnan(Scores().loss())
+    assert Scores().accuracy() is None
 
 
 def test_the_score_is_the_mean_over_the_rows_of_all_held_out_batches() -> None:

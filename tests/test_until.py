@@ -101,7 +101,7 @@ def _no_batches() -> Iterator[Any]:
     ("recipe", "until", "sentence"),
     [
         (replace(problems.recipe(), evaluation=None), "loss=1", "until has no effect without held-out batches: leave"),
-        (replace(problems.recipe(), evaluation=_no_batches), "loss=1", "until has no effect as evaluation gives no"),
+        (replace(problems.recipe(), evaluation=_no_batches), "loss=1", "evaluation() gives no batch: give held-out"),
         (replace(problems.recipe(), correct=None), "accuracy=0.9", "until accuracy=0.9: the recipe counts no right"),
     ],
     ids=["no evaluation", "empty evaluation", "no right answers"],
