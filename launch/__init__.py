@@ -1,7 +1,25 @@
-"""Who starts the workers, and what the user types and sees."""
+"""Who starts the workers, and what the user types and sees.
 
-from launch.result import Result
-from launch.training import train
-from workers.failures import RunFailed
+The names are imported when they are asked for: ``python -m launch`` imports this package first, and what it needs takes
+seconds to import, in which Ctrl-C may come (``launch.__main__``).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launch.result import Result
+    from launch.training import train
+    from workers.failures import RunFailed
 
 __all__ = ["Result", "RunFailed", "train"]
+
+_WHERE = {"Result": "launch.result", "RunFailed": "workers.failures", "train": "launch.training"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from workers.crew import Crew
+from workers.failures import RunFailed
 from workers.interrupts import Interrupts
 
 
@@ -89,3 +98,60 @@ def test_other_threads_leave_the_handlers_alone() -> None:
     thread.start()
     thread.join(10)
     assert seen == [before]
+
+
+# ---------------------------------------------------------------- while a program starts
+
+
+def _program(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(map(str, filter(None, (folder, Path(__file__).parents[1]))))
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_the_command_is_imported_is_one_line(number: signal.Signals, tmp_path: Path) -> None:
+    """It once was a traceback out of whatever was being imported; here that is the first package that is not ours."""
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text(f"import os\nos.kill(os.getpid(), {number})\n")
+    ended = _program("-m", "launch", "train", "digits", folder=tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "freewheel: interrupted; nothing is running\n")
+
+
+@pytest.mark.processes
+def test_the_fork_server_outlives_an_interrupt_while_it_imports() -> None:
+    """It is as old as a Ctrl-C in the first second finds it; what comes from it ignores Ctrl-C too."""
+    ended = _program(
+        "-c",
+        "import os, signal\n"
+        "from multiprocessing import forkserver\n"
+        "from workers.processes import listener, process_context\n"
+        "context = process_context()\n"
+        "listener()\n"
+        "os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)\n"
+        "process = context.Process(target=signal.raise_signal, args=(signal.SIGINT,))\n"
+        "process.start()\n"
+        "process.join(150)\n"
+        "print(process.exitcode)\n",
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0\n", "")
+
+
+@pytest.mark.parametrize(("interrupted", "expected"), [(True, KeyboardInterrupt), (False, RunFailed)])
+def test_workers_that_cannot_start_because_of_an_interrupt_are_no_failure(
+    interrupted: bool, expected: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM to the whole group ends the fork server: that was a traceback with an EOFError."""
+
+    def start(process: BaseProcess) -> None:
+        if interrupted:
+            _interrupt()
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr("workers.processes.ForkServerProcess._Popen", staticmethod(start))
+    monkeypatch.setattr("workers.processes.listener", lambda: None)
+    monkeypatch.setattr("workers.crew.listener", lambda: None)
+    monkeypatch.setattr("workers.crew.Bell", mock.Mock())
+    assignment: Any = mock.Mock(called="stage 0")
+    with pytest.raises(expected), Crew([assignment], mock.Mock()):
+        pass

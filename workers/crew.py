@@ -73,6 +73,7 @@ class Crew:
                 self._pipes.append(mine)
         except BaseException as failed:
             self.__exit__(type(failed), failed, failed.__traceback__)
+            self._interrupts.raise_noted()  # what ended this process may have ended the fork server as well
             raise
         return self
 

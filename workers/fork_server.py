@@ -1,4 +1,5 @@
-"""What the fork server imports first, and nobody else: when it ends, it removes its socket and the folder of that.
+"""What the fork server imports first, and nobody else: it ignores Ctrl-C, which is for the program that started it, and
+so do its children; when it ends, it removes its socket and the folder of that.
 
 Python leaves this to the program that started the server, which may be killed. The server ends once that program and
 all processes that came from the server are gone.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -28,3 +30,5 @@ def removes_its_listener(server: int) -> None:
 
 
 atexit.register(removes_its_listener, os.getpid())
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked until now, see workers.processes.listener

@@ -8,13 +8,36 @@ with spawn, the functions a worker runs are imported by name.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-from multiprocessing import forkserver, util
-from multiprocessing.context import ForkServerContext
+import signal
+from multiprocessing import forkserver, resource_tracker, util
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from workers.failures import RunFailed
+
 __all__ = ["end_fork_server", "forget_fork_server", "listener", "process_context", "remove_listener"]
+
+
+class _Process(ForkServerProcess):
+    """A process whose start says what is wrong where the fork server is gone."""
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802  # multiprocessing's name
+        listener()
+        try:
+            return ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]
+        except (EOFError, ConnectionError) as error:
+            raise RunFailed(
+                f"{process_obj.name} could not be started: the process that all workers come from has ended "
+                f"({type(error).__name__}). Somebody ended it, or it says above what went wrong; start again.",
+                stage=None,
+            ) from error
+
+
+class _Context(ForkServerContext):
+    Process = _Process
 
 
 def process_context(*modules: str) -> ForkServerContext:
@@ -24,7 +47,7 @@ def process_context(*modules: str) -> ForkServerContext:
         modules: what the first caller wants imported ahead, besides the worker; later callers' are imported by their
             processes.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = _Context()
     # torch imports _dynamo when the first optimizer is built, which takes seconds and would be paid by every worker.
     context.set_forkserver_preload(["workers.fork_server", "torch._dynamo", "workers.worker", *modules])
     return context
@@ -33,10 +56,18 @@ def process_context(*modules: str) -> ForkServerContext:
 def listener() -> Path | None:
     """Where this program's fork server listens; starts it.
 
+    Ctrl-C goes to all processes of a terminal, and would end the server while it imports, long before multiprocessing
+    has it ignored: it starts with SIGINT blocked, and ``workers.fork_server``, which it imports first, ignores it.
+
     Returns:
         the path of the socket; None: this version of multiprocessing does not tell.
     """
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # on the way it would unblock what is blocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     address = getattr(forkserver._forkserver, "_forkserver_address", None)
     return Path(address) if isinstance(address, str) and address.startswith("/") else None
 
