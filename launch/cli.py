@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import signal
@@ -35,6 +36,7 @@ from launch.training import Launcher, resolve_source, run
 from pipeline import Plan, PlanError, nearest
 from pipeline.resolve import Resolved
 from workers.failures import RunFailed
+from workers.writing import NotWritten, writing
 
 __all__ = ["main"]
 
@@ -50,6 +52,7 @@ _USAGE = f"""usage: freewheel COMMAND RECIPE [options]
 RECIPE: {", ".join(BUILT_IN)}, or the path of a Python file.
 Options of a command with a recipe: freewheel COMMAND RECIPE --help
 """
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,6 +80,11 @@ def _guarded(arguments: list[str]) -> int:
         if failure.details:
             errors.print(failure.details.rstrip(), markup=False)
         errors.print(f"freewheel: {failure}", markup=False)
+        return 1
+    except OSError as error:
+        if not (isinstance(error, NotWritten) or error.errno in _NO_ROOM):
+            raise
+        errors.print(f"freewheel: {error}", markup=False)
         return 1
     except KeyboardInterrupt:
         errors.print("freewheel: interrupted; all workers were stopped", markup=False)
@@ -122,7 +130,12 @@ def _trained(
     """Run it, and show and write what came out."""
     console = Console(quiet=parsed.run.quiet)
     command = ["freewheel", "train", recipe, *arguments]
-    result = run(parsed.source, resolved, parsed.run.runs, parsed.run.name, console, command, launcher)
+    try:
+        result = run(parsed.source, resolved, parsed.run.runs, parsed.run.name, console, command, launcher)
+    except NotWritten as error:
+        if error.result is not None:
+            console.finished(error.result)
+        raise
     console.finished(result)
     console.next_command(*_after_training(recipe, arguments, parsed.plan, resolved.steps))
     _write_json(parsed.run.json, result.as_dict())
@@ -217,4 +230,5 @@ def _bench_channel(arguments: list[str]) -> int:
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        with writing(path):
+            path.write_text(json.dumps(content, indent=2) + "\n")

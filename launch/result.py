@@ -20,6 +20,7 @@ from pipeline.resolve import Resolved
 from pipeline.spans import Spans
 from pipeline.until import Reached
 from workers.records import Finished, Judged, Scored, Switched
+from workers.writing import writing
 
 __all__ = ["SCHEMA", "Result"]
 
@@ -146,7 +147,9 @@ class Result:
         ``model.load_state_dict(safetensors.torch.load_file(path))``
         """
         path = Path(path)
-        save_file(self.state_tensors(), path)
+        tensors = self.state_tensors()
+        with writing(path):
+            save_file(tensors, path)
         return path
 
     def summary(self) -> str:
@@ -202,5 +205,11 @@ class Result:
         }
 
     def write(self, path: Path) -> None:
-        """Write result.json there."""
-        path.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        """Write result.json there.
+
+        Raises:
+            NotWritten: it cannot be.
+        """
+        content = json.dumps(self.as_dict(), indent=2) + "\n"
+        with writing(path):
+            path.write_text(content)

@@ -7,7 +7,8 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from safetensors.torch import load_file, save_file
@@ -15,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from pipeline import PlanError
 from pipeline.resolve import Resolved
 from pipeline.spans import Spans
+from workers.writing import NotWritten, writing
 
 __all__ = [
+    "Metrics",
     "default_name",
     "join_parts",
-    "metrics_file",
     "name_problems",
     "new_run_dir",
     "read_spans",
-    "write_metric",
     "write_plan",
 ]
 
@@ -87,17 +88,43 @@ def write_plan(
         ],
         "decided": [{"what": what, "value": value, "why": why} for what, value, why in resolved.reasons],
     }
-    (run_dir / "plan.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+    path = run_dir / "plan.json"
+    with writing(path):
+        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
-def metrics_file(run_dir: Path) -> TextIO:
-    """Open metrics.jsonl, flushed line by line so that it can be followed."""
-    return (run_dir / "metrics.jsonl").open("w", buffering=1)
+class Metrics:
+    """metrics.jsonl, flushed line by line so that it can be followed.
 
+    Args:
+        run_dir: the folder of the run.
 
-def write_metric(file: TextIO, event: str, **values: Any) -> None:
-    """One line of metrics.jsonl."""
-    file.write(json.dumps({"event": event, **values}) + "\n")
+    Raises:
+        NotWritten: it cannot be; so do all its methods.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        with writing(self._path):
+            self._file = self._path.open("w", buffering=1)
+
+    def write(self, event: str, **values: Any) -> None:
+        """One line."""
+        with writing(self._path):
+            self._file.write(json.dumps({"event": event, **values}) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with writing(self._path):
+                self._file.close()
+        except NotWritten:
+            if error is None:  # else what came first is said
+                raise
 
 
 def read_spans(run_dir: Path, replicas: int = 1) -> list[Spans]:
@@ -124,7 +151,8 @@ def join_parts(run_dir: Path, stages: int) -> None:
     for what in ("model", "optimizer"):
         paths = [parts / f"{what}-{k}.safetensors" for k in range(stages)]
         tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
-        save_file(tensors, run_dir / f"{what}.safetensors")
+        with writing(run_dir / f"{what}.safetensors"):
+            save_file(tensors, run_dir / f"{what}.safetensors")
         for path in paths:
             path.unlink()
     parts.rmdir()

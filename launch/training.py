@@ -35,6 +35,7 @@ from workers.edges import rendezvous
 from workers.failures import RunFailed
 from workers.shared import needed_bytes, shared_memory
 from workers.shm import check_shared_memory, new_prefix
+from workers.writing import NotWritten, writing
 
 __all__ = ["Launcher", "Working", "resolve_source", "run", "train", "without_loss"]
 
@@ -89,6 +90,7 @@ def train(
     Raises:
         PlanError: something cannot run; nothing was started.
         RunFailed: a worker failed; everything was stopped and cleaned up.
+        NotWritten: as on a full disk; where the training was over by then, its ``result`` is there all the same.
 
     Blocks:
         until the training is over. A run without progress ends after ``plan.stall_after_s``.
@@ -180,6 +182,7 @@ def run(
     Raises:
         PlanError: the folder of the run cannot be made.
         RunFailed: a worker failed; its traceback or the stall report lies in ``failure.txt`` of the run.
+        NotWritten: a file of the run cannot be written. Where the training was over, the error carries the result.
     """
     recipe = source()
     run_dir = rundir.new_run_dir(runs, rundir.default_name(recipe.name, resolved.plan.mode) if name is None else name)
@@ -192,11 +195,24 @@ def run(
         with launcher.working(source, resolved, run_dir) as working, console.training(result):
             _follow(*working, result, console)
     except RunFailed as failure:
-        (run_dir / "failure.txt").write_text(f"{failure}\n\n{failure.details}\n")
+        _write_failure(failure, run_dir / "failure.txt")
         raise
-    rundir.join_parts(run_dir, resolved.plan.stages)
-    result.write(run_dir / "result.json")
+    try:
+        rundir.join_parts(run_dir, resolved.plan.stages)
+        result.write(run_dir / "result.json")
+    except NotWritten as error:
+        error.result = result
+        raise
     return result
+
+
+def _write_failure(failure: RunFailed, path: Path) -> None:
+    """The whole report; the failure is what matters, whether it can be written or not."""
+    try:
+        with writing(path):
+            path.write_text(f"{failure}\n\n{failure.details}\n")
+    except NotWritten as error:
+        failure.details = f"{failure.details.rstrip()}\n({error})".lstrip()
 
 
 @contextlib.contextmanager
@@ -219,7 +235,7 @@ def _follow(
     """Take in what the workers report; end the run once its goal is met."""
     goal = result.resolved.plan.goal
     rows, losses = result.resolved.step_rows, StepLosses(result.resolved.plan.replicas)
-    with rundir.metrics_file(result.run_dir) as metrics:
+    with rundir.Metrics(result.run_dir) as metrics:
         for record in reported:
             if isinstance(record, records.Ready):
                 console.ready(record)
@@ -229,15 +245,14 @@ def _follow(
                     continue
                 result.losses += new
                 step, mean = result.steps, sum(new) / len(new)
-                rundir.write_metric(metrics, "train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
+                metrics.write("train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
                 console.progress(step, mean)
             elif isinstance(record, records.Scored):
                 result.scores.append(record)
                 if goal is not None and result.met is None and goal.met(record.loss, record.accuracy):
                     result.met = record
                     end_early()
-                rundir.write_metric(
-                    metrics,
+                metrics.write(
                     "evaluation",
                     step=record.updates,
                     samples=record.updates * rows,
@@ -248,10 +263,10 @@ def _follow(
                 console.scored(record)
             elif isinstance(record, records.Judged):
                 result.judged.append(record)
-                rundir.write_metric(metrics, "quality", **msgspec.structs.asdict(record))
+                metrics.write("quality", **msgspec.structs.asdict(record))
             elif isinstance(record, records.Switched):
                 result.switches.append(record)
-                rundir.write_metric(metrics, "switch", **msgspec.structs.asdict(record))
+                metrics.write("switch", **msgspec.structs.asdict(record))
                 console.switched(record)
             elif isinstance(record, records.Finished):
                 result.finished[worker_of(result.resolved.plan, record.replica, record.stage)] = record

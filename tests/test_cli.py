@@ -37,6 +37,7 @@ from pipeline.plan import DNI_FORMS, OPTIMIZERS, TARGETS
 from pipeline.recipe import build_model
 from pipeline.spans import SPAN_DTYPE, Spans
 from workers.failures import RunFailed
+from workers.writing import NotWritten
 
 
 @dataclass
@@ -416,6 +417,34 @@ def test_a_failed_run_ends_with_1_and_shows_the_cause_last(monkeypatch: pytest.M
     ended = freewheel("train", "digits", "--quiet")
     assert ended.status == 1
     assert ended.err == "Traceback [of] the worker\nfreewheel: stage 1, layer 5, batch 3: as planned (pid 7)\n"
+
+
+def test_a_file_that_cannot_be_written_is_one_line_after_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[object] = []
+
+    def run(*arguments: object) -> None:
+        error = NotWritten(Path("runs/r/result.json"), "No space left on device")
+        error.result = "what came out"
+        raise error
+
+    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(cli.Console, "finished", lambda console, result: shown.append(result))
+    ended = freewheel("train", "digits", "--quiet")
+    line = (
+        "freewheel: cannot write runs/r/result.json: No space left on device; make room there, or give another place\n"
+    )
+    assert (ended.status, ended.err, shown) == (1, line, ["what came out"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_result_that_cannot_be_written_where_json_says_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "run", lambda *_: SimpleNamespace(as_dict=dict))
+    monkeypatch.setattr(cli.Console, "finished", lambda console, result: None)
+    ended = freewheel("train", "digits", "--quiet", "--json", "/dev/full")
+    assert ended.status == 1
+    assert ended.err == (
+        "freewheel: cannot write /dev/full: No space left on device; make room there, or give another place\n"
+    )
 
 
 @pytest.mark.processes

@@ -31,6 +31,7 @@ from workers.board import Status
 from workers.clock import now_ns
 from workers.control import Reception, Wire
 from workers.progress import Progress
+from workers.writing import writing
 
 __all__ = ["Fleet", "Member"]
 
@@ -430,14 +431,16 @@ class Fleet:
 
     def _write(self, member: Member, piece: control.File) -> None:
         path = self._files[member.hello.rank][piece.what]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(piece.data)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write(piece.data)
         if piece.last and piece.what == "spans" and member.offset_ns:
             spans = np.load(path, allow_pickle=False)
             assert spans.dtype == SPAN_DTYPE, "spans come from a worker of this version"
             spans["start_ns"] -= member.offset_ns
-            np.save(path, spans, allow_pickle=False)
+            with writing(path):
+                np.save(path, spans, allow_pickle=False)
 
     def _offset_ns(self, member: Member) -> int:
         """Its clock minus ours, from the quickest of a few answers: right to half of what that one took."""

@@ -27,7 +27,7 @@ class _Process(ForkServerProcess):
     def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802  # multiprocessing's name
         listener()
         try:
-            return ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]
+            return ForkServerProcess._Popen(process_obj)
         except (EOFError, ConnectionError) as error:
             raise RunFailed(
                 f"{process_obj.name} could not be started: the process that all workers come from has ended "

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.spans import SPAN_DTYPE, WAITING, Span
 from workers.board import Board
 from workers.clock import now_ns
+from workers.writing import writing
 
 __all__ = ["FIELDS", "START", "Pulse", "SpanRecorder"]
 
@@ -67,9 +68,10 @@ class SpanRecorder:
         self(Span.OTHER, -1)
         self._settle()
         values = np.concatenate([*map(np.asarray, self._full), np.asarray(self._chunk)[: self._position]])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            np.save(file, values.astype("<i8").view(SPAN_DTYPE), allow_pickle=False)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                np.save(file, values.astype("<i8").view(SPAN_DTYPE), allow_pickle=False)
 
 
 class Pulse:

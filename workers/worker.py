@@ -50,6 +50,7 @@ from workers.gpu_recorder import CudaMarks, GpuSpanRecorder
 from workers.orphan import ends_with_the_driver
 from workers.ports import Ports, attached
 from workers.recorder import Pulse, SpanRecorder
+from workers.writing import writing
 
 __all__ = ["worker_main"]
 
@@ -73,12 +74,13 @@ def worker_main(assignment: Assignment, connection: Connection, listener: Path |
     """
     os.setsid()  # a group of its own: Ctrl-C reaches the driver only, and the driver can end us with our children
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stacks = assignment.files["stacks"].open("w")
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(assignment.plan.threads)
     # A failure is reported before the channels close: it is seen first.
     with ends_with_the_driver(assignment, listener), contextlib.ExitStack() as stack:
         try:
+            with writing(assignment.files["stacks"]):
+                stacks = assignment.files["stacks"].open("w")
+            faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
             _work(assignment, connection, stack)
         except Stopped:
             raise SystemExit(1) from None
@@ -252,8 +254,10 @@ class _Reporter:
 def _save(assignment: Assignment, stage: Stage | EmulatedStage) -> None:
     for what, tensors in (("model", stage.state_tensors()), ("optimizer", stage.optimizer_tensors())):
         path = assignment.files[what]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(save(_apart(tensors)))  # not save_file, which wants to rename a file
+        content = save(_apart(tensors))
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)  # not save_file, which wants to rename a file
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

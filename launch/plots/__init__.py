@@ -66,5 +66,8 @@ def _drawn(drawing: Callable[[], list[Path]], folder: Path, console: Console) ->
             raise
         console.extra("pictures", "not drawn, there is no matplotlib", INSTALL)
         return []
+    except OSError as error:
+        console.extra("pictures", "not drawn", f"cannot write them in {folder}: {error.strerror or error}")
+        return []
     console.extra("pictures", ", ".join(path.name for path in paths), f"in {folder}")
     return paths

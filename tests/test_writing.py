@@ -1,0 +1,86 @@
+"""A full disk: one line that names the file, whatever was found out before is still said. /dev/full plays the disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import problems
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from launch import RunFailed, rundir
+from launch.console import Console
+from launch.result import Result
+from launch.training import Launcher, Working, run
+from pipeline import Plan, Recipe
+from pipeline.resolve import Resolved, resolve
+from workers import records
+from workers.writing import NotWritten, writing
+
+FULL = Path("/dev/full")
+pytestmark = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
+
+
+def _run(tmp_path: Path, working: Callable[..., Any]) -> Result:
+    recipe = problems.recipe()
+    resolved = resolve(recipe, Plan(stages=1, mode="naive", steps=4, spans=False))
+    console, launcher = Console(quiet=True), Launcher("test", contextlib.contextmanager(working))
+    return run(lambda: recipe, resolved, tmp_path, "r", console, [], launcher)
+
+
+def _trains(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
+    """A worker that has trained four batches and left its part of the weights."""
+    (run_dir / "parts").mkdir()
+    for what in ("model", "optimizer"):
+        save_file({"0": torch.zeros(3)}, run_dir / "parts" / f"{what}-0.safetensors")
+    told: list[records.Record] = [
+        records.Loss(0, [4.0, 3.0, 2.0, 1.0], 5),
+        records.Finished(0, 4, 0, 0, 1, 1, 9, (2, 9)),
+    ]
+    yield iter(told), lambda: None
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: path.write_text("x"), lambda path: np.save(path.open("wb"), np.ones(3))]
+)
+def test_a_file_that_cannot_be_written_is_named(write: Callable[[Path], Any]) -> None:
+    sentence = r"^cannot write /dev/full: .+; make room there, or give another place$"
+    with pytest.raises(NotWritten, match=sentence), writing(FULL):
+        write(FULL)
+
+
+def test_a_failure_that_cannot_be_written_down_is_still_the_failure(tmp_path: Path) -> None:
+    """It was hidden by the OSError of failure.txt."""
+
+    def fails(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
+        (run_dir / "failure.txt").symlink_to(FULL)
+        raise RunFailed("stage 0: as planned", stage=0, details="where\n")
+        yield iter(()), lambda: None
+
+    with pytest.raises(RunFailed, match=r"^stage 0: as planned$") as caught:
+        _run(tmp_path, fails)
+    assert caught.value.details.startswith("where\n(cannot write /")
+    assert "failure.txt: No space left on device" in caught.value.details
+
+
+@pytest.mark.parametrize("file", ["plan.json", "metrics.jsonl", "result.json"])
+def test_every_file_of_a_run_is_named_and_what_was_trained_is_not_lost(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(runs: Path, name: str) -> Path:
+        (runs / name).mkdir()
+        (runs / name / file).symlink_to(FULL)
+        return runs / name
+
+    monkeypatch.setattr(rundir, "new_run_dir", full)
+    with pytest.raises(NotWritten, match=f"^cannot write {tmp_path}/r/{file}: No space left on device; ") as caught:
+        _run(tmp_path, _trains)
+    assert (caught.value.result is None) == (file != "result.json")
+    if caught.value.result is not None:
+        assert caught.value.result.losses == [4.0, 3.0, 2.0, 1.0]
+        assert "4 batches of 16: loss 1.0000" in caught.value.result.summary()
