@@ -84,17 +84,26 @@ def check_travels(source: Callable[[], Recipe]) -> None:
     """Refuse a source that a worker process could not make again.
 
     Raises:
-        PlanError: a function that cannot be imported by name.
+        PlanError: a function that cannot be imported by name, or a program that cannot be imported at all.
     """
+    main = sys.modules["__main__"]
+    file, named = getattr(main, "__file__", None), getattr(main, "__spec__", None) is not None
+    if file is not None and not named and not Path(file).is_file():
+        raise PlanError(f"the program comes from {file}, and every worker imports it: save it as a .py file, run that.")
     if isinstance(source, GivenRecipe) and isinstance(source.recipe.batches, list | tuple):
         source = GivenRecipe(replace(source.recipe, batches=()))  # tensors always travel; they are not packed twice
     try:
-        pickle.dumps(source)
+        content = pickle.dumps(source)
     except Exception as error:
         raise PlanError(
             f"model, batches and loss must be functions at the top level of a module, so that each worker can "
             f"import them ({error})."
         ) from error
+    if file is None and not named and b"__main__" in content:
+        raise PlanError(
+            "model, batches or loss is defined in a program that has no file (python -c, or an interactive session), "
+            "and no worker can import it from there: put it into a .py file, and import it."
+        )
 
 
 class _ByValue:

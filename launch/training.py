@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ from workers import records
 from workers.assignment import Assignment, Names
 from workers.crew import Crew
 from workers.edges import rendezvous
-from workers.failures import RunFailed
+from workers.failures import CALLED_AGAIN, RunFailed
 from workers.shared import needed_bytes, shared_memory
 from workers.shm import check_shared_memory, new_prefix
 from workers.writing import NotWritten, writing
@@ -95,6 +96,8 @@ def train(
     Blocks:
         until the training is over. A run without progress ends after ``plan.stall_after_s``.
     """
+    if getattr(current_process(), "_inheriting", False):
+        os._exit(CALLED_AGAIN)  # the worker whose import this is has no other way to say so
     if Rank.current() is not None:
         raise PlanError("train() is not there under torchrun yet: use its command line, torchrun ... -m launch train.")
     if plan.steps is None:
@@ -125,8 +128,6 @@ def resolve_source(
     Raises:
         PlanError: recipe and plan do not fit, there is no such device, or there is too little shared memory.
     """
-    if getattr(current_process(), "_inheriting", False):
-        raise PlanError('a worker process came to train() again: put the call under if __name__ == "__main__":')
     plan.check()
     if plan.hop_steps and not plan.deterministic:
         raise PlanError(

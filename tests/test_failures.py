@@ -24,7 +24,9 @@ from torchrun_program import left_in
 
 from launch import RunFailed, train
 from pipeline import Plan
-from workers import orphan
+from pipeline.spans import Span
+from workers import failures, orphan
+from workers.board import Status
 
 pytestmark = pytest.mark.processes
 HERE = Path(__file__).parent
@@ -213,3 +215,64 @@ def test_a_worker_that_is_told_to_end_tidies_up_after_its_dead_driver_first(monk
         leaving.set()
     os.close(driver)
     assert done == ["tidied up", "killed"]
+
+
+# ---------------------------------------------------------------- programs that cannot be imported
+
+_PROGRAM = """
+import torch
+from launch import train
+from pipeline import Plan
+def model(): return [torch.nn.Linear(2, 2)]
+def batches(i): return torch.ones(4, 2), torch.ones(4, 2)
+train(model=model, batches=batches, loss=torch.nn.functional.mse_loss, plan=Plan(steps=2, stages=1), quiet=True)
+"""
+
+
+def _refusing(*arguments: str, stdin: str = "", folder: Path) -> list[str]:
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(
+        command, input=stdin, env=environment, cwd=folder, capture_output=True, text=True, timeout=250
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    return done.stderr.splitlines()
+
+
+def test_a_call_of_train_that_every_import_repeats_is_told_as_that(tmp_path: Path) -> None:
+    """Every worker printed a traceback, and the run spoke of an out-of-memory kill."""
+    (tmp_path / "program.py").write_text(_PROGRAM)
+    assert _refusing("program.py", folder=tmp_path)[-1] == (
+        f"workers.failures.RunFailed: train() is called whenever {tmp_path}/program.py is imported, and every worker "
+        'imports it: put the call under if __name__ == "__main__":'
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("-",), "the program comes from <stdin>, and every worker imports it: save it as a .py file, run that."),
+        (("-c", _PROGRAM), "model, batches or loss is defined in a program that has no file (python -c, or an "),
+    ],
+    ids=["stdin", "-c"],
+)
+def test_a_program_without_a_file_is_refused_before_anything_starts(
+    arguments: tuple[str, ...], sentence: str, tmp_path: Path
+) -> None:
+    last = _refusing(*arguments, stdin=_PROGRAM, folder=tmp_path)[-1]
+    assert last.startswith(f"pipeline.errors.PlanError: {sentence}")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "told"),
+    [
+        (-signal.SIGKILL, "was killed by SIGKILL; look at the system's log for an out-of-memory kill"),
+        (-signal.SIGSEGV, "was killed by SIGSEGV; what it printed stands above, if it said anything"),
+        (1, "exited with 1; what it printed stands above, if it said anything"),
+    ],
+)
+def test_only_a_kill_is_said_to_be_one(exit_code: int, told: str) -> None:
+    failure = failures.killed(1, 7, exit_code, Status(Span.OTHER, -1, 0, 0))
+    assert str(failure) == f"stage 1 (pid 7) {told}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,8 +13,11 @@ from pipeline.spans import WAITING, Span
 from workers.board import Status
 from workers.records import Failure
 
-__all__ = ["RunFailed", "Statuses", "killed", "nobody_moves", "process_state", "stalled"]
+__all__ = ["CALLED_AGAIN", "RunFailed", "Statuses", "killed", "nobody_moves", "process_state", "stalled"]
 
+CALLED_AGAIN = 86
+"""Exit code of a worker that, importing the program, came to ``train`` again."""
+_WHERE_TO_LOOK = {-signal.SIGKILL: "look at the system's log for an out-of-memory kill"}
 _WAITING = (*WAITING, Span.OTHER)
 
 
@@ -47,11 +51,18 @@ class RunFailed(RuntimeError):
 
 def killed(stage: int, pid: int, exit_code: int, status: Status, host: str = "", name: str | None = None) -> RunFailed:
     """A worker ended without a word; ``host`` where there is more than this one, ``name`` where there are replicas."""
+    if exit_code == CALLED_AGAIN:
+        main = getattr(sys.modules["__main__"], "__file__", None) or "the program"
+        return RunFailed(
+            f"train() is called whenever {main} is imported, and every worker imports it: put the call under "
+            'if __name__ == "__main__":',
+            stage=None,
+        )
     how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exited with {exit_code}"
     doing = f", {status.span.name.lower()} of batch {status.batch}" if status.batch >= 0 else ""
     who = f"{name or f'stage {stage}'} (pid {pid}{_on(host)})"
     return RunFailed(
-        f"{who} {how}{doing}; look at the system's log for an out-of-memory kill",
+        f"{who} {how}{doing}; {_WHERE_TO_LOOK.get(exit_code, 'what it printed stands above, if it said anything')}",
         stage=stage,
         batch=status.batch if status.batch >= 0 else None,
     )
