@@ -35,6 +35,7 @@ from launch.tidying import leave
 from launch.training import Launcher, resolve_source, run
 from pipeline import Plan, PlanError, nearest
 from pipeline.resolve import Resolved
+from pipeline.user_code import RecipeFailed
 from workers.failures import RunFailed
 from workers.writing import NotWritten, writing
 
@@ -73,13 +74,16 @@ def _guarded(arguments: list[str]) -> int:
     except PlanError as error:
         for problem in error.problems:
             errors.print(f"freewheel: {problem}", markup=False)
+        if isinstance(error, RecipeFailed) and error.excerpt:
+            errors.print(error.excerpt.rstrip(), markup=False)
         if others and rank is not None:
             rank.leave_the_word()
         return 2
     except RunFailed as failure:
-        if failure.details:
-            errors.print(failure.details.rstrip(), markup=False)
-        errors.print(f"freewheel: {failure}", markup=False)
+        if failure.shown:
+            errors.print(failure.shown.rstrip(), markup=False)
+        whole = f"; all of it: {failure.report}" if failure.report and failure.details else ""
+        errors.print(f"freewheel: {failure}{whole}", markup=False)
         return 1
     except OSError as error:
         if not (isinstance(error, NotWritten) or error.errno in _NO_ROOM):

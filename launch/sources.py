@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 
 from launch.recipes import BUILT_IN, Entry
 from pipeline import Batch, Plan, PlanError, Recipe, nearest
+from pipeline.user_code import calling, place_of
 
 __all__ = ["GivenRecipe", "NamedRecipe", "check_travels", "entry_of"]
 
@@ -44,7 +45,9 @@ class NamedRecipe:
         Raises:
             PlanError: no such recipe, it refuses its options, or what it makes is no Recipe.
         """
-        made: object = entry_of(self.name).make(**dict(self.options))
+        make = entry_of(self.name).make
+        with calling("recipe()"):
+            made: object = make(**dict(self.options))
         if not isinstance(made, Recipe):
             raise PlanError(f"recipe() in {self.name} gives a {type(made).__name__}: return a pipeline.Recipe.")
         return made
@@ -172,6 +175,7 @@ def _imported(path: Path) -> ModuleType:
         sys.path.insert(0, str(path.parent))  # a recipe may import what lies beside it, later too
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise PlanError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        what = f"{type(error).__name__}: {error}{place_of(error)}"
+        raise PlanError(f"{path} cannot be imported: {what}") from error
     return module

@@ -29,6 +29,7 @@ from pipeline.devices import DeviceChoice, first_gpu
 from pipeline.partition import Layer
 from pipeline.replicas import worker_of
 from pipeline.resolve import Measure, Resolved, resolve
+from pipeline.user_code import calling
 from workers import records
 from workers.assignment import Assignment, Names
 from workers.crew import Crew
@@ -141,7 +142,7 @@ def resolve_source(
         )
     devices = devices or chosen_here(plan, hosts)
     measure = _measuring(source, plan, first_gpu(devices.devices))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), calling():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
         resolved = resolve(recipe, plan, measure, hosts, devices)
     here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[worker]]
@@ -212,8 +213,9 @@ def _write_failure(failure: RunFailed, path: Path) -> None:
     try:
         with writing(path):
             path.write_text(f"{failure}\n\n{failure.details}\n")
+        failure.report = path
     except NotWritten as error:
-        failure.details = f"{failure.details.rstrip()}\n({error})".lstrip()
+        failure.shown = f"{failure.details.rstrip()}\n({error})".lstrip()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.errors import PlanError
 from pipeline.plan import Plan
 from pipeline.seeding import derived_seed, seeded
+from pipeline.user_code import calling
 
 __all__ = [
     "ArrayBatches",
@@ -53,9 +54,14 @@ class Recipe:
     steps: int = 1000
 
     def batch(self, index: int) -> Batch:
-        """Training batch ``index``."""
+        """Training batch ``index``.
+
+        Raises:
+            RecipeFailed: ``batches`` raised something.
+        """
         if callable(self.batches):
-            return self.batches(index)
+            with calling(f"batches({index})"):
+                return self.batches(index)
         return self.batches[index % len(self.batches)]
 
     def seeded_batch(self, seed: int, index: int) -> Batch:
@@ -108,8 +114,12 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
 
 
 def build_model(recipe: Recipe, seed: int) -> nn.Module:
-    """The whole network with the weights that ``seed`` gives: the same in every process, however it is split."""
-    with seeded(seed, "weights"):
+    """The whole network with the weights that ``seed`` gives: the same in every process, however it is split.
+
+    Raises:
+        RecipeFailed: ``model`` raised something.
+    """
+    with seeded(seed, "weights"), calling("model()"):
         return recipe.model()
 
 
@@ -149,7 +159,9 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
     first = _checked(recipe.batch(0), 0)
     for index in indices:
         same_shape(index, _checked(recipe.batch(index), index), first)
-    if recipe.evaluation is not None and next(iter(recipe.evaluation()), None) is None:
+    with calling("evaluation()"):
+        held_out = None if recipe.evaluation is None else next(iter(recipe.evaluation()), None)
+    if recipe.evaluation is not None and held_out is None:
         raise PlanError("evaluation() gives no batch: give held-out batches (inputs, labels), or leave evaluation out.")
     return first
 

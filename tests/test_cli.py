@@ -31,6 +31,7 @@ from launch.options import BenchOptions, RunOptions, parse
 from launch.recipes import BUILT_IN
 from launch.recipes.digits import digits
 from launch.rundir import default_name, new_run_dir
+from launch.sources import _file_entry
 from pipeline import Plan, PlanError
 from pipeline.modes import MODES
 from pipeline.plan import DNI_FORMS, OPTIMIZERS, TARGETS
@@ -272,6 +273,70 @@ def test_without_the_package_ray_its_launcher_names_the_extra(monkeypatch: pytes
     assert line.endswith("): pip install 'freewheel[ray]'.")
 
 
+_MODEL = "def model():\n    return torch.nn.Sequential(torch.nn.Linear(4, 3))\n"
+_BATCHES = "def batches(i):\n    return torch.ones(8, 4), torch.zeros(8, dtype=torch.int64)\n"
+
+
+@pytest.mark.usefixtures("starts_nothing")
+@pytest.mark.parametrize("command", ["train", "bench"])
+@pytest.mark.parametrize(
+    ("functions", "sentence"),
+    [
+        (
+            "def model():\n    return nowhere()\n" + _BATCHES,
+            "model() raises NameError: name 'nowhere' is not defined (mine.py:4, in model): mend it there.",
+        ),
+        (
+            "def model():\n    raise SystemExit(3)\n" + _BATCHES,
+            "model() raises SystemExit: 3 (mine.py:4, in model): mend it there.",
+        ),
+        (
+            _MODEL + "def batches(i):\n    return [(torch.ones(8, 4), torch.zeros(8, dtype=torch.int64))][i]\n",
+            "batches(1) raises IndexError: list index out of range (mine.py:6, in batches): mend it there.",
+        ),
+        (
+            _MODEL + _BATCHES + "def evaluation():\n    yield batches(0)\n    open('/no/such/file')\n",
+            "evaluation() raises FileNotFoundError: [Errno 2] No such file or directory: '/no/such/file' "
+            "(mine.py:9, in evaluation): mend it there.",
+        ),
+        ("raise SystemExit(3)", "{folder}/mine.py cannot be imported: SystemExit: 3 (mine.py:3, in <module>)"),
+        (
+            "def recipe():\n    return {}['size']\n",
+            "recipe() raises KeyError: 'size' (mine.py:4, in recipe): mend it there.",
+        ),
+    ],
+    ids=["model", "exit", "batches", "evaluation", "import", "recipe"],
+)
+def test_what_the_users_own_code_raises_is_one_line_with_its_place(
+    functions: str, sentence: str, command: str, empty_folder: Path
+) -> None:
+    """It was a traceback of thirty lines, most of them ours; of an exit in the model there was no word at all."""
+    loss = "import torch\nfrom torch.nn.functional import cross_entropy as loss\n"
+    (empty_folder / "mine.py").write_text(loss + functions)
+    _file_entry.cache_clear()
+    (line,) = freewheel(command, "mine.py", "--stages", "1", "--steps", "4").refusals
+    assert line == f"freewheel: {sentence.format(folder=empty_folder) if '{folder}' in sentence else sentence}"
+
+
+@pytest.mark.usefixtures("starts_nothing")
+def test_the_part_of_a_traceback_that_is_the_users_follows(empty_folder: Path) -> None:
+    lines = [
+        "import torch",
+        "def loss(o, l): return o.sum()",
+        "def inner(): return 1 / 0",
+        "def model():",
+        "    inner()",
+    ]
+    (empty_folder / "mine.py").write_text("\n".join(lines) + "\n" + _BATCHES)
+    _file_entry.cache_clear()
+    line, *rest = freewheel("train", "mine.py", "--steps", "4").refusals
+    assert line.startswith("freewheel: model() raises ZeroDivisionError: division by zero (mine.py:3, in inner): ")
+    assert [one for one in rest if one.startswith("  File")] == [
+        f'  File "{empty_folder}/mine.py", line 5, in model',
+        f'  File "{empty_folder}/mine.py", line 3, in inner',
+    ]
+
+
 # ---------------------------------------------------------------- help
 
 
@@ -453,9 +518,9 @@ def test_a_batch_of_another_size_in_the_middle_ends_the_run_with_its_id(empty_fo
     (empty_folder / "mine.py").write_text(MINE)
     ended = freewheel("train", "mine.py", "--quiet", "--name", "bad")
     assert (ended.status, ended.out) == (1, "")
-    last = ended.err.splitlines()[-1]
-    assert last.startswith("freewheel: stage 0")
-    assert "batch 7 has inputs [5, 4] torch.float32, batch 0 has [8, 4]" in last
+    (last,) = ended.err.splitlines()  # none of the user's code failed: there is nothing to see in a traceback
+    assert last.startswith("freewheel: stage 0: batch 7 has inputs [5, 4] torch.float32, batch 0 has [8, 4]")
+    assert last.endswith(f"; all of it: {empty_folder}/runs/bad/failure.txt")
     assert "batch 7 has inputs" in (empty_folder / "runs" / "bad" / "failure.txt").read_text()
     assert json.loads((empty_folder / "runs" / "bad" / "plan.json").read_text())["plan"]["stages"] == 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,10 @@ def test_an_exception_in_layer_3_of_stage_1_travels_whole(tmp_path: Path) -> Non
     assert (failure.stage, failure.layer, failure.batch) == (1, "5", 5)
     assert "stage 1, layer 5, batch 5: ZeroDivisionError: as planned (pid" in str(failure)
     assert "raise ZeroDivisionError" in failure.details
+    first, *_, last = failure.shown.splitlines()
+    assert (first.split(", ")[0], last) == (f'  File "{problems.__file__}"', "ZeroDivisionError: as planned")
+    assert "worker_main" in failure.details
+    assert "worker_main" not in failure.shown
     assert seconds < UNSEEN_S
     assert "as planned" in next(tmp_path.glob("*/failure.txt")).read_text()
 
@@ -215,6 +220,16 @@ def test_a_worker_that_is_told_to_end_tidies_up_after_its_dead_driver_first(monk
         leaving.set()
     os.close(driver)
     assert done == ["tidied up", "killed"]
+
+
+def test_batches_that_raise_are_named_with_the_number_and_the_place(tmp_path: Path) -> None:
+    """It was "stage 0: OSError: disk gone"."""
+    batches, plan = problems.batches_that_end, Plan(mode="naive", stages=1, steps=20)
+    run = partial(train, model=problems.two_linear, batches=batches, loss=F.cross_entropy, plan=plan, quiet=True)
+    failure, _ = _seconds(lambda: run(runs=tmp_path))
+    place = r"\(.*problems.py:\d+, in batches_that_end\)"
+    assert re.match(rf"stage 0: batches\(15\) raises OSError: disk gone {place}: mend it there. \(pid", str(failure))
+    assert failure.report == next(tmp_path.glob("*/failure.txt"))
 
 
 # ---------------------------------------------------------------- programs that cannot be imported

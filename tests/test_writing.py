@@ -64,8 +64,8 @@ def test_a_failure_that_cannot_be_written_down_is_still_the_failure(tmp_path: Pa
 
     with pytest.raises(RunFailed, match=r"^stage 0: as planned$") as caught:
         _run(tmp_path, fails)
-    assert caught.value.details.startswith("where\n(cannot write /")
-    assert "failure.txt: No space left on device" in caught.value.details
+    assert caught.value.shown.startswith("where\n(cannot write /")
+    assert "failure.txt: No space left on device" in caught.value.shown
 
 
 @pytest.mark.parametrize("file", ["plan.json", "metrics.jsonl", "result.json"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from pipeline.plan import Plan
@@ -29,13 +30,24 @@ class RunFailed(RuntimeError):
         layer: the layer, if one was running.
         batch: the batch in work, if any; the replica's own count.
         details: the worker's traceback, or the stall report; may be empty.
+        shown: of it, what tells the user more than the message: of a traceback what leads through the user's own code.
+        report: the file that has all of it, once it is written.
     """
 
     def __init__(
-        self, message: str, *, stage: int | None, layer: str | None = None, batch: int | None = None, details: str = ""
+        self,
+        message: str,
+        *,
+        stage: int | None,
+        layer: str | None = None,
+        batch: int | None = None,
+        details: str = "",
+        shown: str | None = None,
     ) -> None:
         super().__init__(message)
         self.stage, self.layer, self.batch, self.details = stage, layer, batch, details
+        self.shown = details if shown is None else shown
+        self.report: Path | None = None
 
     @classmethod
     def from_record(cls, failure: Failure, host: str = "") -> RunFailed:
@@ -46,6 +58,7 @@ class RunFailed(RuntimeError):
             layer=failure.layer,
             batch=failure.batch,
             details=failure.traceback,
+            shown=failure.shown,
         )
 
 

@@ -104,7 +104,7 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failure(msgspec.Struct, tag=True, frozen=True):
-    """The worker cannot go on."""
+    """The worker cannot go on. ``shown`` is the part of the traceback for the user's eyes; None: all of it."""
 
     stage: int
     pid: int
@@ -114,6 +114,7 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     layer: str | None = None
     batch: int | None = None
     replica: int = 0
+    shown: str | None = None
 
 
 Finding = Loss | Scored | Judged | Switched

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pipeline.averaging import averager_of
 from pipeline.devices import on_gpu
-from pipeline.errors import StageError
+from pipeline.errors import PlanError, StageError
 from pipeline.exchange import Exchange
 from pipeline.policies import Action, scripted
 from pipeline.quality import Quality
@@ -39,6 +39,7 @@ from pipeline.scores import Scores
 from pipeline.spans import Recorder, Span
 from pipeline.stage import Stage
 from pipeline.unlocking import Switch
+from pipeline.user_code import RecipeFailed, place_of, users_part
 from workers import records
 from workers.assignment import Assignment
 from workers.board import Board
@@ -50,7 +51,7 @@ from workers.gpu_recorder import CudaMarks, GpuSpanRecorder
 from workers.orphan import ends_with_the_driver
 from workers.ports import Ports, attached
 from workers.recorder import Pulse, SpanRecorder
-from workers.writing import writing
+from workers.writing import NotWritten, writing
 
 __all__ = ["worker_main"]
 
@@ -275,14 +276,17 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _failure(assignment: Assignment, error: BaseException) -> records.Failure:
     located = error if isinstance(error, StageError) else None
+    what = str(error) if isinstance(error, PlanError | NotWritten) else f"{type(error).__name__}: {error}"
+    where = "" if isinstance(error, RecipeFailed) else place_of(error)
     which = f"replica {assignment.replica}, " if assignment.plan.replicas > 1 else ""
     return records.Failure(
         stage=assignment.index,
         pid=os.getpid(),
-        message=which + (str(error) if located else f"stage {assignment.index}: {type(error).__name__}: {error}"),
+        message=which + (str(error) if located else f"stage {assignment.index}: {what}{where}"),
         traceback="".join(traceback.format_exception(error)),
         time_ns=now_ns(),
         layer=located.layer if located else None,
         batch=located.batch if located else None,
         replica=assignment.replica,
+        shown=users_part(error),
     )

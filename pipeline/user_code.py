@@ -1,0 +1,106 @@
+"""What the user's own code raised: which part of a traceback is theirs, and one sentence that says where.
+
+with calling("batches(15)"):      RecipeFailed: batches(15) raises OSError: disk gone (mine.py:12, in batches): ...
+    batch = recipe.batches(15)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from traceback import FrameSummary
+
+import torch
+
+from pipeline.errors import PlanError, StageError
+
+__all__ = ["RecipeFailed", "calling", "place_of", "users_part"]
+
+_HERE = Path(__file__).parents[1]
+_NOT_THEIRS = (
+    *(str(_HERE / package) + os.sep for package in ("pipeline", "workers", "launch")),
+    *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")),
+    str(Path(torch.__file__).parents[1]) + os.sep,
+)
+
+
+class RecipeFailed(PlanError):
+    """A function of the user's recipe raised something. The original exception is its ``__cause__``.
+
+    Args:
+        what: was called, as ``batches(15)``.
+        error: what it raised.
+
+    Attributes:
+        excerpt: the traceback through the user's files where it passes several lines of them; else empty.
+    """
+
+    def __init__(self, what: str, error: BaseException) -> None:
+        super().__init__(f"{what} raises {type(error).__name__}: {error}{place_of(error)}: mend it there.")
+        self.excerpt = users_part(error) if len(_users_frames(error)) > 1 else ""
+
+    def __reduce__(self) -> tuple[type[PlanError], tuple[str, ...]]:
+        return PlanError, self.problems  # in another process the original exception may be none
+
+
+@contextlib.contextmanager
+def calling(what: str | None = None) -> Iterator[None]:
+    """Around a call of the user's code.
+
+    Args:
+        what: is called; None: whatever of the user's a traceback names first, and what has nothing of theirs in it is
+            left as it is.
+
+    Raises:
+        RecipeFailed: the code inside raised an exception, SystemExit among them. What is a PlanError or a StageError
+            already says what it has to.
+    """
+    try:
+        yield
+    except (PlanError, StageError):
+        raise
+    except (Exception, SystemExit) as error:
+        if what is None and not (frames := _users_frames(error)):
+            raise
+        raise RecipeFailed(what or f"{frames[0].name}()", error) from error
+
+
+def place_of(error: BaseException) -> str:
+    """Where in the user's code an error began: `` (mine.py:12, in batches)``; empty where none of it was running."""
+    frames = _users_frames(error)
+    if not frames:
+        return ""
+    file = os.path.relpath(frames[-1].filename)
+    file = frames[-1].filename if file.startswith("..") else file
+    return f" ({file}:{frames[-1].lineno}, in {frames[-1].name})"
+
+
+def users_part(error: BaseException) -> str:
+    """The traceback of what began it, from the first line of the user's code on; empty where none of it was running."""
+    begun = _first(error)
+    frames = list(traceback.extract_tb(begun.__traceback__))
+    while frames and not _is_theirs(frames[0]):
+        del frames[0]
+    if not frames:
+        return ""
+    return "".join([*traceback.format_list(frames), *traceback.format_exception_only(begun)])
+
+
+def _users_frames(error: BaseException) -> list[FrameSummary]:
+    return [frame for frame in traceback.extract_tb(_first(error).__traceback__) if _is_theirs(frame)]
+
+
+def _first(error: BaseException) -> BaseException:
+    """The exception that all the others were made of."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_theirs(frame: FrameSummary) -> bool:
+    generated = frame.filename.startswith("<")  # and frozen modules
+    return not generated and not os.path.abspath(frame.filename).startswith(_NOT_THEIRS)
