@@ -25,7 +25,7 @@ from launch.options import Parsed, parse, parse_channel
 from launch.over import axis_of, bench_over
 from launch.plots import draw
 from launch.ranks import Rank
-from launch.ray_options import LAUNCHER_OPTIONS, BenchRunOptions, TrainOptions, check_no_launcher
+from launch.ray_options import BenchRunOptions, TrainOptions, check_no_launcher
 from launch.reader import ends_with_its_reader
 from launch.recipes import BUILT_IN
 from launch.result import SCHEMA
@@ -141,14 +141,18 @@ def _trained(
             console.finished(error.result)
         raise
     console.finished(result)
-    console.next_command(*_after_training(recipe, arguments, parsed.plan, resolved.steps))
+    console.next_command(*_after_training(recipe, arguments, parsed.plan, resolved.steps, Rank.current()))
     _write_json(parsed.run.json, result.as_dict())
     return 0
 
 
-def _after_training(recipe: str, arguments: list[str], plan: Plan, steps: int) -> tuple[str, str]:
-    """A benchmark of the same training: what is only about this run, or refused by bench, is left out."""
-    left_out = ["--mode", "--name", "--json", "--microbatches", *LAUNCHER_OPTIONS]
+def _after_training(
+    recipe: str, arguments: list[str], plan: Plan, steps: int, rank: Rank | None = None
+) -> tuple[str, str]:
+    """A benchmark of the same training, started the same way: what is only about this run, or refused by bench, is left
+    out.
+    """
+    left_out = ["--mode", "--name", "--json", "--microbatches"]
     if plan.until is None:
         left_out.append("--evaluate-every")
     if not plan.unlocked:
@@ -156,8 +160,10 @@ def _after_training(recipe: str, arguments: list[str], plan: Plan, steps: int) -
     if steps < 2:
         left_out.append("--steps")
     arguments = [argument for argument in arguments if argument not in ("--spans", "--no-spans")]
-    command = shlex.join(["freewheel", "bench", recipe, *_without(left_out, arguments)])
-    return command, f"how {plan.mode} compares with the other modes here"
+    program = ["freewheel"] if rank is None else rank.program()
+    command = shlex.join([*program, "bench", recipe, *_without(left_out, arguments)])
+    meeting = ", with the options by which the hosts of this run met" if rank is not None and rank.nodes > 1 else ""
+    return command, f"how {plan.mode} compares with the other modes here{meeting}"
 
 
 def _without(left_out: Sequence[str], arguments: list[str]) -> Iterator[str]:

@@ -98,6 +98,11 @@ class Rank:
             prefix=f"freewheel/{value('TORCHELASTIC_RESTART_COUNT', '0')}",
         )
 
+    def program(self) -> list[str]:
+        """How the command is started again with as many ranks."""
+        nodes = ["--nnodes", str(self.nodes)] if self.nodes > 1 else []
+        return ["torchrun", *nodes, "--nproc-per-node", str(self.world // self.nodes), "-m", "launch"]
+
     def hello(self, problems: list[str] | None = None) -> Hello:
         """How this rank introduces itself to the driver."""
         where = socket.gethostname(), memory(), new_prefix()

@@ -27,7 +27,7 @@ __all__ = ["SCHEMA", "Result"]
 SCHEMA = 1
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """One finished run.
 
@@ -151,6 +151,10 @@ class Result:
         with writing(path):
             save_file(tensors, path)
         return path
+
+    def __repr__(self) -> str:
+        """The summary: the fields are thousands of numbers."""
+        return f"Result({self.summary()})" if self.finished else f"Result(of a run that goes on in {self.run_dir})"
 
     def summary(self) -> str:
         """A few lines: what was run, how well it learned, how fast, and where it lies."""

@@ -13,6 +13,7 @@ from multiprocessing import current_process
 from pathlib import Path
 
 import msgspec
+import torch
 from torch import Tensor, nn
 
 from launch import rundir
@@ -27,6 +28,7 @@ from launch.sources import GivenRecipe, check_travels
 from pipeline import Batch, Plan, PlanError, Recipe
 from pipeline.devices import DeviceChoice, first_gpu
 from pipeline.partition import Layer
+from pipeline.recipe import check_scores
 from pipeline.replicas import worker_of
 from pipeline.resolve import Measure, Resolved, resolve
 from pipeline.user_code import calling
@@ -145,6 +147,8 @@ def resolve_source(
     with warnings.catch_warnings(), calling():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
         resolved = resolve(recipe, plan, measure, hosts, devices)
+        likely = torch.rand(resolved.output_shape, generator=torch.Generator().manual_seed(plan.seed))
+        check_scores(recipe, likely, recipe.batch(0)[1])
     here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[worker]]
     check_shared_memory(needed_bytes(resolved, here))
     return resolved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ __all__ = [
     "Recipe",
     "build_model",
     "check_batches",
+    "check_scores",
     "correct_predictions",
     "open_data",
     "same_shape",
@@ -152,6 +154,12 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
     if not callable(recipe.batches):
         if not recipe.batches:
             raise PlanError("batches is empty: give at least one (inputs, labels).")
+        if not hasattr(recipe.batches, "__getitem__"):
+            raise PlanError(
+                f"batches is a {type(recipe.batches).__name__}: give a function of the batch's number, such as "
+                "pipeline.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in "
+                "memory; the loader has to drop the last, smaller one."
+            )
         indices: Iterable[int] = range(len(recipe.batches))
     else:
         last = steps * plan.replicas - 1
@@ -166,6 +174,48 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
     return first
 
 
+def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
+    """Try ``correct`` and ``loss`` on what a network may give, before what they find out is needed.
+
+    Args:
+        recipe: gives them; the loss was tried on a real output before.
+        output: [rows, ...] like the network's.
+        labels: [rows, ...] of a batch.
+
+    Raises:
+        PlanError: ``correct`` raises something, or gives no pair of numbers; or the loss is a sum over the rows.
+    """
+    with torch.no_grad():
+        _check_correct(recipe, output, labels)
+        rows = len(labels) // 2
+        first, second = (output[:rows], labels[:rows]), (output[rows : 2 * rows], labels[rows : 2 * rows])
+        try:
+            whole = float(recipe.loss(output[: 2 * rows], labels[: 2 * rows]))
+            parts = float(recipe.loss(*first)) + float(recipe.loss(*second))
+        except Exception:  # it only takes whole batches, or other values: nothing is known then
+            return
+    if math.isfinite(whole) and whole and math.isclose(whole, parts, rel_tol=1e-4):
+        raise PlanError(
+            f"the loss of {2 * rows} rows is the sum of the losses of its halves, {whole:.4g}: give the mean over the "
+            "rows, as reduction='mean' does, or divide by len(labels)."
+        )
+
+
+def _check_correct(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
+    if recipe.correct is None:
+        return
+    with calling("correct()"):
+        given: Any = recipe.correct(output, labels)
+    try:
+        right, answers = given
+        float(right), float(answers)
+    except (TypeError, ValueError, RuntimeError):
+        raise PlanError(
+            f"correct() gives a {type(given).__name__}: give a pair, the number of right answers and how many there "
+            "could be, as pipeline.correct_predictions does."
+        ) from None
+
+
 def same_shape(index: int, batch: Batch, first: Batch) -> None:
     """Raise PlanError unless batch ``index`` has the shapes and dtypes of the first one."""
     for what, mine, expected in zip(("inputs", "labels"), batch, first, strict=True):
@@ -178,7 +228,8 @@ def same_shape(index: int, batch: Batch, first: Batch) -> None:
 
 def _checked(batch: Any, index: int) -> Batch:
     if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
-        raise PlanError(f"batch {index} is a {type(batch).__name__}: give a pair of tensors (inputs, labels).")
+        of = f" of {', '.join(type(t).__name__ for t in batch[:9])}" if isinstance(batch, tuple | list) else ""
+        raise PlanError(f"batch {index} is a {type(batch).__name__}{of}: give a pair of tensors (inputs, labels).")
     inputs, labels = batch
     if inputs.dim() == 0 or labels.dim() == 0 or len(inputs) == 0 or len(inputs) != len(labels):
         raise PlanError(

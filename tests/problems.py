@@ -65,6 +65,11 @@ def batches_that_end(index: int) -> Batch:
     return batch(index)
 
 
+def counts_badly(output: Tensor, labels: Tensor) -> Tensor:
+    """Of ``correct``, but without how many answers there could be."""
+    return (output.argmax(-1) == labels).sum()
+
+
 def held_out(width: int = WIDTH) -> Iterator[Batch]:
     """Three batches, the last one smaller."""
     yield batch(1_000, width)

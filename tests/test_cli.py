@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 import launch
 from launch import cli, train
 from launch.options import BenchOptions, RunOptions, parse
+from launch.ranks import Rank
 from launch.recipes import BUILT_IN
 from launch.recipes.digits import digits
 from launch.rundir import default_name, new_run_dir
@@ -460,6 +461,21 @@ def test_the_next_command_leaves_out_what_bench_refuses(typed: str, left: str) -
     command, why = cli._after_training("digits", typed.split(), plan, steps=1 if "--steps 1" in typed else 9)
     assert command == f"freewheel bench digits {left}".rstrip()
     assert plan.mode in why
+
+
+@pytest.mark.parametrize(
+    ("typed", "rank", "command"),
+    [
+        ("--launcher ray --address auto --name a", None, "freewheel bench digits --launcher ray --address auto"),
+        ("--steps 9", Rank(0, 2, 1, "h", 1, ""), "torchrun --nproc-per-node 2 -m launch bench digits --steps 9"),
+        ("", Rank(0, 4, 2, "h", 1, ""), "torchrun --nnodes 2 --nproc-per-node 2 -m launch bench digits"),
+    ],
+)
+def test_the_next_command_is_started_as_the_run_was(typed: str, rank: Rank | None, command: str) -> None:
+    """Else it measures another setup."""
+    shown, why = cli._after_training("digits", typed.split(), Plan(), 9, rank)
+    assert shown == command
+    assert ("by which the hosts of this run met" in why) == (rank is not None and rank.nodes > 1)
 
 
 # ---------------------------------------------------------------- runs that end badly

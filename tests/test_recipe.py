@@ -8,6 +8,7 @@ import math
 import struct
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from multiprocessing import resource_sharer
 from multiprocessing.reduction import ForkingPickler
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from launch import train
 from launch.recipes import BUILT_IN
@@ -42,7 +44,7 @@ from pipeline import (
     correct_predictions,
     run_reference,
 )
-from pipeline.recipe import build_model
+from pipeline.recipe import build_model, check_scores
 from pipeline.resolve import resolve
 from pipeline.scores import Scores
 
@@ -98,8 +100,14 @@ def test_a_smaller_batch_in_the_middle_of_the_run_is_named_when_it_comes() -> No
     [
         ([], "batches is empty: give at least one (inputs, labels)."),
         (lambda index: _batch(index)[0], "batch 0 is a Tensor: give a pair of tensors (inputs, labels)."),
-        (lambda index: (*_batch(index), 3), "batch 0 is a tuple: give a pair of tensors (inputs, labels)."),
-        (lambda index: (np.zeros((2, 3)), [1, 2]), "batch 0 is a tuple: give a pair of tensors (inputs, labels)."),
+        (
+            lambda index: (*_batch(index), 3),
+            "batch 0 is a tuple of Tensor, Tensor, int: give a pair of tensors (inputs, labels).",
+        ),
+        (
+            lambda index: (np.zeros((2, 3)), [1, 2]),
+            "batch 0 is a tuple of ndarray, list: give a pair of tensors (inputs, labels).",
+        ),
         (
             lambda index: _batch(index, rows=0),
             "batch 0 has inputs [0, 6] and labels [0]: both need the same, non-zero number of rows.",
@@ -122,6 +130,16 @@ def test_a_smaller_batch_in_the_middle_of_the_run_is_named_when_it_comes() -> No
 )
 def test_what_is_no_batch_is_refused(batches: Any, sentence: str) -> None:
     assert _refused(batches=batches) == sentence
+
+
+def test_a_data_loader_is_refused_with_what_to_give_instead() -> None:
+    """It was "'DataLoader' object is not subscriptable"."""
+    loader = DataLoader(TensorDataset(*_batch(0)), batch_size=4)
+    assert _refused(batches=loader) == (
+        "batches is a DataLoader: give a function of the batch's number, such as "
+        "pipeline.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in memory; "
+        "the loader has to drop the last, smaller one."
+    )
 
 
 def test_batches_of_a_list_come_again_and_again() -> None:
@@ -305,6 +323,58 @@ def test_an_evaluation_without_a_batch_is_refused(plan: Plan) -> None:
     """It once ended as "held-out loss 0.0000", the best there can be."""
     sentence = "evaluation() gives no batch: give held-out batches (inputs, labels), or leave evaluation out."
     assert _refused(plan, evaluation=list) == sentence
+
+
+_OUTPUT, _LABELS = torch.rand(9, CLASSES, generator=torch.Generator().manual_seed(0)), torch.arange(9) % CLASSES
+
+
+def test_a_loss_that_is_a_sum_over_the_rows_is_refused() -> None:
+    with pytest.raises(PlanError) as caught:
+        check_scores(_recipe(loss=partial(F.cross_entropy, reduction="sum")), _OUTPUT, _LABELS)
+    whole = F.cross_entropy(_OUTPUT[:8], _LABELS[:8], reduction="sum")
+    assert str(caught.value) == (
+        f"the loss of 8 rows is the sum of the losses of its halves, {whole:.4g}: give the mean over the rows, as "
+        "reduction='mean' does, or divide by len(labels)."
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        F.cross_entropy,
+        partial(F.cross_entropy, ignore_index=0),
+        partial(F.cross_entropy, weight=torch.tensor([1.0, 2.0, 50.0])),
+        lambda output, labels: F.cross_entropy(output, labels).sqrt(),
+        lambda output, labels: output.sum() * 0,
+        lambda output, labels: F.cross_entropy(output, labels) if len(labels) == 9 else 1 / 0,
+    ],
+    ids=["mean", "ignores", "weighs", "no mean", "nothing", "whole batches only"],
+)
+def test_a_loss_that_is_no_sum_is_taken(loss: Callable[..., Any]) -> None:
+    check_scores(_recipe(loss=loss), _OUTPUT, _LABELS)
+
+
+@pytest.mark.parametrize(
+    ("correct", "sentence"),
+    [
+        (
+            lambda output, labels: (output.argmax(1) == labels).sum(),
+            "correct() gives a Tensor: give a pair, the number",
+        ),
+        (lambda output, labels: (output, 3), "correct() gives a tuple: give a pair, the number of right answers and "),
+        (lambda output, labels: output.nothing, "correct() raises AttributeError: 'Tensor' object has no attribute "),
+    ],
+    ids=["one number", "no number", "raises"],
+)
+def test_what_counts_right_answers_is_tried_before_the_run(correct: Callable[..., Any], sentence: str) -> None:
+    """It was found after all the training."""
+    with pytest.raises(PlanError) as caught:
+        check_scores(_recipe(correct=correct), _OUTPUT, _LABELS)
+    assert str(caught.value).startswith(sentence)
+    plan = Plan(steps=2, stages=1)
+    source = GivenRecipe(replace(problems.two_linear_recipe(), correct=problems.counts_badly))
+    with pytest.raises(PlanError, match=r"^correct\(\) gives a Tensor"):
+        resolve_source(source, plan)
 
 
 def test_no_rows_have_no_loss() -> None:

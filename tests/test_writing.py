@@ -84,3 +84,4 @@ def test_every_file_of_a_run_is_named_and_what_was_trained_is_not_lost(
     if caught.value.result is not None:
         assert caught.value.result.losses == [4.0, 3.0, 2.0, 1.0]
         assert "4 batches of 16: loss 1.0000" in caught.value.result.summary()
+        assert repr(caught.value.result) == f"Result({caught.value.result.summary()})"
