@@ -184,6 +184,12 @@ class Report:
         """The fastest of our rows that equal single-process training."""
         return max((row for row in self.rows if row.exact), key=lambda row: Spread.of(row.rates).median, default=None)
 
+    def beaten_by(self, row: Row) -> bool:
+        """Whether a row is faster than the unlocked one, round by round; not one that is unlocked as well."""
+        if self.unlocked is None or row.contender.mode == self.unlocked.contender.mode:
+            return False
+        return row.speedup(self.unlocked).median > 1
+
     def as_dict(self) -> dict[str, Any]:
         """The fields of bench.json."""
         return {
