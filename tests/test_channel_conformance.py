@@ -107,6 +107,7 @@ CHANNELS = {
     "shm, late device": Implementation(over_shared_memory, ChannelTimeout, "shm", late_device.DEVICE),
     "gloo, late device": Implementation(over_gloo, ChannelBroken, "gloo", late_device.DEVICE),
     "peer memory, late device": Implementation(over_shared_memory, ChannelTimeout, "cuda", late_device.DEVICE),
+    "wire, late device": Implementation(over_gloo, ChannelBroken, "nccl", late_device.DEVICE),
     "shm, GPU": Implementation(over_shared_memory, ChannelTimeout, "shm", "cuda:0"),
     "gloo, GPU": Implementation(over_gloo, ChannelBroken, "gloo", "cuda:0"),
     "peer memory, GPU": Implementation(over_shared_memory, ChannelTimeout, "cuda", "cuda:0"),
