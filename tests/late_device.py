@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -178,7 +179,10 @@ class LateWire:
         with self._lock:
             if not self.is_cut:
                 self.is_cut = True
-                self._pair.cut()
+                with contextlib.suppress(PairBroken):  # as Pair.cut, but a payload that nobody received may come still
+                    self._pair.wait(
+                        self._pair.expect(torch.empty(1 << 25, dtype=torch.uint8)), timedelta(milliseconds=1)
+                    )
                 self._queued.put(None)
         self._thread.join(DEADLINE_S)
         assert not self._thread.is_alive()

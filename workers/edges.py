@@ -111,7 +111,8 @@ def _edges_between_replicas(resolved: Resolved, names: Names) -> Iterator[Edge]:
             label = f"averages {one}->{other} of stage {k}"
             name = names.averages(source, target)
             places = [(resolved.hosts[worker], resolved.devices[worker]) for worker in (source, target)]
-            kind, size = kind_between(plan.channels, *places, nccl=resolved.nccl), share_bytes(state_bytes)
+            kind = kind_between(plan.channels, places[0], places[1], resolved.nccl)
+            size = share_bytes(state_bytes)
             yield Edge(kind, "averages", name, label, source, target, 1, size, None, places[0][1], places[1][1])
 
 

@@ -91,7 +91,7 @@ class NcclWire:
     @classmethod
     def _connected(cls, device: torch.device, meeting: Meeting, name: str, side: int, within_s: float) -> Self:
         with _told():
-            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # the other side's kernel spins
+            options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # the other side's kernel spins
             options._timeout = timedelta(seconds=within_s)
             options.global_ranks_in_group = [0, 1]
             options.group_name = name

@@ -191,13 +191,11 @@ class _WireLane(DeviceLane):
     def _fail(self, error: Exception) -> None:
         if not isinstance(error, PairBroken):
             super()._fail(error)
-        self.end.wire_failed(error)
+        self.end.break_off(error)
 
 
 class _WireEnd(RemoteEnd):
     """What both ends share."""
-
-    lane: _WireLane
 
     @classmethod
     def join(
@@ -249,14 +247,20 @@ class _WireEnd(RemoteEnd):
             undo.pop_all()
         return end
 
-    def wire_failed(self, error: Exception) -> None:
+    @property
+    def wire(self) -> Wire:
+        """What carries the payloads."""
+        assert isinstance(self.lane, _WireLane), "made by join"
+        return self.lane.wire
+
+    def break_off(self, error: Exception) -> None:
         """A payload will not arrive: neither end goes on."""
         self._lose(error if isinstance(error, PairBroken) else PairBroken(str(error)))
-        self._pair.cut()  # the other end hears of it at once
 
     def _lose(self, error: PairBroken) -> None:
         super()._lose(error)
-        self.lane.wire.cut()
+        self._pair.cut()  # where it was not lost, but the wire: the other end hears of it at once
+        self.wire.cut()
 
 
 class WireSender(_WireEnd, RemoteSender):
@@ -272,7 +276,7 @@ class WireSender(_WireEnd, RemoteSender):
 
     def _wind_up(self) -> None:
         super()._wind_up()
-        self.lane.wire.cut()
+        self.wire.cut()
 
 
 class WireReceiver(_WireEnd, RemoteReceiver):
@@ -283,18 +287,19 @@ class WireReceiver(_WireEnd, RemoteReceiver):
         assert isinstance(slot, _IncomingSlot), "made by the lane"
         self._heard = time.monotonic()
         last = slot.is_end
+        assert isinstance(self.lane, _WireLane), "made by join"
         self.lane.after(_NOTHING if last else slot.receive(), partial(self._landed, index))
         return not last
 
     def _landed(self, index: int) -> None:
         """A header and its payload are there; in the lane's thread."""
-        if not self.lane.wire.is_cut:
+        if not self.wire.is_cut:
             super()._take_in(index)
 
     def _wind_up(self) -> None:
         """Payloads under way land first, so that no sender is left with them: the end of the queue answers the peer."""
         self._part()
         if not self._peer_ended:
-            self.lane.wire.cut()
+            self.wire.cut()
         self.lane.close()
-        self.lane.wire.cut()
+        self.wire.cut()
