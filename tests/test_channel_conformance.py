@@ -92,13 +92,15 @@ class Implementation:
         ground: makes what an edge needs.
         sees_death: what a wait raises whose other end was killed; shared memory only has its deadlines.
         kind: of the edge.
-        device: where both ends have their tensors.
+        device: where the sender has its tensors.
+        other: where the receiver has; None: there too.
     """
 
     ground: Callable[[Edge], AbstractContextManager[Ground]]
     sees_death: type[Exception]
     kind: str
     device: str = CPU
+    other: str | None = None
 
 
 CHANNELS = {
@@ -111,8 +113,16 @@ CHANNELS = {
     "shm, GPU": Implementation(over_shared_memory, ChannelTimeout, "shm", "cuda:0"),
     "gloo, GPU": Implementation(over_gloo, ChannelBroken, "gloo", "cuda:0"),
     "peer memory, GPU": Implementation(over_shared_memory, ChannelTimeout, "cuda", "cuda:0"),
+    "NCCL, two GPUs": Implementation(over_gloo, ChannelBroken, "nccl", "cuda:0", "cuda:1"),
 }
-KINDS = [pytest.param(name, marks=[pytest.mark.gpu] if "GPU" in name else []) for name in CHANNELS]
+
+
+def _needs(how: Implementation) -> list[pytest.MarkDecorator]:
+    gpus = {device for device in (how.device, how.other) if device and device.startswith("cuda")}
+    return [pytest.mark.gpu(len(gpus))] if gpus else []
+
+
+KINDS = [pytest.param(name, marks=_needs(how)) for name, how in CHANNELS.items()]
 
 
 @dataclass
@@ -126,7 +136,7 @@ class Workbench:
         self, slots: int = 3, slot_bytes: int = 1 << 16, wire_dtype: torch.dtype | None = None, label: str = LABEL
     ) -> Ground:
         how, name = CHANNELS[self.kind], f"{new_prefix()}-a0"
-        devices = how.device, how.device
+        devices = how.device, how.other or how.device
         edge = Edge(how.kind, "activations", name, label, 0, 1, slots, slot_bytes, wire_dtype, *devices)
         return self.stack.enter_context(how.ground(edge))
 

@@ -9,12 +9,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import late_device
 import pytest
 import torch
+import wired
 from late_device import LateWire, wires_down
+from oracle import assert_same
 
+from launch import RunFailed
+from launch.console import Console
+from launch.result import Result
+from launch.training import resolve_source, run
+from pipeline import ChannelPlan, Plan, Recipe, run_reference
+from pipeline.channels import ChannelChoice
 from pipeline.messages import Kind, Message
 from workers import remote_end
 from workers.channel import ChannelBroken, ChannelClosed, ChannelTimeout
@@ -25,6 +34,8 @@ from workers.wire import WireReceiver, WireSender
 
 SOON_S = 0.05  # a wait that is meant to end in a timeout
 DEADLINE_S = 20.0  # a wait that is meant to succeed
+UNSEEN_S = 50.0
+"""Before a failure that nobody saw would end as a stall, after 60 s."""
 EDGE = Edge("nccl", "activations", "", "a 0->1", 0, 1, 2, 4096, None, late_device.DEVICE, late_device.DEVICE)
 
 
@@ -305,3 +316,39 @@ def test_a_peer_that_dies_with_a_payload_under_way_frees_the_device_and_half_a_m
 def _flood(sender: WireSender) -> None:
     for batch in range(2, 10):
         sender.send(numbered(batch), DEADLINE_S)
+
+
+def over_wires(source: Callable[[], Recipe], plan: Plan, runs: Path) -> Result:
+    """A run with wires everywhere; resolved by hand, as they would be refused on the CPU."""
+    resolved = resolve_source(source, plan)
+    channels = tuple(ChannelChoice("nccl", "as asked for") for _ in resolved.channels)
+    resolved = replace(resolved, plan=replace(resolved.plan, channels="nccl"), channels=channels)
+    return run(source, resolved, runs, "run", Console(quiet=True), ["test"])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(mode="naive", stages=3, sizes=(1, 5, 2), steps=12),
+        Plan(mode="1f1b", microbatches=4, stages=3, sizes=(1, 5, 2), steps=8),
+        Plan(stages=3, sizes=(1, 5, 2), steps=12, deterministic=True, targets="true"),
+        Plan(mode="naive", stages=2, sizes=(4, 4), steps=8, replicas=2),
+        Plan(mode="naive", stages=3, sizes=(1, 5, 2), steps=8, channel=ChannelPlan(wire_dtype="bf16")),
+    ],
+    ids=["naive", "1f1b", "unlocked", "replicas", "bf16"],
+)
+def test_runs_over_wires_give_the_numbers_of_the_reference(plan: Plan, tmp_path: Path) -> None:
+    mine, truth = over_wires(wired.recipe, plan, tmp_path), run_reference(wired.recipe(), plan)
+    assert_same(mine.state_tensors(), truth.state_tensors())
+    assert mine.losses == truth.losses
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("mode", ["naive", "unlocked"])
+def test_the_stage_that_was_killed_is_named_not_the_one_whose_wire_broke(mode: str, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(RunFailed, match="was killed by SIGKILL, forward of batch 5") as caught:
+        over_wires(wired.suicidal_recipe, Plan(mode=mode, stages=2, sizes=(2, 2), steps=100_000), tmp_path)
+    assert caught.value.stage == 1
+    assert time.monotonic() - begin < UNSEEN_S
