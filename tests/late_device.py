@@ -200,27 +200,27 @@ class LateWire:
     def _carry(self) -> None:
         while (transfer := self._queued.get()) is not None:
             _until(lambda: self.is_cut or not WIRES_DOWN.is_set(), "the wires")
-            try:
-                if not self.is_cut:
-                    transfer.carry(self._pair, self._sends, self.breaks)
-            except PairBroken as error:
-                transfer.failed = None if self.is_cut else error
+            if self.breaks:
+                transfer.failed = PairBroken(self.breaks)
+            elif not self.is_cut:
+                self._carry_one(transfer.payload)
             with self._lock:
                 self.under_way -= 1
             transfer.over.set()
+
+    def _carry_one(self, payload: Tensor) -> None:
+        try:
+            self._pair.wait(self._pair.send(payload) if self._sends else self._pair.expect(payload))
+        except PairBroken:
+            _until(lambda: self.is_cut, "the peer, which is dead")  # nobody tells a kernel
 
 
 class Transfer:
     """A payload on its way."""
 
     def __init__(self, payload: Tensor) -> None:
-        self._payload, self.over = payload, threading.Event()
+        self.payload, self.over = payload, threading.Event()
         self.failed: PairBroken | None = None
-
-    def carry(self, pair: Pair, sends: bool, breaks: str) -> None:
-        if breaks:
-            raise PairBroken(breaks)
-        pair.wait(pair.send(self._payload) if sends else pair.expect(self._payload))
 
     def synchronize(self) -> None:
         assert self.over.wait(DEADLINE_S), f"the wire carried nothing for {DEADLINE_S:.0f} s"

@@ -174,7 +174,8 @@ def test_a_sender_that_closes_waits_until_its_payloads_have_landed(ends: tuple[W
             for batch in (0, 1):
                 sender.send(numbered(batch), DEADLINE_S)
             closing = pool.submit(sender.close)
-            eventually(lambda: sender._said_end)
+            eventually(lambda: not receiver._thread.is_alive())  # it has heard the last word
+            assert not receiver._peer_ended
             assert not wire_of(sender).is_cut
         closing.result(DEADLINE_S)
     assert wire_of(sender).is_cut
@@ -308,6 +309,9 @@ def test_a_peer_that_dies_with_a_payload_under_way_frees_the_device_and_half_a_m
             with pytest.raises(ChannelBroken, match="a 0->1: the connection broke while the"):
                 end.receive(DEADLINE_S) if isinstance(end, WireReceiver) else _flood(end)
             eventually(lambda: wire_of(end).under_way == 0 and wire_of(end).is_cut)
+            end.lane.close()  # everything was called that waited for the device
+            with pytest.raises(ChannelBroken):
+                end.receive(0) if isinstance(end, WireReceiver) else end.send(numbered(9), 0)
     finally:
         process.kill()
         process.join(DEADLINE_S)
