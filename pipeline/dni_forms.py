@@ -1,7 +1,7 @@
 """The forms of a DNI that need nothing but (h, y): direct regressors, and the residual of a local classifier.
 
     linear, mlp, conv    (h, y) --regressor--> s                  last layer zero
-    label_residual       A (softmax(C h) - onehot(y))             A zero
+    label_residual       a A (softmax(C h) - onehot(y))           A zero
     a user's own module  (h, y) --module--> s
 
 Every form predicts in units of sigma, the running root mean square of the true gradient; ``DNI`` (dni.py)
@@ -26,6 +26,8 @@ from pipeline.cut import Cut
 __all__ = ["MLP", "Conv", "Custom", "Form", "LabelResidual", "Linear", "clip", "root_mean_square"]
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
+_LEAST_SCALE = 1e-3  # where A points away from the last targets: hardly anything, but a DNI that says nothing is dead
+_REMEMBERED = 0.95  # of the products that give a scale: it suits the last 20 targets or so
 
 
 class Form(nn.Module):
@@ -231,11 +233,12 @@ class Custom(Form):
 
 
 class LabelResidual(Form):
-    """A (softmax(C h) - onehot(y)): what a local classifier gets wrong, mapped back to h.
+    """a A (softmax(C h) - onehot(y)): what a local classifier gets wrong, mapped back to h.
 
     C learns from the labels, at once, by its own cross-entropy; A (starts at zero) by squared error to the true
-    gradient when that comes back. Costs thin products only; either learns from 128 rows of a batch at most, A from
-    every fourth target.
+    gradient when that comes back, and the number a is the least squares scale of A over the last targets: Adam moves A
+    by small even steps, and for hundreds of targets A is right in direction and far too short. Costs thin products
+    only; either learns from 128 rows of a batch at most, A from every fourth target.
 
     Not in Jaderberg et al. 2017. Exact where a linear top under cross-entropy follows: A is then its weights. A form
     whose C waited for the true gradient as well failed when that came late: with four stages and a hop of 8 steps it
@@ -247,6 +250,8 @@ class LabelResidual(Form):
 
     most_rows = 128
     every = 4
+    products: Tensor
+    scale: Tensor
 
     def __init__(self, cut: Cut) -> None:
         super().__init__()
@@ -254,6 +259,8 @@ class LabelResidual(Form):
         self.features = cut.features
         self.local = nn.Linear(cut.features, cut.classes)  # C
         self.back = nn.Parameter(torch.zeros(cut.classes, cut.features))  # A transposed: faster products
+        self.register_buffer("products", torch.zeros(2))  # <target, R A> and <R A, R A>, running sums
+        self.register_buffer("scale", torch.ones(()))  # a
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Those of C."""
@@ -263,7 +270,7 @@ class LabelResidual(Form):
         self, h: Float[Tensor, " batch *features"], labels: Shaped[Tensor, " batch *rest"]
     ) -> Float[Tensor, " batch *features"]:
         """The prediction, shaped like ``h``."""
-        return (self._residual(h, labels) @ self.back).reshape(h.shape)
+        return ((self._residual(h, labels) * self.scale) @ self.back).reshape(h.shape)
 
     @torch.no_grad()
     def meet(
@@ -278,7 +285,7 @@ class LabelResidual(Form):
         rows = h[samples].reshape(-1, self.features)
         wrong = residual.view(len(h), -1, residual.shape[1])[samples].flatten(0, 1) / len(rows)
         self.local.weight.grad, self.local.bias.grad = wrong.T @ rows, wrong.sum(dim=0)
-        return clip((residual @ self.back).reshape(h.shape), sigma)
+        return clip((residual.mul_(self.scale) @ self.back).reshape(h.shape), sigma)
 
     @torch.no_grad()
     def gradients(
@@ -288,17 +295,24 @@ class LabelResidual(Form):
         target: Float[Tensor, " rows *features"],
         sigma: Float[Tensor, ""],
     ) -> None:
-        """Squared error of A, in closed form; a test compares it with autograd.
+        """Squared error of A, in closed form (a test compares it with autograd); and the scale that suits A so far.
 
-        With R the residuals and T the target, the error E = R A - T is not formed where there are fewer classes than
-        rows: R^T E = (R^T R) A - R^T T.
+        With R the residuals and T the target, neither R A nor the error R A - T is formed where there are fewer classes
+        than rows: R^T (R A - T) = (R^T R) A - R^T T, <T, R A> = <R^T T, A> and <R A, R A> = <(R^T R) A, A>.
         """
         residual, target = self._residual(h, labels), target.reshape(-1, self.features)
         slope = 2 / target.numel()
         if residual.shape[1] < len(residual):
-            self.back.grad = slope * torch.addmm(residual.T @ target, residual.T @ residual, self.back, beta=-1)
+            wanted, there = residual.T @ target, (residual.T @ residual) @ self.back
+            products = [_dot(wanted, self.back), _dot(there, self.back)]
+            self.back.grad = (there - wanted).mul_(slope)
         else:
-            self.back.grad = slope * residual.T @ torch.addmm(target, residual, self.back, beta=-1)
+            there = residual @ self.back
+            products = [_dot(target, there), _dot(there, there)]
+            self.back.grad = slope * residual.T @ (there - target)
+        self.products.mul_(_REMEMBERED).add_(torch.stack(products))
+        fits, size = self.products
+        self.scale.copy_(torch.where(size > 0, fits / size, 1.0).clamp(min=_LEAST_SCALE))
 
     def _residual(self, h: Tensor, labels: Tensor) -> Float[Tensor, "rows classes"]:
         """softmax(C h) - onehot(y); zeros where the label is negative, by convention one that the loss ignores."""
@@ -323,6 +337,10 @@ def root_mean_square(values: Tensor) -> Float[Tensor, ""]:
     """sqrt of the mean of the squares; 0 where there are no values."""
     norm: Tensor = torch.linalg.vector_norm(values)
     return norm / math.sqrt(max(1, values.numel()))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())
 
 
 def one_hot(labels: Shaped[Tensor, " *rest"], classes: int, dtype: torch.dtype) -> Float[Tensor, "*rest classes"]:

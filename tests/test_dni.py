@@ -228,8 +228,24 @@ def test_label_residual_by_hand() -> None:
     h, labels, _ = problem(CLASSIFIER)()
     weights = dni.form.state_dict()
     residual = (h @ weights["local.weight"].T + weights["local.bias"]).softmax(1) - F.one_hot(labels, CLASSES)
-    expected = residual @ weights["back"]
+    expected = weights["scale"] * residual @ weights["back"]
     torch.testing.assert_close(dni.predict(h, labels), expected / max(1.0, rms(expected)) * dni.sigma)
+
+
+@pytest.mark.parametrize("cut", [CLASSIFIER, TOKENS, MANY_CLASSES])
+def test_label_residual_is_as_large_as_fits_its_targets(cut: Cut) -> None:
+    """Of all multiples of R A, that which was nearest to the targets: a = <T, R A> / <R A, R A>."""
+    dni, batch = build_dni(cut, DNIPlan(form="label_residual"), seed=0), problem(cut)
+    fits = size = 0.0
+    for _ in range(30):
+        h, labels, g = batch()
+        with torch.no_grad():
+            unscaled = (dni.form._residual(h, labels) @ dni.form.back).reshape(g.shape)
+        dni.form.gradients(h, labels, g, torch.ones(()))
+        fits = 0.95 * fits + float((unscaled * g).sum())
+        size = 0.95 * size + float(unscaled.square().sum())
+        assert float(dni.form.scale) == pytest.approx(max(1e-3, fits / size) if size else 1.0, rel=1e-3)
+        dni.optimizers[-1].step()
 
 
 @pytest.mark.parametrize("cut", [CLASSIFIER, TOKENS, MANY_CLASSES])
@@ -240,18 +256,20 @@ def test_label_residual_has_the_gradients_autograd_gives(cut: Cut) -> None:
     labels.view(-1)[:3] = -100
     target, flat = torch.randn_like(g), labels.flatten()
     prediction, size = dni.form.meet(h, labels, torch.ones(()), slice(0, len(h)))
+    scale = dni.form.scale.clone()
+    expected = dni.form.predict(h, labels, dni.sigma).detach()
     dni.form.gradients(h, labels, target, dni.sigma)
 
     weight, bias, back = (parameter.detach().requires_grad_() for parameter in _parts(dni))
     outputs = h.flatten(0, -2) @ weight.T + bias
     onehot = F.one_hot(flat.clamp(min=0), outputs.shape[1])
     residual = (outputs.softmax(1).detach() - onehot) * (flat >= 0)[:, None]
-    expected = (residual @ back).reshape(h.shape)
+    unscaled = (residual @ back).reshape(h.shape)
     own = F.cross_entropy(outputs, flat, reduction="sum") / len(flat)
-    gradients = torch.autograd.grad(own + F.mse_loss(expected, target), (weight, bias, back))
-    torch.testing.assert_close(size, expected.detach().square().mean().sqrt())
-    torch.testing.assert_close(prediction, expected.detach() / size.clamp(min=1))
-    torch.testing.assert_close(dni.form.predict(h, labels, dni.sigma), expected.detach())
+    gradients = torch.autograd.grad(own + F.mse_loss(unscaled, target), (weight, bias, back))
+    torch.testing.assert_close(expected, scale * unscaled.detach())
+    torch.testing.assert_close(size, expected.square().mean().sqrt())
+    torch.testing.assert_close(prediction, expected / size.clamp(min=1))
     for parameter, right in zip(_parts(dni), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, right)
 
