@@ -9,9 +9,10 @@ What NCCL and ProcessGroupNCCL really do (their sources as of torch 2.11 to 2.13
   sets up the transport, and blocks the host until both are in it: one byte travels while the channel is opened.
 * A watchdog thread per group would end the whole process, with nothing but a log, when an operation takes longer than
   the group's timeout or NCCL reports an error: a dead peer, say, that gloo has told us of already. With
-  TORCH_NCCL_BLOCKING_WAIT=1 a group has no watchdog, no monitor of it, and no timeout of its own; it is set while the
-  group is made, the only time when it is read, so that other groups of the process are as they were. What blocks then
-  is ``Work.wait``, which is called for its error only: ``block_current_stream`` orders an event behind the operation.
+  TORCH_NCCL_BLOCKING_WAIT=1 a group has no watchdog, no monitor of it, and no timeout of its own (and what
+  TORCH_NCCL_ASYNC_ERROR_HANDLING says is asked by nobody); it is set while the group is made, the only time when it is
+  read, so that other groups of the process are as they were. What blocks then is ``Work.wait``, which is called for its
+  error only: ``block_current_stream`` orders an event behind the operation.
 * Nobody else asks NCCL for errors then (of the network, say): who waits for a transfer does, once a second. Deadlines
   are the channel's and the run's own.
 * ``ncclCommAbort`` frees spinning kernels at once. It also frees memory, which waits for every kernel of the device,
