@@ -162,6 +162,10 @@ def resolve(
         reasons.append(
             ("autocast", plan.autocast, "layers compute in it where torch.autocast does; weights are float32")
         )
+    if plan.emulate is not None:
+        reasons.append(("emulate", plan.emulate, "every stage sleeps so long instead of computing; nothing is learned"))
+    if plan.link is not None:
+        reasons.append(("link", plan.link, "every message is made late, as on such a link"))
     if plan.compile:
         reasons.append(("compile", "yes", "every stage by torch.compile, at its first batch"))
     forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
@@ -170,7 +174,8 @@ def resolve(
     if plan.replicas > 1:
         reasons.append(("replicas", str(plan.replicas), _AVERAGES[MODES[plan.mode].averages].format(plan)))
     if plan.until is not None:
-        often = f"held-out data, looked at every {plan.evaluate_every:,} batches"
+        every = "batch" if plan.evaluate_every == 1 else f"{plan.evaluate_every:,} batches"
+        often = f"held-out data, looked at every {every}"
         reasons.append(("until", str(plan.goal), f"{often}; {steps:,} batches at most"))
     if cuts and (problems := list(_unread_options(plan, {form for form, _ in forms}))):
         raise PlanError(*problems)

@@ -197,7 +197,7 @@ def test_without_a_gpu_everything_is_on_the_cpu_and_the_first_screen_says_so() -
     assert reason[1] == "cpu"
     assert reason[2].startswith("torch finds no GPU") or reason[2] == "this torch is built without CUDA"
     assert gpus_here() == 0
-    assert chosen_here(Plan(emulate="stage_ms=1")).why == "as asked for"
+    assert chosen_here(Plan(emulate="stage_ms=1")).why == "stages sleep instead of computing"
     for plan in (Plan(steps=1, device="cuda"), Plan(steps=1, device="cuda:0")):
         with pytest.raises(PlanError, match=f"device {plan.device}: "):
             run_reference(problems.recipe(), plan)
