@@ -179,7 +179,7 @@ def _channels(resolved: Resolved) -> tuple[str, str]:
     memory = f"; {mebibytes:.1f} MiB" if mebibytes else ""
     if not choices:
         places = zip(resolved.hosts, resolved.devices, strict=True)
-        kinds = {kind_between(plan.channels, *pair) for pair in itertools.combinations(places, 2)}
+        kinds = {kind_between(plan.channels, *pair, nccl=resolved.nccl) for pair in itertools.combinations(places, 2)}
         return " and ".join(CHANNELS[kind] for kind in sorted(kinds)), f"between the replicas{memory}"
     if len(set(choices)) == 1:
         return f"{CHANNELS[choices[0].kind]}, {slots}", f"{choices[0].why}{memory}"

@@ -53,6 +53,7 @@ class Resolved:
         channels: what carries each cut, those of replica 0 first.
         hosts: name of the host of every worker, those of replica 0 first.
         devices: where every worker computes, in the same order.
+        nccl: whether torch has NCCL.
         reasons: (what was decided, value, why), for the first screen.
     """
 
@@ -68,6 +69,7 @@ class Resolved:
     channels: tuple[ChannelChoice, ...]
     hosts: tuple[str, ...]
     devices: tuple[str, ...]
+    nccl: bool
     reasons: tuple[tuple[str, str, str], ...]
 
     @property
@@ -127,7 +129,7 @@ def resolve(
     plan.check()
     hosts = hosts or ["this host"] * plan.workers
     devices = devices or DeviceChoice((CPU,) * plan.workers, "nothing else was looked for")
-    channels = choose_channels(plan.channels, hosts, plan.replicas, devices.devices)
+    channels = choose_channels(plan.channels, hosts, plan.replicas, devices.devices, devices.nccl)
     if plan.evaluate_every is not None and recipe.evaluation is None:
         raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
     steps = plan.steps or recipe.steps
@@ -197,6 +199,7 @@ def resolve(
         channels=channels,
         hosts=tuple(hosts),
         devices=devices.devices,
+        nccl=devices.nccl,
         reasons=tuple(reasons),
     )
 
