@@ -24,6 +24,7 @@ from pipeline.resolve import Resolved
 from workers.assignment import Assignment, Names
 from workers.control import Task
 from workers.gloo import Rendezvous
+from workers.nccl import nccl_here
 
 __all__ = ["assignment", "changed", "changes", "preparing", "profile", "resolved_on"]
 
@@ -41,7 +42,7 @@ def preparing(index: int, parsed: Parsed | None) -> Callable[[Task], Assignment]
     def prepare(task: Task) -> Assignment:
         assert parsed is not None, "the driver ends a run whose ranks have problems"
         plan = replace(parsed.plan, sizes=tuple(task.sizes), cuts=None)
-        devices = DeviceChoice(tuple(task.devices), "as rank 0 says") if task.devices else None
+        devices = DeviceChoice(tuple(task.devices), "as rank 0 says", nccl_here()) if task.devices else None
         resolved = resolve_source(parsed.source, plan, task.hosts, index, devices)
         mine = profile(resolved)
         problems = [
@@ -88,6 +89,7 @@ def profile(resolved: Resolved) -> dict[str, str]:
         "shape of a batch": str(list(resolved.batch_shape)),
         "shape of the output": str(list(resolved.output_shape)),
         "list of what crosses the cuts": str(cuts),
+        "list of channels": ", ".join(choice.kind for choice in resolved.channels),
         "number of held-out batches": str(resolved.held_out_batches),
         **{f"plan's {what}": value for what, value in plan.items()},
     }

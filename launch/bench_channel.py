@@ -4,8 +4,9 @@
                        <-- back ---                         throughput: a stream there, one message back
 
 Channels, sizes and rounds are interleaved, so that a slow minute of the machine hits all alike. Gloo runs over the
-loopback interface here, so its rows show what it costs by itself, without a network. On a GPU a message counts as
-received when it is there for computing: shared memory and gloo then carry it through pinned memory of the host.
+loopback interface here, so its rows show what it costs by itself, without a network; NCCL between two GPUs takes the
+way between them that it finds fastest. On a GPU a message counts as received when it is there for computing: shared
+memory and gloo then carry it through pinned memory of the host.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.spread import Spread
-from pipeline.channels import CHANNELS
-from pipeline.devices import CPU, on_gpu
+from pipeline.channels import CHANNELS, choose_channels
+from pipeline.devices import CPU
+from pipeline.errors import PlanError
 from pipeline.messages import Kind, Message, layout_of
 from workers.channel import Receiver, Sender
 from workers.edges import Edge, open_receiver, open_sender
 from workers.gloo import Meeting, Rendezvous
 from workers.gpu import claim, finish
+from workers.nccl import nccl_here
 from workers.processes import process_context
 from workers.shm import check_shared_memory, create_ring, new_prefix, ring_bytes, sweep_stale, unlink_ring
 
@@ -159,9 +162,17 @@ def _tracks(prefix: str, sizes: Sequence[int], slots: int, devices: tuple[str, s
     return tuple(
         _Track(kind, size, edge(kind, "there", i, size), edge(kind, "back", i, size))
         for kind in CHANNELS
-        if kind != "cuda" or all(map(on_gpu, devices))
+        if _reaches(kind, devices)
         for i, size in enumerate(sizes)
     )
+
+
+def _reaches(kind: str, devices: tuple[str, str]) -> bool:
+    """Whether this kind of channel is for these devices of this host."""
+    try:
+        return bool(choose_channels(kind, ("here", "here"), devices=devices, nccl=nccl_here()))
+    except PlanError:
+        return False
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from rich.table import Table
 from launch.quality import LEGEND, quality_table
 from launch.result import Result
 from launch.switches import switch_line, switch_summary
+from launch.tables import print_table
 from pipeline.channels import CHANNELS, kind_between
 from pipeline.measurements import Measured
 from pipeline.optimizers import described
@@ -92,10 +93,10 @@ class Console:
         """The last screen of a training run."""
         self._print_whole(f"\n[bold]{escape(result.summary())}[/bold]")
         if result.measured is not None:
-            self.rich.print(stage_table(result.measured))
+            print_table(self.rich, stage_table(result.measured))
             self.rich.print(f"[dim]{_legend(result.measured)}[/dim]")
         if result.quality:
-            self.rich.print(quality_table(result.quality))
+            print_table(self.rich, quality_table(result.quality))
             self.rich.print(f"[dim]{LEGEND}[/dim]")
         for line in switch_summary(result):
             self._print_whole(f"  {line}")
@@ -178,7 +179,7 @@ def _channels(resolved: Resolved) -> tuple[str, str]:
     memory = f"; {mebibytes:.1f} MiB" if mebibytes else ""
     if not choices:
         places = zip(resolved.hosts, resolved.devices, strict=True)
-        kinds = {kind_between(plan.channels, *pair) for pair in itertools.combinations(places, 2)}
+        kinds = {kind_between(plan.channels, *pair, nccl=resolved.nccl) for pair in itertools.combinations(places, 2)}
         return " and ".join(CHANNELS[kind] for kind in sorted(kinds)), f"between the replicas{memory}"
     if len(set(choices)) == 1:
         return f"{CHANNELS[choices[0].kind]}, {slots}", f"{choices[0].why}{memory}"

@@ -7,11 +7,13 @@ context takes memory from its workers. What is asked here goes to NVML, not to t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from pipeline import Plan
 from pipeline.devices import CPU, DeviceChoice, choose_devices
+from workers.nccl import nccl_here
 
 __all__ = ["chosen_here", "gpus_here"]
 
@@ -33,6 +35,8 @@ def chosen_here(plan: Plan, hosts: Sequence[str] | None = None, gpus: Sequence[i
         PlanError: there is no such device.
     """
     hosts = hosts or ["this host"] * plan.workers
+    if plan.emulate is not None:
+        return DeviceChoice((CPU,) * len(hosts), "stages sleep instead of computing")
     counts = dict(zip(hosts, gpus if gpus is not None else [gpus_here()] * len(hosts), strict=True))
-    wanted = CPU if plan.emulate is not None else plan.device
-    return choose_devices(wanted, hosts, counts, torch.backends.cuda.is_built() or gpus is not None)
+    choice = choose_devices(plan.device, hosts, counts, torch.backends.cuda.is_built() or gpus is not None)
+    return replace(choice, nccl=nccl_here())

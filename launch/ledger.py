@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from launch.tables import print_table
 from pipeline.flops import StageFlops
 from pipeline.measurements import Measured
 
@@ -97,7 +98,7 @@ def show_ledger(
         locked: that of the best exact locked row.
     """
     console.print()
-    console.print(_table(accounts))
+    print_table(console, _table(accounts))
     console.print(f"[dim]{_LEGEND}[/dim]")
     for account in accounts:
         if account.note is not None:

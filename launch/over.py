@@ -19,6 +19,7 @@ from launch.options import BenchOptions
 from launch.report import Report, Row, show
 from launch.site import LOCAL, Site
 from launch.spread import Spread
+from launch.tables import print_table
 from pipeline import Plan, PlanError, Recipe
 from pipeline.emulation import Link
 from pipeline.resolve import Resolved
@@ -185,7 +186,7 @@ def bench_over(
     sweep = Sweep(**{**vars(main), "folder": folder}, axis=axis, points=points)
     show(sweep, console)
     console.rich.print(f"\n[bold]{sweep.finding()}[/bold]\n")
-    console.rich.print(_table(sweep))
+    print_table(console.rich, _table(sweep))
     short = [each for each in resolved.values() if each.steps < _FILLS * each.plan.stages > _FILLS]
     if short:
         most = max(each.plan.stages for each in short)

@@ -19,6 +19,7 @@ from launch.quality import LEGEND, StageQuality, quality_table
 from launch.result import SCHEMA
 from launch.rows import Contender, Outcome
 from launch.spread import Spread
+from launch.tables import print_table
 from launch.until import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, rivals
 from pipeline import Plan
 from pipeline.measurements import Measured
@@ -183,6 +184,12 @@ class Report:
         """The fastest of our rows that equal single-process training."""
         return max((row for row in self.rows if row.exact), key=lambda row: Spread.of(row.rates).median, default=None)
 
+    def beaten_by(self, row: Row) -> bool:
+        """Whether a row is faster than the unlocked one, round by round; not one that is unlocked as well."""
+        if self.unlocked is None or row.contender.mode == self.unlocked.contender.mode:
+            return False
+        return row.speedup(self.unlocked).median > 1
+
     def as_dict(self) -> dict[str, Any]:
         """The fields of bench.json."""
         return {
@@ -257,23 +264,23 @@ def show(report: Report, console: Console) -> None:
             _percentage(figures["dni_share"]),
             *(_predicted(figures) if report.emulated else _outcome(figures, scored)),
         )
-    console.rich.print(table)
+    print_table(console.rich, table)
     if report.emulated:
         console.rich.print("[dim]cost model: samples/s by the same policies on a virtual clock[/dim]")
     else:
         console.rich.print("[dim]MiB: peak memory of the largest process[/dim]")
     if report.race is not None:
-        console.rich.print(report.race.table())
+        print_table(console.rich, report.race.table())
         console.rich.print(f"[dim]{report.race.note()}[/dim]")
     for name, reason in report.left_out.items():
         console.rich.print(f"  left out: {name}  [dim]({reason})[/dim]")
     for row in report.rows:
         if row.typical is not None:
             console.rich.print(f"\n[bold]{row.name}[/bold]")
-            console.rich.print(stage_table(row.typical))
+            print_table(console.rich, stage_table(row.typical))
     if report.quality:
         console.rich.print()
-        console.rich.print(quality_table(report.quality))
+        print_table(console.rich, quality_table(report.quality))
         console.rich.print(f"[dim]{LEGEND}[/dim]")
     _show_ledger(report.rows, console)
     if report.cost is not None and report.cost != report.verdict:

@@ -3,6 +3,7 @@
     workers of one host             shared memory, the cheapest way there is
     workers on GPUs of one host     CUDA peer memory: from GPU memory to GPU memory
     workers of two hosts            gloo: TCP, by torch.distributed
+    workers on GPUs of two hosts    NCCL, where torch has it: from GPU memory to GPU memory; headers over gloo
 
 A wire dtype narrows the first tensor of a message, the activation or the gradient, and only if it is float32. Labels
 travel as they are.
@@ -22,7 +23,7 @@ from pipeline.messages import Message
 
 __all__ = ["CHANNELS", "WIRE_DTYPES", "ChannelChoice", "choose_channels", "kind_between", "narrowed", "widened"]
 
-CHANNELS = {"shm": "shared memory", "gloo": "gloo", "cuda": "CUDA peer memory"}
+CHANNELS = {"shm": "shared memory", "gloo": "gloo", "cuda": "CUDA peer memory", "nccl": "NCCL"}
 """What can carry messages, and how users see it called."""
 WIRE_DTYPES = {"bf16": torch.bfloat16}
 """What float32 may be narrowed to on its way."""
@@ -42,7 +43,7 @@ class ChannelChoice:
 
 
 def choose_channels(
-    wanted: str, hosts: Sequence[str], replicas: int = 1, devices: Sequence[str] | None = None
+    wanted: str, hosts: Sequence[str], replicas: int = 1, devices: Sequence[str] | None = None, nccl: bool = False
 ) -> tuple[ChannelChoice, ...]:
     """Choose what carries each cut.
 
@@ -51,12 +52,14 @@ def choose_channels(
         hosts: name of the host of every worker, those of replica 0 first.
         replicas: of the pipeline.
         devices: where every worker computes; None: on the CPU.
+        nccl: whether torch has NCCL.
 
     Returns:
         one choice per cut, those of replica 0 first.
 
     Raises:
-        PlanError: shared memory between two hosts; CUDA peer memory between two hosts, or with a worker on the CPU.
+        PlanError: shared memory between two hosts; CUDA peer memory between two hosts, or with a worker on the CPU;
+            NCCL where torch has none, with a worker on the CPU, or between two workers on one GPU.
     """
     stages = len(hosts) // replicas
     devices = devices or [CPU] * len(hosts)
@@ -64,6 +67,11 @@ def choose_channels(
     pipelines = [workers[start : start + stages] for start in range(0, len(hosts), stages)]
     pairs = [pair for pipeline in pipelines for pair in itertools.pairwise(pipeline)]
     columns = [(pipelines[0][k], other[k]) for other in pipelines[1:] for k in range(stages)]
+    if wanted == "nccl" and not nccl:
+        raise PlanError(
+            "channels nccl: this torch is built without NCCL: install a build of torch with CUDA, or choose channels "
+            "auto."
+        )
     for index, (one, other) in enumerate(pairs):
         _check_reach(wanted, one, other, f"the workers on both sides of cut {index % (stages - 1)}")
     for one, other in columns:
@@ -71,25 +79,30 @@ def choose_channels(
     if wanted != "auto":
         return tuple(ChannelChoice(wanted, "as asked for") for _ in pairs)
     together = "all workers on this host" if len(set(hosts)) == 1 else "both workers on one host"
-    return tuple(_chosen(one, other, together) for one, other in pairs)
+    return tuple(_chosen(one, other, together, nccl) for one, other in pairs)
 
 
-def kind_between(wanted: str, one: tuple[str, str], other: tuple[str, str]) -> str:
+def kind_between(wanted: str, one: tuple[str, str], other: tuple[str, str], nccl: bool = False) -> str:
     """What carries messages between two workers: a key of ``CHANNELS``.
 
     Args:
         wanted: a key of ``CHANNELS``, or ``auto``.
         one: (name of its host, where it computes) of a worker.
         other: the same of the other.
+        nccl: whether torch has NCCL.
     """
-    return wanted if wanted != "auto" else _chosen(one, other, "").kind
+    return wanted if wanted != "auto" else _chosen(one, other, "", nccl).kind
 
 
-def _chosen(one: tuple[str, str], other: tuple[str, str], together: str) -> ChannelChoice:
+def _chosen(one: tuple[str, str], other: tuple[str, str], together: str, nccl: bool) -> ChannelChoice:
     """What ``auto`` chooses between two workers, each (host, device)."""
+    gpus = on_gpu(one[1]) and on_gpu(other[1])
     if one[0] != other[0]:
-        return ChannelChoice("gloo", f"{one[0]} and {other[0]} are two hosts")
-    if on_gpu(one[1]) and on_gpu(other[1]):
+        why = f"{one[0]} and {other[0]} are two hosts"
+        if gpus and nccl:
+            return ChannelChoice("nccl", f"{why}, both workers on GPUs")
+        return ChannelChoice("gloo", f"{why}, and this torch is built without NCCL" if gpus else why)
+    if gpus:
         where = f"both workers on {one[1]}" if one[1] == other[1] else f"{one[1]} and {other[1]} are on one host"
         return ChannelChoice("cuda", where)
     return ChannelChoice("shm", together)
@@ -105,6 +118,16 @@ def _check_reach(wanted: str, one: tuple[str, str], other: tuple[str, str], who:
         raise PlanError(
             f"channels cuda: {who} compute on {one[1]} and {other[1]}, and CUDA peer memory lies between GPUs: choose "
             "channels auto, or device cuda."
+        )
+    if wanted == "nccl" and not (on_gpu(one[1]) and on_gpu(other[1])):
+        raise PlanError(
+            f"channels nccl: {who} compute on {one[1]} and {other[1]}, and NCCL lies between GPUs: choose channels "
+            "auto, or device cuda."
+        )
+    if wanted == "nccl" and one == other:
+        raise PlanError(
+            f"channels nccl: {who} are both on {one[1]} of {one[0]}, and NCCL refuses two on one GPU: choose channels "
+            "auto, or a device for each."
         )
 
 

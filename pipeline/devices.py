@@ -33,10 +33,12 @@ class DeviceChoice:
     Attributes:
         devices: of every worker, as torch names them: ``cpu``, ``cuda:0``, ...
         why: the reason, for the first screen.
+        nccl: whether torch has NCCL to connect GPUs.
     """
 
     devices: tuple[str, ...]
     why: str
+    nccl: bool = False
 
     @property
     def says(self) -> str:

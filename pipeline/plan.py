@@ -139,9 +139,9 @@ class Plan:
     """What predicts the gradient."""
     channel: ChannelPlan = field(default_factory=ChannelPlan)
     """The queues."""
-    channels: Literal["auto", "shm", "gloo", "cuda"] = "auto"
-    """What carries messages: shm (shared memory), gloo (TCP), cuda (memory of the GPU), or auto: the fastest that both
-    workers can reach."""
+    channels: Literal["auto", "shm", "gloo", "cuda", "nccl"] = "auto"
+    """What carries messages: shm (shared memory), gloo (TCP), cuda (memory of the GPU), nccl (from one GPU to another),
+    or auto: the fastest that both workers can reach."""
     device: str = "auto"
     """Where workers compute: auto, cpu, cuda, or devices like cuda:0,cuda:1, shared out among the workers of a host.
     auto: the GPUs of every host, where each has one."""

@@ -53,6 +53,7 @@ class Resolved:
         channels: what carries each cut, those of replica 0 first.
         hosts: name of the host of every worker, those of replica 0 first.
         devices: where every worker computes, in the same order.
+        nccl: whether torch has NCCL.
         reasons: (what was decided, value, why), for the first screen.
     """
 
@@ -68,6 +69,7 @@ class Resolved:
     channels: tuple[ChannelChoice, ...]
     hosts: tuple[str, ...]
     devices: tuple[str, ...]
+    nccl: bool
     reasons: tuple[tuple[str, str, str], ...]
 
     @property
@@ -127,7 +129,7 @@ def resolve(
     plan.check()
     hosts = hosts or ["this host"] * plan.workers
     devices = devices or DeviceChoice((CPU,) * plan.workers, "nothing else was looked for")
-    channels = choose_channels(plan.channels, hosts, plan.replicas, devices.devices)
+    channels = choose_channels(plan.channels, hosts, plan.replicas, devices.devices, devices.nccl)
     if plan.evaluate_every is not None and recipe.evaluation is None:
         raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
     steps = plan.steps or recipe.steps
@@ -160,6 +162,10 @@ def resolve(
         reasons.append(
             ("autocast", plan.autocast, "layers compute in it where torch.autocast does; weights are float32")
         )
+    if plan.emulate is not None:
+        reasons.append(("emulate", plan.emulate, "every stage sleeps so long instead of computing; nothing is learned"))
+    if plan.link is not None:
+        reasons.append(("link", plan.link, "every message is made late, as on such a link"))
     if plan.compile:
         reasons.append(("compile", "yes", "every stage by torch.compile, at its first batch"))
     forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
@@ -168,7 +174,8 @@ def resolve(
     if plan.replicas > 1:
         reasons.append(("replicas", str(plan.replicas), _AVERAGES[MODES[plan.mode].averages].format(plan)))
     if plan.until is not None:
-        often = f"held-out data, looked at every {plan.evaluate_every:,} batches"
+        every = "batch" if plan.evaluate_every == 1 else f"{plan.evaluate_every:,} batches"
+        often = f"held-out data, looked at every {every}"
         reasons.append(("until", str(plan.goal), f"{often}; {steps:,} batches at most"))
     if cuts and (problems := list(_unread_options(plan, {form for form, _ in forms}))):
         raise PlanError(*problems)
@@ -192,6 +199,7 @@ def resolve(
         channels=channels,
         hosts=tuple(hosts),
         devices=devices.devices,
+        nccl=devices.nccl,
         reasons=tuple(reasons),
     )
 

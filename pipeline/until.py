@@ -16,6 +16,7 @@ from pipeline.errors import PlanError, nearest
 
 __all__ = ["Goal", "Reached", "look_every"]
 
+_LEAST_APART = 10  # batches
 _LOOKS = 40  # how often one looks in a run of full length, when nobody says: each look costs a pass over the data
 _EXAMPLES = {"accuracy": "accuracy=0.98", "loss": "loss=1.9"}
 
@@ -85,5 +86,5 @@ class Reached:
 
 
 def look_every(steps: int) -> int:
-    """After how many batches to look when nobody says: 40 times in a run of ``steps`` batches."""
-    return max(1, steps // _LOOKS)
+    """After how many batches to look when nobody says: 40 times in a run of ``steps``, but at least 10 apart."""
+    return max(min(_LEAST_APART, steps), steps // _LOOKS)

@@ -1,21 +1,29 @@
 """A device that does nothing before somebody waits for it: what a GPU may do at worst, on the CPU.
 
+What goes from one of them to another goes over gloo: nobody waits for that, and it comes when it comes. A payload is
+read from its memory when it leaves, and its place is garbage until it has come.
+
 Its computing stream is the host; its copying stream is a list of what is still to be done. Handles and events work
 between processes, as those of CUDA do: an event's ``wait`` is for the last ``record`` that was called before it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 
 from workers.edges import ENGINES
+from workers.gloo import Meeting, Pair, PairBroken
 
 DEVICE = "late:0"
 DEADLINE_S = 20.0
@@ -29,6 +37,18 @@ def register() -> None:
 
 STANDSTILL = threading.Event()
 """While set, devices of this process do nothing at all."""
+WIRES_DOWN = threading.Event()
+"""While set, wires of this process carry nothing."""
+
+
+@contextlib.contextmanager
+def wires_down() -> Iterator[None]:
+    """Carry nothing in this block."""
+    WIRES_DOWN.set()
+    try:
+        yield
+    finally:
+        WIRES_DOWN.clear()
 
 
 class LateEngine:
@@ -91,6 +111,9 @@ class LateEngine:
         number = int(signal.counts[0])
         self._todo.append(lambda: _until(lambda: int(signal.counts[1]) >= number, "the event"))
 
+    def wire(self, meeting: Meeting, name: str, side: int, within_s: float) -> LateWire:
+        return LateWire(Pair.join(meeting, f"{name}, payloads", side, within_s), (meeting.store.port, name), side)
+
     def advance(self, until: Callable[[], None] | None = None) -> None:
         """Do what is to be done, in order; up to a step and with it, or everything."""
         with self._lock:
@@ -119,6 +142,95 @@ class Counts:
 
     def __init__(self, memory: Tensor) -> None:
         self.counts = memory.view(torch.int64)
+
+
+class LateWire:
+    """See ``workers.wire.Wire``: does one thing after the other, in a thread, which is the device.
+
+    Attributes:
+        under_way: number of sends or receives that are queued and not over.
+        breaks: what they do instead of carrying anything, if set.
+    """
+
+    def __init__(self, pair: Pair, name: tuple[int, str], side: int) -> None:
+        self.is_cut, self.under_way, self.breaks = False, 0, ""
+        self._pair, self._name, self._sends = pair, name, side == 0
+        self._queued: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._carry, name="late wire", daemon=True)
+        self._thread.start()
+        if self._sends:
+            _SENT[name] = 0
+
+    def send(self, payload: Tensor) -> Transfer:
+        assert self._sends
+        _SENT[self._name] += 1
+        return self._queue(payload)
+
+    def receive(self, payload: Tensor) -> Transfer:
+        assert not self._sends
+        if self._name in _SENT:  # by this process
+            _RECEIVED[self._name] += 1
+            assert _RECEIVED[self._name] <= _SENT[self._name], "a receive would spin for what nobody has sent"
+        payload.fill_(_GARBAGE)
+        return self._queue(payload)
+
+    def cut(self) -> None:
+        with self._lock:
+            if not self.is_cut:
+                self.is_cut = True
+                with contextlib.suppress(PairBroken):  # as Pair.cut, but a payload that nobody received may come still
+                    self._pair.wait(
+                        self._pair.expect(torch.empty(1 << 25, dtype=torch.uint8)), timedelta(milliseconds=1)
+                    )
+                self._queued.put(None)
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
+
+    def _queue(self, payload: Tensor) -> Transfer:
+        assert len(payload), "nothing is not worth a kernel"
+        if self.is_cut:
+            raise PairBroken("the wire is cut")
+        transfer = Transfer(payload)
+        with self._lock:
+            self.under_way += 1
+        self._queued.put(transfer)
+        return transfer
+
+    def _carry(self) -> None:
+        while (transfer := self._queued.get()) is not None:
+            _until(lambda: self.is_cut or not WIRES_DOWN.is_set(), "the wires")
+            if self.breaks:
+                transfer.failed = PairBroken(self.breaks)
+            elif not self.is_cut:
+                self._carry_one(transfer.payload)
+            with self._lock:
+                self.under_way -= 1
+            transfer.over.set()
+
+    def _carry_one(self, payload: Tensor) -> None:
+        try:
+            self._pair.wait(self._pair.send(payload) if self._sends else self._pair.expect(payload))
+        except PairBroken:
+            _until(lambda: self.is_cut, "the peer, which is dead")  # nobody tells a kernel
+
+
+class Transfer:
+    """A payload on its way."""
+
+    def __init__(self, payload: Tensor) -> None:
+        self.payload, self.over = payload, threading.Event()
+        self.failed: PairBroken | None = None
+
+    def synchronize(self) -> None:
+        assert self.over.wait(DEADLINE_S), f"the wire carried nothing for {DEADLINE_S:.0f} s"
+        if self.failed is not None:
+            raise self.failed
+
+
+_SENT: dict[tuple[int, str], int] = {}
+_RECEIVED: Counter[tuple[int, str]] = Counter()
+"""How many payloads, by wire."""
 
 
 def _copied(into: Tensor, source: Tensor) -> None:

@@ -122,10 +122,23 @@ def test_the_channel_of_a_cut_follows_from_hosts_and_devices() -> None:
         ("shm", "both workers on one host"),
         ("cuda", "both workers on cuda:0"),
         ("cuda", "cuda:0 and cuda:1 are on one host"),
-        ("gloo", "a and b are two hosts"),
+        ("gloo", "a and b are two hosts, and this torch is built without NCCL"),
     ]
+    assert [choice.kind for choice in choose_channels("auto", hosts, devices=devices, nccl=True)] == [
+        "shm",
+        "cuda",
+        "cuda",
+        "nccl",
+    ]
+    assert choose_channels("auto", ["a", "b"], devices=["cuda:0", "cuda:0"], nccl=True)[0].why == (
+        "a and b are two hosts, both workers on GPUs"
+    )
+    assert choose_channels("auto", ["a", "b"], devices=["cpu", "cuda:0"], nccl=True)[0].kind == "gloo"
+    assert choose_channels("nccl", ["a", "a"], devices=["cuda:0", "cuda:1"], nccl=True)[0].kind == "nccl"
     assert kind_between("auto", ("a", "cuda:0"), ("a", "cuda:3")) == "cuda"
     assert kind_between("gloo", ("a", "cuda:0"), ("a", "cuda:3")) == "gloo"
+    assert kind_between("auto", ("a", "cuda:0"), ("b", "cuda:0")) == "gloo"
+    assert kind_between("auto", ("a", "cuda:0"), ("b", "cuda:0"), nccl=True) == "nccl"
     assert {choice.kind for choice in choose_channels("shm", hosts[:4], devices=devices[:4])} == {"shm"}
 
 
@@ -142,6 +155,40 @@ def test_peer_memory_that_cannot_be_reached_is_refused(hosts: str, devices: str,
         choose_channels("cuda", hosts.split(), devices=devices.split())
 
 
+@pytest.mark.parametrize(
+    ("hosts", "devices", "replicas", "nccl", "message"),
+    [
+        ("a b", "cuda:0 cuda:0", 1, False, "channels nccl: this torch is built without NCCL: install a build of torch"),
+        ("a b", "cpu cuda:0", 1, True, "channels nccl: the workers on both sides of cut 0 compute on cpu and cuda:0"),
+        (
+            "a a a",
+            "cuda:0 cuda:1 cuda:1",
+            1,
+            True,
+            "channels nccl: the workers on both sides of cut 1 are both on cuda:1 of a, and NCCL refuses two on one "
+            "GPU: choose channels auto, or a device for each",
+        ),
+        (
+            "a a a a",
+            "cuda:0 cuda:1 cuda:0 cuda:1",
+            2,
+            True,
+            "channels nccl: replicas of a stage are both on cuda:0 of a",
+        ),
+    ],
+)
+def test_nccl_is_refused_where_it_does_not_work(
+    hosts: str, devices: str, replicas: int, nccl: bool, message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        choose_channels("nccl", hosts.split(), replicas, devices.split(), nccl)
+
+
+def test_a_plan_that_asks_for_nccl_is_refused_before_anything_starts() -> None:
+    with pytest.raises(PlanError, match="channels nccl: "):
+        resolve_source(problems.recipe, Plan(stages=2, sizes=(4, 4), channels="nccl", device="cpu"))
+
+
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU here")
 def test_without_a_gpu_everything_is_on_the_cpu_and_the_first_screen_says_so() -> None:
     resolved = resolve_source(problems.recipe, Plan(stages=2, sizes=(4, 4)))
@@ -150,7 +197,7 @@ def test_without_a_gpu_everything_is_on_the_cpu_and_the_first_screen_says_so() -
     assert reason[1] == "cpu"
     assert reason[2].startswith("torch finds no GPU") or reason[2] == "this torch is built without CUDA"
     assert gpus_here() == 0
-    assert chosen_here(Plan(emulate="stage_ms=1")).why == "as asked for"
+    assert chosen_here(Plan(emulate="stage_ms=1")).why == "stages sleep instead of computing"
     for plan in (Plan(steps=1, device="cuda"), Plan(steps=1, device="cuda:0")):
         with pytest.raises(PlanError, match=f"device {plan.device}: "):
             run_reference(problems.recipe(), plan)

@@ -171,7 +171,7 @@ def test_workers_of_one_host_share_memory_and_others_use_gloo() -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (Plan(channels="glue"), "unknown channels 'glue'; did you mean 'gloo'? Valid: auto, shm, gloo, cuda."),  # type: ignore[arg-type]
+        (Plan(channels="glue"), "unknown channels 'glue'; did you mean 'gloo'? Valid: auto, shm, gloo, cuda, nccl."),  # type: ignore[arg-type]
         (
             Plan(channel=ChannelPlan(wire_dtype="bf61")),  # type: ignore[arg-type]
             "unknown wire dtype 'bf61'; did you mean 'bf16'? Valid: bf16.",

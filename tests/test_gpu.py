@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -17,10 +19,12 @@ import numpy as np
 import problems
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import assert_same
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from launch import train
 from launch.bench_channel import bench_channel
 from launch.console import Console
 from launch.result import Result
@@ -34,6 +38,7 @@ from pipeline.spans import Span, Spans
 from workers.board import Board
 from workers.channel import Receiver, Sender
 from workers.edges import Edge, open_receiver, open_sender
+from workers.failures import RunFailed
 from workers.gloo import Rendezvous
 from workers.gpu_recorder import CudaMarks, GpuSpanRecorder
 from workers.shm import create_ring, new_prefix, unlink_ring
@@ -283,7 +288,7 @@ def test_the_memory_of_the_ring_is_pinned() -> None:
 
 def test_gloo_carries_tensors_of_the_gpu_through_pinned_memory() -> None:
     edge = Edge("gloo", "activations", "x", "a 0->1", 0, 1, 2, 1 << 20, None, GPU, GPU)
-    with Rendezvous.hosted() as rendezvous, ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+    with Rendezvous.hosted() as rendezvous, ThreadPoolExecutor(1) as pool, ExitStack() as stack:
         other = pool.submit(open_receiver, edge, lambda stage: None, rendezvous.join(DEADLINE_S), DEADLINE_S)
         sender = open_sender(edge, lambda stage: None, rendezvous.join(DEADLINE_S), DEADLINE_S)
         receiver = other.result(DEADLINE_S)
@@ -353,3 +358,97 @@ def test_two_gpus_reach_each_others_memory(tmp_path: Path) -> None:
     result = trained(problems.recipe, locked(2), tmp_path)
     assert result.resolved.devices == ("cuda:0", "cuda:1")
     assert_same(load_file(result.run_dir / "model.safetensors"), truth)
+
+
+# ---------------------------------------------------------------- NCCL
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.processes
+def test_locked_workers_on_two_gpus_over_nccl_equal_a_plain_loop_bit_for_bit(
+    alone: dict[str, Tensor], tmp_path: Path
+) -> None:
+    result = trained(problems.recipe, locked(2, channels="nccl"), tmp_path)
+    assert result.resolved.devices == ("cuda:0", "cuda:1")
+    assert [(choice.kind, choice.why) for choice in result.resolved.channels] == [("nccl", "as asked for")]
+    assert_same(load_file(result.run_dir / "model.safetensors"), alone)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.processes
+def test_a_wire_dtype_is_narrowed_before_nccl_sends_it(tmp_path: Path) -> None:
+    plan = locked(2, channels="nccl", channel=ChannelPlan(wire_dtype="bf16"))
+    with deterministic():
+        truth = run_reference(problems.recipe(), plan).state_tensors()
+    result = trained(problems.recipe, plan, tmp_path)
+    assert_same(load_file(result.run_dir / "model.safetensors"), {name: t.cpu() for name, t in truth.items()})
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.processes
+@pytest.mark.parametrize("mode", ["1f1b", "async-1f1b", "unlocked"])
+def test_what_keeps_several_batches_in_flight_learns_over_nccl(mode: str, tmp_path: Path) -> None:
+    plan = Plan(mode=mode, stages=2, sizes=(4, 4), steps=60, device="cuda", channels="nccl")
+    result = trained(problems.recipe, replace(plan, microbatches=4) if mode == "1f1b" else plan, tmp_path)
+    assert sum(result.losses[-10:]) < sum(result.losses[:10])
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.processes
+@pytest.mark.parametrize("mode", ["naive", "unlocked"])
+def test_replicas_on_two_gpus_average_over_nccl(mode: str, tmp_path: Path) -> None:
+    plan = Plan(mode=mode, stages=1, replicas=2, steps=40, device="cuda", channels="nccl")
+    result = trained(problems.recipe, plan, tmp_path)
+    assert sum(result.losses[-10:]) < sum(result.losses[:10])
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.processes
+@pytest.mark.parametrize("mode", ["naive", "unlocked"])
+def test_a_worker_killed_under_nccl_ends_the_run_with_our_error(mode: str, tmp_path: Path) -> None:
+    """Not with that of NCCL's watchdog, which would come after ten minutes and end the other worker without a word."""
+    plan = Plan(mode=mode, stages=2, sizes=(2, 2), steps=100_000, device="cuda", channels="nccl")
+    begin = time.monotonic()
+    with pytest.raises(RunFailed, match="was killed by SIGKILL, forward of batch 5"):
+        train(
+            model=partial(problems.suicidal, int(signal.SIGKILL)),
+            batches=problems.batch,
+            loss=F.cross_entropy,
+            plan=plan,
+            runs=tmp_path,
+            quiet=True,
+        )
+    assert time.monotonic() - begin < 50, "else it ended as a stall, after 60 s"
+
+
+@pytest.mark.gpu(2)
+def test_messages_over_nccl_arrive_in_order_and_what_was_sent_may_be_changed_at_once() -> None:
+    edge = Edge("nccl", "activations", "", "a 0->1", 0, 1, 2, 1 << 26, None, GPU, "cuda:1")
+    with Rendezvous.hosted() as rendezvous, ThreadPoolExecutor(2) as pool, ExitStack() as stack:
+        other = pool.submit(open_receiver, edge, lambda stage: None, rendezvous.join(DEADLINE_S), DEADLINE_S)
+        sender = open_sender(edge, lambda stage: None, rendezvous.join(DEADLINE_S), DEADLINE_S)
+        receiver = other.result(DEADLINE_S)
+        stack.callback(lambda: list(pool.map(lambda end: end.close(), (sender, receiver))))
+        sizes = [1, 9_999, 16_000_000, 0, 50_000] * 6
+
+        def send() -> None:
+            tensor = torch.empty(max(sizes), device=GPU)
+            for batch, size in enumerate(sizes):
+                tensor[:size] = batch
+                sender.send(Message(Kind.ACTIVATION, batch, 0, (tensor[:size],)), DEADLINE_S)
+                tensor.fill_(-1)
+
+        sending = pool.submit(send)
+        for batch, size in enumerate(sizes):
+            message = receiver.take_within(DEADLINE_S)
+            assert (message.batch, message.tensors[0].device) == (batch, torch.device("cuda:1"))
+            assert torch.equal(message.tensors[0].cpu(), torch.full((size,), float(batch)))
+        sending.result(DEADLINE_S)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.processes
+def test_a_hop_between_two_gpus_is_measured_over_nccl_too() -> None:
+    rows = bench_channel(sizes=(4, 1 << 20), rounds=1, devices=(GPU, "cuda:1"))
+    assert {row.channel for row in rows} == {"shared memory", "gloo", "CUDA peer memory", "NCCL"}
+    assert all(row.hop_p50_us.median > 0 and row.gb_per_s.median > 0 for row in rows)

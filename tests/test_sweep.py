@@ -20,6 +20,7 @@ from launch.plots.sweep import abscissa_of, curves_of
 from launch.ray_options import TrainOptions
 from launch.sources import NamedRecipe
 from launch.sweep.axes import option_names, placed, read_axes, value_of
+from launch.sweep.command import keep_aside
 from launch.sweep.findings import findings_of, label_of, verdict_of
 from launch.sweep.grid import Grid, Setting, grid_of
 from launch.sweep.options import SweepOptions
@@ -439,6 +440,17 @@ def test_a_second_call_runs_nothing_and_a_third_only_what_is_new(
     after = {path.name: path.stat().st_mtime_ns for path in points.iterdir()}
     assert len(after) == 12
     assert before.items() <= after.items()
+
+
+def test_results_of_another_command_in_the_same_folder_are_kept(tmp_path: Path) -> None:
+    commands = [["sweep", "a"], ["sweep", "a"], ["sweep", "b"], ["sweep", "c"]]
+    for command in commands:
+        keep_aside(tmp_path, command)
+        (tmp_path / "sweep.json").write_text(json.dumps({"command": command}))
+        (tmp_path / "sweep.png").write_text(command[1])
+    there = {path.name: path.read_text() for path in tmp_path.glob("sweep*")}
+    assert sorted(there) == [f"sweep{n}.{end}" for n in ("-1", "-2", "") for end in ("json", "png")]
+    assert [there[f"sweep{n}.png"] for n in ("-1", "-2", "")] == ["a", "b", "c"]
 
 
 @pytest.mark.processes

@@ -112,13 +112,17 @@ def test_a_recipe_that_cannot_show_the_goal_is_refused(recipe: Recipe, until: st
     assert str(caught.value).startswith(sentence)
 
 
-@pytest.mark.parametrize(("steps", "given", "every"), [(300, None, 7), (20, None, 1), (300, 50, 50)])
+@pytest.mark.parametrize(
+    ("steps", "given", "every"), [(2000, None, 50), (300, None, 10), (5, None, 5), (300, 50, 50), (300, 1, 1)]
+)
 def test_how_often_one_looks_is_decided_and_recorded(steps: int, given: int | None, every: int) -> None:
+    """Forty times in a run; in a short one less often, since a look may cost as much as many batches."""
     plan = Plan(mode="naive", steps=steps, until="loss=1", evaluate_every=given)
     resolved = resolve(problems.recipe(), plan)
     assert resolved.plan.evaluate_every == every
     (reason,) = (reason for reason in resolved.reasons if reason[0] == "until")
-    looks = f"held-out data, looked at every {every} batches; {steps} batches at most"
+    apart = "batch" if every == 1 else f"{every} batches"
+    looks = f"held-out data, looked at every {apart}; {steps:,} batches at most"
     assert reason == ("until", "loss=1", looks)
     assert resolved.warmup == max(1, min(steps // 10, every - 1)), "the run may end after the first look"
     assert resolve(problems.recipe(), replace(plan, until=None)).plan.evaluate_every == given

@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.gloo import Meeting
+from workers.nccl import NcclWire
+
 __all__ = ["CudaEngine"]
 
 _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess: the only flag that cudaIpcOpenMemHandle knows
@@ -31,7 +34,7 @@ ends, since others may still copy into it."""
 
 
 class CudaEngine:
-    """See ``workers.lane.Engine`` and ``workers.peer.PeerEngine``.
+    """See ``workers.lane.Engine``, ``workers.peer.PeerEngine`` and ``workers.wire.WireEngine``.
 
     Args:
         device: as torch names it, e.g. ``cuda:0``; the computing stream is whichever is current there.
@@ -139,6 +142,10 @@ class CudaEngine:
             return mine
         event: torch.cuda.Event = torch.cuda.Event.from_ipc_handle(self._device, handle)
         return event
+
+    def wire(self, meeting: Meeting, name: str, side: int, within_s: float) -> NcclWire:
+        """See ``WireEngine``."""
+        return NcclWire.join(self._device, meeting, name, side, within_s)
 
     def record(self, signal: Any) -> None:
         """See ``PeerEngine``."""

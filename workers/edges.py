@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -35,6 +35,7 @@ from workers.lane import DIRECT, DeviceLane, Lane
 from workers.peer import HEADER_SLOT_BYTES, PeerEngine, PeerReceiver, PeerSender
 from workers.remote import RemoteReceiver, RemoteSender
 from workers.shm import ShmReceiver, ShmSender
+from workers.wire import WireEngine, WireReceiver, WireSender
 
 __all__ = ["ENGINES", "Edge", "edges_of", "open_receiver", "open_sender", "rendezvous", "slot_bytes"]
 
@@ -110,7 +111,8 @@ def _edges_between_replicas(resolved: Resolved, names: Names) -> Iterator[Edge]:
             label = f"averages {one}->{other} of stage {k}"
             name = names.averages(source, target)
             places = [(resolved.hosts[worker], resolved.devices[worker]) for worker in (source, target)]
-            kind, size = kind_between(plan.channels, *places), share_bytes(state_bytes)
+            kind = kind_between(plan.channels, places[0], places[1], resolved.nccl)
+            size = share_bytes(state_bytes)
             yield Edge(kind, "averages", name, label, source, target, 1, size, None, places[0][1], places[1][1])
 
 
@@ -151,7 +153,7 @@ def open_sender(edge: Edge, bell: Callable[[int], Bell | None], meeting: Meeting
         ChannelTimeout: the other end, or the memory, was not there in time.
 
     Blocks:
-        see ``ShmSender.attach``, ``RemoteSender.attach`` and ``PeerSender.join``.
+        see ``ShmSender.attach``, ``RemoteSender.attach``, ``PeerSender.join`` and ``WireSender.join``.
     """
     return _OPEN[edge.kind][0](edge, bell, meeting, within_s)
 
@@ -164,11 +166,16 @@ def open_receiver(edge: Edge, bell: Callable[[int], Bell | None], meeting: Meeti
 _Bells = Callable[[int], Bell | None]
 _End = TypeVar("_End", bound=End)
 
-ENGINES: dict[str, Callable[[str], PeerEngine]] = {"cuda": CudaEngine}
+
+class _Engine(PeerEngine, WireEngine, Protocol):
+    """For every kind of channel."""
+
+
+ENGINES: dict[str, Callable[[str], _Engine]] = {"cuda": CudaEngine}
 """What copies for the devices of a kind."""
 
 
-def _engine(device: str) -> PeerEngine:
+def _engine(device: str) -> _Engine:
     return ENGINES[device.partition(":")[0]](device)
 
 
@@ -253,10 +260,39 @@ def _peer_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: 
     )
 
 
+def _wire_sender(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
+    return _wired(WireSender, edge, edge.source, edge.source_device, bell, meeting, within_s)
+
+
+def _wire_receiver(edge: Edge, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
+    return _wired(WireReceiver, edge, edge.target, edge.target_device, bell, meeting, within_s)
+
+
+_Wired = TypeVar("_Wired", WireSender, WireReceiver)
+
+
+def _wired(
+    end: type[_Wired], edge: Edge, worker: int, device: str, bell: _Bells, meeting: Meeting | None, within_s: float
+) -> _Wired:
+    assert meeting is not None, "the headers go over gloo, and an edge over gloo needs a rendezvous"
+    return end.join(
+        meeting,
+        edge.label,
+        label=edge.label,
+        slots=edge.slots,
+        slot_bytes=edge.slot_bytes,
+        deadline_s=within_s,
+        engine=_engine(device),
+        bell=bell(worker),
+        wire_dtype=edge.wire_dtype,
+    )
+
+
 _OPEN = {
     "shm": (_shm_sender, _shm_receiver),
     "gloo": (_gloo_sender, _gloo_receiver),
     "cuda": (_peer_sender, _peer_receiver),
+    "nccl": (_wire_sender, _wire_receiver),
 }
 _RING_SLOT_BYTES: dict[str, Callable[[Edge], int]] = {
     "shm": lambda edge: edge.slot_bytes,

@@ -1,4 +1,4 @@
-"""Two processes and the bytes between them, over torch.distributed with gloo. The only file here that knows either.
+"""Two processes and the bytes between them, over torch.distributed with gloo. The only file here that knows gloo.
 
     process A   TCPStore (Rendezvous)   process B        they meet by a name in the store;
         |<------- one TCP connection ------->|           from then on the store is not needed

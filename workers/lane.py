@@ -205,6 +205,7 @@ class DeviceLane(Lane):
         self._landing: Callable[[int], None] = _nobody
         self._failed: Exception | None = None
         self._closed = False
+        self._closing = threading.Lock()  # whatever is queued comes before the end of the queue
         self._waiting: queue.SimpleQueue[tuple[Done, Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait, name=f"{called}, copies", daemon=True)
         self._thread.start()
@@ -250,13 +251,22 @@ class DeviceLane(Lane):
         if self._closed:
             call()
         else:
-            self._waiting.put((self.engine.mark(), call))
+            self.after(self.engine.mark(), call)
+
+    def after(self, done: Done, call: Callable[[], None]) -> None:
+        """As ``then``, but once the device has come to ``done``; from any thread."""
+        with self._closing:
+            if not self._closed:
+                self._waiting.put((done, call))
+                return
+        call()
 
     def close(self) -> None:
         """See ``Lane``; 10 s at most."""
         if not self._closed:
-            self._closed = True
-            self._waiting.put(None)
+            with self._closing:
+                self._closed = True
+                self._waiting.put(None)
             self._thread.join(_DRAIN_WITHIN_S)
             if self._unpin is not None and not self._thread.is_alive():
                 self._unpin()
@@ -275,7 +285,11 @@ class DeviceLane(Lane):
                 done.synchronize()
                 call()
             except Exception as error:
-                self._failed = self._failed or error
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """What was waited for failed; from the lane's thread."""
+        self._failed = self._failed or error
 
 
 def _nobody(batch: int) -> None:

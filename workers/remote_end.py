@@ -124,12 +124,7 @@ class RemoteEnd(End):
         """
         if self._closed:
             return
-        self.lane.close()
-        with self._changed:
-            self._closed = True
-            self._say_end()
-            self._changed.wait_for(lambda: self._peer_ended or self._broken, _CLOSE_WITHIN_S)
-            self._changed.notify_all()
+        self._wind_up()
         if self._peer_ended:
             self._flush()
         self._pair.cut()
@@ -179,25 +174,49 @@ class RemoteEnd(End):
 
     # ------------------------------------------------------------------ private
 
+    def _wind_up(self) -> None:
+        """Copy what is under way to or from a device, then part."""
+        self.lane.close()
+        self._part()
+
+    def _part(self) -> None:
+        """Say that nothing will follow, and wait for the peer's answer, 2 s at most."""
+        with self._changed:
+            self._closed = True
+            self._say_end()
+            self._changed.wait_for(lambda: self._peer_ended or self._broken, _CLOSE_WITHIN_S)
+            self._changed.notify_all()
+
     def _listen(self) -> None:
         """The waiter thread: until the peer has ended or the connection is gone."""
         index, more = 0, True
         while more:
             try:
                 self._pair.wait(self._expected[index])
-                with self._changed:
-                    self._heard = time.monotonic()
-                    more = self._arrived(index)
-                    if not more:
-                        self._peer_ended = True
-                        self._say_end()
-                    self._changed.notify_all()
+                more = self._take_in(index)
             except PairBroken as error:
-                with self._changed:
-                    self._broken, more = error, False
-                    self._changed.notify_all()
-            self._ring()
+                more = False
+                self._lose(error)
             index = (index + 1) % self._ring_size
+
+    def _take_in(self, index: int) -> bool:
+        """What has arrived in a buffer, from the waiter thread; False when nothing follows it."""
+        with self._changed:
+            self._heard = time.monotonic()
+            more = self._arrived(index)
+            if not more:
+                self._peer_ended = True
+                self._say_end()
+            self._changed.notify_all()
+        self._ring()
+        return more
+
+    def _lose(self, error: PairBroken) -> None:
+        """The connection is gone; the first reason counts."""
+        with self._changed:
+            self._broken = self._broken or error
+            self._changed.notify_all()
+        self._ring()
 
     def _expect(self, index: int) -> None:
         self._expected[index] = self._pair.expect(self._incoming()[index])

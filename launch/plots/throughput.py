@@ -65,15 +65,10 @@ def draw_throughput(report: Report, path: Path) -> Path:
     return style.save(figure, path)
 
 
-def _beats(row: Row, report: Report) -> bool:
-    """Whether a row is faster than the unlocked one, round by round."""
-    return report.unlocked is not None and row.speedup(report.unlocked).median > 1
-
-
 def _colour(row: Row, report: Report) -> str:
     if row is report.unlocked:
         return style.ACCENT
-    return style.RIVAL if _beats(row, report) else style.GREY
+    return style.RIVAL if report.beaten_by(row) else style.GREY
 
 
 def _words(row: Row, report: Report) -> tuple[str, str, str, str]:
@@ -81,6 +76,6 @@ def _words(row: Row, report: Report) -> tuple[str, str, str, str]:
     against = ""
     if report.unlocked is not None and row is not report.unlocked:
         against = times(row.speedup(report.unlocked).median)
-        against = f"beats it: {against}" if _beats(row, report) else against
+        against = f"beats it: {against}" if report.beaten_by(row) else against
     rate = Spread.of(row.rates).median
     return row.name, f"{rate:,.0f}", times(row.speedup(report.rows[0]).median), against

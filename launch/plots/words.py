@@ -33,7 +33,7 @@ def throughput_title(report: Report) -> str:
         return f"{max(report.rows, key=lambda row: Spread.of(row.rates).median).name} is fastest"
     rivals = {row.name: row for row in (report.rows[0], report.best_locked) if row and row is not unlocked}
     gains = [f"{times(unlocked.speedup(row).median)} {name}" for name, row in rivals.items()]
-    faster = [row for row in report.rows if row.speedup(unlocked).median > 1]
+    faster = [row for row in report.rows if report.beaten_by(row)]
     title = f"Unlocked: {', '.join(gains)}" if gains else "Unlocked"
     if faster:
         title += f"; {faster[0].name if len(faster) == 1 else f'{len(faster)} rows'} beat{'s' * (len(faster) == 1)} it"

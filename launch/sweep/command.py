@@ -6,11 +6,13 @@ what will run  ->  the missing points, side by side  ->  table  ->  verdict, swe
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import shlex
 import statistics
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -29,10 +31,11 @@ from launch.sweep.points import Outcome, Store
 from launch.sweep.presets import with_preset
 from launch.sweep.table import LEGEND, table_of
 from launch.sweep.work import Broken, run_points
+from launch.tables import print_table
 from pipeline import PlanError
 from workers.failures import RunFailed
 
-__all__ = ["sweep"]
+__all__ = ["keep_aside", "sweep"]
 
 
 def sweep(recipe: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -70,9 +73,10 @@ def sweep(recipe: str, arguments: Sequence[str]) -> dict[str, Any]:
     if not findings:
         raise _failed(broken)
     content = _content(grid, findings, ["freewheel", "sweep", recipe, *typed])
+    keep_aside(folder, content["command"])
     for path in filter(None, (folder / "sweep.json", options.json)):
         path.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    console.rich.print(table_of(grid, findings))
+    print_table(console.rich, table_of(grid, findings))
     console.rich.print(f"[dim]{LEGEND}[/dim]")
     console.rich.print(f"\n[bold]{escape(content['verdict'])}[/bold]\n", soft_wrap=True)
     console.extra("results", "sweep.json", f"in {folder}")
@@ -91,6 +95,20 @@ def _name(grid: Grid) -> str:
     """The same for the same question, so that a second call finds what the first one left."""
     varied = "-".join(axis.name for axis in grid.axes) or "seeds"
     return re.sub(r"[^\w.+=-]+", "-", f"{grid.title}-sweep-{varied}")
+
+
+def keep_aside(folder: Path, command: list[str]) -> None:
+    """Give the results of another command in this folder a number, so that nothing is lost: sweep-1.json and .png."""
+    try:
+        before = json.loads((folder / "sweep.json").read_bytes())["command"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return
+    if before == command:
+        return
+    number = next(n for n in itertools.count(1) if not (folder / f"sweep-{n}.json").exists())
+    for ending in ("json", "png"):
+        with contextlib.suppress(FileNotFoundError):
+            (folder / f"sweep.{ending}").rename(folder / f"sweep-{number}.{ending}")
 
 
 def _announce(grid: Grid, missing: Sequence[Point], store: Store, options: SweepOptions, console: Console) -> None:

@@ -39,7 +39,7 @@ class SweepOptions(RunOptions):
     seeds: str = "0,1,2"
     """Seeds, with commas; everything is run with each of them."""
     preset: str | None = None
-    """A ready-made sweep; what is given besides comes on top."""
+    """A ready-made sweep: stages, hops, rivals, paper, dni-size or batch-norm; what is given besides comes on top."""
     jobs: int | None = None
     """Runs at a time, one process with one thread each; default: as many as there are cores."""
     metric: Literal["error", "loss"] | None = None
