@@ -27,8 +27,8 @@ from launch.result import Result
 from launch.sources import GivenRecipe, check_travels
 from pipeline import Batch, Plan, PlanError, Recipe
 from pipeline.devices import DeviceChoice, first_gpu
-from pipeline.partition import Layer
-from pipeline.recipe import check_scores
+from pipeline.partition import Layer, check_partition, layers_of
+from pipeline.recipe import build_model, check_scores, label_problem
 from pipeline.replicas import worker_of
 from pipeline.resolve import Measure, Resolved, resolve
 from pipeline.user_code import calling
@@ -146,12 +146,28 @@ def resolve_source(
     measure = _measuring(source, plan, first_gpu(devices.devices))
     with warnings.catch_warnings(), calling():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
-        resolved = resolve(recipe, plan, measure, hosts, devices)
+        try:
+            resolved = resolve(recipe, plan, measure, hosts, devices)
+        except PlanError as error:
+            _check_labels(recipe, plan, error)
+            raise
         likely = torch.rand(resolved.output_shape, generator=torch.Generator().manual_seed(plan.seed))
         check_scores(recipe, likely, recipe.batch(0)[1])
     here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[worker]]
     check_shared_memory(needed_bytes(resolved, here))
     return resolved
+
+
+def _check_labels(recipe: Recipe, plan: Plan, error: PlanError) -> None:
+    """Where a loss met an index out of bounds in batch 0: say so if it is a label, which the loss does not."""
+    if "out of bounds" not in str(error):
+        return
+    inputs, labels = recipe.batch(0)
+    model = build_model(recipe, plan.seed)
+    layers = layers_of(model)
+    output = check_partition(model, layers, [layers], inputs)[-1]
+    if (problem := label_problem(labels, output.shape)) is not None:
+        raise PlanError(f"batch 0: {problem}.") from error
 
 
 def _measuring(source: Callable[[], Recipe], plan: Plan, gpu: str | None) -> Measure:

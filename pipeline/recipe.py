@@ -24,6 +24,7 @@ __all__ = [
     "check_batches",
     "check_scores",
     "correct_predictions",
+    "label_problem",
     "open_data",
     "same_shape",
 ]
@@ -199,6 +200,27 @@ def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
             f"the loss of {2 * rows} rows is the sum of the losses of its halves, {whole:.4g}: give the mean over the "
             "rows, as reduction='mean' does, or divide by len(labels)."
         )
+
+
+def label_problem(labels: Tensor, output_shape: Sequence[int]) -> str | None:
+    """Which label of a classifier has no class in the network's output; None: all have one, or these are no classes.
+
+    Args:
+        labels: [rows, ...] integers; -100 is one that ``torch``'s losses leave out.
+        output_shape: [rows, classes], [rows, classes, ...] or [rows, ..., classes].
+    """
+    if labels.is_floating_point() or labels.numel() == 0:
+        return None
+    shape, output_shape = tuple(labels.shape[1:]), tuple(output_shape[1:])
+    places = {0: output_shape[1:], -1: output_shape[:-1]}
+    classes = max((output_shape[at] for at, rest in places.items() if output_shape and rest == shape), default=0)
+    wrong = labels[(labels >= classes) | ((labels < 0) & (labels != -100))]
+    if not classes or wrong.numel() == 0:
+        return None
+    return (
+        f"label {int(wrong.flatten()[0])} is out of range, as the network's output has {classes} classes, 0 to "
+        f"{classes - 1}: mend the labels, or give the last layer more outputs"
+    )
 
 
 def _check_correct(recipe: Recipe, output: Tensor, labels: Tensor) -> None:

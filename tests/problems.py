@@ -65,6 +65,12 @@ def batches_that_end(index: int) -> Batch:
     return batch(index)
 
 
+def batches_with_a_wrong_label(index: int) -> Batch:
+    """Label 9, of 5 classes, in batch 7."""
+    inputs, labels = batch(index)
+    return inputs, labels if index != 7 else torch.full_like(labels, 9)
+
+
 def counts_badly(output: Tensor, labels: Tensor) -> Tensor:
     """Of ``correct``, but without how many answers there could be."""
     return (output.argmax(-1) == labels).sum()

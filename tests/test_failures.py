@@ -232,6 +232,17 @@ def test_batches_that_raise_are_named_with_the_number_and_the_place(tmp_path: Pa
     assert failure.report == next(tmp_path.glob("*/failure.txt"))
 
 
+@pytest.mark.parametrize("mode", ["naive", "unlocked"])
+def test_a_label_out_of_range_is_told_as_that(mode: str, tmp_path: Path) -> None:
+    """It was an index out of bounds, in the loss or in a DNI, whoever met it first."""
+    batches, plan = problems.batches_with_a_wrong_label, Plan(mode=mode, stages=2, sizes=(1, 1), steps=20)
+    run = partial(train, model=problems.two_linear, batches=batches, loss=F.cross_entropy, plan=plan, quiet=True)
+    failure, _ = _seconds(lambda: run(runs=tmp_path))
+    sentence = r"stage [01], batch 7: label 9 is out of range, as the network's output has 5 classes, 0 to 4: mend the "
+    assert re.match(sentence, str(failure)), str(failure)
+    assert failure.shown == ""
+
+
 # ---------------------------------------------------------------- programs that cannot be imported
 
 _PROGRAM = """

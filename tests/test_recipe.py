@@ -44,7 +44,7 @@ from pipeline import (
     correct_predictions,
     run_reference,
 )
-from pipeline.recipe import build_model, check_scores
+from pipeline.recipe import build_model, check_scores, label_problem
 from pipeline.resolve import resolve
 from pipeline.scores import Scores
 
@@ -375,6 +375,49 @@ def test_what_counts_right_answers_is_tried_before_the_run(correct: Callable[...
     source = GivenRecipe(replace(problems.two_linear_recipe(), correct=problems.counts_badly))
     with pytest.raises(PlanError, match=r"^correct\(\) gives a Tensor"):
         resolve_source(source, plan)
+
+
+@pytest.mark.parametrize(
+    ("labels", "output_shape", "label"),
+    [
+        ([0, 3, 4], (3, 4), 4),
+        ([0, -1, 3], (3, 4), -1),
+        ([0, -100, 3], (3, 4), None),
+        ([[0, 7], [1, 2]], (2, 2, 7), 7),
+        ([[0, 7], [1, 2]], (2, 7, 2), 7),
+        ([[0, 7], [1, 2]], (2, 5), None),
+        ([0.0, 9.0], (2, 4), None),
+        ([9, 9], (2,), None),
+    ],
+    ids=[
+        "too large",
+        "negative",
+        "left out",
+        "classes last",
+        "classes second",
+        "no classes",
+        "regression",
+        "no column",
+    ],
+)
+def test_a_label_without_a_class_is_named(labels: Any, output_shape: tuple[int, ...], label: int | None) -> None:
+    problem = label_problem(torch.tensor(labels), output_shape)
+    assert (problem is None) == (label is None)
+    classes = max(output_shape[1:], default=0)
+    assert problem is None or problem.startswith(
+        f"label {label} is out of range, as the network's output has {classes} classes, 0 to {classes - 1}: mend the "
+    )
+
+
+def test_a_label_out_of_range_in_batch_0_is_told_as_that() -> None:
+    """It was a loss that wants labels of another shape, with the right one."""
+    source = GivenRecipe(replace(problems.two_linear_recipe(), batches=[problems.batches_with_a_wrong_label(7)]))
+    with pytest.raises(PlanError) as caught:
+        resolve_source(source, Plan(steps=2, stages=1))
+    assert str(caught.value) == (
+        "batch 0: label 9 is out of range, as the network's output has 5 classes, 0 to 4: mend the labels, or give the "
+        "last layer more outputs."
+    )
 
 
 def test_no_rows_have_no_loss() -> None:

@@ -13,7 +13,6 @@ import faulthandler
 import os
 import signal
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from pipeline.averaging import averager_of
 from pipeline.devices import on_gpu
-from pipeline.errors import PlanError, StageError
 from pipeline.exchange import Exchange
 from pipeline.policies import Action, scripted
 from pipeline.quality import Quality
@@ -39,7 +37,6 @@ from pipeline.scores import Scores
 from pipeline.spans import Recorder, Span
 from pipeline.stage import Stage
 from pipeline.unlocking import Switch
-from pipeline.user_code import RecipeFailed, place_of, users_part
 from workers import records
 from workers.assignment import Assignment
 from workers.board import Board
@@ -51,7 +48,8 @@ from workers.gpu_recorder import CudaMarks, GpuSpanRecorder
 from workers.orphan import ends_with_the_driver
 from workers.ports import Ports, attached
 from workers.recorder import Pulse, SpanRecorder
-from workers.writing import NotWritten, writing
+from workers.report import failure_of
+from workers.writing import writing
 
 __all__ = ["worker_main"]
 
@@ -87,7 +85,7 @@ def worker_main(assignment: Assignment, connection: Connection, listener: Path |
             raise SystemExit(1) from None
         except BaseException as error:
             with contextlib.suppress(OSError):
-                records.send(connection, _failure(assignment, error))
+                records.send(connection, failure_of(assignment, error))
             raise SystemExit(1) from None
 
 
@@ -272,21 +270,3 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(storage.data_ptr())
         apart[name] = tensor.detach() if alone else tensor.detach().clone(memory_format=torch.contiguous_format)
     return apart
-
-
-def _failure(assignment: Assignment, error: BaseException) -> records.Failure:
-    located = error if isinstance(error, StageError) else None
-    what = str(error) if isinstance(error, PlanError | NotWritten) else f"{type(error).__name__}: {error}"
-    where = "" if isinstance(error, RecipeFailed) else place_of(error)
-    which = f"replica {assignment.replica}, " if assignment.plan.replicas > 1 else ""
-    return records.Failure(
-        stage=assignment.index,
-        pid=os.getpid(),
-        message=which + (str(error) if located else f"stage {assignment.index}: {what}{where}"),
-        traceback="".join(traceback.format_exception(error)),
-        time_ns=now_ns(),
-        layer=located.layer if located else None,
-        batch=located.batch if located else None,
-        replica=assignment.replica,
-        shown=users_part(error),
-    )
