@@ -31,7 +31,7 @@ from pipeline.partition import Layer, check_partition, layers_of
 from pipeline.recipe import build_model, check_scores, label_problem
 from pipeline.replicas import worker_of
 from pipeline.resolve import Measure, Resolved, resolve
-from pipeline.user_code import calling
+from pipeline.user_code import RecipeFailed, calling, place_of
 from workers import records
 from workers.assignment import Assignment, Names
 from workers.crew import Crew
@@ -150,7 +150,9 @@ def resolve_source(
             resolved = resolve(recipe, plan, measure, hosts, devices)
         except PlanError as error:
             _check_labels(recipe, plan, error)
-            raise
+            if isinstance(error, RecipeFailed) or not (place := place_of(error)):
+                raise
+            raise PlanError(f"{str(error).removesuffix('.')}{place}.") from error
         likely = torch.rand(resolved.output_shape, generator=torch.Generator().manual_seed(plan.seed))
         check_scores(recipe, likely, recipe.batch(0)[1])
     here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[worker]]

@@ -300,13 +300,18 @@ _BATCHES = "def batches(i):\n    return torch.ones(8, 4), torch.zeros(8, dtype=t
             "evaluation() raises FileNotFoundError: [Errno 2] No such file or directory: '/no/such/file' "
             "(mine.py:9, in evaluation): mend it there.",
         ),
+        (
+            _MODEL + _BATCHES + "def loss(output, labels):\n    return nowhere()\n",
+            "the loss does not take output [8, 3] torch.float32 and labels [8] torch.int64: give labels of the shape "
+            "it needs (name 'nowhere' is not defined) (mine.py:8, in loss).",
+        ),
         ("raise SystemExit(3)", "{folder}/mine.py cannot be imported: SystemExit: 3 (mine.py:3, in <module>)"),
         (
             "def recipe():\n    return {}['size']\n",
             "recipe() raises KeyError: 'size' (mine.py:4, in recipe): mend it there.",
         ),
     ],
-    ids=["model", "exit", "batches", "evaluation", "import", "recipe"],
+    ids=["model", "exit", "batches", "evaluation", "loss", "import", "recipe"],
 )
 def test_what_the_users_own_code_raises_is_one_line_with_its_place(
     functions: str, sentence: str, command: str, empty_folder: Path
