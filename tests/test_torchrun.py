@@ -157,7 +157,7 @@ def test_an_exception_in_a_layer_travels_whole_and_is_told_once(tmp_path: Path) 
     assert status != 0
     (line,) = [line for line in err.splitlines() if line.startswith("freewheel: ")]
     assert line.startswith("freewheel: stage 1, layer 5, batch 5: ZeroDivisionError: as planned (pid ")
-    assert line.endswith(f" on {HOST})")
+    assert line.endswith(f" on {HOST}); all of it: {tmp_path}/r/failure.txt")
     assert err.count("raise ZeroDivisionError") == 1, "the worker's traceback"
     assert err.index("freewheel: stage 1") < err.index("ChildFailedError"), "ours comes before torchrun's summary"
     assert "as planned" in (tmp_path / "r" / "failure.txt").read_text()
