@@ -182,8 +182,6 @@ def resolve(
     if plan.channel.wire_dtype is not None:
         reasons.append(("wire", plan.channel.wire_dtype, "float32 is rounded on its way: half the bytes, not exact"))
     held_out_batches = _count_held_out(recipe, (inputs, labels))
-    if plan.until is not None and not held_out_batches:
-        raise PlanError("until has no effect as evaluation gives no batch: leave it out, or give held-out batches.")
     wish, plan = plan, _with_locking(plan, cuts, steps)
     reasons += _locking(wish, plan)
     return Resolved(
