@@ -137,9 +137,12 @@ def label_of(grid: Grid, setting: Setting, left_out: Sequence[str] = ()) -> str:
     parts = []
     for axis, label in zip(grid.axes, setting.labels, strict=True):
         if axis.name not in left_out:
-            bare = axis.name in (ROW, "mode", "dni.form", "targets") or label in ("true", "false")
-            flag = axis.name if label == "true" else f"no {axis.name}"
-            parts.append((flag if label in ("true", "false") else label) if bare else f"{axis.name} {label}")
+            if axis.name in (ROW, "mode", "dni.form", "targets"):
+                parts.append(label)
+            elif label in ("true", "false"):
+                parts.append(axis.name if label == "true" else f"no {axis.name}")
+            else:
+                parts.append(f"{axis.name} {label}")
     return ", ".join(parts) or "the run"
 
 
