@@ -137,7 +137,7 @@ def resolve_source(
             f"model is a {type(recipe.model).__name__}: give the function that builds it; every worker builds its own."
         )
     devices = devices or chosen_here(plan, hosts)
-    measure = _measuring(source, plan, first_gpu(devices.devices))
+    measure = _measuring(source, plan, first_gpu(devices.devices) if devices.here else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
         resolved = resolve(recipe, plan, measure, hosts, devices)
@@ -147,7 +147,7 @@ def resolve_source(
 
 
 def _measuring(source: Callable[[], Recipe], plan: Plan, gpu: str | None) -> Measure:
-    """What measures the layers where they will be computed."""
+    """What measures the layers on a GPU of this host; None: on its CPU."""
     if gpu is None:
         return partial(layer_seconds, threads=plan.threads)
 
