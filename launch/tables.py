@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.segment import Segments
 from rich.table import Table
 
@@ -12,6 +13,12 @@ _LEAST_WIDTH = 80
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table with all its figures: in a terminal of less than 80 columns its lines go on in the next one."""
-    options = console.options.update_width(max(console.width, _LEAST_WIDTH))
-    console.print(Segments(console.render(table, options)), soft_wrap=True, end="")
+    """Print a table with all its figures: names fold, figures never, and lines that are then too long go on below."""
+    options = console.options
+    for column in table.columns:
+        if column.no_wrap:
+            cells = [column.header, *column.cells]
+            column.min_width = max(Measurement.get(console, options, cell).maximum for cell in cells)
+    needed = Measurement.get(console, options.update_width(1000), table).minimum
+    wide = options.update_width(max(console.width, _LEAST_WIDTH, needed))
+    console.print(Segments(console.render(table, wide)), soft_wrap=True, end="")

@@ -24,7 +24,9 @@ def table_of(grid: Grid, findings: Sequence[Finding]) -> Table:
     metric = METRICS[grid.metric]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for axis in grid.axes:
-        table.add_column(axis.name, justify="right" if axis.numbers else "left", no_wrap=True)
+        table.add_column(
+            axis.name, justify="right" if axis.numbers else "left", no_wrap=bool(axis.numbers), overflow="fold"
+        )
     until = any(f.setting.plan.until for f in findings)
     heading = [metric.heading, "", "+bp", "train", "cosine", "dni%", *(["batches"] if until else []), "s"]
     for name in heading:
