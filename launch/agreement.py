@@ -84,7 +84,7 @@ def profile(resolved: Resolved) -> dict[str, str]:
     cuts = [(cut.activation_shape, cut.activation_dtype, cut.label_shape, cut.label_dtype) for cut in resolved.cuts]
     plan = {what: json.dumps(value, default=str) for what, value in resolved.plan.as_dict().items()}
     return {
-        "torch": str(torch.__version__),
+        "torch": torch.__version__.partition("+")[0],  # one host may have a build for CUDA, another for the CPU
         "list of layers and their parameters": ", ".join(f"{name} ({count:,})" for name, count in layers),
         "shape of a batch": str(list(resolved.batch_shape)),
         "shape of the output": str(list(resolved.output_shape)),

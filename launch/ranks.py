@@ -26,6 +26,7 @@ from launch.interfaces import address_of
 from pipeline import PlanError
 from workers.control import Hello, Reception, Wire, called
 from workers.gloo import INTERFACE, address_towards
+from workers.nccl import nccl_here
 from workers.shm import new_prefix
 
 __all__ = ["MEET_WITHIN_S", "Asked", "Rank", "memory"]
@@ -106,7 +107,7 @@ class Rank:
     def hello(self, problems: list[str] | None = None) -> Hello:
         """How this rank introduces itself to the driver."""
         where = socket.gethostname(), memory(), new_prefix()
-        return Hello(self.index, os.getpid(), *where, problems or [], gpus_here())
+        return Hello(self.index, os.getpid(), *where, problems or [], gpus_here(), nccl=nccl_here())
 
     def reception(self) -> Reception:
         """Rank 0: take calls from now on, and tell the others where.

@@ -13,21 +13,26 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
+import torch
 
 from launch.agreement import preparing
+from launch.gpus import gpus_here
 from launch.options import Parsed, RunOptions, parse
 from launch.participant import take_part
 from launch.ranks import memory
+from launch.ray_gpus import assigned_device
 from launch.ray_options import BenchRunOptions, TrainOptions
 from pipeline import PlanError
+from pipeline.replicas import called as called_in
 from pipeline.spans import Span
 from workers.agent import DriverGone, serve
 from workers.control import Hello, Status, called
+from workers.nccl import nccl_here
 from workers.processes import end_fork_server
 from workers.shm import new_prefix
 
@@ -55,6 +60,7 @@ class Call(msgspec.Struct, frozen=True):
         arguments: options of plan and recipe, as typed.
         folder: the driver's working folder; relative paths are relative to it where it exists.
         threads: with how many threads the worker computes.
+        gpus: of each stage; 0: the worker computes on the CPU.
     """
 
     stage: int
@@ -66,6 +72,7 @@ class Call(msgspec.Struct, frozen=True):
     arguments: list[str]
     folder: str
     threads: int
+    gpus: float
 
 
 class StageAgent:
@@ -74,10 +81,11 @@ class StageAgent:
     Args:
         node: how the node is called in messages.
         node_id: the node's whole id; only stages on one node share memory.
+        gpus: ids of the GPUs that Ray has assigned to this process.
     """
 
-    def __init__(self, node: str, node_id: str) -> None:
-        self._node, self._node_id = node, node_id
+    def __init__(self, node: str, node_id: str, gpus: Sequence[str]) -> None:
+        self._node, self._node_id, self._gpus = node, node_id, gpus
         self._stage = -1
         self._stop = threading.Event()
         self._last: Status | None = None
@@ -101,10 +109,17 @@ class StageAgent:
         self._stage = told.stage
         _settle(told)
         parsed, problems = _understood(told)
+        device = ""
+        if told.gpus and parsed is not None:
+            who = called_in(parsed.plan, *divmod(told.stage, parsed.plan.stages))
+            visible, built = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.backends.cuda.is_built()
+            device, missing = assigned_device(who, self._gpus, visible, gpus_here(), built)
+            problems += [missing] if missing else []
         where = f"{self._node_id}/{memory()}"
 
         def hello() -> Hello:
-            return Hello(told.stage, os.getpid(), self._node, where, new_prefix(), problems)
+            place = self._node, where, new_prefix()
+            return Hello(told.stage, os.getpid(), *place, problems, device=device, nccl=nccl_here())
 
         connect, asked = partial(called, told.host, told.port, told.key, _CONNECT_WITHIN_S), self._stop.is_set
         with contextlib.closing(connect()) as wire:

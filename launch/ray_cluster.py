@@ -32,7 +32,9 @@ from ray.util.metrics import Gauge
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from launch.gpus import gpus_here
 from launch.ray_agent import Call, StageAgent
+from launch.ray_gpus import SEE_ALL, check_own_room
 from launch.ray_head import Head, connects
 from launch.tidying import tidied
 from pipeline import PlanError
@@ -66,7 +68,7 @@ def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator
         stages: number of stages.
 
     Raises:
-        PlanError: there is no cluster, or it does not take us.
+        PlanError: there is no cluster, or it does not take us; or a local one would have too few GPUs.
 
     Blocks:
         until connected; 5 s where nobody answers. Ray's own start takes seconds.
@@ -151,7 +153,8 @@ class Actors:
 
     def __init__(self, group: PlacementGroup, needs: Mapping[str, float], stages: int, head: Head) -> None:
         self.run, self._head = secrets.token_hex(4), head
-        custom = {name: amount for name, amount in needs.items() if name != "CPU"}
+        gpus = needs.get("GPU", 0.0)
+        custom = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")}
         self.node_ids: list[str] = []
         self._runs: list[Any] = []
         actor: Any = _ACTOR(Stage)
@@ -159,6 +162,8 @@ class Actors:
             actor.options(
                 name=f"{self.run}-stage-{stage}",
                 num_cpus=needs["CPU"],
+                num_gpus=gpus,
+                runtime_env={"env_vars": SEE_ALL} if gpus else None,
                 resources=custom,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, stage),
             ).remote()
@@ -244,7 +249,8 @@ class Stage:
 
     def __init__(self) -> None:
         node_id: str = ray.get_runtime_context().get_node_id()
-        self._agent = StageAgent(f"node {node_id[:8]} ({_own_address()})", node_id)
+        gpus: list[str] = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        self._agent = StageAgent(f"node {node_id[:8]} ({_own_address()})", node_id, gpus)
 
     def run(self, call: bytes) -> int:
         try:
@@ -303,10 +309,18 @@ def _forget_authentication() -> None:
 
 
 def _own(needs: Mapping[str, float], stages: int) -> dict[str, Any]:
-    """A Ray of this run's own, with room for all stages however few cores there are, as for local workers."""
+    """A Ray of this run's own, with room for all stages however few cores there are, as for local workers.
+
+    Raises:
+        PlanError: this host has too few GPUs.
+    """
     room = {name: amount * stages for name, amount in needs.items()}
-    num_cpus = math.ceil(room.pop("CPU"))
-    return {"address": "local", "num_cpus": num_cpus, "resources": room or None, "include_dashboard": False}
+    num_cpus, num_gpus = math.ceil(room.pop("CPU")), None
+    if room.pop("GPU", 0.0):
+        num_gpus = gpus_here()
+        check_own_room(needs["GPU"], stages, num_gpus)
+    own = {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": room or None}
+    return {"address": "local", **own, "include_dashboard": False}
 
 
 def _reachable(address: str) -> str:
@@ -346,9 +360,10 @@ def _no_room(needs: Mapping[str, float], stages: int, strategy: str, within_s: f
         f"{_amounts({name: free.get(node['NodeID'], {}).get(name, 0.0) for name in needs})}"
         for node in there
     )
+    less = "--ray.cpus, --ray.gpus" if "GPU" in needs else "--ray.cpus"
     return (
         f"no room for {stages} stages with {wanted} each ({strategy}) within {within_s:g} s: {lines}. Give the stages "
-        "less (--ray.cpus), wait longer (--ray.wait-s), choose another --ray.strategy, or add nodes."
+        f"less ({less}), wait longer (--ray.wait-s), choose another --ray.strategy, or add nodes."
     )
 
 

@@ -21,12 +21,13 @@ from launch.coordinator import Coordinator
 from launch.options import Parsed
 from launch.ranks import MEET_WITHIN_S, Asked, memory
 from launch.ray_agent import Call
+from launch.ray_gpus import gpus_wanted, with_devices, without_places
 from launch.ray_options import BenchRunOptions, TrainOptions, needs_of
 from launch.site import Site
 from launch.training import Launcher, Working, resolve_source
 from pipeline import Plan, PlanError, Recipe
 from pipeline.channels import choose_channels
-from pipeline.devices import CPU, DeviceChoice, first_gpu
+from pipeline.devices import first_gpu
 from pipeline.resolve import Resolved
 from pipeline.spans import WAITING, Span
 from workers import records
@@ -35,7 +36,7 @@ from workers.edges import rendezvous
 from workers.failures import RunFailed
 from workers.fleet import Fleet
 
-__all__ = ["bench", "showing", "train"]
+__all__ = ["bench", "placed", "showing", "train"]
 
 Trained = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
 """(recipe, arguments, what they say, the resolved plan, who starts the workers) -> exit status."""
@@ -68,10 +69,11 @@ def train(recipe: str, arguments: list[str], parsed: Parsed, trained: Trained) -
         until the training is over.
     """
     options: TrainOptions = parsed.run
-    resolved = _resolved(parsed.source, parsed.plan)  # what cannot run is refused before Ray is asked
-    with _staffed("train", recipe, arguments, parsed) as staff:
+    gpus = gpus_wanted(parsed.plan, options.ray.gpus)
+    resolved = _resolved(parsed.source, parsed.plan, gpus)  # what cannot run is refused before Ray is asked
+    with _staffed("train", recipe, arguments, parsed, gpus) as staff:
         fleet, host = staff.fleet, staff.reception.host
-        resolved = _placed(resolved, fleet.hosts, options, staff.names)
+        resolved = placed(resolved, fleet, options, staff.names)
         with rendezvous(resolved, host) as meeting:
             fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
             working = showing(fleet, staff.show)
@@ -90,9 +92,14 @@ def bench(recipe: str, arguments: list[str], parsed: Parsed, benched: Benched) -
     options: BenchRunOptions = parsed.run
 
     def resolve(source: Callable[[], Recipe], plan: Plan) -> Resolved:
-        return _placed(_resolved(source, plan), staff.fleet.hosts, options, staff.names)
+        return placed(_resolved(source, plan, 0.0), staff.fleet, options, staff.names)
 
-    with _staffed("bench", recipe, arguments, parsed) as staff:
+    if gpus_wanted(parsed.plan, options.ray.gpus):
+        raise PlanError(
+            "bench with launcher ray is there on the CPU only: its row backprop trains in this process, for which Ray "
+            "sets no GPU aside: use torchrun, or choose device cpu and leave --ray.gpus out."
+        )
+    with _staffed("bench", recipe, arguments, parsed, 0.0) as staff:
         another = partial(Fleet, parsed.plan.workers, staff.asked, lost=staff.lost)
         coordinator = Coordinator(parsed, staff.fleet, staff.reception, another, memory=staff.memory)
         return benched(recipe, arguments, parsed, coordinator.site("ray", resolve))
@@ -112,7 +119,7 @@ class _Staff:
 
 
 @contextlib.contextmanager
-def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed) -> Iterator[_Staff]:
+def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed, gpus: float) -> Iterator[_Staff]:
     """An actor per stage, all gathered; raises and blocks as `train`, as far as it gets."""
     try:
         from launch import ray_cluster  # an optional package
@@ -123,7 +130,7 @@ def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed) ->
         ) from error
     options: TrainOptions = parsed.run
     plan, address = parsed.plan, options.address or "auto"
-    needs = needs_of(options.ray, plan.threads)
+    needs = needs_of(options.ray, plan.threads, gpus)
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(ray_cluster.connected(address, needs, plan.workers))
         asked = _asked_with(cluster.head.problem, Asked())
@@ -134,7 +141,7 @@ def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed) ->
         fleet = Fleet(plan.workers, asked, lost=actors.lost)
         stack.callback(fleet.hang_up)
         with fleet:
-            actors.call(_calls(command, recipe, arguments, plan, reception))
+            actors.call(_calls(command, recipe, arguments, plan, gpus, reception))
             here = f"{cluster.node_id}/{memory()}"
             fleet.gather(None, reception, MEET_WITHIN_S, memory=here)
             if plan.link is not None and len(set(fleet.hosts)) > 1:
@@ -160,7 +167,9 @@ def showing(
     return working
 
 
-def _calls(command: str, recipe: str, arguments: Sequence[str], plan: Plan, reception: Reception) -> list[Call]:
+def _calls(
+    command: str, recipe: str, arguments: Sequence[str], plan: Plan, gpus: float, reception: Reception
+) -> list[Call]:
     return [
         Call(
             stage=worker,
@@ -172,16 +181,15 @@ def _calls(command: str, recipe: str, arguments: Sequence[str], plan: Plan, rece
             arguments=list(arguments),
             folder=os.getcwd(),
             threads=plan.threads,
+            gpus=gpus,
         )
         for worker in range(plan.workers)
     ]
 
 
-def _resolved(source: Callable[[], Recipe], plan: Plan) -> Resolved:
-    """``resolve_source`` for actors, which compute on the CPU."""
-    if first_gpu(plan.device.split(",")) not in (None, "auto"):
-        raise PlanError(f"device {plan.device} is not there with launcher ray: use torchrun, or choose device cpu.")
-    return resolve_source(source, plan, devices=DeviceChoice((CPU,) * plan.workers, "actors compute on the CPU"))
+def _resolved(source: Callable[[], Recipe], plan: Plan, gpus: float) -> Resolved:
+    """``resolve_source`` before Ray has said where: this host need not have a GPU, nor a torch with CUDA."""
+    return resolve_source(source, plan, devices=without_places(plan, gpus))
 
 
 def _asked_with(problem: Callable[[], str | None], asked: Callable[[], bool]) -> Callable[[], bool]:
@@ -195,9 +203,22 @@ def _asked_with(problem: Callable[[], str | None], asked: Callable[[], bool]) ->
     return look
 
 
-def _placed(resolved: Resolved, hosts: Sequence[str], options: TrainOptions, names: str) -> Resolved:
-    """With the channels that fit the places, and these among the reasons, for the first screen and plan.json."""
-    channels = choose_channels(resolved.plan.channels, hosts, resolved.plan.replicas)
+def placed(resolved: Resolved, fleet: Fleet, options: TrainOptions, names: str) -> Resolved:
+    """With the devices that Ray assigned, the channels that fit the places, and all of it among the reasons.
+
+    Args:
+        resolved: as it was before Ray placed the stages (``launch.ray_gpus.without_places``).
+        fleet: the agents, gathered.
+        options: the strategy, for the reason.
+        names: what the actors are called.
+
+    Raises:
+        PlanError: a channel was asked for that does not fit the places.
+    """
+    if first_gpu(resolved.devices):
+        resolved = with_devices(resolved, fleet.devices, fleet.nccl)
+    hosts = fleet.hosts
+    channels = choose_channels(resolved.plan.channels, hosts, resolved.plan.replicas, resolved.devices, resolved.nccl)
     places = ", ".join(f"{worker} on {host}" for worker, host in enumerate(hosts))
     reason = "ray", places, f"one actor each, {names}, {options.ray.strategy}"
     return replace(resolved, channels=channels, hosts=tuple(hosts), reasons=(*resolved.reasons, reason))

@@ -15,6 +15,7 @@ __all__ = ["LAUNCHER_OPTIONS", "BenchRunOptions", "RayOptions", "TrainOptions", 
 LAUNCHER_OPTIONS = ("--launcher", "--address", "--ray.")
 """The options that say who starts the workers; the last one is the beginning of several."""
 _OWN_OPTIONS = ("CPU", "GPU", "memory", "object_store_memory")
+_LEAST_GPU = 1e-4  # Ray counts in ten thousandths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,9 @@ class RayOptions:
     """PACK: on as few nodes as possible; SPREAD: on as many; STRICT_SPREAD: each stage on a node of its own."""
     cpus: float | None = None
     """CPUs that Ray sets aside for each stage; default: as many as its threads."""
+    gpus: float | None = None
+    """GPUs that Ray sets aside for each stage: 1, a part of one, or 0; default: 1 with --device cuda, else 0. Stages
+    that have some compute on them."""
     resources: str = ""
     """Custom resources that Ray sets aside for each stage: NAME=AMOUNT, several with commas."""
     wait_s: float = 60.0
@@ -35,12 +39,18 @@ class RayOptions:
         for name, value in (("cpus", self.cpus), ("wait_s", self.wait_s)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 yield f"ray.{name} is {value:g}: it must be more than 0."
+        if self.gpus is not None and not (self.gpus == 0 or _LEAST_GPU <= self.gpus <= 1):
+            yield (
+                f"ray.gpus is {self.gpus:g}: a stage computes on one GPU: give 1, or a part of one of at least "
+                f"{_LEAST_GPU:g}, or 0 for none."
+            )
         for part in _parts(self.resources):
             name, _, amount = part.partition("=")
             if not name or not _is_amount(amount):
                 yield f"ray.resources has {part!r}: write NAME=AMOUNT, an amount above 0."
             elif name in _OWN_OPTIONS:
-                yield f"ray.resources has {name}, which is none of a cluster's custom resources; CPUs are --ray.cpus."
+                own = "CPUs are --ray.cpus, GPUs --ray.gpus"
+                yield f"ray.resources has {name}, which is none of a cluster's custom resources; {own}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +89,17 @@ class BenchRunOptions(BenchOptions, TrainOptions):
             yield "over_stages cannot be had with launcher ray, which reserves one place per stage: leave it out."
 
 
-def needs_of(options: RayOptions, threads: int) -> dict[str, float]:
+def needs_of(options: RayOptions, threads: int, gpus: float) -> dict[str, float]:
     """What Ray sets aside for one stage: name of the resource -> amount.
 
     Args:
         options: the options, without problems.
         threads: threads per worker.
+        gpus: of each stage (``launch.ray_gpus.gpus_wanted``).
     """
     custom = (part.partition("=") for part in _parts(options.resources))
-    return {"CPU": options.cpus or float(threads), **{name: float(amount) for name, _, amount in custom}}
+    own = {"CPU": options.cpus or float(threads), **({"GPU": gpus} if gpus else {})}
+    return {**own, **{name: float(amount) for name, _, amount in custom}}
 
 
 def check_no_launcher(arguments: Sequence[str], why: str) -> None:

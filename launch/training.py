@@ -143,7 +143,7 @@ def resolve_source(
             f"model is a {type(recipe.model).__name__}: give the function that builds it; every worker builds its own."
         )
     devices = devices or chosen_here(plan, hosts)
-    measure = _measuring(source, plan, first_gpu(devices.devices))
+    measure = _measuring(source, plan, first_gpu(devices.devices) if devices.here else None)
     with warnings.catch_warnings(), calling():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
         try:
@@ -173,7 +173,7 @@ def _check_labels(recipe: Recipe, plan: Plan, error: PlanError) -> None:
 
 
 def _measuring(source: Callable[[], Recipe], plan: Plan, gpu: str | None) -> Measure:
-    """What measures the layers where they will be computed."""
+    """What measures the layers on a GPU of this host; None: on its CPU."""
     if gpu is None:
         return partial(layer_seconds, threads=plan.threads)
 

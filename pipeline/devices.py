@@ -34,11 +34,13 @@ class DeviceChoice:
         devices: of every worker, as torch names them: ``cpu``, ``cuda:0``, ...
         why: the reason, for the first screen.
         nccl: whether torch has NCCL to connect GPUs.
+        here: whether layers may be measured on the first of the GPUs; not where it is, or may be, on another host.
     """
 
     devices: tuple[str, ...]
     why: str
     nccl: bool = False
+    here: bool = True
 
     @property
     def says(self) -> str:

@@ -8,24 +8,31 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
+import msgspec
 import problems
 import pytest
 import torch
 
+import launch
 from launch import ray_launcher, train
+from launch.agreement import preparing, profile
 from launch.cli import main
 from launch.gpus import chosen_here, gpus_here
 from launch.options import parse
+from launch.ray_gpus import assigned_device, check_own_room, gpus_wanted, without_places
 from launch.ray_options import TrainOptions
 from launch.rows import ROWS
 from launch.site import LOCAL
 from launch.training import resolve_source
 from pipeline import Plan, PlanError, run_reference
-from pipeline.channels import choose_channels, kind_between
-from pipeline.devices import choose_devices
+from pipeline.channels import ChannelChoice, choose_channels, kind_between
+from pipeline.devices import choose_devices, on_gpu
 from workers.assignment import Names
+from workers.control import Hello, Task, Wire
 from workers.edges import edges_of
+from workers.fleet import Fleet, Member
 from workers.peer import HEADER_SLOT_BYTES
 from workers.shared import needed_bytes
 from workers.shm import ring_bytes
@@ -253,11 +260,143 @@ def test_the_command_line_refuses_a_gpu_that_is_not_there(command: str, capsys: 
     assert re.match(r"freewheel: device cuda: .* or choose device cpu\.\n$", capsys.readouterr().err)
 
 
-def test_actors_of_ray_compute_on_the_cpu_and_a_gpu_is_refused_before_ray_is_asked() -> None:
-    arguments = ["--launcher", "ray", "--device", "cuda:0"]
-    parsed = parse("digits", arguments, TrainOptions, "freewheel train", writes=False)
-    with pytest.raises(PlanError, match="device cuda:0 is not there with launcher ray: use torchrun"):
-        ray_launcher.train("digits", arguments, parsed, lambda *_: 0)
+# ---------------------------------------------------------------- Ray says which GPU
+
+
+@pytest.mark.parametrize(
+    ("plan", "given", "gpus"),
+    [
+        (Plan(device="cuda"), None, 1.0),
+        (Plan(device="cuda"), 0.25, 0.25),
+        (Plan(), None, 0.0),
+        (Plan(), 0.0, 0.0),
+        (Plan(), 0.5, 0.5),
+        (Plan(device="cpu"), None, 0.0),
+        (Plan(device="cpu,cpu"), 0.0, 0.0),
+        (Plan(emulate="stage_ms=1"), None, 0.0),
+    ],
+)
+def test_stages_of_ray_are_on_gpus_where_that_is_asked_for(plan: Plan, given: float | None, gpus: float) -> None:
+    assert gpus_wanted(plan, given) == gpus
+    choice = without_places(plan, gpus)
+    assert (choice.here, all(map(on_gpu, choice.devices))) == (not gpus, bool(gpus))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "train --device cuda:0",
+            "device cuda:0: with launcher ray it is Ray that says which GPU each stage gets: give",
+        ),
+        ("train --device cpu,cuda:1", "device cpu,cuda:1: with launcher ray it is Ray that says which GPU each stage"),
+        ("train --device cuda --ray.gpus 0", "ray.gpus is 0 with device cuda: give more than 0, or choose device cpu."),
+        ("train --device cpu --ray.gpus 1", "ray.gpus has no effect with device cpu: leave it out, or choose device"),
+        (
+            "train --emulate stage_ms=1 --ray.gpus 1",
+            "ray.gpus has no effect with emulate, whose stages compute nothing",
+        ),
+        (
+            "train --ray.gpus 2",
+            "ray.gpus is 2: a stage computes on one GPU: give 1, or a part of one of at least 0.0001",
+        ),
+        ("train --ray.gpus nan", "ray.gpus is nan: a stage computes on one GPU: give 1, or a part of one of at least"),
+        ("train --ray.gpus 0.00001", "ray.gpus is 1e-05: a stage computes on one GPU: give 1, or a part of one of at "),
+        ("bench --ray.gpus 1", "bench with launcher ray is there on the CPU only: its row backprop trains in this "),
+        ("bench --device cuda", "bench with launcher ray is there on the CPU only: its row backprop trains in this "),
+    ],
+)
+def test_what_is_asked_of_ray_amiss_is_refused_before_ray_is_asked(
+    command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # whoever asks for it meets an error
+    monkeypatch.delitem(sys.modules, "launch.ray_cluster", raising=False)
+    monkeypatch.delattr(launch, "ray_cluster", raising=False)
+    name, *options = command.split()
+    with pytest.raises(SystemExit) as ended:
+        main([name, "digits", "--launcher", "ray", *options])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"freewheel: {message}")
+
+
+@pytest.mark.parametrize(
+    ("ids", "visible", "count", "built", "device", "problem"),
+    [
+        ("0", None, 1, True, "cuda:0", ""),
+        ("5", None, 8, True, "cuda:5", ""),
+        ("5", "2,5", 2, True, "cuda:1", ""),
+        ("GPU-b", "GPU-a, GPU-b", 2, True, "cuda:1", ""),
+        ("1", None, 0, False, "", "GPU 1 to stage 3, and torch there is built without CUDA: install a build of torch"),
+        ("1", None, 0, True, "", "GPU 1 to stage 3, and torch finds no GPU there: look what nvidia-smi says there"),
+        ("2", None, 2, True, "", "GPU 2 to stage 3, and torch sees 2 there (0, 1): look what nvidia-smi says there, "),
+        ("9", None, 9, True, "", "GPU 9 to stage 3, and torch sees 9 there (0, 1, 2, 3, 4, 5, 6, 7, ...): look what"),
+        ("7", "5,7", 1, True, "", "GPU 7 to stage 3, and torch sees 1 there (5): look what nvidia-smi says there, an"),
+        ("0", "5,7", 2, True, "", "GPU 0 to stage 3, and torch sees 2 there (5, 7): look what nvidia-smi says there,"),
+        ("", None, 2, True, "", "no GPU to stage 3, which computes on one: look at CUDA_VISIBLE_DEVICES in the job's "),
+        ("0 1", None, 2, True, "", "2 GPUs (0, 1) to stage 3, which computes on one: look at CUDA_VISIBLE_DEVICES in "),
+    ],
+)
+def test_the_gpu_that_ray_assigned_is_found_among_those_that_torch_sees(
+    ids: str, visible: str | None, count: int, built: bool, device: str, problem: str
+) -> None:
+    """Torch numbers what CUDA_VISIBLE_DEVICES lists; Ray names its entries."""
+    found, why = assigned_device("stage 3", ids.split(), visible, count, built)
+    assert found == device
+    assert why.startswith(f"Ray assigned {problem}" if problem else "")
+    assert bool(why) == bool(problem)
+
+
+@pytest.mark.parametrize(("gpus", "stages", "count"), [(1.0, 2, 2), (0.5, 4, 2), (0.3333, 3, 1), (0.4, 4, 2)])
+def test_a_ray_of_ones_own_has_room_for_as_many_stages_as_fit_on_its_gpus(gpus: float, stages: int, count: int) -> None:
+    check_own_room(gpus, stages, count)
+    with pytest.raises(
+        PlanError, match=rf"{stages + 1} stages with GPU {gpus:g} each do not fit, as torch finds \d GPU"
+    ):
+        check_own_room(gpus, stages + 1, count)
+    with pytest.raises(PlanError, match="do not fit, as torch finds none here: give the stages less"):
+        check_own_room(gpus, stages, 0)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_driver_and_agents_agree_on_the_gpus_that_ray_assigned(replicas: int) -> None:
+    """As between processes. Only workers would need a GPU, and none is started."""
+    arguments = f"--mode naive --stages 2 --replicas {replicas} --steps 4 --hidden 16 --device cuda".split()
+    parsed = parse("digits", [*arguments, "--launcher", "ray"], TrainOptions, "freewheel train", writes=False)
+    hosts, devices = ["node a"] * 2 * replicas, ["cuda:3", "cuda:5", "cuda:3", "cuda:0"][: 2 * replicas]
+    fleet = Fleet(len(hosts), lambda: False)
+    fleet.members = [
+        Member(unused, Hello(rank, 1, host, host, "fw", device=device, nccl=rank > 0))
+        for rank, (unused, host, device) in enumerate(zip([Mock(Wire)] * 4, hosts, devices, strict=False))
+    ]
+    assert (fleet.devices, fleet.nccl) == (devices, False)
+    before = resolve_source(parsed.source, parsed.plan, devices=without_places(parsed.plan, 1.0))
+    placed = ray_launcher.placed(before, fleet, TrainOptions(), "x-stage-K")
+    said = {what: (value, why) for what, value, why in placed.reasons}
+    assert said["device"] == (", ".join(devices), "Ray assigned them")
+    assert said["split"][1] == "measured time per layer, on the CPU of this host: the GPUs are those of the nodes"
+    assert said["ray"][0].startswith("0 on node a, 1 on node a")
+    assert {(choice.kind, choice.why) for choice in placed.channels[:1]} == {
+        ("cuda", "cuda:3 and cuda:5 are on one host")
+    }
+    task = Task(list(placed.sizes), hosts, "fw", False, None, profile(placed), list(placed.devices))
+    theirs = [preparing(rank, parsed)(task) for rank in range(len(hosts))]
+    assert [assignment.device for assignment in theirs] == devices
+    assert {assignment.resolved.channels for assignment in theirs} == {placed.channels}
+    other = replace(placed, channels=tuple(ChannelChoice("gloo", "") for _ in placed.channels))
+    told = msgspec.structs.replace(task, profile=profile(other))
+    with pytest.raises(PlanError, match="its list of channels is cuda"):
+        preparing(0, parsed)(told)
+
+
+def test_who_measures_layers_for_gpus_elsewhere_measures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_gpu_here(*_: object) -> list[float]:
+        raise AssertionError("no GPU of this host is to be touched")
+
+    monkeypatch.setattr("launch.training.layer_seconds_on", on_gpu_here)
+    plan = Plan(stages=2, device="cuda")
+    assert resolve_source(problems.recipe, plan, devices=without_places(plan, 1.0)).layer_seconds is not None
+    with pytest.raises(AssertionError, match="no GPU of this host"):
+        resolve_source(problems.recipe, plan, devices=replace(without_places(plan, 1.0), here=True))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from typing import Any
 import problems
 import psutil
 import pytest
+import torch
 from oracle import assert_same
 from safetensors.torch import load_file
 from torchrun_program import HERE, Program, left_in
@@ -136,11 +137,24 @@ def test_an_address_at_which_nobody_answers_is_refused() -> None:
         pass
 
 
+def test_a_ray_of_ones_own_with_too_few_gpus_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "gpus_here", lambda: 1)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    refused = pytest.raises(
+        PlanError, match="address local: 2 stages with GPU 1 each do not fit, as torch finds 1 GPU "
+    )
+    with refused, ray_cluster.connected("local", {"CPU": 1.0, "GPU": 1.0}, 2):
+        pass
+
+
 # ---------------------------------------------------------------- a cluster of several nodes
 
 
 class Nodes:
-    """A cluster whose nodes demand a token: a head with a number of CPUs, and others with three each."""
+    """A cluster whose nodes demand a token: a head with a number of CPUs, and others with three each.
+
+    These also say that they have two GPUs, which Ray believes.
+    """
 
     def __init__(self, head_cpus: int, others: int) -> None:
         self.env = {**_FORGET, "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
@@ -151,7 +165,7 @@ class Nodes:
 
     def add(self) -> None:
         """Another node."""
-        self.cluster.add_node(num_cpus=3)
+        self.cluster.add_node(num_cpus=3, num_gpus=2)
 
     @property
     def ids(self) -> set[str]:
@@ -302,6 +316,24 @@ def test_a_benchmark_runs_its_rows_over_the_actors(nodes: Nodes, tmp_path: Path)
     assert [row["loss"] for row in rows] == pytest.approx([rows[0]["loss"]] * 4, abs=1e-4), "the same batches"
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="there is a GPU here")
+def test_a_node_where_torch_sees_no_such_gpu_as_ray_assigned_is_named(nodes: Nodes, tmp_path: Path) -> None:
+    """Ray hands out what the nodes said they have; the numbers come back by way of the actors."""
+    typed = f"{_digits((3, 3))} --device cuda --launcher ray --address {nodes.cluster.address}"
+    with freewheel(typed, tmp_path, **nodes.env) as program:
+        status, _, err = program.ended()
+    assert status == 2, err
+    lines = [" ".join(line.split()) for line in err.splitlines() if "Ray assigned" in line]
+    found = [
+        re.search(r"rank (\d) on node ([0-9a-f]{8}) \(.*\): Ray assigned GPU ([01]) to stage \1, and torch", line)
+        for line in lines
+    ]
+    assert len({each.groups()[1:] for each in found if each}) == len({each[1] for each in found if each}) == 2, err
+    assert all(re.search(r"built without CUDA: install|finds no GPU there: look", line) for line in lines)
+    assert not (tmp_path / "r").exists(), "nothing was begun"
+    nodes.assert_nothing_left()
+
+
 def test_an_exception_in_a_stage_travels_whole(nodes: Nodes, tmp_path: Path) -> None:
     typed = f"train {HERE / 'failing.py'} --name r --runs . --launcher ray --address {nodes.cluster.address}"
     with freewheel(typed, tmp_path, **nodes.env) as program:
@@ -384,6 +416,12 @@ def test_control_methods_answer_while_training_runs_and_stop_ends_the_run(nodes:
             3,
             "STRICT_SPREAD",
             r"no room for 3 stages with CPU 2 each \(STRICT_SPREAD\) within 1\.5 s: .*has CPU 3, free CPU 3",
+        ),
+        (
+            {"CPU": 1.0, "GPU": 1.0},
+            5,
+            "PACK",
+            r"5 stages with CPU 1, GPU 1 each .*has CPU 3, GPU 2, free CPU 3, GPU 2.*less \(--ray\.cpus, --ray\.gpus\)",
         ),
         ({"CPU": 1.0, "disk": 2.0}, 2, "PACK", r"2 stages with CPU 1, disk 2 each \(PACK\) .* free CPU 3, disk 0"),
     ],

@@ -64,7 +64,9 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
         memory: names the shared memory that it sees; agents that give the same one can share.
         prefix: a start for names in that memory that belong to this process.
         problems: why it cannot take part, one sentence each.
-        gpus: how many its host has.
+        gpus: how many its host has, where the driver shares them out.
+        device: where its worker computes, where whoever started the agent has said so; empty: the driver says.
+        nccl: whether its torch has NCCL.
     """
 
     rank: int
@@ -74,6 +76,8 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     prefix: str
     problems: list[str] = []
     gpus: int = 0
+    device: str = ""
+    nccl: bool = False
 
 
 class Clock(msgspec.Struct, tag=True, frozen=True):

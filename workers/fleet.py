@@ -170,6 +170,16 @@ class Fleet:
         """How many GPUs the host of every rank has."""
         return [member.hello.gpus for member in self.members]
 
+    @property
+    def devices(self) -> list[str]:
+        """Where the worker of every rank computes, as whoever started its agent has said."""
+        return [member.hello.device for member in self.members]
+
+    @property
+    def nccl(self) -> bool:
+        """Whether torch has NCCL at every rank."""
+        return all(member.hello.nccl for member in self.members)
+
     def prepare(self, resolved: Resolved, meeting: tuple[str, int] | None, profile: Mapping[str, str]) -> None:
         """Tell every agent its task, and wait until all agree; see ``control.Task``.
 
