@@ -145,11 +145,10 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
     """Look at the batches that can be looked at before the run, and return batch 0.
 
     A sequence is checked whole; of a function, the first two batches and the last one (the loader checks the rest as
-    they come). Of held-out batches it is only seen whether there are any.
+    they come).
 
     Raises:
-        PlanError: no batch, a batch of another size, labels that do not belong to the inputs, an evaluation without
-            a batch.
+        PlanError: no batch, a batch of another size, labels that do not belong to the inputs.
     """
     steps = plan.steps or recipe.steps
     if not callable(recipe.batches):
@@ -168,10 +167,6 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
     first = _checked(recipe.batch(0), 0)
     for index in indices:
         same_shape(index, _checked(recipe.batch(index), index), first)
-    with calling("evaluation()"):
-        held_out = None if recipe.evaluation is None else next(iter(recipe.evaluation()), None)
-    if recipe.evaluation is not None and held_out is None:
-        raise PlanError("evaluation() gives no batch: give held-out batches (inputs, labels), or leave evaluation out.")
     return first
 
 

@@ -20,6 +20,7 @@ from pipeline.partition import Layer, balanced_sizes, check_partition, chosen_si
 from pipeline.plan import DNIPlan, Plan
 from pipeline.recipe import Batch, Recipe, build_model, check_batches
 from pipeline.until import look_every
+from pipeline.user_code import calling
 
 __all__ = ["Measure", "Resolved", "resolve", "stage_layers"]
 
@@ -307,15 +308,24 @@ def _check_loss(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
 
 
 def _count_held_out(recipe: Recipe, first: Batch) -> int:
-    count = 0
-    for count, (inputs, labels) in enumerate(recipe.evaluation() if recipe.evaluation else (), start=1):
-        rows = len(first[0])
-        fits = inputs.shape[1:] == first[0].shape[1:] and inputs.dtype == first[0].dtype
-        if not fits or len(inputs) != len(labels) or not 0 < len(inputs) <= rows or labels.nbytes > first[1].nbytes:
-            raise PlanError(
-                f"evaluation batch {count - 1} has inputs {list(inputs.shape)} {inputs.dtype} and labels "
-                f"{list(labels.shape)} {labels.dtype}: it needs 1 to {rows} rows, the inputs {first[0].dtype} of shape "
-                f"{list(first[0].shape[1:])}, the labels no larger than in training, {list(first[1].shape)} "
-                f"{first[1].dtype}."
-            )
+    if recipe.evaluation is None:
+        return 0
+    with calling("evaluation()"):
+        count = 0
+        for count, (inputs, labels) in enumerate(recipe.evaluation(), start=1):
+            _check_held_out(count - 1, inputs, labels, first)
+    if not count:
+        raise PlanError("evaluation() gives no batch: give held-out batches (inputs, labels), or leave evaluation out.")
     return count
+
+
+def _check_held_out(index: int, inputs: Tensor, labels: Tensor, first: Batch) -> None:
+    rows = len(first[0])
+    fits = inputs.shape[1:] == first[0].shape[1:] and inputs.dtype == first[0].dtype
+    if not fits or len(inputs) != len(labels) or not 0 < len(inputs) <= rows or labels.nbytes > first[1].nbytes:
+        raise PlanError(
+            f"evaluation batch {index} has inputs {list(inputs.shape)} {inputs.dtype} and labels "
+            f"{list(labels.shape)} {labels.dtype}: it needs 1 to {rows} rows, the inputs {first[0].dtype} of shape "
+            f"{list(first[0].shape[1:])}, the labels no larger than in training, {list(first[1].shape)} "
+            f"{first[1].dtype}."
+        )
