@@ -18,7 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pipeline.cut import Cut
-from pipeline.dni_forms import MLP, Conv, Custom, Form, LabelResidual, Linear, root_mean_square
+from pipeline.dni_forms import HIDDEN, MLP, Conv, Custom, Form, LabelResidual, Linear, root_mean_square
 from pipeline.errors import PlanError, nearest
 from pipeline.loss_model import LossModel
 from pipeline.plan import DNI_FORMS, DNIPlan
@@ -260,21 +260,11 @@ def describe_form(cut: Cut, plan: DNIPlan) -> tuple[str, str]:
     if plan.form not in DNI_FORMS:
         raise PlanError(nearest(plan.form, DNI_FORMS, "DNI form"))
     if plan.form == "auto":
-        return _automatic(cut)
+        return "loss_model", "it takes any loss, and no other form learned better in any trial"
     misfit = _misfit(cut, plan.form)
     if misfit is not None:
         raise PlanError(f"DNI form {plan.form} does not fit cut {cut.index}: {misfit}")
     return plan.form, "the plan says so"
-
-
-def _automatic(cut: Cut) -> tuple[str, str]:
-    if cut.classes is None:
-        return "loss_model", "the labels are no class indices, and it takes any loss"
-    if cut.per_token:
-        return "loss_model", "every position has its own class label, where it is the most accurate"
-    if _misfit(cut, "label_residual") is not None:
-        return "loss_model", "there is more than one label per sample, and it takes any loss"
-    return "label_residual", "one class label per sample, where it is the most accurate and the cheapest"
 
 
 def _misfit(cut: Cut, form: str) -> str | None:
@@ -296,9 +286,9 @@ def _build_form(form: str, cut: Cut, plan: DNIPlan) -> Form:
         case "linear":
             return Linear(cut)
         case "mlp":
-            return MLP(cut, plan.hidden)
+            return MLP(cut, plan.hidden or HIDDEN)
         case "conv":
-            return Conv(cut, plan.hidden)
+            return Conv(cut, plan.hidden or HIDDEN)
         case "label_residual":
             return LabelResidual(cut)
         case "loss_model":

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 from pipeline.cut import Cut
 
-__all__ = ["MLP", "Conv", "Custom", "Form", "LabelResidual", "Linear", "clip", "root_mean_square"]
+__all__ = ["HIDDEN", "MLP", "Conv", "Custom", "Form", "LabelResidual", "Linear", "clip", "root_mean_square"]
+
+HIDDEN = 128
+"""Hidden units where the plan names no number."""
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 _LEAST_SCALE = 1e-3  # where A points away from the last targets: hardly anything, but a DNI that says nothing is dead

@@ -1,7 +1,7 @@
-"""A DNI that is a small model of the rest of the network: the gradient of its loss, corrected by the true gradients.
+"""A DNI that is a small model of the rest of the network: the gradient of its loss, as large as the true one.
 
-h --head C--> output' --the user's loss(., labels)--> L         s = a dL/dh + sigma * A dL/doutput'
-                                                                C learns from L at once, a and A from g
+h --head C--> output' --the user's loss(., labels)--> L         s = sigma m / rms(m),  m = dL/dh
+                                                                C learns from L at once, sigma from g
 """
 
 from __future__ import annotations
@@ -12,48 +12,41 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pipeline.cut import Cut
-from pipeline.dni_forms import Form, clip
+from pipeline.dni_forms import HIDDEN, Form, root_mean_square
 
 __all__ = ["LossModel", "head_for"]
 
 _POOLED = 4
 """An image-shaped activation is pooled to 4 x 4 before a head with a flat output."""
+_TINY = 1e-30
 
 
 class LossModel(Form):
-    """a grad_h L(C(h), y) + A e: the input gradient of a small loss model, and what the true gradient has besides.
+    """grad_h L(C(h), y) in the size of the true gradient: the input gradient of a small loss model.
 
-    C is a head with one hidden layer whose output has the shape of the network's, L the user's own loss, e = dL/dC(h)
-    what the head gets wrong. C learns to predict, at once. The number a (starts at 1) and the linear map A (starts at
-    zero) learn by squared error how much of that is in the true gradient, and what else is, on 512 rows of a batch at
-    most. Any loss, classification or regression. From image to image there is no A.
+    C is a head whose output has the shape of the network's, L the user's own loss. C learns to predict, at once. The
+    true gradient, of every fourth batch, says how large the prediction is and nothing else: what more was learned from
+    it (a factor, a linear map of what C gets wrong, C itself) brought the prediction nearer to the true gradient and
+    training no further (docs/decisions.md). Any loss, classification or regression.
 
-    Differs from Jaderberg et al. 2017: nothing is regressed from h directly. Related: local losses in greedy training
-    (Nøkland and Eidnes 2019), which are this form with a = 1, A = 0.
+    Differs from Jaderberg et al. 2017: nothing is regressed from h. Related: local losses in greedy training (Nøkland
+    and Eidnes 2019), which are this form without its size.
 
     Args:
         cut: where it works.
-        hidden: hidden units (channels) of C.
+        hidden: hidden units (channels) of C; None: as ``head_for`` says.
     """
 
-    most_rows = 512
+    most_rows = 128
+    every = 4
 
-    def __init__(self, cut: Cut, hidden: int) -> None:
+    def __init__(self, cut: Cut, hidden: int | None) -> None:
         super().__init__()
         self.loss = cut.loss
-        self.batch_size = cut.activation_shape[0]
         self.head = head_for(cut, hidden)
-        by_position = cut.activation_shape[:-1] == cut.output_shape[:-1]
-        self._row_dims = len(cut.output_shape) - 1 if by_position else 1  # dimensions that number the rows
-        self.share = nn.Parameter(torch.ones(()))  # a
-        self.back = None
-        if not isinstance(self.head, _ImageHead):
-            features = torch.Size(cut.activation_shape[self._row_dims :]).numel()
-            outputs = torch.Size(cut.output_shape[self._row_dims :]).numel()
-            self.back = nn.Parameter(torch.zeros(outputs, features))  # A transposed
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """Those of C."""
+        """Those of C: all there are."""
         return list(self.head.parameters())
 
     def predict(
@@ -62,9 +55,18 @@ class LossModel(Form):
         labels: Shaped[Tensor, " batch *rest"],
         sigma: Float[Tensor, ""],
     ) -> Float[Tensor, " batch *features"]:
-        """The prediction, in units of ``sigma``."""
-        wrong, of_model = self._differentiated(h, labels, [])
-        return self._corrected(wrong, of_model, sigma)
+        """The prediction, in units of ``sigma``: its root mean square is 1."""
+        return self.clipped(h, labels, torch.ones_like(sigma))[0]
+
+    def clipped(
+        self,
+        h: Float[Tensor, " batch *features"],
+        labels: Shaped[Tensor, " batch *rest"],
+        sigma: Float[Tensor, ""],
+    ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
+        """The prediction, its root mean square being ``sigma``; and that of the model's gradient."""
+        (of_model,) = self._differentiated(h, labels, [])
+        return _sized(of_model, sigma)
 
     def meet(
         self,
@@ -75,12 +77,11 @@ class LossModel(Form):
     ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
         """As ``clipped``; the same backward pass gives the gradient of C, from all samples."""
         own = self.own_parameters()
-        wrong, of_model, *of_head = self._differentiated(h, labels, own)
+        of_model, *of_head = self._differentiated(h, labels, own)
         for parameter, gradient in zip(own, of_head, strict=True):
             parameter.grad = gradient
-        return clip(self._corrected(wrong, of_model, sigma), sigma)
+        return _sized(of_model, sigma)
 
-    @torch.no_grad()
     def gradients(
         self,
         h: Float[Tensor, " rows *features"],
@@ -88,40 +89,36 @@ class LossModel(Form):
         target: Float[Tensor, " rows *features"],
         sigma: Float[Tensor, ""],
     ) -> None:
-        """Squared error of the prediction, from which a and A learn."""
-        wrong, of_model = self._differentiated(h, labels, [])
-        slope = 2 / target.numel() * (self._corrected(wrong, of_model, sigma) - target)
-        self.share.grad = (slope * of_model).sum() / sigma
-        if self.back is not None:
-            self.back.grad = wrong.T @ slope.reshape(len(wrong), -1)
+        """None: nothing learns from targets but ``sigma``."""
 
-    def _corrected(self, wrong: Tensor, of_model: Tensor, sigma: Tensor) -> Tensor:
-        prediction = of_model * (self.share / sigma)
-        if self.back is None:
-            return prediction
-        return prediction + (wrong @ self.back).reshape(of_model.shape)
-
-    def _differentiated(self, h: Tensor, labels: Tensor, more: list[nn.Parameter]) -> list[Tensor]:
-        """dL/dC(h) as rows, times their number; dL/dh; and dL of each of ``more``.
-
-        A mean over fewer samples weighs each more. Undone here, so a sample gives what it gives in a whole batch.
-        """
+    def _differentiated(self, h: Tensor, labels: Tensor, more: list[nn.Parameter]) -> tuple[Tensor, ...]:
+        """dL/dh, and dL of each of ``more``."""
         leaf = h.detach().requires_grad_()
         with torch.enable_grad():
-            output = self.head(leaf)
-            wrong, of_model, *others = torch.autograd.grad(self.loss(output, labels), [output, leaf, *more])
-        wrong = wrong.flatten(0, self._row_dims - 1).flatten(1)
-        return [wrong * len(wrong), of_model * (len(h) / self.batch_size), *others]
+            return torch.autograd.grad(self.loss(self.head(leaf), labels), [leaf, *more])
 
 
-def head_for(cut: Cut, hidden: int) -> nn.Module:
-    """C: position by position where the output has the positions of h, else from whole samples."""
+def _sized(gradient: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    size = root_mean_square(gradient)
+    return gradient.mul_(sigma / size.clamp(min=_TINY)), size
+
+
+def head_for(cut: Cut, hidden: int | None) -> nn.Module:
+    """C: position by position where the output has the positions of h, else from whole samples.
+
+    Position by position it is what a transformer reads its own output with, a normalisation and a linear layer, and
+    has a hidden layer between them only where ``hidden`` is given: the loss is then blind to how large h is, so that a
+    stage gains nothing from making it larger. From whole samples there is a hidden layer, of 128 units unless said.
+    """
     shape, output = cut.activation_shape, cut.output_shape
     if len(shape) == len(output) == 4:
-        return _ImageHead(shape[1], hidden, output)
+        return _ImageHead(shape[1], hidden or HIDDEN, output)
     if len(shape) > 1 and shape[:-1] == output[:-1]:
-        return nn.Sequential(nn.Linear(shape[-1], hidden), nn.ReLU(), nn.Linear(hidden, output[-1]))
-    return _SampleHead(shape, hidden, output)
+        width = shape[-1]
+        if hidden is None:
+            return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, output[-1]))
+        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, output[-1]))
+    return _SampleHead(shape, hidden or HIDDEN, output)
 
 
 class _SampleHead(nn.Module):

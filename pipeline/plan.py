@@ -55,15 +55,15 @@ class DNIPlan:
 
     form: str = "auto"
     """What predicts the gradient: auto, linear, mlp, conv, label_residual or loss_model."""
-    hidden: int = 128
-    """Hidden units of the forms that have a hidden layer (mlp, conv, loss_model)."""
+    hidden: int | None = None
+    """Hidden units (mlp, conv, loss_model); None: 128, but no hidden layer where a loss_model reads h row by row."""
     lr: float = 3e-3
     """Learning rate of the DNI's own Adam."""
     rows: float = 1.0
     """Fraction of a batch's rows the DNI trains on, in (0, 1]."""
     every: int | None = None
-    """Targets flow, and the DNI trains on them, for every n-th batch; None: as the form wants (label_residual 4, others
-    1)."""
+    """Targets flow, and the DNI trains on them, for every n-th batch; None: as the form wants (label_residual and
+    loss_model 4, others 1)."""
     labels: bool = True
     """linear, mlp, conv: predict from activation and labels (the paper's cDNI); else from the activation alone."""
     factory: Callable[..., nn.Module] | None = None
@@ -122,9 +122,8 @@ class Plan:
     """targets mixed: the lambda of BP(lambda), weight of the true gradient."""
     true_every: int = 1
     """targets true and mixed: the true gradient of one batch in n flows. The same as dni.every."""
-    warmup_steps: int | None = None
-    """Unlocked: train locked on so many batches first, while the DNIs learn and nothing is updated from them. None: a
-    tenth of the run, 100 at most, where every position has a label of its own; else none."""
+    warmup_steps: int = 0
+    """Unlocked: train locked on so many batches first, while the DNIs learn and nothing is updated from them."""
     unlock: Literal["always", "auto"] = "always"
     """Unlocked: always, or auto: each stage begins locked, unlocks when its DNI is good enough, and locks again when it
     is not; measured on every quality_every-th batch (20)."""
@@ -414,7 +413,7 @@ def _without_effect(plan: Plan) -> Iterator[str]:
 
 def _locking(plan: Plan, defaults: Plan) -> Iterator[str]:
     """What the options of ``pipeline.unlocking`` do not go together with."""
-    given = [name for name in _LOCKING if getattr(plan, name) not in (getattr(defaults, name), 0)]
+    given = [name for name in _LOCKING if getattr(plan, name) != getattr(defaults, name)]
     for name in given:
         if plan.stages == 1:
             yield NoEffect(name, "with 1 stage, which has no DNI: leave it out.")

@@ -32,7 +32,6 @@ _AVERAGES = {
     "weights": "weights are averaged every {0.average_every} steps, nobody waits for it, and at the end",
 }
 _QUALITY_EVERY = 20  # with unlock auto, where nobody says
-_WARMUP_STEPS = 100  # at most, where nobody says
 _FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model"), "labels": ("linear", "mlp", "conv")}
 
 
@@ -41,7 +40,7 @@ class Resolved:
     """A run without open questions.
 
     Attributes:
-        plan: the plan with ``steps``, ``sizes``, ``warmup_steps`` and ``dni.every`` filled in, where needed
+        plan: the plan with ``steps``, ``sizes`` and ``dni.every`` filled in, where needed
             ``evaluate_every`` and ``quality_every`` too.
         layer_names: of the whole network, in order.
         layer_parameters: number of parameters of each layer.
@@ -183,8 +182,9 @@ def resolve(
     if plan.channel.wire_dtype is not None:
         reasons.append(("wire", plan.channel.wire_dtype, "float32 is rounded on its way: half the bytes, not exact"))
     held_out_batches = _count_held_out(recipe, (inputs, labels))
-    wish, plan = plan, _with_locking(plan, cuts, steps)
-    reasons += _locking(wish, plan)
+    if plan.unlock == "auto":
+        plan = dataclasses.replace(plan, quality_every=plan.quality_every or _QUALITY_EVERY)
+    reasons += _locking(plan)
     return Resolved(
         plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None, dni=_with_every(plan, cuts)),
         layer_names=tuple(layer.name for layer in layers),
@@ -220,26 +220,12 @@ def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
     return dataclasses.replace(plan, evaluate_every=plan.evaluate_every or look_every(steps))
 
 
-def _with_locking(plan: Plan, cuts: Sequence[Cut], steps: int) -> Plan:
-    """The plan with the length of its warm-up filled in, and with ``unlock auto`` how often it measures."""
-    if plan.unlock == "auto":
-        plan = dataclasses.replace(plan, quality_every=plan.quality_every or _QUALITY_EVERY)
-    if plan.warmup_steps is not None:
-        return plan
-    free = plan.unlocked and plan.unlock == "always" and plan.update_probability == 1 and plan.emulate is None
-    warms_up = free and any(cut.per_token for cut in cuts)
-    return dataclasses.replace(plan, warmup_steps=min(steps // 10, _WARMUP_STEPS) if warms_up else 0)
-
-
-def _locking(wish: Plan, plan: Plan) -> Iterator[tuple[str, str, str]]:
+def _locking(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """What is said of the beginning of a run that is not unlocked from its first batch on."""
     if plan.warmup_steps:
-        why = "locked, while the DNIs learn; nothing is updated from them"
-        if wish.warmup_steps is None:
-            why = "locked: where every position has a label, stages that begin unlocked stay behind"
-        yield "warm-up", f"{plan.warmup_steps:,} batches", why
+        yield "warm-up", f"{plan.warmup_steps:,} batches", "locked, while the DNIs learn; nothing is updated from them"
     if plan.unlock == "auto":
-        every, least = plan.quality_every or _QUALITY_EVERY, plan.unlock_cosine
+        every, least = plan.quality_every, plan.unlock_cosine
         yield (
             "unlock",
             "auto",

@@ -69,7 +69,7 @@ class Flow:
 
     def warms_up(self, batch: int) -> bool:
         """Whether all cuts are locked for this batch, since the run has only begun."""
-        return self.plan.unlocked and batch < (self.plan.warmup_steps or 0)
+        return self.plan.unlocked and batch < self.plan.warmup_steps
 
     def wants_target(self, batch: int, locks: Locks = FREE) -> bool:
         """Whether this stage's own DNI is to learn from the gradient that comes for this batch."""

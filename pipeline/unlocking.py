@@ -79,7 +79,7 @@ class Lock:
         self._plan, self._stage = plan, stage
         self._auto = plan.unlock == "auto"
         has_dni = plan.unlocked and stage < plan.stages - 1
-        self._warmup = plan.warmup_steps or 0
+        self._warmup = plan.warmup_steps
         self.locked = has_dni and (self._auto or self._warmup > 0)
         self._fixed = not has_dni
         self._samples: deque[Quality] = deque(maxlen=_SAMPLES)

@@ -243,7 +243,7 @@ def test_a_folder_that_cannot_be_made_is_refused(empty_folder: Path, monkeypatch
         ),
         ("bench digits --name ..", "name is '..': it names a folder inside the folder of the runs"),
         ("train digits --hidden 0", "hidden is 0: it must be a whole number, at least 1."),
-        ("train digits --dni.hidden 64", "dni.hidden has no effect with the DNI form label_residual: leave it out"),
+        ("train digits --dni.form linear --dni.hidden 64", "dni.hidden has no effect with the DNI form linear: leave"),
         ("train digits --launcher ray --address nowhere", "address is 'nowhere': give auto, local, or HOST:PORT"),
         ("train digits --launcher ray --address ray://a:10001", "address is ray://a:10001: through Ray Client the "),
         ("train digits --address local", "address has no effect with launcher local: add --launcher ray, or leave"),
@@ -608,7 +608,7 @@ def test_a_run_succeeds_and_tells_what_came_out(trained: Trained) -> None:
     out = trained.ended.out
     assert "digits: unlocked, 2 stages, 60 batches of 128" in out
     assert "(measured time per layer)" in out, "every automatic choice comes with its reason"
-    assert "label_residual" in out
+    assert "loss_model" in out
     assert re.search(r"unlocked, 2 stages, 60 batches of 128: loss \d\.\d+, accuracy \d+\.\d+%", out)
     assert "samples/s" in out
 

@@ -62,7 +62,7 @@ def test_locked_training_of_four_stages_equals_one_process(small: Recipe) -> Non
 
 
 @pytest.mark.parametrize(
-    "dni", [DNIPlan(), DNIPlan(form="conv", hidden=8), DNIPlan(form="loss_model", hidden=8)], ids=lambda dni: dni.form
+    "dni", [DNIPlan(), DNIPlan(form="conv", hidden=8), DNIPlan(form="label_residual")], ids=lambda dni: dni.form
 )
 def test_every_form_that_fits_a_convolutional_cut_learns(small: Recipe, dni: DNIPlan) -> None:
     result = run_reference(small, Plan(stages=4, steps=60, dni=dni))
@@ -72,7 +72,7 @@ def test_every_form_that_fits_a_convolutional_cut_learns(small: Recipe, dni: DNI
 def test_what_auto_takes_for_a_convolutional_cut(small: Recipe) -> None:
     resolved = resolve(small, Plan(stages=4))
     assert [cut.activation_shape for cut in resolved.cuts] == [(32, 4, 8, 8), (32, 8, 4, 4), (32, 16, 2, 2)]
-    assert {what: value for what, value, _ in resolved.reasons}["DNI"] == "label_residual"
+    assert {what: value for what, value, _ in resolved.reasons}["DNI"] == "loss_model"
 
 
 def test_it_is_a_recipe_of_the_command_line(tmp_path: Path) -> None:

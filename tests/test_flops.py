@@ -21,12 +21,17 @@ from pipeline.resolve import resolve
 
 H, B, C = 48, 256, 10  # width of every layer, rows of a batch, classes
 FULL, HEAD = 2 * B * H * H, 2 * B * H * C  # one product of a hidden layer, and of the head
-WINDOW = 128  # rows that label_residual trains on at most
+WINDOW = 128  # rows that label_residual and loss_model take of a target at most
 
 
 def _count(recipe: Recipe, **plan: Any) -> tuple[StageFlops, ...]:
     resolved = resolve(recipe, Plan(balance="layers", **plan))
     return count_flops(recipe, resolved.plan, resolved.cuts)
+
+
+def _loss_model(rows: int) -> float:
+    """Every batch: outputs of all rows, the gradient of the head's weights, the way back. A target costs nothing."""
+    return 3 * 2 * rows * H * C
 
 
 def _label_residual(rows: int, trained_on: int, often: float = 1 / 4) -> float:
@@ -67,18 +72,24 @@ def test_stashed_weights_cost_no_product() -> None:
 
 
 def test_unlocked_adds_the_dni_and_nothing_else() -> None:
-    """K = 2, label_residual: it predicts for all rows and needs the gradient of 128 rows of every fourth batch."""
-    assert _count(RECIPE, sizes=(2, 3)) == (_of(BELOW, dni=_label_residual(B, WINDOW)), _of(_above(WINDOW, 1 / 4)))
+    """K = 2, loss_model: it predicts for all rows and needs the gradient of 128 rows of every fourth batch."""
+    assert _count(RECIPE, sizes=(2, 3)) == (_of(BELOW, dni=_loss_model(B)), _of(_above(WINDOW, 1 / 4)))
 
 
 @pytest.mark.parametrize(
     ("dni", "dni_flop", "above"),
     [
-        (DNIPlan(rows=0.25), _label_residual(B, B // 4), _above(B // 4, 1 / 4)),
-        (DNIPlan(every=2), _label_residual(B, WINDOW, 1 / 2), _above(WINDOW, 1 / 2)),
+        (DNIPlan(form="label_residual"), _label_residual(B, WINDOW), _above(WINDOW, 1 / 4)),
+        (DNIPlan(form="label_residual", rows=0.25), _label_residual(B, B // 4), _above(B // 4, 1 / 4)),
+        (DNIPlan(form="label_residual", every=2), _label_residual(B, WINDOW, 1 / 2), _above(WINDOW, 1 / 2)),
         (DNIPlan(form="linear"), 3 * 2 * B * (H + C) * H, _above(B)),
     ],
-    ids=["a quarter of the rows", "every second target", "linear: prediction, prediction again, its weights"],
+    ids=[
+        "label_residual",
+        "a quarter of the rows",
+        "every second target",
+        "linear: prediction, prediction again, its weights",
+    ],
 )
 def test_what_the_dni_does_counts(dni: DNIPlan, dni_flop: float, above: tuple[float, float]) -> None:
     assert _count(RECIPE, sizes=(2, 3), dni=dni) == (_of(BELOW, dni=dni_flop), _of(above))
@@ -89,7 +100,7 @@ def test_a_relay_is_the_input_gradient_of_the_stages_between(targets: str, every
     """Two layers each; of one batch in ``every`` the gradient flows, and only then is an input gradient taken."""
     often = {"dni": DNIPlan(every=1)} if every == 1 else {"true_every": every}
     first, between, last = _count(RECIPE, stages=3, sizes=(1, 2, 2), targets=targets, **often)
-    dni = _label_residual(B, WINDOW, 1 / every)
+    dni = _loss_model(B)
     _same(first, _of((FULL, FULL), dni=dni))
     _same(between, _of((2 * FULL, 3 * FULL), dni=dni, relay=2 * FULL / every))
     _same(last, _of((FULL + HEAD, FULL + 2 * HEAD + FULL / every)))

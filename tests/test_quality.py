@@ -103,7 +103,7 @@ def test_training_is_the_same_with_samples_and_without(targets: str, hop: float)
 def test_a_network_that_the_dni_can_copy_is_predicted_well() -> None:
     """One linear layer behind the cut under cross-entropy: label_residual can be exact, but for the dropout below."""
     recipe = replace(RECIPE, steps=300)
-    plan = replace(PLAN, stages=2, sizes=(6, 1), dni=DNIPlan(lr=1e-2, every=1), quality_every=10)
+    plan = replace(PLAN, stages=2, sizes=(6, 1), dni=DNIPlan(form="label_residual", lr=1e-2, every=1), quality_every=10)
     late = run_reference(recipe, plan).qualities[0][-10:]
     assert sum(quality.cosine for quality in late) / 10 > 0.8
     assert all(0.3 < quality.norm_ratio < 3 for quality in late)

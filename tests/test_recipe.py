@@ -249,9 +249,8 @@ def test_regression_with_labels_of_the_right_shape_trains() -> None:
     ("plan", "sentence"),
     [
         (
-            Plan(dni=DNIPlan(hidden=64)),
-            "dni.hidden has no effect with the DNI form label_residual: leave it out, or choose mlp or conv or "
-            "loss_model.",
+            Plan(dni=DNIPlan(form="linear", hidden=64)),
+            "dni.hidden has no effect with the DNI form linear: leave it out, or choose mlp or conv or loss_model.",
         ),
         (
             Plan(mode="local", dni=DNIPlan(rows=0.5)),
@@ -272,7 +271,7 @@ def test_an_option_that_no_dni_reads_is_refused(plan: Plan, sentence: str) -> No
     "plan",
     [
         Plan(dni=DNIPlan(form="mlp", hidden=64)),
-        Plan(dni=DNIPlan(form="loss_model", hidden=64)),
+        Plan(dni=DNIPlan(hidden=64)),
         Plan(mode="local", dni=DNIPlan(hidden=64, lr=0.1)),
         Plan(stages=1, dni=DNIPlan(hidden=64)),
     ],

@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from launch.console import Console
 from launch.sources import GivenRecipe
 from launch.switches import switch_line, switch_summary
 from launch.training import resolve_source, run
-from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe, run_reference
+from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, run_reference
 from pipeline.phantom import Phantom
 from pipeline.policies import Action, View, averaged, unlocked
 from pipeline.quality import Quality
@@ -124,41 +122,6 @@ def test_what_is_sent_to_a_locked_stage(targets: str) -> None:
 
 
 # ---------------------------------------------------------------- what is learned
-
-
-def _tokens() -> Recipe:
-    """Every position has a label of its own."""
-    return Recipe(
-        name="tokens",
-        model=lambda: nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 5)),
-        batches=lambda index: (torch.arange(12).view(2, 6) % 5, torch.arange(1, 13).view(2, 6) % 5),
-        loss=lambda output, labels: F.cross_entropy(output.flatten(0, 1), labels.flatten()),
-    )
-
-
-@pytest.mark.parametrize(
-    ("recipe", "wish", "batches"),
-    [
-        (_tokens(), {"steps": 400}, 40),
-        (_tokens(), {"steps": 4000}, 100),
-        (_tokens(), {"steps": 400, "warmup_steps": 0}, 0),
-        (_tokens(), {"steps": 400, "mode": "naive"}, 0),
-        (_tokens(), {"steps": 400, "mode": "naive", "warmup_steps": 0}, 0),
-        (_tokens(), {"steps": 400, "unlock": "auto"}, 0),
-        (_tokens(), {"steps": 400, "update_probability": 0.5}, 0),
-        (_tokens(), {"steps": 400, "stages": 1}, 0),
-        (problems.recipe(), {"steps": 400}, 0),
-    ],
-)
-def test_where_every_position_has_a_label_a_tenth_of_the_run_is_warm_up(
-    recipe: Recipe, wish: dict[str, Any], batches: int
-) -> None:
-    resolved = resolve(recipe, Plan(balance="layers", **wish))
-    assert resolved.plan.warmup_steps == batches
-    assert [what for name, what, _ in resolved.reasons if name == "warm-up"] == (
-        [f"{batches} batches"] if batches else []
-    )
-    assert resolve(recipe, resolved.plan).plan == resolved.plan, "what was filled in stays"
 
 
 @pytest.mark.parametrize("hop", [0.0, 2.0])
