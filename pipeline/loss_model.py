@@ -18,6 +18,8 @@ __all__ = ["LossModel", "head_for"]
 
 _POOLED = 4
 """An image-shaped activation is pooled to 4 x 4 before a head with a flat output."""
+_FEW = 4
+"""A normalisation takes two of the features' degrees of freedom; of so few it would take most."""
 _TINY = 1e-30
 
 
@@ -104,34 +106,37 @@ def _sized(gradient: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def head_for(cut: Cut, hidden: int | None) -> nn.Module:
-    """C: position by position where the output has the positions of h, else from whole samples.
+    """C: position by position where the output has the positions of h, else from whole samples or from image to image.
 
-    Position by position it is what a transformer reads its own output with, a normalisation and a linear layer, and
-    has a hidden layer between them only where ``hidden`` is given: the loss is then blind to how large h is, so that a
-    stage gains nothing from making it larger. From whole samples there is a hidden layer, of 128 units unless said.
+    It is what a transformer reads its own output with, a normalisation and a linear layer, and has a hidden layer
+    between them only where ``hidden`` is given (from image to image always: 128 channels unless said). The loss is then
+    blind to how large h is, so that a stage gains nothing from making it larger.
     """
     shape, output = cut.activation_shape, cut.output_shape
     if len(shape) == len(output) == 4:
         return _ImageHead(shape[1], hidden or HIDDEN, output)
     if len(shape) > 1 and shape[:-1] == output[:-1]:
-        width = shape[-1]
-        if hidden is None:
-            return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, output[-1]))
-        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, output[-1]))
-    return _SampleHead(shape, hidden or HIDDEN, output)
+        return _reader(shape[-1], hidden, output[-1])
+    return _SampleHead(shape, hidden, output)
+
+
+def _reader(features: int, hidden: int | None, outputs: int) -> nn.Sequential:
+    """So few features that a normalisation would leave nothing of them are read as they are."""
+    normalised = nn.LayerNorm(features) if features > _FEW else nn.Identity()
+    if hidden is None:
+        return nn.Sequential(normalised, nn.Linear(features, outputs))
+    return nn.Sequential(normalised, nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 class _SampleHead(nn.Module):
     """All features of a sample in, an output of any shape out."""
 
-    def __init__(self, shape: tuple[int, ...], hidden: int, output: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], hidden: int | None, output: tuple[int, ...]) -> None:
         super().__init__()
         image = len(shape) == 4 and min(shape[2:]) > _POOLED
         features = shape[1] * _POOLED**2 if image else torch.Size(shape[1:]).numel()
         self.pool = nn.AdaptiveAvgPool2d(_POOLED) if image else nn.Identity()
-        self.body = nn.Sequential(
-            nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, torch.Size(output[1:]).numel())
-        )
+        self.body = _reader(features, hidden, torch.Size(output[1:]).numel())
         self.output = output[1:]
 
     def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:

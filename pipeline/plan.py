@@ -56,7 +56,7 @@ class DNIPlan:
     form: str = "auto"
     """What predicts the gradient: auto, linear, mlp, conv, label_residual or loss_model."""
     hidden: int | None = None
-    """Hidden units (mlp, conv, loss_model); None: 128, but no hidden layer where a loss_model reads h row by row."""
+    """Hidden units (mlp, conv, loss_model). None: 128, but no hidden layer in a loss_model unless it gives images."""
     lr: float = 3e-3
     """Learning rate of the DNI's own Adam."""
     rows: float = 1.0

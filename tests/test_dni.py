@@ -217,6 +217,13 @@ def test_loss_model_learns_from_its_own_loss_alone(cut: Cut) -> None:
     assert not form.taught_parameters()
 
 
+def test_a_loss_model_reads_a_single_feature() -> None:
+    """Normalised over itself it would be a constant, without a gradient."""
+    dni, _ = trained(replace(REGRESSION, activation_shape=(ROWS, 1)), 20, form="loss_model")
+    h, labels, _ = problem(replace(REGRESSION, activation_shape=(ROWS, 1)))()
+    assert dni.predict(h, labels).any()
+
+
 @pytest.mark.parametrize("cut", [CLASSIFIER, TOKENS])
 def test_a_loss_model_asks_no_stage_for_larger_activations(cut: Cut) -> None:
     """Row by row its loss does not see how large h is, so its gradient is at right angles to h."""
