@@ -260,7 +260,7 @@ def describe_form(cut: Cut, plan: DNIPlan) -> tuple[str, str]:
     if plan.form not in DNI_FORMS:
         raise PlanError(nearest(plan.form, DNI_FORMS, "DNI form"))
     if plan.form == "auto":
-        return "loss_model", "it takes any loss, and no other form learned better in any trial"
+        return "loss_model", "it takes any loss and any activations, and learned best on the whole"
     misfit = _misfit(cut, plan.form)
     if misfit is not None:
         raise PlanError(f"DNI form {plan.form} does not fit cut {cut.index}: {misfit}")

@@ -23,6 +23,8 @@ PRESETS: dict[str, str] = {
     "--row 'DNI: --dni.form linear --dni.no-labels' --row 'cDNI: --dni.form linear' "
     "--row 'cDNI, true targets: --dni.form linear --targets true' "
     "--row 'cDNI, p = 0.2: --dni.form linear --update-probability 0.2' "
+    "--row 'loss_model: --dni.form loss_model' "
+    "--row 'loss_model, p = 0.2: --dni.form loss_model --update-probability 0.2' "
     "--row 'label_residual: --dni.form label_residual' "
     "--row 'label_residual, p = 0.2: --dni.form label_residual --update-probability 0.2'",
     "dni-size": "--vary dni.hidden=16,64,256,1024 --stages 6 --hop-steps 1 --row 'backpropagation: --mode naive' "
