@@ -190,7 +190,8 @@ class DNI(nn.Module):
 
     def _checked(self, prediction: Tensor, size: Tensor, h: Tensor) -> Tensor:
         if not torch.isfinite(size):
-            raise FloatingPointError(self._not_finite("predicted a gradient", "lower the DNI's lr"))
+            remedy = "lower the DNI's lr, or look at the loss, which a loss_model computes too"
+            raise FloatingPointError(self._not_finite("predicted a gradient", remedy))
         return prediction.to(h.dtype)
 
     def _not_finite(self, what: str, remedy: str) -> str:

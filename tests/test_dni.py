@@ -217,6 +217,13 @@ def test_loss_model_learns_from_its_own_loss_alone(cut: Cut) -> None:
     assert not form.taught_parameters()
 
 
+def test_a_loss_that_is_not_finite_is_found_by_a_loss_model_too() -> None:
+    dni = build_dni(replace(CLASSIFIER, loss=lambda output, labels: output.sum() / 0), DNIPlan(), seed=0)
+    h, labels, _ = problem(CLASSIFIER)()
+    with pytest.raises(FloatingPointError, match="or look at the loss, which a loss_model computes too"):
+        dni.meet(h, labels, batch=0)
+
+
 def test_a_loss_model_reads_a_single_feature() -> None:
     """Normalised over itself it would be a constant, without a gradient."""
     dni, _ = trained(replace(REGRESSION, activation_shape=(ROWS, 1)), 20, form="loss_model")

@@ -24,7 +24,7 @@ from conftest import left_in_shared_memory
 from torchrun_program import left_in
 
 from launch import RunFailed, train
-from pipeline import Plan
+from pipeline import DNIPlan, Plan
 from pipeline.spans import Span
 from workers import failures, orphan
 from workers.board import Status
@@ -97,12 +97,13 @@ def test_a_stopped_worker_is_reported_after_the_stall_limit(mode: str, tmp_path:
 
 
 def test_a_loss_that_is_not_finite_is_reported_where_it_appears(tmp_path: Path) -> None:
+    """With a DNI that does not compute it as well: a loss model may find it first."""
     failure, _ = _seconds(
         lambda: train(
             model=problems.dropout_and_batch_norm,
             batches=problems.batch,
             loss=problems.loss_that_explodes,
-            plan=Plan(stages=2, sizes=(4, 4), steps=50),
+            plan=Plan(stages=2, sizes=(4, 4), steps=50, dni=DNIPlan(form="label_residual")),
             runs=tmp_path,
             quiet=True,
         )
