@@ -1,7 +1,7 @@
 """A DNI that is a small model of the rest of the network: the gradient of its loss, as large as the true one.
 
-h --head C--> output' --the user's loss(., labels)--> L         s = sigma m / rms(m),  m = dL/dh
-                                                                C learns from L at once, sigma from g
+h --head C--> output' --the user's loss(., labels)--> L         s = a m,  m = dL/dh
+                                                                C learns from L at once, a from the size of g
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pipeline.cut import Cut
-from pipeline.dni_forms import HIDDEN, Form, root_mean_square
+from pipeline.dni_forms import HIDDEN, Form, clip
 
 __all__ = ["LossModel", "head_for"]
 
@@ -20,11 +20,11 @@ _POOLED = 4
 """An image-shaped activation is pooled to 4 x 4 before a head with a flat output."""
 _FEW = 4
 """A normalisation takes two of the features' degrees of freedom; of so few it would take most."""
-_TINY = 1e-30
+_REMEMBERED = 0.95  # of the squares that give a: it suits the last 20 targets or so
 
 
 class LossModel(Form):
-    """grad_h L(C(h), y) in the size of the true gradient: the input gradient of a small loss model.
+    """a grad_h L(C(h), y): the input gradient of a small loss model, in the size of the true gradient.
 
     C is a head whose output has the shape of the network's, L the user's own loss. C learns to predict, at once. The
     true gradient, of every fourth batch, says how large the prediction is and nothing else: what more was learned from
@@ -41,11 +41,16 @@ class LossModel(Form):
 
     most_rows = 128
     every = 4
+    squares: Tensor
+    size: Tensor
 
     def __init__(self, cut: Cut, hidden: int | None) -> None:
         super().__init__()
         self.loss = cut.loss
+        self.batch_size = cut.activation_shape[0]
         self.head = head_for(cut, hidden)
+        self.register_buffer("squares", torch.zeros(2))  # |g|^2 and |m|^2, running sums
+        self.register_buffer("size", torch.ones(()))  # a
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Those of C: all there are."""
@@ -57,18 +62,9 @@ class LossModel(Form):
         labels: Shaped[Tensor, " batch *rest"],
         sigma: Float[Tensor, ""],
     ) -> Float[Tensor, " batch *features"]:
-        """The prediction, in units of ``sigma``: its root mean square is 1."""
-        return self.clipped(h, labels, torch.ones_like(sigma))[0]
-
-    def clipped(
-        self,
-        h: Float[Tensor, " batch *features"],
-        labels: Shaped[Tensor, " batch *rest"],
-        sigma: Float[Tensor, ""],
-    ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
-        """The prediction, its root mean square being ``sigma``; and that of the model's gradient."""
+        """The prediction, in units of ``sigma``."""
         (of_model,) = self._differentiated(h, labels, [])
-        return _sized(of_model, sigma)
+        return of_model.mul_(self.size / sigma)
 
     def meet(
         self,
@@ -82,8 +78,9 @@ class LossModel(Form):
         of_model, *of_head = self._differentiated(h, labels, own)
         for parameter, gradient in zip(own, of_head, strict=True):
             parameter.grad = gradient
-        return _sized(of_model, sigma)
+        return clip(of_model.mul_(self.size / sigma), sigma)
 
+    @torch.no_grad()
     def gradients(
         self,
         h: Float[Tensor, " rows *features"],
@@ -91,18 +88,22 @@ class LossModel(Form):
         target: Float[Tensor, " rows *features"],
         sigma: Float[Tensor, ""],
     ) -> None:
-        """None: nothing learns from targets but ``sigma``."""
+        """No gradients: of a target its size alone is learned. a^2 = sum |g|^2 / sum |m|^2, over the last 20 or so."""
+        (of_model,) = self._differentiated(h, labels, [])
+        norms = torch.linalg.vector_norm(target) * sigma, torch.linalg.vector_norm(of_model)
+        self.squares.mul_(_REMEMBERED).add_(torch.stack(norms).square())
+        true, of_models = self.squares
+        self.size.copy_(torch.where(of_models > 0, (true / of_models).sqrt(), self.size))
 
-    def _differentiated(self, h: Tensor, labels: Tensor, more: list[nn.Parameter]) -> tuple[Tensor, ...]:
-        """dL/dh, and dL of each of ``more``."""
+    def _differentiated(self, h: Tensor, labels: Tensor, more: list[nn.Parameter]) -> list[Tensor]:
+        """dL/dh, and dL of each of ``more``.
+
+        A mean over fewer samples weighs each more. Undone here, so a sample gives what it gives in a whole batch.
+        """
         leaf = h.detach().requires_grad_()
         with torch.enable_grad():
-            return torch.autograd.grad(self.loss(self.head(leaf), labels), [leaf, *more])
-
-
-def _sized(gradient: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    size = root_mean_square(gradient)
-    return gradient.mul_(sigma / size.clamp(min=_TINY)), size
+            of_model, *others = torch.autograd.grad(self.loss(self.head(leaf), labels), [leaf, *more])
+        return [of_model * (len(h) / self.batch_size), *others]
 
 
 def head_for(cut: Cut, hidden: int | None) -> nn.Module:

@@ -29,9 +29,10 @@ def _count(recipe: Recipe, **plan: Any) -> tuple[StageFlops, ...]:
     return count_flops(recipe, resolved.plan, resolved.cuts)
 
 
-def _loss_model(rows: int) -> float:
-    """Every batch: outputs of all rows, the gradient of the head's weights, the way back. A target costs nothing."""
-    return 3 * 2 * rows * H * C
+def _loss_model(rows: int, trained_on: int, often: float = 1 / 4) -> float:
+    """Every batch: outputs of all rows, the gradient of the head's weights, the way back. Every target: outputs and
+    the way back, for how large that is."""
+    return 3 * 2 * rows * H * C + often * 2 * 2 * trained_on * H * C
 
 
 def _label_residual(rows: int, trained_on: int, often: float = 1 / 4) -> float:
@@ -73,7 +74,7 @@ def test_stashed_weights_cost_no_product() -> None:
 
 def test_unlocked_adds_the_dni_and_nothing_else() -> None:
     """K = 2, loss_model: it predicts for all rows and needs the gradient of 128 rows of every fourth batch."""
-    assert _count(RECIPE, sizes=(2, 3)) == (_of(BELOW, dni=_loss_model(B)), _of(_above(WINDOW, 1 / 4)))
+    assert _count(RECIPE, sizes=(2, 3)) == (_of(BELOW, dni=_loss_model(B, WINDOW)), _of(_above(WINDOW, 1 / 4)))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_a_relay_is_the_input_gradient_of_the_stages_between(targets: str, every
     """Two layers each; of one batch in ``every`` the gradient flows, and only then is an input gradient taken."""
     often = {"dni": DNIPlan(every=1)} if every == 1 else {"true_every": every}
     first, between, last = _count(RECIPE, stages=3, sizes=(1, 2, 2), targets=targets, **often)
-    dni = _loss_model(B)
+    dni = _loss_model(B, WINDOW, 1 / every)
     _same(first, _of((FULL, FULL), dni=dni))
     _same(between, _of((2 * FULL, 3 * FULL), dni=dni, relay=2 * FULL / every))
     _same(last, _of((FULL + HEAD, FULL + 2 * HEAD + FULL / every)))
