@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from launch.console import Console
 from launch.sources import GivenRecipe
 from launch.training import resolve_source, run
-from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, StageError, run_reference
+from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe, StageError, run_reference
 from pipeline.cut import Cut
 from pipeline.dni import DNI
 from pipeline.guards import Guard
@@ -421,3 +421,17 @@ def test_every_user_of_the_optimizer_clips() -> None:
     weight.grad = torch.full((4,), 10.0)
     optimizer.step()
     assert float(weight.detach().norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_training_set_that_is_learned_by_heart_ends_no_run() -> None:
+    """Its true gradients vanish, and the DNI has to follow: one that stayed as large was once ended by the guard."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(16, 8, generator=generator), torch.arange(16) % 4) for _ in range(2)]
+    recipe = Recipe(
+        name="by_heart",
+        model=lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)),
+        batches=batches,
+        loss=F.cross_entropy,
+    )
+    plan = Plan(stages=2, sizes=(2, 3), steps=700, optimizer=OptimizerPlan(lr=1e-2), dni=DNIPlan(every=1))
+    assert run_reference(recipe, plan).losses[-1] < 1e-3
