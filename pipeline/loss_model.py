@@ -28,8 +28,8 @@ class LossModel(Form):
 
     C is a head whose output has the shape of the network's, L the user's own loss. C learns to predict, at once. The
     true gradient, of every fourth batch, says how large the prediction is and nothing else: what more was learned from
-    it (a factor, a linear map of what C gets wrong, C itself) brought the prediction nearer to the true gradient and
-    training no further (docs/decisions.md). Any loss, classification or regression.
+    it (a least squares factor, a map of what C gets wrong, C itself) brought the prediction nearer to the true gradient
+    and training no further (docs/decisions.md). Any loss, classification or regression.
 
     Differs from Jaderberg et al. 2017: nothing is regressed from h. Related: local losses in greedy training (Nøkland
     and Eidnes 2019), which are this form without its size.
