@@ -21,7 +21,7 @@ from launch.sources import NamedRecipe, entry_of
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
 from pipeline.devices import CPU, device_problems
 from pipeline.modes import MODES
-from pipeline.plan import DNI_FORMS, OPTIMIZERS, SCHEDULES, TARGETS
+from pipeline.names import DNI_FORMS, OPTIMIZERS, SCHEDULES, TARGETS
 
 __all__ = [
     "BenchOptions",

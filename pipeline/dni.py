@@ -21,7 +21,8 @@ from pipeline.cut import Cut
 from pipeline.dni_forms import HIDDEN, MLP, Conv, Custom, Form, LabelResidual, Linear, root_mean_square
 from pipeline.errors import PlanError, nearest
 from pipeline.loss_model import LossModel
-from pipeline.plan import DNI_FORMS, DNIPlan
+from pipeline.names import DNI_FORMS
+from pipeline.plan import DNIPlan
 from pipeline.seeding import seeded
 from pipeline.window import Window
 

@@ -35,7 +35,7 @@ from launch.rundir import default_name, new_run_dir
 from launch.sources import _file_entry
 from pipeline import Plan, PlanError
 from pipeline.modes import MODES
-from pipeline.plan import DNI_FORMS, OPTIMIZERS, TARGETS
+from pipeline.names import DNI_FORMS, OPTIMIZERS, TARGETS
 from pipeline.recipe import build_model
 from pipeline.spans import SPAN_DTYPE, Spans
 from workers.failures import RunFailed
