@@ -32,7 +32,8 @@ from pipeline.devices import choose_devices, on_gpu
 from workers.assignment import Names
 from workers.control import Hello, Task, Wire
 from workers.edges import edges_of
-from workers.fleet import Fleet, Member
+from workers.fleet import Fleet
+from workers.member import Member
 from workers.peer import HEADER_SLOT_BYTES
 from workers.shared import needed_bytes
 from workers.shm import ring_bytes

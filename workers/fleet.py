@@ -12,33 +12,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from multiprocessing import connection as mp_connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-import msgspec
-import numpy as np
-
 from pipeline.errors import PlanError
 from pipeline.replicas import called
 from pipeline.resolve import Resolved
-from pipeline.spans import SPAN_DTYPE, Span
 from workers import control, failures, records
 from workers.assignment import Assignment, Names
 from workers.board import Status
-from workers.clock import now_ns
 from workers.control import Reception, Wire
+from workers.member import LOOK_EVERY_S, Member
 from workers.progress import Progress
-from workers.writing import writing
 
-__all__ = ["Fleet", "Member"]
+__all__ = ["Fleet"]
 
-_LOOK_EVERY_S = 0.2
 _PREPARED_WITHIN_S = 300.0
-_CLOCK_ROUNDS = 8
-_ANSWER_WITHIN_S = 30.0
 _LAST_WORDS_WITHIN_S = 1.0
 _REASON_WITHIN_S = 1.5
 _STOPPED_WITHIN_S = 6.0
@@ -52,38 +43,6 @@ _STATUS_OF: tuple[tuple[type | tuple[type, ...], int], ...] = (
     (KeyboardInterrupt, 130),
     (object, 1),
 )
-
-
-@dataclass
-class Member:
-    """One agent, as the driver sees it.
-
-    Attributes:
-        wire: the connection to it.
-        hello: who it is.
-        offset_ns: its clock minus the driver's.
-        status: what its worker does, on the driver's clock.
-        state: the state letter of its worker's process.
-        pid: its worker's process, once that is ready.
-        heard: when it last said anything, on this program's clock in seconds.
-        gone: why nothing comes from it any more.
-        words: the types of the records it has sent.
-    """
-
-    wire: Wire
-    hello: control.Hello
-    offset_ns: int = 0
-    status: Status = field(default_factory=lambda: Status(Span.OTHER, -1, now_ns(), 0))
-    state: str = ""
-    pid: int = 0
-    heard: float = field(default_factory=time.monotonic)
-    gone: str | None = None
-    words: set[type] = field(default_factory=set)
-
-    @property
-    def quiet(self) -> bool:
-        """Whether no more is to be expected of it after an interrupt."""
-        return self.gone is not None or not self.words.isdisjoint({control.Interrupted, control.Died, records.Failure})
 
 
 class Fleet:
@@ -103,7 +62,6 @@ class Fleet:
         self._world, self._asked, self._lost = world, asked, lost or _unknown
         self._own: Member | None = None
         self._resolved: Resolved | None = None
-        self._files: list[dict[str, Path]] = []
         self._stopped = False
         self._alive_at = 0.0
         self._attended_at = float("-inf")
@@ -129,13 +87,13 @@ class Fleet:
         while len(wires) < self._world and time.monotonic() < end:
             if self._asked():
                 raise KeyboardInterrupt
-            if (wire := reception.accept(_LOOK_EVERY_S)) is not None:
+            if (wire := reception.accept(LOOK_EVERY_S)) is not None:
                 wires.append(wire)
             elif dead := {rank: why for rank in range(self._world) if (why := self._lost(rank, 0.0))}:
                 raise PlanError(*(f"rank {rank} has ended before it came: {why}." for rank, why in dead.items()))
-        self.members = [Member(wire, control.Hello(-1, 0, "?", "", "")) for wire in wires]
+        self.members = [Member(wire) for wire in wires]
         for member in self.members:
-            member.hello = cast(control.Hello, self._answer(member, control.Hello))
+            member.hello = member.answer(control.Hello, self._asked)
         self._own = None if own is None else self.members[0]
         self.members.sort(key=lambda member: member.hello.rank)
         missing = sorted(set(range(self._world)) - {member.hello.rank for member in self.members})
@@ -151,7 +109,7 @@ class Fleet:
         here = memory or (self._own.hello.memory if self._own else None)
         for member in self.members:
             if member.hello.memory != here:
-                member.offset_ns = self._offset_ns(member)
+                member.compare_clocks(self._asked)
 
     @property
     def hosts(self) -> list[str]:
@@ -203,7 +161,7 @@ class Fleet:
                 dict(profile),
                 list(resolved.devices),
             )
-            self._tell(member, task)
+            member.tell(task)
         problems: list[str] = []
         self._resolved = resolved
         for member, record in self._until(control.Prepared, _PREPARED_WITHIN_S):
@@ -226,24 +184,22 @@ class Fleet:
         """
         assert self._resolved is not None, "prepare comes before run"
         places = [divmod(rank, self._resolved.plan.stages) for rank in range(self._world)]
-        self._files = [
-            Assignment(stage, self._resolved, _none, Names(""), run_dir, replica=replica).files
-            for replica, stage in places
-        ]
+        for member, (replica, stage) in zip(self.members, places, strict=True):
+            member.files = Assignment(stage, self._resolved, _none, Names(""), run_dir, replica=replica).files
         for member in self.members:
-            self._tell(member, control.Start(str(run_dir) if member is self._own else None))
+            member.tell(control.Start(str(run_dir) if member is self._own else None))
         for _, record in self._until(records.Ready, start_within_s):
             if isinstance(record, records.Ready):
                 yield record
         for member in self.members:
-            self._tell(member, records.Go())
+            member.tell(records.Go())
         for _, record in self._until(records.Finished, self._resolved.plan.stall_after_s):
             if isinstance(record, records.Finding | records.Finished):
                 yield record
 
     def note(self, rank: int, content: bytes) -> None:
         """Tell one agent something that is not about a run of this fleet; see ``control.Note``. Does not block."""
-        self._tell(self.members[rank], control.Note(content))
+        self.members[rank].tell(control.Note(content))
 
     def attend(self, patience_s: float = _SILENT_S) -> list[tuple[int, bytes]]:
         """Listen to agents that are not in a run of this fleet; to be called often while they do anything.
@@ -280,7 +236,7 @@ class Fleet:
         """Ask the first stages to take no further training batch; all workers finish what is in the pipeline."""
         stages = self._resolved.plan.stages if self._resolved is not None else self._world
         for member in self.members[::stages]:
-            self._tell(member, control.Enough())
+            member.tell(control.Enough())
 
     def read(self, worker: int) -> Status:
         """What a worker did when last heard of."""
@@ -299,7 +255,7 @@ class Fleet:
             return
         self._stopped = True
         for member in self.members:
-            self._tell(member, control.Stop(status))
+            member.tell(control.Stop(status))
         end = time.monotonic() + _STOPPED_WITHIN_S
         while time.monotonic() < end and not all(m.gone or control.Stopped in m.words for m in self.members):
             self._hear()
@@ -354,12 +310,12 @@ class Fleet:
         died = [(member, record) for member, record in heard if isinstance(record, control.Died)]
         if failed and not any(_by_signal(record) for _, record in died):
             member, failure = min(failed, key=lambda one: one[1].time_ns)
-            raise failures.RunFailed.from_record(failure, self._host(member))
+            raise failures.RunFailed.from_record(failure, member.hello.host)
         if died:
             member, death = min(died, key=lambda one: one[1].exit_code)
             status = member.status
             stage, name = self._place(member)
-            raise failures.killed(stage, death.pid, death.exit_code, status, self._host(member), name)
+            raise failures.killed(stage, death.pid, death.exit_code, status, member.hello.host, name)
         lost = next(member for member in self.members if member.gone)
         raise self._gone(lost, lost.gone or "")
 
@@ -375,7 +331,7 @@ class Fleet:
         why = self._lost(rank, _REASON_WITHIN_S) or why
         stage, name = self._place(member)
         return failures.RunFailed(
-            f"{name}: rank {rank} (pid {member.hello.pid}{self._on(member)}) is gone without a word ({why}): "
+            f"{name}: rank {rank} (pid {member.hello.pid} on {member.hello.host}) is gone without a word ({why}): "
             "it was killed, or its host or the network is down; look at the system's log there",
             stage=stage,
             batch=member.status.batch if member.status.batch >= 0 else None,
@@ -391,106 +347,25 @@ class Fleet:
 
     def _stall(self, patience_s: float) -> failures.RunFailed:
         for member in self.members:
-            self._tell(member, control.Dump())
+            member.tell(control.Dump())
         end = time.monotonic() + 2 * _LAST_WORDS_WITHIN_S
         while time.monotonic() < end:
             self._hear()
-        workers = [(f"pid {member.pid}{self._on(member)}", member.state) for member in self.members]
-        stacks = str(self._files[0]["stacks"].with_name("*stacks-*.txt")) if self._files else "none"
+        workers = [(member.process, member.state) for member in self.members]
+        files = self.members[0].files
+        stacks = str(files["stacks"].with_name("*stacks-*.txt")) if files else "none"
         assert self._resolved is not None, "nobody is waited for before prepare"
         return failures.nobody_moves(self, workers, patience_s, stacks, self._resolved.plan)
 
     def _hear(self) -> list[tuple[Member, control.Control]]:
         """What has been said, times on the driver's clock; waits a moment for something to happen."""
         reachable = [member for member in self.members if member.gone is None]
-        mp_connection.wait(cast(Any, [member.wire for member in reachable]), _LOOK_EVERY_S)
+        mp_connection.wait(cast(Any, [member.wire for member in reachable]), LOOK_EVERY_S)
         if time.monotonic() - self._alive_at > _ALIVE_EVERY_S:
             self._alive_at = time.monotonic()
             for member in reachable:
-                self._tell(member, control.Clock())
-        return [(member, record) for member in reachable for record in self._drain(member)]
-
-    def _drain(self, member: Member) -> Iterator[control.Control]:
-        try:
-            while member.wire.poll():
-                record = self._taken(member, member.wire.receive())
-                member.words.add(type(record))
-                member.heard = time.monotonic()
-                yield record
-        except (control.Gone, msgspec.DecodeError) as gone:
-            member.gone = str(gone)
-
-    def _taken(self, member: Member, record: control.Control) -> control.Control:
-        """Note what is for the driver's eyes, and turn times into the driver's own."""
-        if isinstance(record, control.Status):
-            start_ns = record.start_ns - member.offset_ns if record.start_ns else member.status.start_ns
-            member.status = Status(Span(record.span), record.batch, start_ns, record.progress)
-            member.state = record.state
-        elif isinstance(record, control.File):
-            self._write(member, record)
-        elif isinstance(record, records.Ready):
-            member.pid = record.pid
-        elif isinstance(record, records.Finding | records.Failure):
-            return msgspec.structs.replace(record, time_ns=record.time_ns - member.offset_ns)
-        elif isinstance(record, records.Finished):
-            late = member.offset_ns
-            window = record.window_ns and (record.window_ns[0] - late, record.window_ns[1] - late)
-            times = {"begin_ns": record.begin_ns - late, "end_ns": record.end_ns - late, "window_ns": window}
-            return msgspec.structs.replace(record, **times)
-        return record
-
-    def _write(self, member: Member, piece: control.File) -> None:
-        path = self._files[member.hello.rank][piece.what]
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:
-                file.write(piece.data)
-        if piece.last and piece.what == "spans" and member.offset_ns:
-            spans = np.load(path, allow_pickle=False)
-            assert spans.dtype == SPAN_DTYPE, "spans come from a worker of this version"
-            spans["start_ns"] -= member.offset_ns
-            with writing(path):
-                np.save(path, spans, allow_pickle=False)
-
-    def _offset_ns(self, member: Member) -> int:
-        """Its clock minus ours, from the quickest of a few answers: right to half of what that one took."""
-        offsets: dict[int, int] = {}
-        for _ in range(_CLOCK_ROUNDS):
-            before_ns = now_ns()
-            self._tell(member, control.Clock())
-            answer = cast(control.Time, self._answer(member, control.Time))
-            after_ns = now_ns()
-            offsets[after_ns - before_ns] = answer.time_ns - (before_ns + after_ns) // 2
-        return offsets[min(offsets)]
-
-    def _answer(self, member: Member, kind: type) -> control.Control:
-        """The next record of a kind from one agent, before anything else runs."""
-        end = time.monotonic() + _ANSWER_WITHIN_S
-        while time.monotonic() < end and member.gone is None:
-            if self._asked():
-                raise KeyboardInterrupt
-            mp_connection.wait(cast(Any, [member.wire]), _LOOK_EVERY_S)
-            for record in self._drain(member):
-                if isinstance(record, kind):
-                    return record
-        rank = member.hello.rank
-        raise PlanError(
-            f"rank {rank} ({member.hello.host}) {member.gone or 'does not answer'}: look at what it "
-            "printed on its host."
-        )
-
-    def _tell(self, member: Member, record: control.Control) -> None:
-        if member.gone is None:
-            try:
-                member.wire.send(record)
-            except control.Gone as gone:
-                member.gone = str(gone)
-
-    def _host(self, member: Member) -> str:
-        return member.hello.host
-
-    def _on(self, member: Member) -> str:
-        return f" on {member.hello.host}"
+                member.tell(control.Clock())
+        return [(member, record) for member in reachable for record in member.drain()]
 
 
 def _by_signal(death: control.Died) -> bool:
