@@ -17,7 +17,8 @@ import torch
 
 from launch.gpus import chosen_here
 from launch.options import Parsed
-from launch.training import resolve_source, without_loss
+from launch.resolving import resolve_source
+from launch.training import without_loss
 from pipeline import Plan, PlanError, Recipe
 from pipeline.devices import DeviceChoice
 from pipeline.resolve import Resolved

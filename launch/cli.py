@@ -28,11 +28,12 @@ from launch.ranks import Rank
 from launch.ray_options import BenchRunOptions, TrainOptions, check_no_launcher
 from launch.reader import ends_with_its_reader
 from launch.recipes import BUILT_IN
+from launch.resolving import resolve_source
 from launch.result import SCHEMA
 from launch.site import LOCAL, Site
 from launch.sweep.command import sweep
 from launch.tidying import leave
-from launch.training import Launcher, resolve_source, run
+from launch.training import Launcher, run
 from pipeline import Plan, PlanError, nearest
 from pipeline.resolve import Resolved
 from pipeline.user_code import RecipeFailed

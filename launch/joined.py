@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from launch.training import resolve_source
+from launch.resolving import resolve_source
 from pipeline import Batch, Plan, Recipe
 from pipeline.replicas import batch_of
 from pipeline.resolve import Resolved

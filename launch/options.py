@@ -22,6 +22,7 @@ from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
 from pipeline.devices import CPU, device_problems
 from pipeline.modes import MODES
 from pipeline.names import DNI_FORMS, OPTIMIZERS, SCHEDULES, TARGETS
+from pipeline.plan_check import check_plan
 
 __all__ = [
     "BenchOptions",
@@ -194,7 +195,7 @@ def _check(options: RunOptions | ChannelOptions, plan: Plan | None = None) -> No
     problems: list[str] = []
     try:
         if plan is not None:
-            plan.check()
+            check_plan(plan)
     except PlanError as error:
         problems += error.problems
     problems += options.problems()

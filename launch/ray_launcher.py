@@ -23,8 +23,9 @@ from launch.ranks import MEET_WITHIN_S, Asked, memory
 from launch.ray_agent import Call
 from launch.ray_gpus import gpus_wanted, with_devices, without_places
 from launch.ray_options import BenchRunOptions, TrainOptions, needs_of
+from launch.resolving import resolve_source
 from launch.site import Site
-from launch.training import Launcher, Working, resolve_source
+from launch.training import Launcher, Working
 from pipeline import Plan, PlanError, Recipe
 from pipeline.channels import choose_channels
 from pipeline.devices import first_gpu

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from launch.peers import HERE, Places
-from launch.training import Launcher, resolve_source
+from launch.resolving import resolve_source
+from launch.training import Launcher
 from pipeline import Plan, Recipe
 from pipeline.resolve import Resolved
 

@@ -2,6 +2,7 @@
 
 from pipeline.errors import PlanError, StageError, nearest
 from pipeline.plan import ChannelPlan, DNIPlan, OptimizerPlan, Plan
+from pipeline.plan_check import check_plan
 from pipeline.recipe import ArrayBatches, Batch, Recipe, correct_predictions
 from pipeline.reference import run_reference
 
@@ -15,6 +16,7 @@ __all__ = [
     "PlanError",
     "Recipe",
     "StageError",
+    "check_plan",
     "correct_predictions",
     "nearest",
     "run_reference",

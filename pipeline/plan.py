@@ -1,4 +1,4 @@
-"""The plan: one frozen tree of settings from which a run follows. What can be wrong with one: ``plan_problems``."""
+"""The plan: one frozen tree of settings from which a run follows. What can be wrong with one: ``check_plan``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from torch import nn
 
 from pipeline.channels import WIRE_DTYPES
 from pipeline.emulation import Emulation, Link
-from pipeline.errors import PlanError
 from pipeline.modes import MODES
-from pipeline.plan_problems import plan_problems
 from pipeline.until import Goal
 
 __all__ = ["ChannelPlan", "DNIPlan", "OptimizerPlan", "Plan"]
@@ -79,7 +77,7 @@ class ChannelPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to run. Frozen; ``check()`` raises one PlanError with all mistakes.
+    """What to run. Frozen; ``check_plan`` raises one PlanError with all mistakes.
 
     The worker processes, the reference driver and torchrun all follow the same plan.
     """
@@ -167,17 +165,6 @@ class Plan:
     """Delay every message: latency_ms=50,bandwidth_mbps=100 (either may be left out)."""
     stall_after_s: float = 60.0
     """Seconds without any progress after which a run ends with a report of who waits for whom."""
-
-    def check(self) -> Plan:
-        """Return self if it can run.
-
-        Raises:
-            PlanError: with one sentence per mistake.
-        """
-        problems = list(plan_problems(self))
-        if problems:
-            raise PlanError(*problems)
-        return self
 
     @property
     def workers(self) -> int:

@@ -18,6 +18,7 @@ from pipeline.errors import NoEffect, PlanError
 from pipeline.modes import MODES
 from pipeline.partition import Layer, balanced_sizes, check_partition, chosen_sizes, layers_of, split
 from pipeline.plan import DNIPlan, Plan
+from pipeline.plan_check import check_plan
 from pipeline.recipe import Batch, Recipe, build_model, check_batches
 from pipeline.until import look_every
 from pipeline.user_code import calling
@@ -126,7 +127,7 @@ def resolve(
             and the labels, a DNI that does not fit the cut or does not read an option that is given, shared memory
             between two hosts.
     """
-    plan.check()
+    check_plan(plan)
     hosts = hosts or ["this host"] * plan.workers
     devices = devices or DeviceChoice((CPU,) * plan.workers, "nothing else was looked for")
     channels = choose_channels(plan.channels, hosts, plan.replicas, devices.devices, devices.nccl)

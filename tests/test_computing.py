@@ -14,8 +14,9 @@ from oracle import assert_same
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from launch.resolving import resolve_source
 from launch.single import run_single
-from launch.training import resolve_source, train
+from launch.training import train
 from pipeline import Plan, Recipe, run_reference
 from pipeline.computing import Computing
 from pipeline.devices import DeviceChoice

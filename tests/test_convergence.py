@@ -10,8 +10,9 @@ import pytest
 
 from launch.console import Console
 from launch.recipes.mnist import mnist
+from launch.resolving import resolve_source
 from launch.sources import NamedRecipe
-from launch.training import resolve_source, run
+from launch.training import run
 from pipeline import Plan, run_reference
 
 pytestmark = pytest.mark.convergence

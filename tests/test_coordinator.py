@@ -28,10 +28,11 @@ from launch.coordinator import Coordinator, OwnPart
 from launch.options import Parsed
 from launch.participant import take_part
 from launch.peers import run_ddp, run_torch_schedule
+from launch.resolving import resolve_source
 from launch.single import run_single
 from launch.site import Site
 from launch.sources import GivenRecipe
-from launch.training import resolve_source, run
+from launch.training import run
 from pipeline import ChannelPlan, DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
 from workers.agent import DriverGone
 from workers.control import Hello, Reception, Wire, called

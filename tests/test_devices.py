@@ -23,12 +23,13 @@ from launch.gpus import chosen_here, gpus_here
 from launch.options import parse
 from launch.ray_gpus import assigned_device, check_own_room, gpus_wanted, without_places
 from launch.ray_options import TrainOptions
+from launch.resolving import resolve_source
 from launch.rows import ROWS
 from launch.site import LOCAL
-from launch.training import resolve_source
 from pipeline import Plan, PlanError, run_reference
 from pipeline.channels import ChannelChoice, choose_channels, kind_between
 from pipeline.devices import choose_devices, on_gpu
+from pipeline.plan_check import check_plan
 from workers.assignment import Names
 from workers.control import Hello, Task, Wire
 from workers.edges import edges_of
@@ -98,7 +99,7 @@ def test_a_device_that_is_not_there_is_refused(
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:0,", "", "cuda:0 cuda:1", "cuda,cpu"])
 def test_a_device_that_is_no_name_of_one_is_refused(device: str) -> None:
     with pytest.raises(PlanError, match=re.escape(f"device is {device!r}: give auto, cpu, cuda, or devices")):
-        Plan(device=device).check()
+        check_plan(Plan(device=device))
 
 
 @pytest.mark.parametrize(
@@ -117,11 +118,11 @@ def test_a_device_that_is_no_name_of_one_is_refused(device: str) -> None:
 )
 def test_what_cannot_be_computed_so_is_refused(plan: Plan, message: str) -> None:
     with pytest.raises(PlanError, match=re.escape(message)):
-        plan.check()
+        check_plan(plan)
 
 
 def test_locked_training_on_gpus_may_ask_for_deterministic_algorithms() -> None:
-    assert Plan(mode="naive", deterministic=True, device="cuda").check()
+    assert check_plan(Plan(mode="naive", deterministic=True, device="cuda"))
 
 
 def test_the_channel_of_a_cut_follows_from_hosts_and_devices() -> None:
@@ -242,7 +243,7 @@ for name in ("is_available", "_lazy_init", "current_device", "init", "set_device
 import torch._dynamo, workers.worker, workers.cuda, launch.training, launch.bench_channel
 from pipeline import Plan
 import problems
-from launch.training import resolve_source
+from launch.resolving import resolve_source
 resolve_source(problems.two_linear_recipe, Plan(stages=2, device="cpu"))
 assert not asked, asked
 """
@@ -393,7 +394,7 @@ def test_who_measures_layers_for_gpus_elsewhere_measures_on_the_cpu(monkeypatch:
     def on_gpu_here(*_: object) -> list[float]:
         raise AssertionError("no GPU of this host is to be touched")
 
-    monkeypatch.setattr("launch.training.layer_seconds_on", on_gpu_here)
+    monkeypatch.setattr("launch.resolving.layer_seconds_on", on_gpu_here)
     plan = Plan(stages=2, device="cuda")
     assert resolve_source(problems.recipe, plan, devices=without_places(plan, 1.0)).layer_seconds is not None
     with pytest.raises(PlanError, match="no GPU of this host"):

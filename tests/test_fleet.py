@@ -18,7 +18,7 @@ import numpy as np
 import problems
 import pytest
 
-from launch.training import resolve_source
+from launch.resolving import resolve_source
 from pipeline import Plan, PlanError
 from pipeline.spans import SPAN_DTYPE, Span
 from workers import control, records

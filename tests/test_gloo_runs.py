@@ -23,10 +23,12 @@ from oracle import assert_same
 from launch import RunFailed, train
 from launch.console import Console
 from launch.recipes.digits import digits
+from launch.resolving import resolve_source
 from launch.result import Result
-from launch.training import resolve_source, run
+from launch.training import run
 from pipeline import ChannelPlan, Plan, PlanError, Recipe, run_reference
 from pipeline.channels import choose_channels
+from pipeline.plan_check import check_plan
 from workers.channel import ChannelTimeout
 from workers.gloo import Pair, Rendezvous
 from workers.remote import RemoteReceiver, RemoteSender
@@ -184,7 +186,7 @@ def test_workers_of_one_host_share_memory_and_others_use_gloo() -> None:
 )
 def test_a_plan_with_channels_that_cannot_be_is_refused(plan: Plan, message: str) -> None:
     with pytest.raises(PlanError) as caught:
-        plan.check()
+        check_plan(plan)
     assert caught.value.problems == (message,)
 
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from launch import train
 from launch.bench_channel import bench_channel
 from launch.console import Console
+from launch.resolving import resolve_source
 from launch.result import Result
 from launch.single import run_single
-from launch.training import resolve_source, run
+from launch.training import run
 from pipeline import ChannelPlan, Plan, Recipe, run_reference
 from pipeline.messages import Kind, Message
 from pipeline.recipe import build_model

@@ -19,14 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch.console import Console
+from launch.resolving import resolve_source
 from launch.sources import GivenRecipe
-from launch.training import resolve_source, run
+from launch.training import run
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe, StageError, run_reference
 from pipeline.cut import Cut
 from pipeline.dni import DNI
 from pipeline.guards import Guard
 from pipeline.optimizers import build_optimizer
 from pipeline.partition import Layer, layers_of, split
+from pipeline.plan_check import check_plan
 from pipeline.recipe import build_model
 from pipeline.resolve import resolve
 from pipeline.seeding import seed_layer
@@ -410,7 +412,7 @@ def test_quality_compares_gradients_before_they_are_clipped() -> None:
 @pytest.mark.parametrize("clip", [0.0, -1.0, math.inf])
 def test_a_clip_is_a_positive_number(clip: float) -> None:
     with pytest.raises(PlanError, match=r"optimizer\.clip is .*: it must be a positive number, or None\."):
-        _clipped(clip).check()
+        check_plan(_clipped(clip))
 
 
 def test_every_user_of_the_optimizer_clips() -> None:

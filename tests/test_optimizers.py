@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from launch.console import Console
+from launch.resolving import resolve_source
 from launch.rows import ROWS
 from launch.site import LOCAL
 from launch.sources import GivenRecipe
-from launch.training import resolve_source, run
+from launch.training import run
 from pipeline import OptimizerPlan, Plan, PlanError, run_reference
 from pipeline.optimizers import build_optimizer, described, lr_factor
+from pipeline.plan_check import check_plan
 from pipeline.recipe import build_model
 from pipeline.seeding import seed_layer
 from pipeline.stage import Stage
@@ -188,4 +190,4 @@ def test_it_is_described(plan: OptimizerPlan, text: str) -> None:
 )
 def test_what_cannot_be_is_refused(plan: OptimizerPlan, problem: str) -> None:
     with pytest.raises(PlanError, match=problem):
-        Plan(optimizer=plan).check()
+        check_plan(Plan(optimizer=plan))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from launch.peers import SCHEDULES, PeerRun, best_microbatches, run_ddp, run_torch_schedule
 from launch.peers.placement import place
-from launch.training import resolve_source
+from launch.resolving import resolve_source
 from pipeline import Plan, PlanError, Recipe, correct_predictions
 from pipeline.resolve import Resolved
 from workers.failures import RunFailed

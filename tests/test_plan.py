@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from torch import nn
 
-from pipeline import ChannelPlan, DNIPlan, OptimizerPlan, Plan, PlanError, nearest
+from pipeline import ChannelPlan, DNIPlan, OptimizerPlan, Plan, PlanError, check_plan, nearest
 
 
 def _problems(plan: Plan) -> tuple[str, ...]:
     with pytest.raises(PlanError) as caught:
-        plan.check()
+        check_plan(plan)
     assert str(caught.value) == "\n".join(caught.value.problems)
     return caught.value.problems
 
@@ -77,14 +77,14 @@ def test_a_name_that_is_no_text_is_unknown_too() -> None:
 def test_counts_are_whole_numbers_and_not_too_small(name: str, least: int, bad: Any) -> None:
     assert f"{name} is {bad}: it must be a whole number, at least {least}." in _problems(_with(name, bad))
     assert f"{name} is {least - 1}: it must be a whole number, at least {least}." in _problems(_with(name, least - 1))
-    _with(name, least).check()
+    check_plan(_with(name, least))
 
 
 @pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, "much"])
 @pytest.mark.parametrize("name", ["hop_steps", "optimizer.momentum", "optimizer.weight_decay"])
 def test_what_may_be_zero_may_not_be_less(name: str, bad: Any) -> None:
     assert f"{name} is {bad}: it must be a number, at least 0." in _problems(_with(name, bad))
-    _with(name, 0).check()
+    check_plan(_with(name, 0))
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, "fast"])
@@ -97,7 +97,7 @@ def test_rates_and_limits_are_positive(name: str, bad: Any) -> None:
 def test_the_share_of_rows_lies_in_0_to_1(bad: Any) -> None:
     sentence = f"dni.rows is {bad}: give the fraction of the rows to train on, in (0, 1]."
     assert _problem(_with("dni.rows", bad)) == sentence
-    _with("dni.rows", 1.0).check()
+    check_plan(_with("dni.rows", 1.0))
 
 
 @pytest.mark.parametrize("bad", [-0.01, 1.01, math.nan, "half"])
@@ -105,7 +105,7 @@ def test_the_mix_lies_in_0_to_1(bad: Any) -> None:
     sentence = f"mix is {bad}: it weighs the true gradient and must lie in [0, 1]."
     assert _problem(Plan(targets="mixed", mix=bad)) == sentence
     for good in (0.0, 1.0):
-        Plan(targets="mixed", mix=good).check()
+        check_plan(Plan(targets="mixed", mix=good))
 
 
 # ---------------------------------------------------------------- where to split
@@ -140,7 +140,7 @@ def test_a_locked_mode_refuses_what_only_unlocking_uses(option: dict[str, Any]) 
     (name,) = option
     sentence = f"{name} has no effect with mode naive: leave it out, or choose mode unlocked."
     assert _problem(Plan(mode="naive", **option)) == sentence
-    Plan(mode="unlocked", **{"targets": "mixed", **option}).check()
+    check_plan(Plan(mode="unlocked", **{"targets": "mixed", **option}))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_all_mistakes_come_at_once() -> None:
     ids=["default", "locked", "mixed", "sgd", "cuts"],
 )
 def test_a_good_plan_is_returned_and_can_be_written_as_json(plan: Plan) -> None:
-    assert plan.check() is plan
+    assert check_plan(plan) is plan
     values = json.loads(json.dumps(plan.as_dict()))
     assert values["stages"] == plan.stages
     assert values["optimizer"]["rule"] == plan.optimizer.rule

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from launch import train
 from launch.quality import summarised
 from pipeline import DNIPlan, Plan, PlanError, Recipe
+from pipeline.plan_check import check_plan
 from pipeline.quality import compare
 from pipeline.reference import run_reference
 from pipeline.resolve import resolve, stage_layers
@@ -144,4 +145,4 @@ def test_the_summary_is_the_median_of_the_second_half() -> None:
 )
 def test_refused(plan: Plan, said: str) -> None:
     with pytest.raises(PlanError, match=said):
-        plan.check()
+        check_plan(plan)

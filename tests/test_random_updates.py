@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from launch.console import Console
+from launch.resolving import resolve_source
 from launch.sources import GivenRecipe
-from launch.training import resolve_source, run
+from launch.training import run
 from pipeline import DNIPlan, Plan, PlanError, run_reference
 from pipeline.cut import Cut
 from pipeline.dni import build_dni
 from pipeline.flops import count_flops
 from pipeline.partition import layers_of, split
+from pipeline.plan_check import check_plan
 from pipeline.policies import Action, View, scripted, unlocked
 from pipeline.recipe import build_model
 from pipeline.reference import Costs
@@ -173,7 +175,7 @@ def test_operations_are_counted_by_their_share() -> None:
 )
 def test_what_cannot_be_is_refused(plan: Plan, message: str) -> None:
     with pytest.raises(PlanError) as caught:
-        plan.check()
+        check_plan(plan)
     assert caught.value.problems == (message,)
 
 

@@ -34,7 +34,8 @@ from torchrun_program import HERE, Program, left_in
 from launch import ray_launcher
 from launch.console import Console
 from launch.recipes.digits import digits
-from launch.training import resolve_source, run
+from launch.resolving import resolve_source
+from launch.training import run
 from pipeline import Plan, PlanError
 from pipeline.spans import Span
 from workers import records

@@ -31,8 +31,8 @@ from launch.recipes.chargpt import chargpt
 from launch.recipes.digits import _table, digits
 from launch.recipes.mlp import mlp
 from launch.recipes.mnist import mnist
+from launch.resolving import resolve_source
 from launch.sources import GivenRecipe, NamedRecipe, check_travels, entry_of
-from launch.training import resolve_source
 from pipeline import (
     ArrayBatches,
     Batch,
@@ -44,6 +44,7 @@ from pipeline import (
     correct_predictions,
     run_reference,
 )
+from pipeline.plan_check import check_plan
 from pipeline.recipe import build_model, check_scores, label_problem
 from pipeline.resolve import resolve
 from pipeline.scores import Scores
@@ -561,7 +562,7 @@ def test_mlp_goes_through_few_batches_made_ahead() -> None:
 def test_built_in_recipes_can_travel_to_the_workers(name: str) -> None:
     check_travels(NamedRecipe(name))
     assert NamedRecipe(name)().name == name
-    assert BUILT_IN[name].plan.check()
+    assert check_plan(BUILT_IN[name].plan)
 
 
 # ---------------------------------------------------------------- mnist

@@ -20,8 +20,9 @@ from launch.console import Console
 from launch.options import Parsed
 from launch.ranks import Rank
 from launch.recipes.digits import digits
+from launch.resolving import resolve_source
 from launch.torchrun import _parsed, _parsed_for_bench
-from launch.training import resolve_source, run
+from launch.training import run
 from pipeline import Plan, PlanError
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]

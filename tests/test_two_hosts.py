@@ -24,8 +24,9 @@ from two_hosts import CLOCK_AHEAD_S, Host, NoNamespacesError, two_hosts
 
 from launch.console import Console
 from launch.recipes.digits import digits
+from launch.resolving import resolve_source
 from launch.rundir import read_spans
-from launch.training import resolve_source, run
+from launch.training import run
 from pipeline import Plan
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from launch.console import Console
+from launch.resolving import resolve_source
 from launch.sources import GivenRecipe
 from launch.switches import switch_line, switch_summary
-from launch.training import resolve_source, run
+from launch.training import run
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, run_reference
 from pipeline.phantom import Phantom
+from pipeline.plan_check import check_plan
 from pipeline.policies import Action, View, averaged, unlocked
 from pipeline.quality import Quality
 from pipeline.reference import Costs, Reference
@@ -433,4 +435,4 @@ def test_a_line_for_a_switch() -> None:
 )
 def test_what_cannot_be_is_refused(plan: Plan, problem: str) -> None:
     with pytest.raises(PlanError, match=problem):
-        plan.check()
+        check_plan(plan)

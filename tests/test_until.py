@@ -29,14 +29,16 @@ from launch.console import Console
 from launch.options import BenchOptions, RunOptions, parse
 from launch.peers import PeerRun, run_ddp, run_torch_schedule
 from launch.report import Report
+from launch.resolving import resolve_source
 from launch.single import SingleRun, run_single
 from launch.sources import NamedRecipe
 from launch.timed import TimedLoop
-from launch.training import resolve_source, run
+from launch.training import run
 from launch.until import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, break_even
 from pipeline import OptimizerPlan, Plan, PlanError, Recipe, correct_predictions, run_reference
 from pipeline.loader import inputs
 from pipeline.messages import Kind
+from pipeline.plan_check import check_plan
 from pipeline.resolve import resolve
 from pipeline.scores import Scores, scores_of
 from pipeline.until import Goal, Reached
@@ -74,7 +76,7 @@ def test_a_goal_is_read_from_text_and_knows_when_it_is_met() -> None:
 )
 def test_what_is_no_goal_is_refused_with_what_would_be_one(text: str, sentence: str) -> None:
     with pytest.raises(PlanError) as caught:
-        Plan(until=text).check()
+        check_plan(Plan(until=text))
     assert caught.value.problems == (sentence,)
 
 
@@ -87,7 +89,7 @@ def test_what_is_no_goal_is_refused_with_what_would_be_one(text: str, sentence: 
 )
 def test_a_plan_that_could_not_stop_is_refused(plan: Plan, sentence: str) -> None:
     with pytest.raises(PlanError) as caught:
-        plan.check()
+        check_plan(plan)
     (problem,) = caught.value.problems
     assert problem.startswith("until ")
     assert problem.endswith(sentence)

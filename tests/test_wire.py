@@ -20,8 +20,9 @@ from oracle import assert_same
 
 from launch import RunFailed
 from launch.console import Console
+from launch.resolving import resolve_source
 from launch.result import Result
-from launch.training import resolve_source, run
+from launch.training import run
 from pipeline import ChannelPlan, Plan, Recipe, run_reference
 from pipeline.channels import ChannelChoice
 from pipeline.messages import Kind, Message

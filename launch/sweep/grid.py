@@ -25,6 +25,7 @@ from launch.sweep.options import SweepOptions, seeds_of
 from pipeline import ChannelPlan, DNIPlan, Plan, PlanError, Recipe
 from pipeline.errors import NoEffect
 from pipeline.modes import MODES
+from pipeline.plan_check import check_plan
 from pipeline.resolve import Resolved, resolve
 
 __all__ = ["Grid", "Point", "Setting", "grid_of"]
@@ -167,7 +168,7 @@ def _resolved(wish: Parsed) -> tuple[Resolved, frozenset[NoEffect]]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the user's model, in a trial run
-                return resolve(recipe, _sampled(wish.plan.check(), steps)), frozenset(without_effect)
+                return resolve(recipe, _sampled(check_plan(wish.plan), steps)), frozenset(without_effect)
         except PlanError as error:
             if not error.idle:
                 raise

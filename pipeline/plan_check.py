@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
 
 from pipeline.channels import CHANNELS, WIRE_DTYPES
 from pipeline.devices import AUTOCAST_DTYPES, CPU, device_problems
@@ -16,18 +15,26 @@ from pipeline.emulation import Emulation, Link
 from pipeline.errors import NoEffect, PlanError, nearest
 from pipeline.modes import MODES
 from pipeline.names import DNI_FORMS, OPTIMIZERS, SCHEDULES, TARGETS
+from pipeline.plan import Plan
 from pipeline.until import Goal
 
-if TYPE_CHECKING:
-    from pipeline.plan import Plan
-
-__all__ = ["plan_problems"]
+__all__ = ["check_plan"]
 
 _LOCKING = ("warmup_steps", "unlock", "unlock_cosine")
 
 
-def plan_problems(plan: Plan) -> Iterator[str]:
-    """Everything that keeps ``plan`` from running, as sentences that say what to do."""
+def check_plan(plan: Plan) -> Plan:
+    """Return ``plan`` if it can run.
+
+    Raises:
+        PlanError: with one sentence per mistake, which says what to do.
+    """
+    if problems := list(_problems(plan)):
+        raise PlanError(*problems)
+    return plan
+
+
+def _problems(plan: Plan) -> Iterator[str]:
     kinds = ((Emulation, plan.emulate, "emulate"), (Link, plan.link, "link"), (Goal, plan.until, "until"))
     for kind, text, option in kinds:
         if text is not None:
@@ -123,7 +130,7 @@ def _is_number(value: object) -> bool:
 
 def _without_effect(plan: Plan) -> Iterator[str]:
     """Nothing that is accepted is ignored."""
-    defaults = type(plan)()
+    defaults = Plan()
     mode = MODES.get(plan.mode)
     if mode is not None and not mode.cuts_batches and plan.microbatches != 1:
         yield NoEffect("microbatches", f"with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b.")
