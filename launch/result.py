@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from launch.quality import StageQuality, summarised
@@ -20,7 +20,7 @@ from pipeline.resolve import Resolved
 from pipeline.spans import Spans
 from pipeline.until import Reached
 from workers.records import Finished, Judged, Scored, Switched
-from workers.writing import writing
+from workers.writing import write_tensors, writing
 
 __all__ = ["SCHEMA", "Result"]
 
@@ -147,9 +147,7 @@ class Result:
         ``model.load_state_dict(safetensors.torch.load_file(path))``
         """
         path = Path(path)
-        tensors = self.state_tensors()
-        with writing(path):
-            save_file(tensors, path)
+        write_tensors(self.state_tensors(), path)
         return path
 
     def __repr__(self) -> str:

@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pipeline import PlanError
 from pipeline.resolve import Resolved
 from pipeline.spans import Spans
-from workers.writing import NotWritten, writing
+from workers.writing import NotWritten, write_tensors, writing
 
 __all__ = [
     "Metrics",
@@ -151,8 +151,7 @@ def join_parts(run_dir: Path, stages: int) -> None:
     for what in ("model", "optimizer"):
         paths = [parts / f"{what}-{k}.safetensors" for k in range(stages)]
         tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
-        with writing(run_dir / f"{what}.safetensors"):
-            save_file(tensors, run_dir / f"{what}.safetensors")
+        write_tensors(tensors, run_dir / f"{what}.safetensors")
         for path in paths:
             path.unlink()
     parts.rmdir()

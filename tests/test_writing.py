@@ -85,3 +85,13 @@ def test_every_file_of_a_run_is_named_and_what_was_trained_is_not_lost(
         assert caught.value.result.losses == [4.0, 3.0, 2.0, 1.0]
         assert "4 batches of 16: loss 1.0000" in caught.value.result.summary()
         assert repr(caught.value.result) == f"Result({caught.value.result.summary()})"
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_rest_of_a_run(tmp_path: Path) -> None:
+    """They were 0600: a colleague could read the losses of a run in a shared folder and not its weights."""
+    result = _run(tmp_path, _trains)
+    exported = result.export(tmp_path / "weights.safetensors")
+    written = [exported, *(result.run_dir / f"{name}.safetensors" for name in ("model", "optimizer"))]
+    assert {path.stat().st_mode for path in written} == {(result.run_dir / "result.json").stat().st_mode}
+    exported.chmod(0o640)
+    assert result.export(exported).stat().st_mode & 0o777 == 0o640, "who made a file private meant it"

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
-__all__ = ["NotWritten", "writing"]
+__all__ = ["NotWritten", "write_tensors", "writing"]
 
 
 class NotWritten(OSError):
@@ -45,3 +47,16 @@ def writing(path: Path) -> Iterator[None]:
         raise NotWritten(path, error.strerror or str(error)) from error
     except SafetensorError as error:
         raise NotWritten(path, str(error)) from error
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read where they may read what else is written: it is 0600 by itself.
+
+    Raises:
+        NotWritten: it failed.
+    """
+    with writing(path):
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path)
+        path.chmod(mode)
