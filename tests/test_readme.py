@@ -1,9 +1,10 @@
-"""What the README shows works as it stands there."""
+"""What the README shows works as it stands there, and so do the commands of the other pages."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,16 +16,26 @@ from pipeline import check_plan
 ROOT = Path(__file__).parents[1]
 
 
-def _blocks(language: str) -> list[str]:
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def _blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of one language."""
-    parts = re.split(r"^```(\w*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    parts = re.split(r"^```(\w*)$", (ROOT / page).read_text(), flags=re.MULTILINE)
     fences = list(zip(parts[1::2], parts[2::2], strict=True))  # every second fence closes a block
     return [body.lstrip("\n") for name, body in fences[::2] if name == language]
 
 
+def _commands(page: str) -> list[list[str]]:
+    """What follows ``freewheel`` on a line of its own, or on several that end in a backslash."""
+    whole = [line for block in _blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
+    lines = [shlex.split(line, comments=True) for line in whole if line.startswith("freewheel ")]
+    return [line[1:] for line in lines if line[2] not in ("channel", "my_recipe.py")]
+
+
 @pytest.mark.processes
 def test_the_ten_lines_of_python_run(tmp_path: Path) -> None:
-    (code,) = _blocks("python")
+    (code,) = _blocks("README.md", "python")
     (tmp_path / "example.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "example.py"],
@@ -40,21 +51,22 @@ def test_the_ten_lines_of_python_run(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_every_command_shown_is_one_that_parses() -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_shown_is_one_that_parses(page: str) -> None:
     """The recipes and options of every ``freewheel`` line exist; nothing is run, so no optional package is needed."""
     from launch.options import BenchOptions, parse
     from launch.ray_options import TrainOptions
-    from launch.sweep.axes import read_axes
+    from launch.sweep.axes import read_axes, read_rows
     from launch.sweep.options import SweepOptions
+    from launch.sweep.presets import with_preset
 
-    lines = [line.partition("#")[0].split() for block in _blocks("") for line in block.splitlines()]
-    commands = [
-        line[1:] for line in lines if line[:1] == ["freewheel"] and line[2:3] not in (["channel"], ["my_recipe.py"])
-    ]
-    assert len(commands) >= 5
-    for command, recipe, *options in commands:
+    commands = _commands(page)
+    assert len(commands) >= {"README.md": 5, "docs/benchmarks.md": 5, "docs/convergence.md": 5}.get(page, 0)
+    for command, recipe, *typed in commands:
+        options = with_preset(typed)
         kind = {"bench": BenchOptions, "sweep": SweepOptions}.get(command, TrainOptions)
         parsed = parse(recipe, options, kind, "freewheel")
         check_plan(parsed.plan)
         if isinstance(parsed.run, SweepOptions):
-            assert read_axes(recipe, parsed, parsed.run.vary)
+            axes = read_axes(recipe, parsed, parsed.run.vary)
+            assert axes or read_rows(recipe, options, parsed.run.row, axes)
