@@ -14,8 +14,6 @@ import pytest
 from pipeline import check_plan
 
 ROOT = Path(__file__).parents[1]
-
-
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
@@ -69,4 +67,5 @@ def test_every_command_shown_is_one_that_parses(page: str) -> None:
         check_plan(parsed.plan)
         if isinstance(parsed.run, SweepOptions):
             axes = read_axes(recipe, parsed, parsed.run.vary)
-            assert axes or read_rows(recipe, options, parsed.run.row, axes)
+            rows = read_rows(recipe, options, parsed.run.row, axes)
+            assert axes or rows
