@@ -375,8 +375,10 @@ def test_who_is_killed_is_named(kill: Callable[[Nodes, Path], None], nodes: Node
 
 
 def test_actors_of_a_killed_driver_end(nodes: Nodes, tmp_path: Path) -> None:
+    """Ray kills actor and fork server at once, so whatever is in $TMPDIR while they train could stay there."""
     with endless(nodes, tmp_path) as program:
         assert nodes.started()
+        assert not left_in(Path(os.environ["TMPDIR"]))
         program.process.kill()
         program.ended()
     nodes.assert_nothing_left()

@@ -157,6 +157,8 @@ class _Agent:
             assignment = replace(assignment, run_dir=Path(start.run_dir))
         self._worker = RankWorker(assignment)
         self._worker.start()
+        if self._last:  # now, while everybody is there: this process and its worker may be killed together
+            forget_fork_server()
         self._supervise(self._worker, task.makes_memory)
 
     def fail(self, error: Exception) -> None:
@@ -176,8 +178,6 @@ class _Agent:
     def end(self) -> None:
         """End the worker and remove what this process made; a second call does nothing."""
         if self._worker is not None:
-            if self._last:  # as long as the worker is there, who tidies up if this process is killed meanwhile
-                forget_fork_server()
             self._worker.end()
             self._worker = None
         self._stack.close()

@@ -11,13 +11,20 @@ import contextlib
 import signal
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from multiprocessing.process import BaseProcess
+from multiprocessing.process import BaseProcess, current_process
 from pathlib import Path
 from typing import Any
 
 from workers.failures import RunFailed
 
-__all__ = ["end_fork_server", "forget_fork_server", "listener", "process_context", "remove_listener"]
+__all__ = [
+    "end_fork_server",
+    "forget_fork_server",
+    "listener",
+    "own_temporary_folder",
+    "process_context",
+    "remove_listener",
+]
 
 
 class _Process(ForkServerProcess):
@@ -83,11 +90,18 @@ def remove_listener(listener: Path) -> None:
 
 def forget_fork_server() -> None:
     """Remove multiprocessing's folder with the socket of this program's fork server, as Python does at exit: for
-    programs that somebody may kill before. No process comes from that server any more.
+    programs that somebody may kill before. No further process comes from that server; those that have live on.
     """
     for finalizer in list(getattr(util, "_finalizer_registry", {}).values()):
         if getattr(finalizer, "_callback", None) is getattr(util, "_remove_temp_dir", util):
             finalizer()
+
+
+def own_temporary_folder() -> None:
+    """Have multiprocessing make a folder for this process when it needs one: a process inherits the name of its
+    parent's, which `forget_fork_server` removes.
+    """
+    current_process()._config["tempdir"] = None  # type: ignore[attr-defined]
 
 
 def end_fork_server() -> None:

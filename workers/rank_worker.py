@@ -16,7 +16,7 @@ from workers.assignment import Assignment
 from workers.bell import Bell
 from workers.board import Board
 from workers.failures import process_state
-from workers.processes import listener, process_context
+from workers.processes import listener, own_temporary_folder, process_context
 from workers.worker import worker_main
 
 __all__ = ["RankWorker", "start_fork_server"]
@@ -124,6 +124,7 @@ def _pieces(what: str, path: Path) -> Iterator[control.File]:
 
 def _rank_worker(assignment: Assignment, connection: Connection, socket: Path | None) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # inherited from the fork server, see below
+    own_temporary_folder()
     worker_main(assignment, connection, socket)
 
 
