@@ -28,6 +28,8 @@ class Cut:
         label_dtype: dtype of the labels.
         output_shape: shape of the whole network's output for such a batch.
         loss: (output, labels) -> scalar, the mean over the rows: the user's own.
+        normalised: whether the stage ends in a normalisation, so that the activation has a size that no update changes
+            much.
         conditioned: whether a direct DNI here may see the labels.
     """
 
@@ -38,6 +40,7 @@ class Cut:
     label_dtype: torch.dtype
     output_shape: tuple[int, ...]
     loss: Callable[[Tensor, Tensor], Tensor]
+    normalised: bool = False
     conditioned: bool = True
 
     @property

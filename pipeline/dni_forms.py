@@ -326,13 +326,20 @@ class LabelResidual(Form):
 
 
 def clip(
-    prediction: Float[Tensor, " batch *features"], sigma: Float[Tensor, ""]
+    prediction: Float[Tensor, " batch *features"], sigma: Float[Tensor, ""], factor: Float[Tensor, ""] | None = None
 ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
     """A prediction in units of ``sigma`` with its root mean square clipped to 1, times ``sigma``; and what that was.
 
     In place: fresh memory would cost as much as the product that the prediction came from.
+
+    Args:
+        prediction: before the clip.
+        sigma: what it is in units of.
+        factor: to multiply the prediction with, before the clip and in the same pass; None: 1.
     """
     size = root_mean_square(prediction)
+    if factor is not None:
+        size, sigma = size * factor, sigma * factor
     return prediction.mul_(sigma / size.clamp(min=1)), size
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cut import Cut
-from pipeline.loss_model import head_for
+from pipeline.heads import head_for
 from pipeline.plan import DNIPlan
 from pipeline.seeding import seeded
 

@@ -6,21 +6,22 @@ h --head C--> output' --the user's loss(., labels)--> L         s = a m,  m = dL
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pipeline.cut import Cut
-from pipeline.dni_forms import HIDDEN, Form, clip
+from pipeline.dni_forms import Form, clip
+from pipeline.heads import head_for
 
-__all__ = ["LossModel", "head_for"]
+__all__ = ["LossModel"]
 
-_POOLED = 4
-"""An image-shaped activation is pooled to 4 x 4 before a head with a flat output."""
-_FEW = 4
-"""A normalisation takes two of the features' degrees of freedom; of so few it would take most."""
 _REMEMBERED = 0.95  # of the squares that give a: it suits the last 20 targets or so
+_IGNORED = -100
+"""The label that torch's cross-entropy leaves out unless told otherwise."""
 
 
 class LossModel(Form):
@@ -46,25 +47,24 @@ class LossModel(Form):
 
     def __init__(self, cut: Cut, hidden: int | None) -> None:
         super().__init__()
-        self.loss = cut.loss
         self.batch_size = cut.activation_shape[0]
         self.head = head_for(cut, hidden)
+        self._slope = _slope_of(cut)
         self.register_buffer("squares", torch.zeros(2))  # |g|^2 and |m|^2, running sums
-        self.register_buffer("size", torch.ones(()))  # a
+        self.register_buffer("size", torch.ones(()))  # a, in units of sigma
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Those of C: all there are."""
         return list(self.head.parameters())
 
-    def predict(
+    def clipped(
         self,
         h: Float[Tensor, " batch *features"],
         labels: Shaped[Tensor, " batch *rest"],
         sigma: Float[Tensor, ""],
-    ) -> Float[Tensor, " batch *features"]:
-        """The prediction, in units of ``sigma``."""
-        (of_model,) = self._differentiated(h, labels, [])
-        return of_model.mul_(self.size / sigma)
+    ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
+        """The prediction with its root mean square clipped to 1, times ``sigma``; and its root mean square before."""
+        return clip(self._of_model(h, labels), sigma, self.size)
 
     def meet(
         self,
@@ -74,11 +74,7 @@ class LossModel(Form):
         samples: slice,
     ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
         """As ``clipped``; the same backward pass gives the gradient of C, from all samples."""
-        own = self.own_parameters()
-        of_model, *of_head = self._differentiated(h, labels, own)
-        for parameter, gradient in zip(own, of_head, strict=True):
-            parameter.grad = gradient
-        return clip(of_model.mul_(self.size / sigma), sigma)
+        return clip(self._of_model(h, labels, learns=True), sigma, self.size)
 
     @torch.no_grad()
     def gradients(
@@ -89,70 +85,44 @@ class LossModel(Form):
         sigma: Float[Tensor, ""],
     ) -> None:
         """No gradients: of a target its size alone is learned. a^2 = sum |g|^2 / sum |m|^2, over the last 20 or so."""
-        (of_model,) = self._differentiated(h, labels, [])
-        norms = torch.linalg.vector_norm(target) * sigma, torch.linalg.vector_norm(of_model)
+        norms = torch.linalg.vector_norm(target) * sigma, torch.linalg.vector_norm(self._of_model(h, labels))
         self.squares.mul_(_REMEMBERED).add_(torch.stack(norms).square())
         true, of_models = self.squares
-        self.size.copy_(torch.where(of_models > 0, (true / of_models).sqrt(), self.size))
+        self.size.copy_(torch.where(of_models > 0, (true / of_models).sqrt() / sigma, self.size))
 
-    def _differentiated(self, h: Tensor, labels: Tensor, more: list[nn.Parameter]) -> list[Tensor]:
-        """dL/dh, and dL of each of ``more``.
+    def _of_model(self, h: Tensor, labels: Tensor, *, learns: bool = False) -> Tensor:
+        """m, and the ``.grad`` of C if it ``learns``.
 
         A mean over fewer samples weighs each more. Undone here, so a sample gives what it gives in a whole batch.
         """
-        leaf = h.detach().requires_grad_()
+        of_model = self.head.differentiated(h, lambda output: self._slope(output, labels), learns=learns)
+        return of_model if len(h) == self.batch_size else of_model.mul_(len(h) / self.batch_size)
+
+
+def _slope_of(cut: Cut) -> Callable[[Tensor, Tensor], Tensor]:
+    """(output, labels) -> dL/d(output), in closed form for the one loss that nearly everybody has, else by autograd."""
+    if _is_plain_cross_entropy(cut.loss) and cut.classes is not None and len(cut.output_shape) == 2:
+        return _cross_entropy_slope
+
+    def slope(output: Tensor, labels: Tensor) -> Tensor:
         with torch.enable_grad():
-            of_model, *others = torch.autograd.grad(self.loss(self.head(leaf), labels), [leaf, *more])
-        return [of_model * (len(h) / self.batch_size), *others]
+            (at_output,) = torch.autograd.grad(cut.loss(output.requires_grad_(), labels), [output])
+        return at_output
+
+    return slope
 
 
-def head_for(cut: Cut, hidden: int | None) -> nn.Module:
-    """C: position by position where the output has the positions of h, else from whole samples or from image to image.
-
-    It is what a transformer reads its own output with, a normalisation and a linear layer, and has a hidden layer
-    between them only where ``hidden`` is given (from image to image always: 128 channels unless said). The loss is then
-    blind to how large h is, so that a stage gains nothing from making it larger.
-    """
-    shape, output = cut.activation_shape, cut.output_shape
-    if len(shape) == len(output) == 4:
-        return _ImageHead(shape[1], hidden or HIDDEN, output)
-    if len(shape) > 1 and shape[:-1] == output[:-1]:
-        return _reader(shape[-1], hidden, output[-1])
-    return _SampleHead(shape, hidden, output)
+def _is_plain_cross_entropy(loss: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    if not isinstance(loss, nn.CrossEntropyLoss):
+        return loss is F.cross_entropy
+    plain = loss.weight is None and loss.label_smoothing == 0 and loss.reduction == "mean"
+    return type(loss) is nn.CrossEntropyLoss and plain and loss.ignore_index == _IGNORED
 
 
-def _reader(features: int, hidden: int | None, outputs: int) -> nn.Sequential:
-    """So few features that a normalisation would leave nothing of them are read as they are."""
-    normalised = nn.LayerNorm(features) if features > _FEW else nn.Identity()
-    if hidden is None:
-        return nn.Sequential(normalised, nn.Linear(features, outputs))
-    return nn.Sequential(normalised, nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
-
-
-class _SampleHead(nn.Module):
-    """All features of a sample in, an output of any shape out."""
-
-    def __init__(self, shape: tuple[int, ...], hidden: int | None, output: tuple[int, ...]) -> None:
-        super().__init__()
-        image = len(shape) == 4 and min(shape[2:]) > _POOLED
-        features = shape[1] * _POOLED**2 if image else torch.Size(shape[1:]).numel()
-        self.pool = nn.AdaptiveAvgPool2d(_POOLED) if image else nn.Identity()
-        self.body = _reader(features, hidden, torch.Size(output[1:]).numel())
-        self.output = output[1:]
-
-    def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
-        output: Tensor = self.body(self.pool(h).flatten(1))
-        return output.reshape(len(h), *self.output)
-
-
-class _ImageHead(nn.Module):
-    """Image in, image out: 3x3 and 1x1 convolution, resized to the network's output."""
-
-    def __init__(self, channels: int, hidden: int, output: tuple[int, ...]) -> None:
-        super().__init__()
-        first = nn.Conv2d(channels, hidden, 3, padding=1)
-        self.body = nn.Sequential(first, nn.ReLU(), nn.Conv2d(hidden, output[1], 1))
-        self.size = output[2:]
-
-    def forward(self, h: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out rows columns"]:
-        return F.interpolate(self.body(h), size=self.size)
+def _cross_entropy_slope(output: Float[Tensor, "rows classes"], labels: Shaped[Tensor, " rows"]) -> Tensor:
+    """(softmax(output) - onehot(labels)) / rows; the rows that cross-entropy ignores are zeros and do not count."""
+    labels = labels.unsqueeze(1)
+    counts = labels != _IGNORED
+    wrong = output.softmax(dim=1)
+    wrong.scatter_add_(1, labels.clamp(min=0), wrong.new_full(labels.shape, -1))
+    return wrong.mul_(counts / counts.sum())

@@ -6,17 +6,23 @@ model  ->  layers (name, module) in order  ->  sizes, e.g. (1, 3, 2, 2)  ->  one
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from pipeline.errors import PlanError, nearest
 from pipeline.plan import Plan
 
-__all__ = ["Layer", "balanced_sizes", "check_partition", "chosen_sizes", "layers_of", "split"]
+__all__ = ["Layer", "balanced_sizes", "check_partition", "chosen_sizes", "ends_normalised", "layers_of", "split"]
+
+
+_NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_SIZE_IS_KEPT = {f"torch.nn.modules.{name}" for name in ("activation", "dropout", "pooling", "flatten", "linear")}
+"""Where torch keeps activation functions, dropout, pooling, Flatten and Identity; what has weights there is no such."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,29 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
             "the model has no layers to split: give an nn.Sequential, a list of modules, or a chain of children."
         )
     return [Layer(index, name, module) for index, (name, module) in enumerate(named)]
+
+
+def ends_normalised(layers: Sequence[Layer]) -> bool:
+    """Whether what comes out of ``layers`` is normalised: nothing with weights comes behind a layer of torch that does.
+
+    Activation functions, dropout, pooling and changes of shape may. What a user's own module ends in is not known; it
+    counts as not normalised.
+    """
+    for module in _from_the_end([layer.module for layer in layers]):
+        if isinstance(module, _NORMALISATIONS):
+            return True
+        if type(module).__module__ not in _SIZE_IS_KEPT or any(True for _ in module.parameters()):
+            return False
+    return False
+
+
+def _from_the_end(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """Last one first, what is inside of an ``nn.Sequential`` instead of it."""
+    for module in reversed(modules):
+        if isinstance(module, nn.Sequential):
+            yield from _from_the_end(list(module))
+        else:
+            yield module
 
 
 def chosen_sizes(layers: Sequence[Layer], plan: Plan) -> tuple[int, ...] | None:

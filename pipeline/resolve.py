@@ -16,7 +16,15 @@ from pipeline.devices import CPU, DeviceChoice
 from pipeline.dni import describe_form, target_every
 from pipeline.errors import NoEffect, PlanError
 from pipeline.modes import MODES
-from pipeline.partition import Layer, balanced_sizes, check_partition, chosen_sizes, layers_of, split
+from pipeline.partition import (
+    Layer,
+    balanced_sizes,
+    check_partition,
+    chosen_sizes,
+    ends_normalised,
+    layers_of,
+    split,
+)
 from pipeline.plan import DNIPlan, Plan
 from pipeline.plan_check import check_plan
 from pipeline.recipe import Batch, Recipe, build_model, check_batches
@@ -155,7 +163,9 @@ def resolve(
     _check_loss(recipe, outputs[-1], labels)
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
     _check_cuts(layers, ends, outputs)
-    cuts = tuple(_cut(k, outputs[end - 1], labels, outputs[-1], recipe, plan) for k, end in enumerate(ends))
+    cuts = tuple(
+        _cut(k, layers[:end], outputs[end - 1], labels, outputs[-1], recipe, plan) for k, end in enumerate(ends)
+    )
     reasons = [("split", " | ".join(map(str, sizes)), why)]
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
     reasons.append(("device", devices.says, devices.why))
@@ -243,7 +253,15 @@ def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
     return dataclasses.replace(plan.dni, every=every)
 
 
-def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe: Recipe, plan: Plan) -> Cut:
+def _cut(
+    index: int,
+    below: Sequence[Layer],
+    activation: Tensor,
+    labels: Tensor,
+    output: Tensor,
+    recipe: Recipe,
+    plan: Plan,
+) -> Cut:
     return Cut(
         index=index,
         activation_shape=tuple(activation.shape),
@@ -252,6 +270,7 @@ def _cut(index: int, activation: Tensor, labels: Tensor, output: Tensor, recipe:
         label_dtype=labels.dtype,
         output_shape=tuple(output.shape),
         loss=recipe.loss,
+        normalised=ends_normalised(below),
         conditioned=plan.dni.labels,
     )
 

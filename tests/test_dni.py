@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.cut import Cut
-from pipeline.dni import DNI, build_dni, describe_form, target_every
+from pipeline.dni import DNI, _Adam, build_dni, describe_form, target_every
 from pipeline.errors import PlanError
+from pipeline.loss_model import _cross_entropy_slope, _slope_of
 from pipeline.plan import DNIPlan
 
 ROWS, WIDTH, CLASSES = 32, 12, 5
@@ -40,6 +41,8 @@ TOKENS = replace(
 IMAGES = replace(CLASSIFIER, activation_shape=(ROWS, 3, 6, 6))
 MANY_CLASSES = replace(CLASSIFIER, output_shape=(ROWS, 3 * ROWS))
 PIXELS = replace(IMAGES, label_shape=(ROWS, 12, 12), output_shape=(ROWS, CLASSES, 12, 12))
+NORMALISED = [replace(cut, normalised=True) for cut in (CLASSIFIER, REGRESSION, TOKENS)]
+"""Here the head of a loss model is a linear layer and nothing else, differentiated by hand."""
 
 Batches = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
@@ -141,7 +144,7 @@ def test_the_size_of_a_loss_model_follows_that_of_its_targets(cut: Cut) -> None:
         dni.form.gradients(h[some], labels[some], g[some] / sigma, sigma)
         true = 0.95 * true + float(g[some].square().sum())
         of_models = 0.95 * of_models + float(of_model[some].square().sum())
-        assert float(dni.form.size) == pytest.approx((true / of_models) ** 0.5, rel=1e-3)
+        assert float(dni.form.size * sigma) == pytest.approx((true / of_models) ** 0.5, rel=1e-3)
 
 
 def test_sigma_is_the_bias_corrected_running_rms() -> None:
@@ -211,18 +214,18 @@ def test_relative_error_by_hand() -> None:
     assert float(dni.relative_error(h, labels, g)) == pytest.approx(float(error), rel=1e-3)
 
 
-@pytest.mark.parametrize("cut", [CLASSIFIER, REGRESSION, TOKENS, IMAGES, PIXELS])
+@pytest.mark.parametrize("cut", [CLASSIFIER, REGRESSION, TOKENS, IMAGES, PIXELS, *NORMALISED])
 def test_loss_model_is_the_gradient_of_its_own_loss(cut: Cut) -> None:
     dni = build_dni(cut, DNIPlan(form="loss_model"), seed=0)
     h, labels, _ = problem(cut)()
     dni.learn(h, labels, torch.randn_like(h) * 1e3, batch=0)  # a large sigma: nothing is clipped
-    dni.form.size.fill_(2)
+    dni.form.size.copy_(2 / dni.sigma)
     h.requires_grad_()
     (expected,) = torch.autograd.grad(cut.loss(dni.form.head(h), labels), h)
     torch.testing.assert_close(dni.predict(h, labels), 2 * expected)
 
 
-@pytest.mark.parametrize("cut", [CLASSIFIER, REGRESSION, TOKENS, IMAGES, PIXELS])
+@pytest.mark.parametrize("cut", [CLASSIFIER, REGRESSION, TOKENS, IMAGES, PIXELS, *NORMALISED])
 def test_loss_model_learns_from_its_own_loss_alone(cut: Cut) -> None:
     """C by the gradients that autograd gives, over all samples, whatever the target of the window says."""
     dni, _ = trained(cut, 20, form="loss_model")
@@ -233,6 +236,55 @@ def test_loss_model_learns_from_its_own_loss_alone(cut: Cut) -> None:
     for parameter, right in zip(form.own_parameters(), own, strict=True):
         torch.testing.assert_close(parameter.grad, right)
     assert not form.taught_parameters()
+
+
+def test_a_head_normalises_what_the_stage_does_not() -> None:
+    def norms(cut: Cut) -> list[nn.Module]:
+        return [m for m in build_dni(cut, DNIPlan(hidden=8), seed=0).modules() if isinstance(m, nn.LayerNorm)]
+
+    assert len(norms(CLASSIFIER)) == 1
+    assert not norms(NORMALISED[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "closed"),
+    [
+        (F.cross_entropy, True),
+        (nn.CrossEntropyLoss(), True),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), False),
+        (nn.CrossEntropyLoss(ignore_index=-1), False),
+        (nn.CrossEntropyLoss(weight=torch.rand(CLASSES)), False),
+    ],
+    ids=["function", "module", "smoothed", "another_ignored", "weighted"],
+)
+@pytest.mark.parametrize("ignored", [0, 1, 7])
+def test_the_slope_of_the_loss_is_that_of_autograd(loss: Any, closed: bool, ignored: int) -> None:
+    cut = replace(NORMALISED[0], loss=loss)
+    slope = _slope_of(cut)
+    assert (slope is _cross_entropy_slope) is closed
+    _, labels, _ = problem(CLASSIFIER)()
+    labels[:ignored] = getattr(loss, "ignore_index", -100)
+    output = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(output, labels), output)
+    torch.testing.assert_close(slope(output.detach(), labels), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_short_way_to_adam_gives_the_numbers_of_the_long_one(dtype: torch.dtype) -> None:
+    """Weights and state, to the last bit; a parameter that has no gradient stays as it is."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (5, 3), (3,), (2,)
+    mine = [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in mine]
+    short, long = _Adam(mine, lr=1e-2, fused=True), torch.optim.Adam(theirs, lr=1e-2, fused=True)
+    for step in range(5):
+        for a, b in zip(mine[: 2 + step % 2], theirs[: 2 + step % 2], strict=True):
+            a.grad = torch.randn(a.shape, generator=generator, dtype=dtype)
+            b.grad = a.grad.clone()
+        short.step()
+        long.step()
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    torch.testing.assert_close(short.state_dict()["state"], long.state_dict()["state"], rtol=0, atol=0)
 
 
 def test_a_loss_that_is_not_finite_is_found_by_a_loss_model_too() -> None:
@@ -445,7 +497,7 @@ def test_cuts_and_seeds_start_from_different_weights() -> None:
     plan = DNIPlan(form="loss_model")
     places = ((CLASSIFIER, 0), (CLASSIFIER, 1), (replace(CLASSIFIER, index=2), 0))
     dnis = [build_dni(cut, plan, seed) for cut, seed in places]
-    firsts = {dni.form.head[1].weight.flatten()[0].item() for dni in dnis}
+    firsts = {dni.form.head.body.weight.flatten()[0].item() for dni in dnis}
     assert len(firsts) == 3
 
 

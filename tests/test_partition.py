@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from launch.measure import layer_seconds
 from pipeline import Batch, OptimizerPlan, Plan, PlanError, Recipe, run_reference
-from pipeline.partition import balanced_sizes, layers_of
+from pipeline.partition import balanced_sizes, ends_normalised, layers_of
 from pipeline.recipe import build_model
 from pipeline.resolve import Resolved, resolve, stage_layers
 from pipeline.stage import Stage
@@ -32,6 +32,15 @@ def _batch(index: int) -> Batch:
 
 def _recipe(model: Callable[[], Any], **parts: Any) -> Recipe:
     return Recipe(**{"name": "chain", "model": model, "batches": _batch, "loss": F.cross_entropy, **parts})
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
 
 
 def _resolve(model: Callable[[], Any], **plan: Any) -> Resolved:
@@ -345,6 +354,31 @@ class Flattening(nn.Sequential):
         """Twice the inputs first."""
         result: Tensor = super().forward(2 * x)
         return result
+
+
+@pytest.mark.parametrize(
+    ("modules", "normalised"),
+    [
+        ([nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()], True),
+        ([nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4), nn.GELU())), nn.Dropout(0.1)], True),
+        ([nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()], True),
+        ([nn.BatchNorm1d(4), nn.Linear(4, 4), nn.ReLU()], False),
+        ([nn.BatchNorm1d(4), nn.PReLU()], False),
+        ([nn.LayerNorm(4), nn.MultiheadAttention(4, 1)], False),
+        ([nn.ReLU()], False),
+        ([_Residual()], False),
+        ([], False),
+    ],
+)
+def test_whether_layers_end_in_a_normalisation(modules: list[nn.Module], normalised: bool) -> None:
+    """It may stand in another layer than the last; what a module of the user's does is not known."""
+    assert ends_normalised(layers_of(modules) if modules else []) is normalised
+
+
+def test_a_cut_knows_whether_its_stage_normalises() -> None:
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), norm, nn.ReLU()) for norm in (nn.BatchNorm1d(WIDTH), nn.Tanh())]
+    resolved = _resolve(lambda: [*blocks, nn.Linear(WIDTH, CLASSES)], stages=3, sizes=(1, 1, 1), mode="unlocked")
+    assert [cut.normalised for cut in resolved.cuts] == [True, False]
 
 
 def test_a_parameter_outside_every_layer_would_be_lost() -> None:

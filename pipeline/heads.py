@@ -1,0 +1,138 @@
+"""The heads of a loss model: from an activation to an output with the shape of the network's, and back.
+
+h --[pool]--> --[normalise]--> --[hidden, ReLU]--> linear --> output         what is in brackets, not everywhere
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pipeline.cut import Cut
+from pipeline.dni_forms import HIDDEN
+
+__all__ = ["Head", "head_for"]
+
+_POOLED = 4
+"""An image-shaped activation is pooled to 4 x 4 before a head with a flat output."""
+_FEW = 4
+"""A normalisation takes two of the features' degrees of freedom; of so few it would take most."""
+
+
+def head_for(cut: Cut, hidden: int | None) -> Head:
+    """Position by position where the output has the positions of h, else from whole samples or from image to image.
+
+    It is what a transformer reads its own output with, a normalisation and a linear layer, and has a hidden layer
+    between them only where ``hidden`` is given (from image to image always: 128 channels unless said). The loss is then
+    blind to how large h is, so that a stage gains nothing from making it larger. Where the stage ends in a
+    normalisation of its own a second one would only hide from the head what the layers above see, and there is none.
+    """
+    shape, output = cut.activation_shape, cut.output_shape
+    if len(shape) == len(output) == 4:
+        return _ImageHead(shape[1], hidden or HIDDEN, output)
+    by_position = len(shape) > 1 and shape[:-1] == output[:-1]
+    leading = len(shape) - 1 if by_position else 1
+    pools = not by_position and len(shape) == 4 and min(shape[2:]) > _POOLED
+    features = shape[1] * _POOLED**2 if pools else torch.Size(shape[leading:]).numel()
+    normalises = features > _FEW and not cut.normalised
+    if hidden is None and not pools and not normalises:
+        return _LinearHead(features, leading, output)
+    return _ReadingHead(features, hidden, leading, output, pools=pools, normalises=normalises)
+
+
+class Head(nn.Module):
+    """h in, an output out, and the gradient back, which is what it is for."""
+
+    def differentiated(self, h: Tensor, slope: Callable[[Tensor], Tensor], *, learns: bool) -> Tensor:
+        """The gradient at ``h`` of a function of the output; in memory that nobody else has.
+
+        Args:
+            h: [batch, *features], neither differentiated nor changed.
+            slope: output -> gradient of the function there; gets it detached.
+            learns: whether to set the ``.grad`` of every parameter on the way.
+        """
+        leaf, own = h.detach().requires_grad_(), list(self.parameters()) if learns else []
+        with torch.enable_grad():
+            output = self(leaf)
+        at_h, *of_own = torch.autograd.grad(output, [leaf, *own], slope(output.detach()))
+        for parameter, gradient in zip(own, of_own, strict=True):
+            parameter.grad = gradient
+        return at_h
+
+
+class _LinearHead(Head):
+    """A linear layer on the features as they are.
+
+    Differentiated by hand: three products, where entering and leaving autograd takes longer than they do.
+    """
+
+    def __init__(self, features: int, leading: int, output: tuple[int, ...]) -> None:
+        super().__init__()
+        self.leading, self.output = leading, output[leading:]
+        self.linear = nn.Linear(features, torch.Size(self.output).numel())
+
+    def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
+        """The output."""
+        return self._outputs(h, self.linear(self._rows(h)))
+
+    @torch.no_grad()
+    def differentiated(self, h: Tensor, slope: Callable[[Tensor], Tensor], *, learns: bool) -> Tensor:
+        """As every head does it."""
+        rows, linear = self._rows(h), self.linear
+        at_outputs = slope(self._outputs(h, linear(rows))).reshape(len(rows), -1)
+        if learns:
+            linear.weight.grad, linear.bias.grad = at_outputs.T @ rows, at_outputs.sum(dim=0)
+        return (at_outputs @ linear.weight).view(h.shape)
+
+    def _rows(self, h: Tensor) -> Float[Tensor, "rows features"]:
+        return h.reshape(-1, self.linear.in_features)
+
+    def _outputs(self, h: Tensor, rows: Tensor) -> Tensor:
+        return rows.view(*h.shape[: self.leading], *self.output)
+
+
+class _ReadingHead(Head):
+    """What may come before a linear layer: pooling, a normalisation, a hidden layer."""
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int | None,
+        leading: int,
+        output: tuple[int, ...],
+        *,
+        pools: bool,
+        normalises: bool,
+    ) -> None:
+        super().__init__()
+        self.leading, self.output = leading, output[leading:]
+        outputs = torch.Size(self.output).numel()
+        self.pool = nn.AdaptiveAvgPool2d(_POOLED) if pools else nn.Identity()
+        self.norm = nn.LayerNorm(features) if normalises else nn.Identity()
+        if hidden is None:
+            self.body: nn.Module = nn.Linear(features, outputs)
+        else:
+            self.body = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+    def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
+        """The output."""
+        output: Tensor = self.body(self.norm(self.pool(h).flatten(self.leading)))
+        return output.reshape(*h.shape[: self.leading], *self.output)
+
+
+class _ImageHead(Head):
+    """Image in, image out: 3x3 and 1x1 convolution, resized to the network's output."""
+
+    def __init__(self, channels: int, hidden: int, output: tuple[int, ...]) -> None:
+        super().__init__()
+        first = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.body = nn.Sequential(first, nn.ReLU(), nn.Conv2d(hidden, output[1], 1))
+        self.size = output[2:]
+
+    def forward(self, h: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out rows columns"]:
+        """The output."""
+        return F.interpolate(self.body(h), size=self.size)
