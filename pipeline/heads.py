@@ -29,7 +29,8 @@ def head_for(cut: Cut, hidden: int | None) -> Head:
     It is what a transformer reads its own output with, a normalisation and a linear layer, and has a hidden layer
     between them only where ``hidden`` is given (from image to image always: 128 channels unless said). The loss is then
     blind to how large h is, so that a stage gains nothing from making it larger. Where the stage ends in a
-    normalisation of its own a second one would only hide from the head what the layers above see, and there is none.
+    normalisation of its own, and nothing is pooled behind it, a second one would only hide from the head what the layers
+    above see, and there is none.
     """
     shape, output = cut.activation_shape, cut.output_shape
     if len(shape) == len(output) == 4:
@@ -38,7 +39,7 @@ def head_for(cut: Cut, hidden: int | None) -> Head:
     leading = len(shape) - 1 if by_position else 1
     pools = not by_position and len(shape) == 4 and min(shape[2:]) > _POOLED
     features = shape[1] * _POOLED**2 if pools else torch.Size(shape[leading:]).numel()
-    normalises = features > _FEW and not cut.normalised
+    normalises = features > _FEW and (pools or not cut.normalised)
     if hidden is None and not pools and not normalises:
         return _LinearHead(features, leading, output)
     return _ReadingHead(features, hidden, leading, output, pools=pools, normalises=normalises)

@@ -244,6 +244,7 @@ def test_a_head_normalises_what_the_stage_does_not() -> None:
 
     assert len(norms(CLASSIFIER)) == 1
     assert not norms(NORMALISED[0])
+    assert len(norms(replace(IMAGES, normalised=True))) == 1  # it pools what the stage has normalised
 
 
 @pytest.mark.parametrize(
