@@ -29,8 +29,8 @@ def head_for(cut: Cut, hidden: int | None) -> Head:
     It is what a transformer reads its own output with, a normalisation and a linear layer, and has a hidden layer
     between them only where ``hidden`` is given (from image to image always: 128 channels unless said). The loss is then
     blind to how large h is, so that a stage gains nothing from making it larger. Where the stage ends in a
-    normalisation of its own, and nothing is pooled behind it, a second one would only hide from the head what the layers
-    above see, and there is none.
+    normalisation of its own, and nothing is pooled behind it, a second one would only hide from the head what the
+    layers above see, and there is none.
     """
     shape, output = cut.activation_shape, cut.output_shape
     if len(shape) == len(output) == 4:
