@@ -101,7 +101,8 @@ class LossModel(Form):
 
 def _slope_of(cut: Cut) -> Callable[[Tensor, Tensor], Tensor]:
     """(output, labels) -> dL/d(output), in closed form for the one loss that nearly everybody has, else by autograd."""
-    if _is_plain_cross_entropy(cut.loss) and cut.classes is not None and len(cut.output_shape) == 2:
+    one_class_per_row = cut.classes is not None and len(cut.output_shape) == 2 and cut.label_dtype == torch.int64
+    if one_class_per_row and _is_plain_cross_entropy(cut.loss):
         return _cross_entropy_slope
 
     def slope(output: Tensor, labels: Tensor) -> Tensor:

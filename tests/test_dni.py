@@ -270,6 +270,11 @@ def test_the_slope_of_the_loss_is_that_of_autograd(loss: Any, closed: bool, igno
     torch.testing.assert_close(slope(output.detach(), labels), expected)
 
 
+def test_labels_that_are_bytes_are_left_to_autograd() -> None:
+    """cross_entropy takes them, a closed form with them as indices would not."""
+    assert _slope_of(replace(NORMALISED[0], label_dtype=torch.uint8)) is not _cross_entropy_slope
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_short_way_to_adam_gives_the_numbers_of_the_long_one(dtype: torch.dtype) -> None:
     """Weights and state, to the last bit; a parameter that has no gradient stays as it is."""
