@@ -19,10 +19,9 @@ from pipeline.plan import Plan
 
 __all__ = ["Layer", "balanced_sizes", "check_partition", "chosen_sizes", "ends_normalised", "layers_of", "split"]
 
-
 _NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_SIZE_IS_KEPT = {f"torch.nn.modules.{name}" for name in ("activation", "dropout", "pooling", "flatten", "linear")}
-"""Where torch keeps activation functions, dropout, pooling, Flatten and Identity; what has weights there is no such."""
+_SIZE_IS_KEPT = {f"torch.nn.modules.{name}" for name in ("activation", "dropout", "flatten", "linear")}
+"""Where torch keeps activation functions, dropout, Flatten and Identity; what has weights there is no such."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
 def ends_normalised(layers: Sequence[Layer]) -> bool:
     """Whether what comes out of ``layers`` is normalised: nothing with weights comes behind a layer of torch that does.
 
-    Activation functions, dropout, pooling and changes of shape may. What a user's own module ends in is not known; it
-    counts as not normalised.
+    Activation functions, dropout and changes of shape may; what is pooled is not of one size any more. What a module of
+    the user's ends in is not known, and it counts as not normalised.
     """
     for module in _from_the_end([layer.module for layer in layers]):
         if isinstance(module, _NORMALISATIONS):
@@ -80,7 +79,7 @@ def ends_normalised(layers: Sequence[Layer]) -> bool:
 def _from_the_end(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
     """Last one first, what is inside of an ``nn.Sequential`` instead of it."""
     for module in reversed(modules):
-        if isinstance(module, nn.Sequential):
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             yield from _from_the_end(list(module))
         else:
             yield module

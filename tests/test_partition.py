@@ -361,7 +361,8 @@ class Flattening(nn.Sequential):
     [
         ([nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()], True),
         ([nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4), nn.GELU())), nn.Dropout(0.1)], True),
-        ([nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()], True),
+        ([nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten()], True),
+        ([nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()], False),
         ([nn.BatchNorm1d(4), nn.Linear(4, 4), nn.ReLU()], False),
         ([nn.BatchNorm1d(4), nn.PReLU()], False),
         ([nn.LayerNorm(4), nn.MultiheadAttention(4, 1)], False),
