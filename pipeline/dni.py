@@ -210,7 +210,7 @@ class _Adam(torch.optim.Adam):
         """One step, with a ``.grad`` at every parameter that has ever had one."""
         (group,) = self.param_groups
         trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not all(parameter in self.state for parameter in trained):
+        if not trained or not all(parameter in self.state for parameter in trained):
             return super().step(closure)  # makes the state
         states = [self.state[parameter] for parameter in trained]
         steps = [state["step"] for state in states]
@@ -329,7 +329,7 @@ def _build_form(form: str, cut: Cut, plan: DNIPlan) -> Form:
         case "label_residual":
             return LabelResidual(cut)
         case "loss_model":
-            return LossModel(cut, plan.hidden)
+            return LossModel(cut, plan.hidden, plan.temperature)
         case _:
             assert plan.factory is not None, f"describe_form gave {form}"
             return Custom(plan.factory(cut))

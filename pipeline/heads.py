@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from pipeline.cut import Cut
 from pipeline.dni_forms import HIDDEN
 
-__all__ = ["Head", "head_for"]
+__all__ = ["Head", "Slope", "head_for"]
+
+Slope = Callable[[Tensor], Tensor]
+"""Output of a head -> gradient of some function there."""
 
 _POOLED = 4
 """An image-shaped activation is pooled to 4 x 4 before a head with a flat output."""
@@ -48,18 +51,23 @@ def head_for(cut: Cut, hidden: int | None) -> Head:
 class Head(nn.Module):
     """h in, an output out, and the gradient back, which is what it is for."""
 
-    def differentiated(self, h: Tensor, slope: Callable[[Tensor], Tensor], *, learns: bool) -> Tensor:
+    def differentiated(self, h: Tensor, slope: Slope, learned: Slope | None = None) -> Tensor:
         """The gradient at ``h`` of a function of the output; in memory that nobody else has.
 
         Args:
             h: [batch, *features], neither differentiated nor changed.
             slope: output -> gradient of the function there; gets it detached.
-            learns: whether to set the ``.grad`` of every parameter on the way.
+            learned: the same of what the head learns to make small, often ``slope`` itself; sets the ``.grad`` of every
+                parameter.
         """
-        leaf, own = h.detach().requires_grad_(), list(self.parameters()) if learns else []
+        leaf, own = h.detach().requires_grad_(), list(self.parameters()) if learned is not None else []
         with torch.enable_grad():
             output = self(leaf)
-        at_h, *of_own = torch.autograd.grad(output, [leaf, *own], slope(output.detach()))
+        if learned is None or learned is slope:
+            at_h, *of_own = torch.autograd.grad(output, [leaf, *own], slope(output.detach()))
+        else:
+            (at_h,) = torch.autograd.grad(output, [leaf], slope(output.detach()), retain_graph=True)
+            of_own = list(torch.autograd.grad(output, own, learned(output.detach())))
         for parameter, gradient in zip(own, of_own, strict=True):
             parameter.grad = gradient
         return at_h
@@ -81,12 +89,14 @@ class _LinearHead(Head):
         return self._outputs(h, self.linear(self._rows(h)))
 
     @torch.no_grad()
-    def differentiated(self, h: Tensor, slope: Callable[[Tensor], Tensor], *, learns: bool) -> Tensor:
+    def differentiated(self, h: Tensor, slope: Slope, learned: Slope | None = None) -> Tensor:
         """As every head does it."""
         rows, linear = self._rows(h), self.linear
-        at_outputs = slope(self._outputs(h, linear(rows))).reshape(len(rows), -1)
-        if learns:
-            linear.weight.grad, linear.bias.grad = at_outputs.T @ rows, at_outputs.sum(dim=0)
+        output = self._outputs(h, linear(rows))
+        at_outputs = slope(output).reshape(len(rows), -1)
+        if learned is not None:
+            to_learn = at_outputs if learned is slope else learned(output).reshape(len(rows), -1)
+            linear.weight.grad, linear.bias.grad = to_learn.T @ rows, to_learn.sum(dim=0)
         return (at_outputs @ linear.weight).view(h.shape)
 
     def _rows(self, h: Tensor) -> Float[Tensor, "rows features"]:

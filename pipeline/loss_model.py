@@ -20,6 +20,8 @@ from pipeline.heads import head_for
 __all__ = ["LossModel"]
 
 _REMEMBERED = 0.95  # of the squares that give a: it suits the last 20 targets or so
+_TEMPERATURE = 2.0  # where it pays, and it does not
+_DEEP = 2  # ... where a single layer lies below, or another DNI above (docs/decisions.md)
 _IGNORED = -100
 """The label that torch's cross-entropy leaves out unless told otherwise."""
 
@@ -38,6 +40,9 @@ class LossModel(Form):
     Args:
         cut: where it works.
         hidden: hidden units (channels) of C; None: as ``head_for`` says.
+        temperature: under cross-entropy L is that of C(h) / temperature for a prediction, while C learns from L as it
+            is; None: 2 at the uppermost cut with two layers or more below it, elsewhere 1. Any other loss stays as
+            it is.
     """
 
     most_rows = 128
@@ -45,11 +50,14 @@ class LossModel(Form):
     squares: Tensor
     size: Tensor
 
-    def __init__(self, cut: Cut, hidden: int | None) -> None:
+    def __init__(self, cut: Cut, hidden: int | None, temperature: float | None = None) -> None:
         super().__init__()
         self.batch_size = cut.activation_shape[0]
         self.head = head_for(cut, hidden)
         self._slope = _slope_of(cut)
+        if temperature is None:
+            temperature = _TEMPERATURE if cut.uppermost and cut.layers_below >= _DEEP else 1.0
+        self._temperature = temperature if self._slope is _cross_entropy_slope else 1.0
         self.register_buffer("squares", torch.zeros(2))  # |g|^2 and |m|^2, running sums
         self.register_buffer("size", torch.ones(()))  # a, in units of sigma
 
@@ -57,14 +65,14 @@ class LossModel(Form):
         """Those of C: all there are."""
         return list(self.head.parameters())
 
-    def clipped(
+    def predict(
         self,
         h: Float[Tensor, " batch *features"],
         labels: Shaped[Tensor, " batch *rest"],
         sigma: Float[Tensor, ""],
-    ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
-        """The prediction with its root mean square clipped to 1, times ``sigma``; and its root mean square before."""
-        return clip(self._of_model(h, labels), sigma, self.size)
+    ) -> Float[Tensor, " batch *features"]:
+        """The prediction, in units of ``sigma``."""
+        return self._of_model(h, labels).mul_(self.size)
 
     def meet(
         self,
@@ -95,7 +103,15 @@ class LossModel(Form):
 
         A mean over fewer samples weighs each more. Undone here, so a sample gives what it gives in a whole batch.
         """
-        of_model = self.head.differentiated(h, lambda output: self._slope(output, labels), learns=learns)
+
+        def slope(output: Tensor) -> Tensor:
+            return self._slope(output, labels)
+
+        def softened(output: Tensor) -> Tensor:
+            return self._slope(output / self._temperature, labels)
+
+        asked = slope if self._temperature == 1 else softened
+        of_model = self.head.differentiated(h, asked, slope if learns else None)
         return of_model if len(h) == self.batch_size else of_model.mul_(len(h) / self.batch_size)
 
 

@@ -41,7 +41,11 @@ _AVERAGES = {
     "weights": "weights are averaged every {0.average_every} steps, nobody waits for it, and at the end",
 }
 _QUALITY_EVERY = 20  # with unlock auto, where nobody says
-_FORMS_THAT_READ = {"hidden": ("mlp", "conv", "loss_model"), "labels": ("linear", "mlp", "conv")}
+_FORMS_THAT_READ = {
+    "hidden": ("mlp", "conv", "loss_model"),
+    "labels": ("linear", "mlp", "conv"),
+    "temperature": ("loss_model",),
+}
 
 
 @dataclass(frozen=True)
@@ -271,6 +275,8 @@ def _cut(
         output_shape=tuple(output.shape),
         loss=recipe.loss,
         normalised=ends_normalised(below),
+        layers_below=len(below),
+        uppermost=index == plan.stages - 2,
         conditioned=plan.dni.labels,
     )
 

@@ -275,6 +275,45 @@ def test_labels_that_are_bytes_are_left_to_autograd() -> None:
     assert _slope_of(replace(NORMALISED[0], label_dtype=torch.uint8)) is not _cross_entropy_slope
 
 
+@pytest.mark.parametrize("cut", [CLASSIFIER, NORMALISED[0], IMAGES])
+def test_a_temperature_softens_the_prediction_and_not_what_the_head_learns(cut: Cut) -> None:
+    dni = build_dni(cut, DNIPlan(form="loss_model", temperature=2.0), seed=0)
+    h, labels, g = problem(cut)()
+    dni.learn(h, labels, torch.randn_like(g) * 1e3, batch=0)
+    dni.form.size.copy_(1 / dni.sigma)
+    h.requires_grad_()
+    (softened,) = torch.autograd.grad(2 * cut.loss(dni.form.head(h) / 2, labels), h)
+    own = torch.autograd.grad(cut.loss(dni.form.head(h), labels), dni.form.own_parameters())
+    prediction, _ = dni.form.meet(h.detach(), labels, dni.sigma, slice(None))
+    torch.testing.assert_close(prediction, softened)
+    for parameter, right in zip(dni.form.own_parameters(), own, strict=True):
+        torch.testing.assert_close(parameter.grad, right)
+
+
+@pytest.mark.parametrize(
+    ("uppermost", "layers_below", "given", "temperature"),
+    [(True, 2, None, 2), (True, 1, None, 1), (False, 2, None, 1), (True, 2, 1.0, 1), (False, 1, 3.0, 3)],
+)
+def test_what_is_softened_unless_the_plan_says_otherwise(
+    uppermost: bool, layers_below: int, given: float | None, temperature: float
+) -> None:
+    cut = replace(NORMALISED[0], uppermost=uppermost, layers_below=layers_below)
+    batch = problem(cut)()
+    one, other = (build_dni(cut, DNIPlan(temperature=said), seed=0) for said in (given, temperature))
+    for dni in (one, other):
+        dni.learn(*batch, batch=0)
+    assert torch.equal(one.predict(*batch[:2]), other.predict(*batch[:2]))
+
+
+def test_another_loss_is_not_softened() -> None:
+    cut = replace(NORMALISED[1], uppermost=True, layers_below=2)
+    batch = problem(cut)()
+    dnis = [build_dni(cut, DNIPlan(temperature=temperature), seed=0) for temperature in (None, 1.0, 4.0)]
+    for dni in dnis:
+        dni.learn(*batch, batch=0)
+    assert all(torch.equal(dnis[0].predict(*batch[:2]), dni.predict(*batch[:2])) for dni in dnis)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_short_way_to_adam_gives_the_numbers_of_the_long_one(dtype: torch.dtype) -> None:
     """Weights and state, to the last bit; a parameter that has no gradient stays as it is."""
