@@ -30,7 +30,7 @@ class Cut:
         loss: (output, labels) -> scalar, the mean over the rows: the user's own.
         normalised: whether the stage ends in a normalisation, so that the activation has a size that no update changes
             much.
-        layers_below: how many layers of the network lie below.
+        stage_layers: how many layers the stage below has.
         uppermost: whether the stage above is the last one.
         conditioned: whether a direct DNI here may see the labels.
     """
@@ -43,7 +43,7 @@ class Cut:
     output_shape: tuple[int, ...]
     loss: Callable[[Tensor, Tensor], Tensor]
     normalised: bool = False
-    layers_below: int = 1
+    stage_layers: int = 1
     uppermost: bool = False
     conditioned: bool = True
 

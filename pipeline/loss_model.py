@@ -17,11 +17,11 @@ from pipeline.cut import Cut
 from pipeline.dni_forms import Form, clip
 from pipeline.heads import head_for
 
-__all__ = ["LossModel"]
+__all__ = ["LossModel", "temperature_for"]
 
 _REMEMBERED = 0.95  # of the squares that give a: it suits the last 20 targets or so
-_TEMPERATURE = 2.0  # where it pays, and it does not
-_DEEP = 2  # ... where a single layer lies below, or another DNI above (docs/decisions.md)
+_TEMPERATURE = 2.0
+_DEEP = 2  # layers of a stage that learns better from a softened loss; one that is a single layer does not
 _IGNORED = -100
 """The label that torch's cross-entropy leaves out unless told otherwise."""
 
@@ -41,7 +41,7 @@ class LossModel(Form):
         cut: where it works.
         hidden: hidden units (channels) of C; None: as ``head_for`` says.
         temperature: under cross-entropy L is that of C(h) / temperature for a prediction, while C learns from L as it
-            is; None: 2 at the uppermost cut with two layers or more below it, elsewhere 1. Any other loss stays as
+            is; None: 2 at the uppermost cut if its stage has two layers or more, elsewhere 1. Any other loss stays as
             it is.
     """
 
@@ -55,9 +55,7 @@ class LossModel(Form):
         self.batch_size = cut.activation_shape[0]
         self.head = head_for(cut, hidden)
         self._slope = _slope_of(cut)
-        if temperature is None:
-            temperature = _TEMPERATURE if cut.uppermost and cut.layers_below >= _DEEP else 1.0
-        self._temperature = temperature if self._slope is _cross_entropy_slope else 1.0
+        self._temperature = temperature_for(cut, temperature)
         self.register_buffer("squares", torch.zeros(2))  # |g|^2 and |m|^2, running sums
         self.register_buffer("size", torch.ones(()))  # a, in units of sigma
 
@@ -113,6 +111,15 @@ class LossModel(Form):
         asked = slope if self._temperature == 1 else softened
         of_model = self.head.differentiated(h, asked, slope if learns else None)
         return of_model if len(h) == self.batch_size else of_model.mul_(len(h) / self.batch_size)
+
+
+def temperature_for(cut: Cut, temperature: float | None) -> float:
+    """What the outputs of C are divided by before a prediction: as given, or 2 where that pays; else 1."""
+    if _slope_of(cut) is not _cross_entropy_slope:
+        return 1.0
+    if temperature is not None:
+        return temperature
+    return _TEMPERATURE if cut.uppermost and cut.stage_layers >= _DEEP else 1.0
 
 
 def _slope_of(cut: Cut) -> Callable[[Tensor, Tensor], Tensor]:

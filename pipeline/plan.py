@@ -51,8 +51,8 @@ class DNIPlan:
     """Hidden units (mlp, conv, loss_model). None: 128, but no hidden layer in a loss_model unless it gives images."""
     temperature: float | None = None
     """loss_model under cross-entropy of one class per row: what the outputs of the small model are divided by before a
-    prediction, at least 1 (Hinton et al. 2015, arXiv 1503.02531, section 2). None: 2 at the uppermost cut where two
-    layers or more lie below it, elsewhere 1."""
+    prediction, at least 1 (Hinton et al. 2015, arXiv 1503.02531, section 2). None: 2 at the uppermost cut if the stage
+    below it has two layers or more, elsewhere 1."""
     lr: float = 3e-3
     """Learning rate of the DNI's own Adam."""
     rows: float = 1.0

@@ -15,6 +15,7 @@ from pipeline.cut import Cut
 from pipeline.devices import CPU, DeviceChoice
 from pipeline.dni import describe_form, target_every
 from pipeline.errors import NoEffect, PlanError
+from pipeline.loss_model import temperature_for
 from pipeline.modes import MODES
 from pipeline.partition import (
     Layer,
@@ -168,7 +169,8 @@ def resolve(
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
     _check_cuts(layers, ends, outputs)
     cuts = tuple(
-        _cut(k, layers[:end], outputs[end - 1], labels, outputs[-1], recipe, plan) for k, end in enumerate(ends)
+        _cut(k, layers[:end], sizes[k], outputs[end - 1], labels, outputs[-1], recipe, plan)
+        for k, end in enumerate(ends)
     )
     reasons = [("split", " | ".join(map(str, sizes)), why)]
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
@@ -186,6 +188,7 @@ def resolve(
     forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
     if forms:
         reasons.append(("DNI", *forms[0]))
+        reasons += _softening(cuts, plan, forms[0][0])
     if plan.replicas > 1:
         reasons.append(("replicas", str(plan.replicas), _AVERAGES[MODES[plan.mode].averages].format(plan)))
     if plan.until is not None:
@@ -249,6 +252,14 @@ def _locking(plan: Plan) -> Iterator[tuple[str, str, str]]:
         )
 
 
+def _softening(cuts: Sequence[Cut], plan: Plan, form: str) -> Iterator[tuple[str, str, str]]:
+    """What is said of the temperature of a loss model's predictions, where it is not 1."""
+    highest = max(temperature_for(cut, plan.dni.temperature) for cut in cuts)
+    if form == "loss_model" and highest > 1:
+        where = "all cuts" if plan.dni.temperature else "the uppermost cut"
+        yield "softened", f"by {highest:g}", f"the DNI's temperature at {where}: a softer loss teaches sooner"
+
+
 def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
     """The DNI's plan with how often a target flows filled in."""
     if not plan.unlocked:
@@ -260,6 +271,7 @@ def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
 def _cut(
     index: int,
     below: Sequence[Layer],
+    size: int,
     activation: Tensor,
     labels: Tensor,
     output: Tensor,
@@ -275,7 +287,7 @@ def _cut(
         output_shape=tuple(output.shape),
         loss=recipe.loss,
         normalised=ends_normalised(below),
-        layers_below=len(below),
+        stage_layers=size,
         uppermost=index == plan.stages - 2,
         conditioned=plan.dni.labels,
     )
