@@ -253,8 +253,19 @@ def _locking(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
 
 def _softening(cuts: Sequence[Cut], plan: Plan, form: str) -> Iterator[tuple[str, str, str]]:
-    """What is said of the temperature of a loss model's predictions, where it is not 1."""
+    """What is said of the temperature of a loss model's predictions, where it is not 1.
+
+    Raises:
+        PlanError: one is given where none is read.
+    """
     highest = max(temperature_for(cut, plan.dni.temperature) for cut in cuts)
+    if form == "loss_model" and highest < (plan.dni.temperature or 1):
+        raise PlanError(
+            NoEffect(
+                "dni.temperature",
+                "with this loss: it softens torch's cross-entropy of one class per row; leave it out.",
+            )
+        )
     if form == "loss_model" and highest > 1:
         where = "all cuts" if plan.dni.temperature else "the uppermost cut"
         yield "softened", f"by {highest:g}", f"the DNI's temperature at {where}: a softer loss teaches sooner"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from launch.measure import layer_seconds
 from pipeline import Batch, OptimizerPlan, Plan, PlanError, Recipe, run_reference
 from pipeline.partition import balanced_sizes, ends_normalised, layers_of
+from pipeline.plan import DNIPlan
 from pipeline.recipe import build_model
 from pipeline.resolve import Resolved, resolve, stage_layers
 from pipeline.stage import Stage
@@ -380,6 +382,23 @@ def test_a_cut_knows_whether_its_stage_normalises() -> None:
     blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), norm, nn.ReLU()) for norm in (nn.BatchNorm1d(WIDTH), nn.Tanh())]
     resolved = _resolve(lambda: [*blocks, nn.Linear(WIDTH, CLASSES)], stages=3, sizes=(1, 1, 1), mode="unlocked")
     assert [cut.normalised for cut in resolved.cuts] == [True, False]
+
+
+@pytest.mark.parametrize(("sizes", "said"), [((2, 1), [("softened", "by 2")]), ((1, 2), [])], ids=str)
+def test_the_uppermost_dni_is_softened_above_a_stage_of_two_layers_and_it_is_said(
+    sizes: tuple[int, ...], said: list[tuple[str, str]]
+) -> None:
+    chain = partial(list, [nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)])
+    reasons = _resolve(chain, stages=2, sizes=sizes).reasons
+    assert [reason[:2] for reason in reasons if reason[0] == "softened"] == said
+
+
+def test_a_temperature_for_a_loss_that_is_not_softened_is_refused() -> None:
+    recipe = _recipe(
+        lambda: [nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)], loss=lambda o, y: F.cross_entropy(o, y)
+    )
+    with pytest.raises(PlanError, match=r"dni\.temperature has no effect with this loss"):
+        resolve(recipe, Plan(stages=2, dni=DNIPlan(temperature=2.0)))
 
 
 def test_a_parameter_outside_every_layer_would_be_lost() -> None:
