@@ -30,8 +30,6 @@ class Cut:
         loss: (output, labels) -> scalar, the mean over the rows: the user's own.
         normalised: whether the stage ends in a normalisation, so that the activation has a size that no update changes
             much.
-        stage_layers: how many layers the stage below has.
-        uppermost: whether the stage above is the last one.
         conditioned: whether a direct DNI here may see the labels.
     """
 
@@ -43,8 +41,6 @@ class Cut:
     output_shape: tuple[int, ...]
     loss: Callable[[Tensor, Tensor], Tensor]
     normalised: bool = False
-    stage_layers: int = 1
-    uppermost: bool = False
     conditioned: bool = True
 
     @property

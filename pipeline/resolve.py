@@ -15,7 +15,7 @@ from pipeline.cut import Cut
 from pipeline.devices import CPU, DeviceChoice
 from pipeline.dni import describe_form, target_every
 from pipeline.errors import NoEffect, PlanError
-from pipeline.loss_model import temperature_for
+from pipeline.loss_model import can_be_softened
 from pipeline.modes import MODES
 from pipeline.partition import (
     Layer,
@@ -169,8 +169,7 @@ def resolve(
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
     _check_cuts(layers, ends, outputs)
     cuts = tuple(
-        _cut(k, layers[:end], sizes[k], outputs[end - 1], labels, outputs[-1], recipe, plan)
-        for k, end in enumerate(ends)
+        _cut(k, layers[:end], outputs[end - 1], labels, outputs[-1], recipe, plan) for k, end in enumerate(ends)
     )
     reasons = [("split", " | ".join(map(str, sizes)), why)]
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
@@ -258,17 +257,13 @@ def _softening(cuts: Sequence[Cut], plan: Plan, form: str) -> Iterator[tuple[str
     Raises:
         PlanError: one is given where none is read.
     """
-    highest = max(temperature_for(cut, plan.dni.temperature) for cut in cuts)
-    if form == "loss_model" and highest < (plan.dni.temperature or 1):
-        raise PlanError(
-            NoEffect(
-                "dni.temperature",
-                "with this loss: it softens torch's cross-entropy of one class per row; leave it out.",
-            )
-        )
-    if form == "loss_model" and highest > 1:
-        where = "all cuts" if plan.dni.temperature else "the uppermost cut"
-        yield "softened", f"by {highest:g}", f"the DNI's temperature at {where}: a softer loss teaches sooner"
+    temperature = plan.dni.temperature
+    if form != "loss_model" or temperature == 1:
+        return
+    if not all(can_be_softened(cut) for cut in cuts):
+        why = "with this loss: it softens torch's cross-entropy of one class per row; leave it out."
+        raise PlanError(NoEffect("dni.temperature", why))
+    yield "softened", f"by {temperature:g}", "the DNI's temperature: predictions come from a softer loss"
 
 
 def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
@@ -282,7 +277,6 @@ def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
 def _cut(
     index: int,
     below: Sequence[Layer],
-    size: int,
     activation: Tensor,
     labels: Tensor,
     output: Tensor,
@@ -298,8 +292,6 @@ def _cut(
         output_shape=tuple(output.shape),
         loss=recipe.loss,
         normalised=ends_normalised(below),
-        stage_layers=size,
-        uppermost=index == plan.stages - 2,
         conditioned=plan.dni.labels,
     )
 
