@@ -142,4 +142,4 @@ def _cross_entropy_slope(output: Float[Tensor, "rows classes"], labels: Shaped[T
     counts = labels != _IGNORED
     wrong = output.softmax(dim=1)
     wrong.scatter_add_(1, labels.clamp(min=0), wrong.new_full(labels.shape, -1))
-    return wrong.mul_(counts / counts.sum())
+    return wrong.mul_(counts / counts.sum().clamp(min=1))
