@@ -30,6 +30,8 @@ class Cut:
         loss: (output, labels) -> scalar, the mean over the rows: the user's own.
         normalised: whether the stage ends in a normalisation, so that the activation has a size that no update changes
             much.
+        depth: how many weight matrices or kernels the stage has.
+        uppermost: whether the stage above it is the last one.
         conditioned: whether a direct DNI here may see the labels.
     """
 
@@ -41,6 +43,8 @@ class Cut:
     output_shape: tuple[int, ...]
     loss: Callable[[Tensor, Tensor], Tensor]
     normalised: bool = False
+    depth: int = 1
+    uppermost: bool = False
     conditioned: bool = True
 
     @property

@@ -5,7 +5,9 @@
                true gradient at h   not 10,000 times the largest of the first 10
     after it   gradients finite?    looked at before weights are touched and before anything is sent on
     learn      prediction against   not all zeros for 128 targets, nor |s - g|^2 above 4 |g|^2 over the last 256, when
-               target, one in 16    512 have come: clipped as it is, a DNI whose scale fits cannot be so wrong
+               target, one in 16    512 have come: clipped as it is, a DNI whose scale fits cannot be so wrong. A |g|^2
+                                    of less than 1/10,000 of the largest counts as that: what has been learned by heart
+                                    has no gradient left to be right about
 
 What is not finite always ends the run, the rest is ``plan.guard``. Thresholds were set between runs that ended well and
 runs that did not (docs/convergence.md). Gradients that DNIs pass on to each other grow from nothing by many orders of
@@ -40,6 +42,7 @@ _BEGINNING, _AVERAGED = 10, 20  # batches: what the loss began with, what it is 
 _TIMES_THE_LOSS, _TIMES_AT_ONCE, _TIMES_THE_GRADIENT = 10.0, 1000.0, 1e4
 _ONE_IN, _SILENT, _SAMPLES = 16, 8, 16  # targets: every 16th is looked at; 8 of these without a word; the last 16
 _WORST_ERROR = 4.0
+_NEXT_TO_NOTHING = 1e-4
 _REGARDLESS = "--no-guard goes on regardless"
 _SLOWER = "lower the learning rate, or clip (--optimizer.clip 1)"
 
@@ -81,6 +84,7 @@ class Guard:
         self._num_targets = 0
         self._silent: list[int] = []
         self._errors: deque[tuple[int, float, float]] = deque(maxlen=_SAMPLES)
+        self._most = 0.0
 
     def activation(self, batch: int, seeded: int, x: Tensor, h: Tensor) -> None:
         """Look at the output of a forward pass.
@@ -208,9 +212,11 @@ class Guard:
 
     def _check_error(self, batch: int, error: float, size: float) -> None:
         self._errors.append((batch, error, size))
-        total, of = (sum(each[i] for each in self._errors) for i in (1, 2))
-        if self._num_targets > 2 * _SAMPLES * _ONE_IN and total > _WORST_ERROR * of:
-            times = f"{total / of:.3g}" if of else "infinitely many"
+        total, size = (sum(each[i] for each in self._errors) for i in (1, 2))
+        self._most = max(self._most, size)
+        most_allowed = _WORST_ERROR * max(size, _NEXT_TO_NOTHING * self._most)
+        if self._num_targets > 2 * _SAMPLES * _ONE_IN and total > most_allowed:
+            times = f"{total / size:.3g}" if size else "infinitely many"
             what = f"the DNI runs away: since batch {self._errors[0][0]} the error of its predictions is {times} times"
             of_what = "that of zeros (|s - g|^2 over |g|^2)"
             raise self._failed(batch, f"{what} {of_what}: {self._other_dni}", "DNI")

@@ -17,9 +17,10 @@ from pipeline.cut import Cut
 from pipeline.dni_forms import Form, clip
 from pipeline.heads import head_for
 
-__all__ = ["LossModel", "can_be_softened"]
+__all__ = ["LossModel", "temperature_for"]
 
 _REMEMBERED = 0.95  # of the squares that give a: it suits the last 20 targets or so
+_TEMPERATURE, _DEEP = 2.0, 2  # stages of that many weight matrices learn better from a softened loss
 _IGNORED = -100
 """The label that torch's cross-entropy leaves out unless told otherwise."""
 
@@ -39,7 +40,7 @@ class LossModel(Form):
         cut: where it works.
         hidden: hidden units (channels) of C; None: as ``head_for`` says.
         temperature: under cross-entropy L is that of C(h) / temperature for a prediction, while C learns from L as it
-            is. Any other loss stays as it is.
+            is; None: as ``temperature_for`` says. Any other loss stays as it is.
     """
 
     most_rows = 128
@@ -47,12 +48,12 @@ class LossModel(Form):
     squares: Tensor
     size: Tensor
 
-    def __init__(self, cut: Cut, hidden: int | None, temperature: float = 1.0) -> None:
+    def __init__(self, cut: Cut, hidden: int | None, temperature: float | None = None) -> None:
         super().__init__()
         self.batch_size = cut.activation_shape[0]
         self.head = head_for(cut, hidden)
         self._slope = _slope_of(cut)
-        self._temperature = temperature if can_be_softened(cut) else 1.0
+        self._temperature = temperature_for(cut, temperature)
         self.register_buffer("squares", torch.zeros(2))  # |g|^2 and |m|^2, running sums
         self.register_buffer("size", torch.ones(()))  # a, in units of sigma
 
@@ -110,9 +111,18 @@ class LossModel(Form):
         return of_model if len(h) == self.batch_size else of_model.mul_(len(h) / self.batch_size)
 
 
-def can_be_softened(cut: Cut) -> bool:
-    """Whether the loss is torch's cross-entropy of one class per row, the only one that a temperature is for."""
-    return _slope_of(cut) is _cross_entropy_slope
+def temperature_for(cut: Cut, temperature: float | None) -> float:
+    """What the outputs of C are divided by before a prediction.
+
+    As given. Unless it is: 2 at the uppermost cut, below the stage that has the loss, if the stage that is predicted
+    for has two weight matrices (or kernels) or more, elsewhere 1 (docs/decisions.md, "A softened loss teaches sooner").
+    1 for every loss but torch's cross-entropy of one class per row.
+    """
+    if _slope_of(cut) is not _cross_entropy_slope:
+        return 1.0
+    if temperature is not None:
+        return temperature
+    return _TEMPERATURE if cut.uppermost and cut.depth >= _DEEP else 1.0
 
 
 def _slope_of(cut: Cut) -> Callable[[Tensor, Tensor], Tensor]:

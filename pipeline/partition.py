@@ -17,7 +17,16 @@ from torch.nn.modules.batchnorm import _NormBase
 from pipeline.errors import PlanError, nearest
 from pipeline.plan import Plan
 
-__all__ = ["Layer", "balanced_sizes", "check_partition", "chosen_sizes", "ends_normalised", "layers_of", "split"]
+__all__ = [
+    "Layer",
+    "balanced_sizes",
+    "check_partition",
+    "chosen_sizes",
+    "depth_of",
+    "ends_normalised",
+    "layers_of",
+    "split",
+]
 
 _NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _SIZE_IS_KEPT = {f"torch.nn.modules.{name}" for name in ("activation", "dropout", "flatten", "linear")}
@@ -60,6 +69,11 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
             "the model has no layers to split: give an nn.Sequential, a list of modules, or a chain of children."
         )
     return [Layer(index, name, module) for index, (name, module) in enumerate(named)]
+
+
+def depth_of(layers: Sequence[Layer]) -> int:
+    """How many weight matrices or kernels ``layers`` have: of the parameters, those of two dimensions or more."""
+    return sum(parameter.dim() > 1 for layer in layers for parameter in layer.module.parameters())
 
 
 def ends_normalised(layers: Sequence[Layer]) -> bool:

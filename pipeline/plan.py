@@ -49,10 +49,10 @@ class DNIPlan:
     """What predicts the gradient: auto, linear, mlp, conv, label_residual or loss_model."""
     hidden: int | None = None
     """Hidden units (mlp, conv, loss_model). None: 128, but no hidden layer in a loss_model unless it gives images."""
-    temperature: float = 1.0
+    temperature: float | None = None
     """loss_model under cross-entropy of one class per row: what the outputs of the small model are divided by before a
-    prediction, at least 1 (Hinton et al. 2015, arXiv 1503.02531, section 2). 2 regularises stages of two layers or
-    more; it is not for stages of one layer, nor for training sets that are learned by heart."""
+    prediction, at least 1 (Hinton et al. 2015, arXiv 1503.02531, section 2). None: 2 at the uppermost cut if its stage
+    has two weight matrices or more, elsewhere 1."""
     lr: float = 3e-3
     """Learning rate of the DNI's own Adam."""
     rows: float = 1.0

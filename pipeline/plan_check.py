@@ -114,8 +114,9 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
         yield f"optimizer.momentum is {momentum}: with nadamw it must lie in [0, 1)."
     if plan.optimizer.clip is not None and not (_is_number(plan.optimizer.clip) and plan.optimizer.clip > 0):
         yield f"optimizer.clip is {plan.optimizer.clip}: it must be a positive number, or None."
-    if not (_is_number(plan.dni.temperature) and 1 <= plan.dni.temperature < math.inf):
-        yield f"dni.temperature is {plan.dni.temperature}: give a number of at least 1."
+    temperature = plan.dni.temperature
+    if temperature is not None and not (_is_number(temperature) and 1 <= temperature < math.inf):
+        yield f"dni.temperature is {temperature}: give a number of at least 1."
     if not (_is_number(plan.dni.rows) and 0 < plan.dni.rows <= 1):
         yield f"dni.rows is {plan.dni.rows}: give the fraction of the rows to train on, in (0, 1]."
     if not (_is_number(plan.update_probability) and 0 < plan.update_probability <= 1):

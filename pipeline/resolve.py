@@ -15,13 +15,14 @@ from pipeline.cut import Cut
 from pipeline.devices import CPU, DeviceChoice
 from pipeline.dni import describe_form, target_every
 from pipeline.errors import NoEffect, PlanError
-from pipeline.loss_model import can_be_softened
+from pipeline.loss_model import temperature_for
 from pipeline.modes import MODES
 from pipeline.partition import (
     Layer,
     balanced_sizes,
     check_partition,
     chosen_sizes,
+    depth_of,
     ends_normalised,
     layers_of,
     split,
@@ -169,7 +170,8 @@ def resolve(
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
     _check_cuts(layers, ends, outputs)
     cuts = tuple(
-        _cut(k, layers[:end], outputs[end - 1], labels, outputs[-1], recipe, plan) for k, end in enumerate(ends)
+        _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, outputs[-1], recipe, plan)
+        for k, end in enumerate(ends)
     )
     reasons = [("split", " | ".join(map(str, sizes)), why)]
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
@@ -257,13 +259,15 @@ def _softening(cuts: Sequence[Cut], plan: Plan, form: str) -> Iterator[tuple[str
     Raises:
         PlanError: one is given where none is read.
     """
-    temperature = plan.dni.temperature
-    if form != "loss_model" or temperature == 1:
+    highest = max(temperature_for(cut, plan.dni.temperature) for cut in cuts)
+    if form != "loss_model":
         return
-    if not all(can_be_softened(cut) for cut in cuts):
+    if highest < (plan.dni.temperature or 1):
         why = "with this loss: it softens torch's cross-entropy of one class per row; leave it out."
         raise PlanError(NoEffect("dni.temperature", why))
-    yield "softened", f"by {temperature:g}", "the DNI's temperature: predictions come from a softer loss"
+    if highest > 1:
+        where = "all cuts" if plan.dni.temperature else "the uppermost cut"
+        yield "softened", f"by {highest:g}", f"the DNI's temperature at {where}: a softer loss teaches sooner"
 
 
 def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
@@ -277,6 +281,7 @@ def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
 def _cut(
     index: int,
     below: Sequence[Layer],
+    stage: Sequence[Layer],
     activation: Tensor,
     labels: Tensor,
     output: Tensor,
@@ -292,6 +297,8 @@ def _cut(
         output_shape=tuple(output.shape),
         loss=recipe.loss,
         normalised=ends_normalised(below),
+        depth=depth_of(stage),
+        uppermost=index == plan.stages - 2,
         conditioned=plan.dni.labels,
     )
 

@@ -291,10 +291,25 @@ def test_a_temperature_softens_the_prediction_and_not_what_the_head_learns(cut: 
         torch.testing.assert_close(parameter.grad, right)
 
 
-def test_another_loss_is_not_softened() -> None:
-    cut = NORMALISED[1]
+@pytest.mark.parametrize(
+    ("uppermost", "depth", "given", "temperature"),
+    [(True, 2, None, 2), (True, 1, None, 1), (False, 2, None, 1), (True, 2, 1.0, 1), (False, 1, 3.0, 3)],
+)
+def test_what_is_softened_unless_the_plan_says_otherwise(
+    uppermost: bool, depth: int, given: float | None, temperature: float
+) -> None:
+    cut = replace(NORMALISED[0], uppermost=uppermost, depth=depth)
     batch = problem(cut)()
-    dnis = [build_dni(cut, DNIPlan(temperature=temperature), seed=0) for temperature in (1.0, 4.0)]
+    one, other = (build_dni(cut, DNIPlan(temperature=said), seed=0) for said in (given, temperature))
+    for dni in (one, other):
+        dni.learn(*batch, batch=0)
+    assert torch.equal(one.predict(*batch[:2]), other.predict(*batch[:2]))
+
+
+def test_another_loss_is_not_softened() -> None:
+    cut = replace(NORMALISED[1], uppermost=True, depth=2)
+    batch = problem(cut)()
+    dnis = [build_dni(cut, DNIPlan(temperature=temperature), seed=0) for temperature in (None, 1.0, 4.0)]
     for dni in dnis:
         dni.learn(*batch, batch=0)
     assert all(torch.equal(dnis[0].predict(*batch[:2]), dni.predict(*batch[:2])) for dni in dnis)

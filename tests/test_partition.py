@@ -384,10 +384,14 @@ def test_a_cut_knows_whether_its_stage_normalises() -> None:
     assert [cut.normalised for cut in resolved.cuts] == [True, False]
 
 
-def test_a_temperature_is_said() -> None:
-    chain = partial(list, [nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)])
-    reasons = _resolve(chain, stages=2, sizes=(2, 1), dni=DNIPlan(temperature=2.0)).reasons
-    assert [reason[:2] for reason in reasons if reason[0] == "softened"] == [("softened", "by 2")]
+@pytest.mark.parametrize(("sizes", "said"), [((3, 1), [("softened", "by 2")]), ((2, 2), [])], ids=str)
+def test_the_dni_of_a_stage_with_two_weight_matrices_is_softened_and_it_is_said(
+    sizes: tuple[int, ...], said: list[tuple[str, str]]
+) -> None:
+    """An activation function is a layer too, and does not count."""
+    chain = [nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)]
+    reasons = _resolve(partial(list, chain), stages=2, sizes=sizes).reasons
+    assert [reason[:2] for reason in reasons if reason[0] == "softened"] == said
 
 
 def test_a_temperature_for_a_loss_that_is_not_softened_is_refused() -> None:
