@@ -777,6 +777,19 @@ def test_options_of_the_perceptrons_are_at_least_1(recipe: Callable[..., Recipe]
     assert str(caught.value) == f"{option} is {bad}: it must be a whole number, at least 1."
 
 
+@pytest.mark.parametrize("recipe", [mlp, partial(mnist, Path("nowhere"))], ids=["mlp", "mnist"])
+def test_an_unknown_activation_function_is_named_with_the_known_ones(recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(PlanError) as caught:
+        recipe(activation="gellu")
+    assert str(caught.value) == "unknown activation 'gellu'; did you mean 'gelu'? Valid: relu, gelu, silu, tanh."
+
+
+def test_every_layer_of_a_perceptron_but_the_last_has_the_activation_function_asked_for() -> None:
+    model = build_model(mlp(hidden=8, layers=2, batch=4, batch_norm=True, activation="silu"), 0)
+    kinds = [type(module) for module in model.modules() if not isinstance(module, nn.Sequential)]
+    assert kinds == [nn.Linear, nn.BatchNorm1d, nn.SiLU] * 2 + [nn.Linear]
+
+
 @pytest.mark.parametrize("option", ["width", "blocks", "heads", "context", "batch"])
 def test_options_of_chargpt_are_at_least_1(option: str, text: Path) -> None:
     with pytest.raises(PlanError) as caught:

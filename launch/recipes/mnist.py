@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.recipes.perceptron import perceptron
+from launch.recipes.perceptron import check_activation, perceptron
 from launch.recipes.ranges import check_counts
 from pipeline import ArrayBatches, Batch, PlanError, Recipe, correct_predictions
 
@@ -31,6 +31,7 @@ def mnist(
     layers: int = 6,
     batch: int = 256,
     batch_norm: bool = True,
+    activation: str = "relu",
     seed: int = 0,
 ) -> Recipe:
     """A perceptron on MNIST.
@@ -42,12 +43,14 @@ def mnist(
         layers: Layers, the last one included.
         batch: Rows per batch.
         batch_norm: BatchNorm after every hidden linear layer.
+        activation: Activation function: relu, gelu, silu or tanh.
         seed: Seed of the order of the data; on the command line the seed of the plan.
     """
     check_counts(hidden=hidden, layers=layers, batch=batch)
+    check_activation(activation)
     return Recipe(
         name="mnist",
-        model=partial(perceptron, _PIXELS, hidden, layers, 10, batch_norm=batch_norm),
+        model=partial(perceptron, _PIXELS, hidden, layers, 10, batch_norm=batch_norm, activation=activation),
         batches=partial(_train, Path(data), batch, seed),
         loss=F.cross_entropy,
         evaluation=partial(_held_out, Path(data), batch),
