@@ -43,8 +43,8 @@ def head_for(cut: Cut, hidden: int | None) -> Head:
     pools = not by_position and len(shape) == 4 and min(shape[2:]) > _POOLED
     features = shape[1] * _POOLED**2 if pools else torch.Size(shape[leading:]).numel()
     normalises = features > _FEW and (pools or not cut.normalised)
-    if hidden is None and not pools and not normalises:
-        return _LinearHead(features, leading, output)
+    if hidden is None and not pools:
+        return _LinearHead(features, leading, output, normalises=normalises)
     return _ReadingHead(features, hidden, leading, output, pools=pools, normalises=normalises)
 
 
@@ -74,36 +74,65 @@ class Head(nn.Module):
 
 
 class _LinearHead(Head):
-    """A linear layer on the features as they are.
+    """A linear layer on the features as they are, or normalised.
 
-    Differentiated by hand: three products, where entering and leaving autograd takes longer than they do.
+    Differentiated by hand, with the operations that autograd would call: entering and leaving it takes longer than they
+    do.
     """
 
-    def __init__(self, features: int, leading: int, output: tuple[int, ...]) -> None:
+    def __init__(self, features: int, leading: int, output: tuple[int, ...], *, normalises: bool) -> None:
         super().__init__()
         self.leading, self.output = leading, output[leading:]
+        self.norm = nn.LayerNorm(features) if normalises else None
         self.linear = nn.Linear(features, torch.Size(self.output).numel())
 
     def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
         """The output."""
-        return self._outputs(h, self.linear(self._rows(h)))
+        rows = self._rows(h)
+        return self._outputs(h, self.linear(rows if self.norm is None else self.norm(rows)))
 
     @torch.no_grad()
     def differentiated(self, h: Tensor, slope: Slope, learned: Slope | None = None) -> Tensor:
         """As every head does it."""
-        rows, linear = self._rows(h), self.linear
-        output = self._outputs(h, linear(rows))
+        rows, linear, norm = self._rows(h), self.linear, self.norm
+        read, *moments = (rows,) if norm is None else _normalised(rows, norm)
+        output = self._outputs(h, linear(read))
         at_outputs = slope(output).reshape(len(rows), -1)
+        at_read = at_outputs @ linear.weight
+        to_learn = at_outputs
         if learned is not None:
             to_learn = at_outputs if learned is slope else learned(output).reshape(len(rows), -1)
-            linear.weight.grad, linear.bias.grad = to_learn.T @ rows, to_learn.sum(dim=0)
-        return (at_outputs @ linear.weight).view(h.shape)
+            linear.weight.grad, linear.bias.grad = to_learn.T @ read, to_learn.sum(dim=0)
+        if norm is None:
+            return at_read.view(h.shape)
+        together = to_learn is at_outputs and learned is not None
+        at_rows, *of_norm = _back(at_read, rows, moments, norm, wanted=(True, together, together))
+        if learned is not None:
+            if not together:
+                _, *of_norm = _back(to_learn @ linear.weight, rows, moments, norm, wanted=(False, True, True))
+            norm.weight.grad, norm.bias.grad = of_norm
+        return at_rows.view(h.shape)
 
     def _rows(self, h: Tensor) -> Float[Tensor, "rows features"]:
         return h.reshape(-1, self.linear.in_features)
 
     def _outputs(self, h: Tensor, rows: Tensor) -> Tensor:
         return rows.view(*h.shape[: self.leading], *self.output)
+
+
+def _normalised(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows as ``norm`` gives them, their means, and one over their standard deviations."""
+    return torch.native_layer_norm(rows, list(norm.normalized_shape), norm.weight, norm.bias, norm.eps)
+
+
+def _back(
+    gradient: Tensor, rows: Tensor, moments: list[Tensor], norm: nn.LayerNorm, *, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient behind ``norm`` to those of the rows, the weight and the bias, as far as they are wanted."""
+    shape = list(norm.normalized_shape)
+    given = (gradient, rows, shape, *moments, norm.weight, norm.bias, list(wanted))
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(*given)
+    return found
 
 
 class _ReadingHead(Head):
