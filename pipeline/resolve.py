@@ -259,9 +259,9 @@ def _softening(cuts: Sequence[Cut], plan: Plan, form: str) -> Iterator[tuple[str
     Raises:
         PlanError: one is given where none is read.
     """
-    highest = max(temperature_for(cut, plan.dni.temperature) for cut in cuts)
     if form != "loss_model":
         return
+    highest = max(temperature_for(cut, plan.dni.temperature) for cut in cuts)
     if highest < (plan.dni.temperature or 1):
         why = "with this loss: it softens torch's cross-entropy of one class per row; leave it out."
         raise PlanError(NoEffect("dni.temperature", why))
