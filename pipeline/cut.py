@@ -30,7 +30,7 @@ class Cut:
         loss: (output, labels) -> scalar, the mean over the rows: the user's own.
         normalised: whether the stage ends in a normalisation, so that the activation has a size that no update changes
             much.
-        depth: how many weight matrices or kernels the stage has.
+        depth: how many weight matrices or kernels the stage learns (``depth_of``).
         uppermost: whether the stage above it is the last one.
         conditioned: whether a direct DNI here may see the labels.
     """

@@ -5,9 +5,9 @@
                true gradient at h   not 10,000 times the largest of the first 10
     after it   gradients finite?    looked at before weights are touched and before anything is sent on
     learn      prediction against   not all zeros for 128 targets, nor |s - g|^2 above 4 |g|^2 over the last 256, when
-               target, one in 16    512 have come: clipped as it is, a DNI whose scale fits cannot be so wrong. A |g|^2
-                                    of less than 1/10,000 of the largest counts as that: what has been learned by heart
-                                    has no gradient left to be right about
+               target, one in 16    512 have come: clipped as it is, a DNI whose scale fits cannot be so wrong. |g|^2
+                                    counts as 1/10,000 of its largest median over 256 targets at least: what is learned
+                                    by heart has no gradient left to be right about
 
 What is not finite always ends the run, the rest is ``plan.guard``. Thresholds were set between runs that ended well and
 runs that did not (docs/convergence.md). Gradients that DNIs pass on to each other grow from nothing by many orders of
@@ -21,6 +21,7 @@ time.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Sequence
 
@@ -84,7 +85,7 @@ class Guard:
         self._num_targets = 0
         self._silent: list[int] = []
         self._errors: deque[tuple[int, float, float]] = deque(maxlen=_SAMPLES)
-        self._most = 0.0
+        self._largest = 0.0  # median of the squares of the last targets, so far; one outlier does not move it
 
     def activation(self, batch: int, seeded: int, x: Tensor, h: Tensor) -> None:
         """Look at the output of a forward pass.
@@ -213,8 +214,8 @@ class Guard:
     def _check_error(self, batch: int, error: float, size: float) -> None:
         self._errors.append((batch, error, size))
         total, size = (sum(each[i] for each in self._errors) for i in (1, 2))
-        self._most = max(self._most, size)
-        most_allowed = _WORST_ERROR * max(size, _NEXT_TO_NOTHING * self._most)
+        self._largest = max(self._largest, statistics.median(each[2] for each in self._errors))
+        most_allowed = _WORST_ERROR * max(size, _NEXT_TO_NOTHING * self._largest * len(self._errors))
         if self._num_targets > 2 * _SAMPLES * _ONE_IN and total > most_allowed:
             times = f"{total / size:.3g}" if size else "infinitely many"
             what = f"the DNI runs away: since batch {self._errors[0][0]} the error of its predictions is {times} times"

@@ -1,6 +1,6 @@
 """A DNI that is a small model of the rest of the network: the gradient of its loss, as large as the true one.
 
-h --head C--> output' --the user's loss(., labels)--> L         s = a m,  m = dL/dh
+h --head C--> output' --the user's loss(., labels)--> L         s = a m,  m = dL/dh, of output' / T for a softer L
                                                                 C learns from L at once, a from the size of g
 """
 
@@ -34,7 +34,7 @@ class LossModel(Form):
     and training no further (docs/decisions.md). Any loss, classification or regression.
 
     Differs from Jaderberg et al. 2017: nothing is regressed from h. Related: local losses in greedy training (Nøkland
-    and Eidnes 2019), which are this form without its size.
+    and Eidnes 2019), which are this form without its size and its temperature.
 
     Args:
         cut: where it works.
@@ -114,9 +114,9 @@ class LossModel(Form):
 def temperature_for(cut: Cut, temperature: float | None) -> float:
     """What the outputs of C are divided by before a prediction.
 
-    As given. Unless it is: 2 at the uppermost cut, below the stage that has the loss, if the stage that is predicted
-    for has two weight matrices (or kernels) or more, elsewhere 1 (docs/decisions.md, "A softened loss teaches sooner").
-    1 for every loss but torch's cross-entropy of one class per row.
+    As given; if nothing is, 2 at the uppermost cut, below the stage that has the loss, where the stage predicted for
+    has two weight matrices (or kernels) or more, and elsewhere 1 (docs/decisions.md, "A softened loss teaches a stage
+    sooner"). 1 for every loss but torch's cross-entropy of one class per row.
     """
     if _slope_of(cut) is not _cross_entropy_slope:
         return 1.0

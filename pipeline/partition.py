@@ -72,8 +72,17 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
 
 
 def depth_of(layers: Sequence[Layer]) -> int:
-    """How many weight matrices or kernels ``layers`` have: of the parameters, those of two dimensions or more."""
-    return sum(parameter.dim() > 1 for layer in layers for parameter in layer.module.parameters())
+    """How many weight matrices or kernels ``layers`` learn: parameters that extend in two dimensions or more.
+
+    A normalisation has none, nor is what scales whole units or channels one. Tables (embeddings, positions) count.
+    """
+    return sum(
+        parameter.requires_grad and sum(size > 1 for size in parameter.shape) > 1
+        for layer in layers
+        for module in layer.module.modules()
+        if not isinstance(module, _NORMALISATIONS)
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 def ends_normalised(layers: Sequence[Layer]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.cut import Cut
 from pipeline.dni import DNI, _Adam, build_dni, describe_form, target_every
 from pipeline.errors import PlanError
+from pipeline.heads import Head, head_for
 from pipeline.loss_model import _cross_entropy_slope, _slope_of
 from pipeline.plan import DNIPlan
 
@@ -42,7 +44,7 @@ IMAGES = replace(CLASSIFIER, activation_shape=(ROWS, 3, 6, 6))
 MANY_CLASSES = replace(CLASSIFIER, output_shape=(ROWS, 3 * ROWS))
 PIXELS = replace(IMAGES, label_shape=(ROWS, 12, 12), output_shape=(ROWS, CLASSES, 12, 12))
 NORMALISED = [replace(cut, normalised=True) for cut in (CLASSIFIER, REGRESSION, TOKENS)]
-"""Here the head of a loss model is a linear layer and nothing else, differentiated by hand."""
+"""Here the head of a loss model is a linear layer and nothing else."""
 
 Batches = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
@@ -236,6 +238,27 @@ def test_loss_model_learns_from_its_own_loss_alone(cut: Cut) -> None:
     for parameter, right in zip(form.own_parameters(), own, strict=True):
         torch.testing.assert_close(parameter.grad, right)
     assert not form.taught_parameters()
+
+
+@pytest.mark.parametrize("cut", [CLASSIFIER, REGRESSION, TOKENS, *NORMALISED])
+@pytest.mark.parametrize("learned", ["nothing", "the same", "another"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_head_differentiated_by_hand_gives_the_numbers_of_autograd(
+    cut: Cut, learned: str, dtype: torch.dtype
+) -> None:
+    """Bit for bit, for an activation that is not contiguous too."""
+    head, (h, labels, _) = head_for(cut, None).to(dtype), problem(cut)()
+    assert type(head).differentiated is not Head.differentiated
+    h, slope = h.to(dtype).transpose(0, -1).contiguous().transpose(0, -1), _slope_of(cut)
+    labels = labels.to(dtype) if labels.is_floating_point() else labels
+    of_loss, of_half = (partial(lambda share, output: slope(output * share, labels), share) for share in (1.0, 0.5))
+    asked, learns = of_half, {"nothing": None, "the same": of_half, "another": of_loss}[learned]
+    found = []
+    for differentiated in (head.differentiated, partial(Head.differentiated, head)):
+        at_h = differentiated(h, asked, learns)
+        found.append([at_h, *(parameter.grad for parameter in head.parameters() if learns is not None)])
+    for by_hand, by_autograd in zip(*found, strict=True):
+        assert torch.equal(by_hand, by_autograd)
 
 
 def test_a_head_normalises_what_the_stage_does_not() -> None:

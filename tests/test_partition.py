@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from launch.measure import layer_seconds
 from pipeline import Batch, OptimizerPlan, Plan, PlanError, Recipe, run_reference
-from pipeline.partition import balanced_sizes, ends_normalised, layers_of
+from pipeline.partition import balanced_sizes, depth_of, ends_normalised, layers_of
 from pipeline.plan import DNIPlan
 from pipeline.recipe import build_model
 from pipeline.resolve import Resolved, resolve, stage_layers
@@ -394,10 +394,35 @@ def test_the_dni_of_a_stage_with_two_weight_matrices_is_softened_and_it_is_said(
     assert [reason[:2] for reason in reasons if reason[0] == "softened"] == said
 
 
+def test_a_temperature_that_is_given_is_that_of_all_cuts_and_said() -> None:
+    chain = [nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)]
+    reasons = _resolve(partial(list, chain), stages=3, dni=DNIPlan(temperature=3.0)).reasons
+    (said,) = (reason[1:] for reason in reasons if reason[0] == "softened")
+    assert said == ("by 3", "the DNI's temperature at all cuts: a softer loss teaches sooner")
+
+
+@pytest.mark.parametrize(
+    ("modules", "depth"),
+    [
+        ([nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)], 2),
+        ([nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm([4, 5, 5]))], 1),
+        ([nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))], 1),
+        ([nn.Linear(4, 3).requires_grad_(False), nn.Embedding(5, 4)], 1),
+        ([nn.Linear(4, 1), nn.PReLU(4)], 0),
+    ],
+    ids=["two", "one and norms", "weight norm", "frozen", "vectors"],
+)
+def test_how_deep_a_stage_is(modules: list[nn.Module], depth: int) -> None:
+    """What counts is what is learned and is a matrix or a kernel."""
+    assert depth_of(layers_of(modules)) == depth
+
+
 def test_a_temperature_for_a_loss_that_is_not_softened_is_refused() -> None:
     recipe = _recipe(
         lambda: [nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)], loss=lambda o, y: F.cross_entropy(o, y)
     )
+    as_it_is = resolve(recipe, Plan(stages=2, dni=DNIPlan(temperature=1.0)))
+    assert not [reason for reason in as_it_is.reasons if reason[0] == "softened"]
     with pytest.raises(PlanError, match=r"dni\.temperature has no effect with this loss"):
         resolve(recipe, Plan(stages=2, dni=DNIPlan(temperature=2.0)))
 

@@ -100,6 +100,13 @@ def test_the_share_of_rows_lies_in_0_to_1(bad: Any) -> None:
     check_plan(_with("dni.rows", 1.0))
 
 
+@pytest.mark.parametrize("bad", [0.99, -2.0, math.nan, math.inf, "2"])
+def test_a_temperature_is_at_least_1(bad: Any) -> None:
+    assert _problem(_with("dni.temperature", bad)) == f"dni.temperature is {bad}: give a number of at least 1."
+    for good in (None, 1, 2.5):
+        check_plan(_with("dni.temperature", good))
+
+
 @pytest.mark.parametrize("bad", [-0.01, 1.01, math.nan, "half"])
 def test_the_mix_lies_in_0_to_1(bad: Any) -> None:
     sentence = f"mix is {bad}: it weighs the true gradient and must lie in [0, 1]."

@@ -9,7 +9,7 @@ from pipeline import PlanError, nearest
 __all__ = ["ACTIVATIONS", "check_activation", "perceptron"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
-"""Activation functions by the name that an option gives; what they cost is told in docs/benchmarks.md."""
+"""Activation functions by the name that an option gives."""
 
 
 def perceptron(
