@@ -85,7 +85,7 @@ class Guard:
         self._num_targets = 0
         self._silent: list[int] = []
         self._errors: deque[tuple[int, float, float]] = deque(maxlen=_SAMPLES)
-        self._largest = 0.0  # median of the squares of the last targets, so far; one outlier does not move it
+        self._largest = 0.0  # median of the squares of the last targets; later on one outlier does not move it
 
     def activation(self, batch: int, seeded: int, x: Tensor, h: Tensor) -> None:
         """Look at the output of a forward pass.

@@ -105,7 +105,7 @@ class _LinearHead(Head):
             linear.weight.grad, linear.bias.grad = to_learn.T @ read, to_learn.sum(dim=0)
         if norm is None:
             return at_read.view(h.shape)
-        together = to_learn is at_outputs and learned is not None
+        together = learned is slope
         at_rows, *of_norm = _back(at_read, rows, moments, norm, wanted=(True, together, together))
         if learned is not None:
             if not together:
