@@ -10,13 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launch.result import Result
+    from launch.results.result import Result
     from launch.training import train
-    from workers.failures import RunFailed
+    from workers.errors import RunFailed
 
 __all__ = ["Result", "RunFailed", "train"]
 
-_WHERE = {"Result": "launch.result", "RunFailed": "workers.failures", "train": "launch.training"}
+_WHERE = {"Result": "launch.results.result", "RunFailed": "workers.errors", "train": "launch.training"}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ def main() -> None:
     for number in held:
         signal.signal(number, _leave)
     # An exception raised between any two lines of an import may be swallowed there, or come out as another one.
-    from launch.cli import main as command
+    from launch.cli import run_command as command
 
     try:
         for number, handler in held.items():

@@ -15,32 +15,33 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 
-from launch import ray_launcher, torchrun
-from launch.bench import bench
-from launch.bench_channel import bench_channel, print_rows
-from launch.console import Console
-from launch.environment import environment
-from launch.gpus import chosen_here
-from launch.options import Parsed, parse, parse_channel
-from launch.over import axis_of, bench_over
+from launch.bench.channel import bench_channel, print_rows
+from launch.bench.compare import run_bench
+from launch.bench.scaling import axis_of, bench_over
+from launch.bench.where_rows_run import LOCAL, Site
+from launch.on_ray import launcher as ray_launcher
+from launch.options.options import Parsed, parse, parse_channel
+from launch.options.ray_options import BenchRunOptions, TrainOptions, check_no_launcher
 from launch.plots import draw
-from launch.ranks import Rank
-from launch.ray_options import BenchRunOptions, TrainOptions, check_no_launcher
-from launch.reader import ends_with_its_reader
+from launch.ranks import torchrun
 from launch.recipes import BUILT_IN
-from launch.resolving import resolve_source
-from launch.result import SCHEMA
-from launch.site import LOCAL, Site
+from launch.results.environment import environment
+from launch.results.result import SCHEMA
+from launch.setup.local_gpus import chosen_here
+from launch.setup.rank import Rank
+from launch.setup.resolve_source import resolve_source
+from launch.show.bounded_exit import leave
+from launch.show.closed_pipe import ends_with_its_reader
+from launch.show.console import Console
 from launch.sweep.command import sweep
-from launch.tidying import leave
 from launch.training import Launcher, run
 from pipeline import Plan, PlanError, nearest
-from pipeline.resolve import Resolved
-from pipeline.user_code import RecipeFailed
-from workers.failures import RunFailed
-from workers.writing import NotWritten, writing
+from pipeline.data.user_code import RecipeFailed
+from pipeline.run.resolve import Resolved
+from workers.errors import RunFailed
+from workers.files import NotWritten, writing
 
-__all__ = ["main"]
+__all__ = ["run_command"]
 
 _USAGE = f"""usage: freewheel COMMAND RECIPE [options]
 
@@ -57,7 +58,7 @@ Options of a command with a recipe: freewheel COMMAND RECIPE --help
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run_command(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     with ends_with_its_reader():
         status = _guarded(list(sys.argv[1:] if arguments is None else arguments))
@@ -108,7 +109,7 @@ def _command(arguments: list[str]) -> int:
     if arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
-    commands: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "bench": _bench, "sweep": _sweep}
+    commands: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "run_bench": _bench, "sweep": _sweep}
     command, *rest = arguments
     if command not in commands:
         raise PlanError(nearest(command, commands, "command"))
@@ -122,10 +123,10 @@ def _command(arguments: list[str]) -> int:
 
 def _train(recipe: str, arguments: list[str]) -> int:
     if (rank := Rank.current()) is not None:
-        return torchrun.train(rank, recipe, arguments, _trained)
+        return torchrun.train_on_ranks(rank, recipe, arguments, _trained)
     parsed = parse(recipe, arguments, TrainOptions, "freewheel train")
     if parsed.run.launcher == "ray":
-        return ray_launcher.train(recipe, arguments, parsed, _trained)
+        return ray_launcher.train_on_ray(recipe, arguments, parsed, _trained)
     return _trained(recipe, arguments, parsed, resolve_source(parsed.source, parsed.plan))
 
 
@@ -162,7 +163,7 @@ def _after_training(
         left_out.append("--steps")
     arguments = [argument for argument in arguments if argument not in ("--spans", "--no-spans")]
     program = ["freewheel"] if rank is None else rank.program()
-    command = shlex.join([*program, "bench", recipe, *_without(left_out, arguments)])
+    command = shlex.join([*program, "run_bench", recipe, *_without(left_out, arguments)])
     meeting = ", with the options by which the hosts of this run met" if rank is not None and rank.nodes > 1 else ""
     return command, f"how {plan.mode} compares with the other modes here{meeting}"
 
@@ -186,10 +187,10 @@ def _bench(recipe: str, arguments: list[str]) -> int:
             raise PlanError("bench channel measures a hop on this host: start it without torchrun.")
         return _bench_channel(arguments)
     if rank is not None:
-        return torchrun.bench(rank, recipe, arguments, _benched)
+        return torchrun.bench_on_ranks(rank, recipe, arguments, _benched)
     parsed = parse(recipe, arguments, BenchRunOptions, "freewheel bench")
     if parsed.run.launcher == "ray":
-        return ray_launcher.bench(recipe, arguments, parsed, _benched)
+        return ray_launcher.bench_on_ray(recipe, arguments, parsed, _benched)
     return _benched(recipe, arguments, parsed, LOCAL)
 
 
@@ -199,8 +200,8 @@ def _benched(recipe: str, arguments: list[str], parsed: Parsed, site: Site) -> i
     if steps < 2:
         raise PlanError(f"steps is {steps}: bench needs at least 2, the first one warms up.")
     console = Console(quiet=parsed.run.quiet)
-    command = ["freewheel", "bench", recipe, *arguments]
-    measure = bench_over if axis_of(parsed.run) else bench
+    command = ["freewheel", "run_bench", recipe, *arguments]
+    measure = bench_over if axis_of(parsed.run) else run_bench
     report = measure(parsed.source, parsed.plan, parsed.run, command, console, site)
     for path in (report.folder / "bench.json", parsed.run.json):
         _write_json(path, report.as_dict())
@@ -231,7 +232,7 @@ def _bench_channel(arguments: list[str]) -> int:
     print_rows(rows)
     content = {
         "schema": SCHEMA,
-        "command": ["freewheel", "bench", "channel", *arguments],
+        "command": ["freewheel", "run_bench", "channel", *arguments],
         "environment": environment(),
         "rows": [row.to_dict() for row in rows],
     }

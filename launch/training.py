@@ -13,24 +13,24 @@ from pathlib import Path
 import msgspec
 from torch import Tensor, nn
 
-from launch import rundir
-from launch.console import Console
-from launch.losses import StepLosses
-from launch.ranks import Rank
-from launch.resolving import resolve_source
-from launch.result import Result
-from launch.sources import GivenRecipe
+from launch.results import run_folder
+from launch.results.result import Result
+from launch.results.step_losses import StepLosses
+from launch.setup.rank import Rank
+from launch.setup.recipe_source import GivenRecipe
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from pipeline import Batch, Plan, PlanError, Recipe
-from pipeline.replicas import worker_of
-from pipeline.resolve import Resolved
-from workers import records
-from workers.assignment import Assignment, Names
-from workers.crew import Crew
-from workers.edges import rendezvous
-from workers.failures import CALLED_AGAIN, RunFailed
-from workers.shared import shared_memory
-from workers.shm import new_prefix
-from workers.writing import NotWritten, writing
+from pipeline.plan.replica_layout import worker_of
+from pipeline.run.resolve import Resolved
+from workers.channels.shm.ring import new_prefix
+from workers.errors import CALLED_AGAIN, RunFailed
+from workers.files import NotWritten, writing
+from workers.supervision.local_workers import LocalWorkers
+from workers.telemetry import records
+from workers.wiring.edges import rendezvous
+from workers.wiring.run_memory import shared_memory
+from workers.worker.assignment import Assignment, Names
 
 __all__ = ["Launcher", "Working", "run", "train", "without_loss"]
 
@@ -96,7 +96,7 @@ def train(
         raise PlanError("train() is not there under torchrun yet: use its command line, torchrun ... -m launch train.")
     if plan.steps is None:
         raise PlanError("steps is not given: say how many batches to train on, Plan(steps=...).")
-    if problems := list(rundir.name_problems(name)):
+    if problems := list(run_folder.name_problems(name)):
         raise PlanError(*problems)
     recipe = Recipe(name=name, model=model, batches=batches, loss=loss, evaluation=evaluation, correct=correct)
     source = GivenRecipe(recipe)
@@ -129,10 +129,12 @@ def run(
         NotWritten: a file of the run cannot be written. Where the training was over, the error carries the result.
     """
     recipe = source()
-    run_dir = rundir.new_run_dir(runs, rundir.default_name(recipe.name, resolved.plan.mode) if name is None else name)
+    run_dir = run_folder.new_run_dir(
+        runs, run_folder.default_name(recipe.name, resolved.plan.mode) if name is None else name
+    )
     run_dir = run_dir.resolve()
     launcher = launcher or Launcher("local", _local)
-    rundir.write_plan(run_dir, recipe.name, resolved, sys.argv if command is None else command, launcher.name)
+    run_folder.write_plan(run_dir, recipe.name, resolved, sys.argv if command is None else command, launcher.name)
     console.decided(recipe.name, resolved, run_dir)
     result = Result(resolved, run_dir, launcher=launcher.name)
     try:
@@ -142,7 +144,7 @@ def run(
         _write_failure(failure, run_dir / "failure.txt")
         raise
     try:
-        rundir.join_parts(run_dir, resolved.plan.stages)
+        run_folder.join_parts(run_dir, resolved.plan.stages)
         result.write(run_dir / "result.json")
     except NotWritten as error:
         error.result = result
@@ -170,7 +172,7 @@ def _local(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> I
             for replica in range(resolved.plan.replicas)
             for k in range(resolved.plan.stages)
         ]
-        with Crew(assignments, board) as crew:
+        with LocalWorkers(assignments, board) as crew:
             yield crew.run(), board.end_early
 
 
@@ -180,7 +182,7 @@ def _follow(
     """Take in what the workers report; end the run once its goal is met."""
     goal = result.resolved.plan.goal
     rows, losses = result.resolved.step_rows, StepLosses(result.resolved.plan.replicas)
-    with rundir.Metrics(result.run_dir) as metrics:
+    with run_folder.Metrics(result.run_dir) as metrics:
         for record in reported:
             if isinstance(record, records.Ready):
                 console.ready(record)

@@ -22,8 +22,8 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from workers.edges import ENGINES
-from workers.gloo import Meeting, Pair, PairBroken
+from workers.channels.net.gloo import Meeting, Pair, PairBroken
+from workers.wiring.edges import ENGINES
 
 DEVICE = "late:0"
 DEADLINE_S = 20.0
@@ -52,7 +52,7 @@ def wires_down() -> Iterator[None]:
 
 
 class LateEngine:
-    """See ``workers.peer.PeerEngine``."""
+    """See ``workers.channels.gpu.cuda_ipc.PeerEngine``."""
 
     def __init__(self, device: str) -> None:
         self._todo: list[Callable[[], None]] = []
@@ -145,7 +145,7 @@ class Counts:
 
 
 class LateWire:
-    """See ``workers.wire.Wire``: does one thing after the other, in a thread, which is the device.
+    """See ``workers.channels.gpu.nccl_ends.DeviceLink``: does one thing after the other, in a thread, which is the device.
 
     Attributes:
         under_way: number of sends or receives that are queued and not over.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import Plan, Recipe
-from pipeline.recipe import build_model
+from pipeline.data.recipe import build_model
 from pipeline.seeding import seed_layer
 
 

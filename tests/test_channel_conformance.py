@@ -21,14 +21,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.devices import CPU
-from pipeline.messages import Kind, Message
-from workers.bell import Bell
-from workers.channel import ChannelBroken, ChannelClosed, ChannelTimeout, Receiver, Sender
-from workers.edges import Edge, open_receiver, open_sender
-from workers.gloo import Meeting, Rendezvous
-from workers.processes import process_context
-from workers.shm import create_ring, new_prefix, unlink_ring
+from pipeline.messages.message import Kind, Message
+from pipeline.plan.device_choice import CPU
+from workers.channels.interface import ChannelBroken, ChannelClosed, ChannelTimeout, Receiver, Sender
+from workers.channels.net.gloo import Meeting, Rendezvous
+from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
+from workers.channels.wakeup import WakeUp
+from workers.processes.context import process_context
+from workers.wiring.edges import Edge, open_receiver, open_sender
 
 SOON_S = 0.05  # a wait that is meant to end in a timeout
 DEADLINE_S = 20.0  # a wait that is meant to succeed
@@ -39,10 +39,10 @@ LABEL = "activations 0->1"
 class Bells:
     """One of each end's worker."""
 
-    sender: Bell | None = None
-    receiver: Bell | None = None
+    sender: WakeUp | None = None
+    receiver: WakeUp | None = None
 
-    def of(self, stage: int) -> Bell | None:
+    def of(self, stage: int) -> WakeUp | None:
         return (self.sender, self.receiver)[stage]
 
 
@@ -153,8 +153,8 @@ class Workbench:
             sender = self.stack.enter_context(ground.sender(bells))
             return sender, self.stack.enter_context(receiver.result(DEADLINE_S))
 
-    def bell(self) -> Bell:
-        bell = self.stack.enter_context(Bell.create(f"{new_prefix()}-b"))
+    def bell(self) -> WakeUp:
+        bell = self.stack.enter_context(WakeUp.create(f"{new_prefix()}-b"))
         self.stack.callback(bell.unlink)
         return bell
 
@@ -455,14 +455,14 @@ def test_a_bell_remembers_rings_until_they_are_cleared(bench: Workbench) -> None
     bell.ring()
     bell.clear()
     assert not bell.wait(0)
-    with Bell.attach(bell.name, DEADLINE_S) as other:
+    with WakeUp.attach(bell.name, DEADLINE_S) as other:
         other.ring()
     other.ring()  # closed: nothing
     assert bell.wait(DEADLINE_S)
     with pytest.raises(FileExistsError):
-        Bell.create(bell.name)
+        WakeUp.create(bell.name)
     with pytest.raises(TimeoutError, match="no semaphore"):
-        Bell.attach(f"{bell.name}-no", 0)
+        WakeUp.attach(f"{bell.name}-no", 0)
 
 
 def test_a_signal_does_not_end_a_wait_but_ctrl_c_does(bench: Workbench) -> None:
@@ -486,7 +486,7 @@ def test_a_signal_does_not_end_a_wait_but_ctrl_c_does(bench: Workbench) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-def _interrupted(bell: Bell) -> None:
+def _interrupted(bell: WakeUp) -> None:
     """A wait that a signal ends, once: a second one would hit whoever catches the first."""
     signal.setitimer(signal.ITIMER_REAL, SOON_S / 4)
     bell.wait(DEADLINE_S)

@@ -27,19 +27,19 @@ from safetensors.torch import load_file
 
 import launch
 from launch import cli, train
-from launch.options import BenchOptions, RunOptions, parse
-from launch.ranks import Rank
+from launch.options.options import BenchOptions, RunOptions, parse
 from launch.recipes import BUILT_IN
 from launch.recipes.digits import digits
-from launch.rundir import default_name, new_run_dir
-from launch.sources import _file_entry
+from launch.results.run_folder import default_name, new_run_dir
+from launch.setup.rank import Rank
+from launch.setup.recipe_source import _file_entry
 from pipeline import Plan, PlanError
-from pipeline.modes import MODES
-from pipeline.names import DNI_FORMS, OPTIMIZERS, TARGETS
-from pipeline.recipe import build_model
-from pipeline.spans import SPAN_DTYPE, Spans
-from workers.failures import RunFailed
-from workers.writing import NotWritten
+from pipeline.data.recipe import build_model
+from pipeline.metrics.spans import SPAN_DTYPE, Spans
+from pipeline.plan.names import DNI_FORMS, OPTIMIZERS, TARGETS
+from pipeline.schedule.modes import MODES
+from workers.errors import RunFailed
+from workers.files import NotWritten
 
 
 @dataclass
@@ -66,7 +66,7 @@ def freewheel(*arguments: str | Path, columns: int = 250) -> Ended:
     wide = mock.patch.dict(os.environ, {"COLUMNS": str(columns)})
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), wide, pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
+            cli.run_command([str(argument) for argument in arguments])
     finally:
         signal.signal(signal.SIGTERM, handler)
     return Ended(ended.value.code or 0, out.getvalue(), err.getvalue())  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def starts_nothing(starts_no_run: None, empty_folder: Path) -> Iterator[None]:
 def test_the_command_starts_without_what_is_slow_to_import() -> None:
     """Torch's compiler alone, which the rivals' schedules bring along, once cost every command, rank and actor 2 s."""
     slow = "'torch._dynamo', 'torch.distributed.pipelining', 'sympy', 'sklearn', 'matplotlib', 'ray'"
-    code = f"import sys, launch.cli, launch.ray_agent; print(sorted({{{slow}}} & sys.modules.keys()))"
+    code = f"import sys, launch.cli, launch.on_ray.actor; print(sorted({{{slow}}} & sys.modules.keys()))"
     path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
@@ -197,7 +197,9 @@ def test_an_option_that_is_wrong_is_named_with_what_would_be_right(command: str,
 
 @pytest.mark.usefixtures("starts_nothing")
 def test_too_little_shared_memory_is_said_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.devshm.os.statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=4096))
+    monkeypatch.setattr(
+        "workers.channels.shm.host_memory.os.statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=4096)
+    )
     (line,) = freewheel("train", "digits", "--stages", "2").refusals
     assert re.fullmatch(
         r"freewheel: too little shared memory: the channels need [\d.]+ MiB \([\d,]+ bytes\), "
@@ -267,7 +269,7 @@ def test_what_can_be_known_before_a_run_is_said_before_it(command: str, message:
 def test_without_the_package_ray_its_launcher_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """All its options are understood all the same."""
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "launch.ray_cluster", raising=False)
+    monkeypatch.delitem(sys.modules, "launch.on_ray.cluster", raising=False)
     monkeypatch.delattr(launch, "ray_cluster", raising=False)
     (line,) = freewheel("train", "digits", "--launcher", "ray", "--address", "auto", "--ray.cpus", "2").refusals
     assert line.startswith("freewheel: launcher ray needs the package ray, 2.59 or newer, which is not there (")

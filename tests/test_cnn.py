@@ -11,9 +11,9 @@ from torch import nn
 
 from launch.recipes.cnn import cnn, convolutions
 from launch.recipes.digits import digits
-from launch.sources import NamedRecipe, check_travels
+from launch.setup.recipe_source import NamedRecipe, check_travels
 from pipeline import DNIPlan, Plan, PlanError, Recipe, run_reference
-from pipeline.resolve import resolve
+from pipeline.run.resolve import resolve
 from tests.oracle import assert_same, train_alone
 from tests.test_cli import freewheel
 

@@ -14,13 +14,13 @@ from oracle import assert_same
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from launch.resolving import resolve_source
-from launch.single import run_single
+from launch.bench.single_process import run_single
+from launch.setup.resolve_source import resolve_source
 from launch.training import train
 from pipeline import Plan, Recipe, run_reference
-from pipeline.computing import Computing
-from pipeline.devices import DeviceChoice
-from pipeline.recipe import build_model
+from pipeline.data.recipe import build_model
+from pipeline.model.compute import ComputeContext
+from pipeline.plan.device_choice import DeviceChoice
 from pipeline.seeding import seed_layer
 
 STEPS = 6
@@ -101,7 +101,7 @@ def test_the_single_process_computes_as_the_plan_says() -> None:
 
 
 def test_a_module_is_moved_and_stays_the_same_object() -> None:
-    computing, layer = Computing(Plan(), "cpu"), nn.Linear(3, 3)
+    computing, layer = ComputeContext(Plan(), "cpu"), nn.Linear(3, 3)
     weight, x = layer.weight, torch.ones(2, 3)
     assert computing.placed(layer) is layer
     assert layer.weight is weight

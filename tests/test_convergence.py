@@ -8,10 +8,10 @@ from statistics import mean
 
 import pytest
 
-from launch.console import Console
 from launch.recipes.mnist import mnist
-from launch.resolving import resolve_source
-from launch.sources import NamedRecipe
+from launch.setup.recipe_source import NamedRecipe
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
 from pipeline import Plan, run_reference
 

@@ -22,23 +22,23 @@ import problems
 import pytest
 from oracle import assert_same
 
-from launch.agreement import changed, changes, preparing, resolved_on
-from launch.console import Console
-from launch.coordinator import Coordinator, OwnPart
-from launch.options import Parsed
-from launch.participant import take_part
-from launch.peers import run_ddp, run_torch_schedule
-from launch.resolving import resolve_source
-from launch.single import run_single
-from launch.site import Site
-from launch.sources import GivenRecipe
+from launch.bench.rivals import run_ddp, run_torch_schedule
+from launch.bench.single_process import run_single
+from launch.bench.where_rows_run import Site
+from launch.options.options import Parsed
+from launch.ranks.agreement import changed, changes, preparing, resolved_on
+from launch.ranks.bench_driver import Coordinator, OwnPart
+from launch.ranks.bench_rank import take_part
+from launch.setup.recipe_source import GivenRecipe
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
 from pipeline import ChannelPlan, DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
-from workers.agent import DriverGone
-from workers.control import Hello, Reception, Wire, called
-from workers.failures import RunFailed
-from workers.fleet import Fleet
-from workers.shm import new_prefix
+from workers.channels.shm.ring import new_prefix
+from workers.errors import RunFailed
+from workers.supervision.protocol import ControlSocket, Hello, Reception, connect_to
+from workers.supervision.rank_agent import DriverGone
+from workers.supervision.remote_workers import RemoteWorkers
 
 PLAN = Plan(mode="unlocked", stages=2, sizes=(4, 4), steps=6, evaluate_every=None)
 WITHIN_S = 60.0
@@ -93,7 +93,7 @@ class Ranks:
 
     asked: threading.Event = field(default_factory=threading.Event)
     statuses: dict[int, int | Exception] = field(default_factory=dict)
-    wire: Wire | None = None
+    wire: ControlSocket | None = None
 
 
 @contextlib.contextmanager
@@ -105,20 +105,20 @@ def ranks(
     ``other``: the recipe that rank 1 sees.
     """
     parsed, own = Parsed(source, plan, None), OwnPart()  # type: ignore[arg-type]
-    mine, theirs = (Wire(end) for end in Pipe())
-    fleet = Fleet(2, both.asked.is_set)
+    mine, theirs = (ControlSocket(end) for end in Pipe())
+    fleet = RemoteWorkers(2, both.asked.is_set)
 
     def hello(rank: int) -> Hello:
         return Hello(rank, os.getpid(), f"host-{rank}", f"memory {rank}", new_prefix())
 
-    def part(rank: int, wire: Wire, seen: Parsed, prepare: Any, call: Callable[[], Wire]) -> None:
+    def part(rank: int, wire: ControlSocket, seen: Parsed, prepare: Any, call: Callable[[], ControlSocket]) -> None:
         try:
             both.statuses[rank] = take_part(wire, partial(hello, rank), seen, prepare, call, lambda: False)
         except DriverGone as gone:
             both.statuses[rank] = gone
 
     with Reception("127.0.0.1") as reception:
-        call = partial(called, reception.host, reception.port, reception.key, 5.0)
+        call = partial(connect_to, reception.host, reception.port, reception.key, 5.0)
 
         def second() -> None:
             both.wire = call()
@@ -134,7 +134,7 @@ def ranks(
             with fleet:
                 fleet.gather(mine, reception, 10.0)
                 coordinator = Coordinator(
-                    parsed, fleet, reception, partial(Fleet, 2, both.asked.is_set), own, memory="memory 0"
+                    parsed, fleet, reception, partial(RemoteWorkers, 2, both.asked.is_set), own, memory="memory 0"
                 )
                 yield coordinator.site("test", partial(resolved_on, fleet.hosts))
         finally:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline import Plan
-from pipeline.cost_model import predicted_batches_per_s
+from pipeline.run.cost_model import predicted_batches_per_s
 
 
 def _rate(**plan: Any) -> float:

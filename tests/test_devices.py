@@ -16,28 +16,29 @@ import pytest
 import torch
 
 import launch
-from launch import ray_launcher, train
-from launch.agreement import preparing, profile
-from launch.cli import main
-from launch.gpus import chosen_here, gpus_here
-from launch.options import parse
-from launch.ray_gpus import assigned_device, check_own_room, gpus_wanted, without_places
-from launch.ray_options import TrainOptions
-from launch.resolving import resolve_source
-from launch.rows import ROWS
-from launch.site import LOCAL
+from launch import train
+from launch.bench.rows import ROWS
+from launch.bench.where_rows_run import LOCAL
+from launch.cli import run_command
+from launch.on_ray import launcher as ray_launcher
+from launch.on_ray.gpus import assigned_device, check_own_room, gpus_wanted, without_places
+from launch.options.options import parse
+from launch.options.ray_options import TrainOptions
+from launch.ranks.agreement import preparing, profile
+from launch.setup.local_gpus import chosen_here, gpus_here
+from launch.setup.resolve_source import resolve_source
 from pipeline import Plan, PlanError, run_reference
-from pipeline.channels import ChannelChoice, choose_channels, kind_between
-from pipeline.devices import choose_devices, on_gpu
-from pipeline.plan_check import check_plan
-from workers.assignment import Names
-from workers.control import Hello, Task, Wire
-from workers.edges import edges_of
-from workers.fleet import Fleet
-from workers.member import Member
-from workers.peer import HEADER_SLOT_BYTES
-from workers.shared import needed_bytes
-from workers.shm import ring_bytes
+from pipeline.plan.channel_choice import ChannelChoice, choose_channels, kind_between
+from pipeline.plan.check import check_plan
+from pipeline.plan.device_choice import choose_devices, on_gpu
+from workers.channels.gpu.cuda_ipc import HEADER_SLOT_BYTES
+from workers.channels.shm.ring import ring_bytes
+from workers.supervision.protocol import ControlSocket, Hello, Task
+from workers.supervision.rank_link import RankLink
+from workers.supervision.remote_workers import RemoteWorkers
+from workers.wiring.edges import edges_of
+from workers.wiring.run_memory import needed_bytes
+from workers.worker.assignment import Names
 
 NO_GPU = not torch.cuda.device_count()
 
@@ -240,10 +241,10 @@ import torch
 asked = []
 for name in ("is_available", "_lazy_init", "current_device", "init", "set_device"):
     setattr(torch.cuda, name, lambda *a, name=name, **k: asked.append(name) or False)
-import torch._dynamo, workers.worker, workers.cuda, launch.training, launch.bench_channel
+import torch._dynamo, workers.worker.main, workers.channels.gpu.cuda_engine, launch.training, launch.bench.channel
 from pipeline import Plan
 import problems
-from launch.resolving import resolve_source
+from launch.setup.resolve_source import resolve_source
 resolve_source(problems.two_linear_recipe, Plan(stages=2, device="cpu"))
 assert not asked, asked
 """
@@ -257,7 +258,7 @@ assert not asked, asked
 @pytest.mark.parametrize("command", ["train digits --device cuda", "bench channel --device cuda"])
 def test_the_command_line_refuses_a_gpu_that_is_not_there(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(command.split())
+        run_command(command.split())
     assert ended.value.code == 2
     assert re.match(r"freewheel: device cuda: .* or choose device cpu\.\n$", capsys.readouterr().err)
 
@@ -312,11 +313,11 @@ def test_what_is_asked_of_ray_amiss_is_refused_before_ray_is_asked(
     command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # whoever asks for it meets an error
-    monkeypatch.delitem(sys.modules, "launch.ray_cluster", raising=False)
+    monkeypatch.delitem(sys.modules, "launch.on_ray.cluster", raising=False)
     monkeypatch.delattr(launch, "ray_cluster", raising=False)
     name, *options = command.split()
     with pytest.raises(SystemExit) as ended:
-        main([name, "digits", "--launcher", "ray", *options])
+        run_command([name, "digits", "--launcher", "ray", *options])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"freewheel: {message}")
 
@@ -365,14 +366,14 @@ def test_driver_and_agents_agree_on_the_gpus_that_ray_assigned(replicas: int) ->
     arguments = f"--mode naive --stages 2 --replicas {replicas} --steps 4 --hidden 16 --device cuda".split()
     parsed = parse("digits", [*arguments, "--launcher", "ray"], TrainOptions, "freewheel train", writes=False)
     hosts, devices = ["node a"] * 2 * replicas, ["cuda:3", "cuda:5", "cuda:3", "cuda:0"][: 2 * replicas]
-    fleet = Fleet(len(hosts), lambda: False)
+    fleet = RemoteWorkers(len(hosts), lambda: False)
     fleet.members = [
-        Member(unused, Hello(rank, 1, host, host, "fw", device=device, nccl=rank > 0))
-        for rank, (unused, host, device) in enumerate(zip([Mock(Wire)] * 4, hosts, devices, strict=False))
+        RankLink(unused, Hello(rank, 1, host, host, "fw", device=device, nccl=rank > 0))
+        for rank, (unused, host, device) in enumerate(zip([Mock(ControlSocket)] * 4, hosts, devices, strict=False))
     ]
     assert (fleet.devices, fleet.nccl) == (devices, False)
     before = resolve_source(parsed.source, parsed.plan, devices=without_places(parsed.plan, 1.0))
-    placed = ray_launcher.placed(before, fleet, TrainOptions(), "x-stage-K")
+    placed = ray_launcher.placed_on_nodes(before, fleet, TrainOptions(), "x-stage-K")
     said = {what: (value, why) for what, value, why in placed.reasons}
     assert said["device"] == (", ".join(devices), "Ray assigned them")
     assert said["split"][1] == "measured time per layer, on the CPU of this host: the GPUs are those of the nodes"
@@ -394,7 +395,7 @@ def test_who_measures_layers_for_gpus_elsewhere_measures_on_the_cpu(monkeypatch:
     def on_gpu_here(*_: object) -> list[float]:
         raise AssertionError("no GPU of this host is to be touched")
 
-    monkeypatch.setattr("launch.resolving.layer_seconds_on", on_gpu_here)
+    monkeypatch.setattr("launch.setup.resolve_source.layer_seconds_on", on_gpu_here)
     plan = Plan(stages=2, device="cuda")
     assert resolve_source(problems.recipe, plan, devices=without_places(plan, 1.0)).layer_seconds is not None
     with pytest.raises(PlanError, match="no GPU of this host"):

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.cut import Cut
-from pipeline.dni import DNI, _Adam, build_dni, describe_form, target_every
+from pipeline.dni.dni import DNI, _Adam, build_dni, describe_form, target_every
+from pipeline.dni.heads import Head, head_for
+from pipeline.dni.loss_model import _cross_entropy_slope, _slope_of
 from pipeline.errors import PlanError
-from pipeline.heads import Head, head_for
-from pipeline.loss_model import _cross_entropy_slope, _slope_of
-from pipeline.plan import DNIPlan
+from pipeline.model.cut import Cut
+from pipeline.plan.plan import DNIPlan
 
 ROWS, WIDTH, CLASSES = 32, 12, 5
 
@@ -545,7 +545,9 @@ def test_how_often_a_target_flows_is_the_forms_wish_or_the_plans(cut: Cut, form:
 
 def test_the_cut_that_wants_targets_most_often_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     forms = {2: "mlp"}
-    monkeypatch.setattr("pipeline.dni.describe_form", lambda cut, plan: (forms.get(cut.index, "label_residual"), ""))
+    monkeypatch.setattr(
+        "pipeline.dni.dni.describe_form", lambda cut, plan: (forms.get(cut.index, "label_residual"), "")
+    )
     assert target_every([CLASSIFIER, replace(CLASSIFIER, index=2)], DNIPlan()) == 1
     assert target_every([], DNIPlan()) == 1
 

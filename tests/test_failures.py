@@ -25,9 +25,10 @@ from torchrun_program import left_in
 
 from launch import RunFailed, train
 from pipeline import DNIPlan, Plan
-from pipeline.spans import Span
-from workers import failures, orphan
-from workers.board import Status
+from pipeline.metrics.spans import Span
+from workers import errors
+from workers.telemetry.status_table import Status
+from workers.worker import orphan
 
 pytestmark = pytest.mark.processes
 HERE = Path(__file__).parent
@@ -271,7 +272,7 @@ def test_a_call_of_train_that_every_import_repeats_is_told_as_that(tmp_path: Pat
     """Every worker printed a traceback, and the run spoke of an out-of-memory kill."""
     (tmp_path / "program.py").write_text(_PROGRAM)
     assert _refusing("program.py", folder=tmp_path)[-1] == (
-        f"workers.failures.RunFailed: train() is called whenever {tmp_path}/program.py is imported, and every worker "
+        f"workers.errors.RunFailed: train() is called whenever {tmp_path}/program.py is imported, and every worker "
         'imports it: put the call under if __name__ == "__main__":'
     )
 
@@ -301,5 +302,5 @@ def test_a_program_without_a_file_is_refused_before_anything_starts(
     ],
 )
 def test_only_a_kill_is_said_to_be_one(exit_code: int, told: str) -> None:
-    failure = failures.killed(1, 7, exit_code, Status(Span.OTHER, -1, 0, 0))
+    failure = errors.killed(1, 7, exit_code, Status(Span.OTHER, -1, 0, 0))
     assert str(failure) == f"stage 1 (pid 7) {told}"

@@ -18,14 +18,15 @@ import numpy as np
 import problems
 import pytest
 
-from launch.resolving import resolve_source
+from launch.setup.resolve_source import resolve_source
 from pipeline import Plan, PlanError
-from pipeline.spans import SPAN_DTYPE, Span
-from workers import control, records
+from pipeline.metrics.spans import SPAN_DTYPE, Span
 from workers.clock import now_ns
-from workers.control import Reception, Wire, called
-from workers.failures import RunFailed
-from workers.fleet import Fleet
+from workers.errors import RunFailed
+from workers.supervision import protocol
+from workers.supervision.protocol import ControlSocket, Reception, connect_to
+from workers.supervision.remote_workers import RemoteWorkers
+from workers.telemetry import records
 
 AHEAD_NS = 5_000_000_000_000
 PLAN = Plan(stages=2, sizes=(4, 4), mode="naive", steps=5, stall_after_s=2.0)
@@ -43,48 +44,50 @@ class Agent:
         heard: all that the driver said, by type.
     """
 
-    wire: Wire
+    wire: ControlSocket
     rank: int
-    training: Callable[[Wire], None]
+    training: Callable[[ControlSocket], None]
     problems: list[str] = field(default_factory=list)
-    heard: dict[type, control.Control] = field(default_factory=dict)
+    heard: dict[type, protocol.Control] = field(default_factory=dict)
 
     def run(self) -> None:
         """Until the driver hangs up."""
         host = "ab"[self.rank]
         try:
-            self.wire.send(control.Hello(self.rank, 10 + self.rank, host, f"memory of {host}", f"fw-{host}"))
+            self.wire.send(protocol.Hello(self.rank, 10 + self.rank, host, f"memory of {host}", f"fw-{host}"))
             while True:
                 mp_connection.wait([self.wire], 10.0)  # type: ignore[list-item]
                 record = self.wire.receive()
                 self.heard[type(record)] = record
                 self._answer(record)
-        except control.Gone:
+        except protocol.Gone:
             self.wire.close()
 
-    def _answer(self, record: control.Control) -> None:
-        if isinstance(record, control.Clock):
-            self.wire.send(control.Time(now_ns() + AHEAD_NS * self.rank))
-        elif isinstance(record, control.Task):
-            self.wire.send(control.Prepared(self.problems))
-        elif isinstance(record, control.Start):
+    def _answer(self, record: protocol.Control) -> None:
+        if isinstance(record, protocol.ReadClock):
+            self.wire.send(protocol.Time(now_ns() + AHEAD_NS * self.rank))
+        elif isinstance(record, protocol.Task):
+            self.wire.send(protocol.Prepared(self.problems))
+        elif isinstance(record, protocol.Start):
             self.wire.send(records.Ready(self.rank, 20 + self.rank, 1))
         elif isinstance(record, records.Go):
             self.training(self.wire)
-        elif isinstance(record, control.Stop):
-            self.wire.send(control.Stopped())
+        elif isinstance(record, protocol.Stop):
+            self.wire.send(protocol.AgentStopped())
 
 
 @contextmanager
-def _fleet(training: Callable[[Wire], None], problems: Sequence[str] = ()) -> Iterator[tuple[Fleet, list[Agent]]]:
+def _fleet(
+    training: Callable[[ControlSocket], None], problems: Sequence[str] = ()
+) -> Iterator[tuple[RemoteWorkers, list[Agent]]]:
     """A gathered fleet of two, and its agents; rank 1 does the training that the test is about."""
-    mine, theirs = (Wire(end) for end in Pipe())
+    mine, theirs = (ControlSocket(end) for end in Pipe())
     agents = [Agent(theirs, 0, lambda wire: wire.send(records.Finished(0, 5, 0, 0, 1, now_ns(), now_ns())))]
-    fleet = Fleet(2, lambda: False)
+    fleet = RemoteWorkers(2, lambda: False)
     with Reception("127.0.0.1") as reception:
 
         def come() -> None:
-            wire = called(reception.host, reception.port, reception.key, 5.0)
+            wire = connect_to(reception.host, reception.port, reception.key, 5.0)
             agents.append(Agent(wire, 1, training, list(problems)))
             agents[1].run()
 
@@ -108,13 +111,13 @@ def test_times_and_spans_come_on_the_clock_of_the_driver(tmp_path: Path) -> None
         [(Span.FORWARD, 0, 0, start_ns + AHEAD_NS), (Span.OTHER, -1, -1, start_ns + AHEAD_NS + 7)], SPAN_DTYPE
     )
 
-    def training(wire: Wire) -> None:
-        wire.send(control.Status(Span.FORWARD, 3, now_ns() + AHEAD_NS, 9, "R"))
+    def training(wire: ControlSocket) -> None:
+        wire.send(protocol.WorkerStatus(Span.FORWARD, 3, now_ns() + AHEAD_NS, 9, "R"))
         wire.send(records.Loss(0, [1.0], now_ns() + AHEAD_NS))
         for what, content in (("spans", _npy(spans)), ("model", b"weights"), ("optimizer", b"")):
             half = len(content) // 2
-            wire.send(control.File(what, content[:half], last=False))
-            wire.send(control.File(what, content[half:], last=True))
+            wire.send(protocol.File(what, content[:half], last=False))
+            wire.send(protocol.File(what, content[half:], last=True))
         wire.send(records.Finished(1, 5, 0, 0, 1, now_ns() + AHEAD_NS, now_ns() + AHEAD_NS))
 
     with _fleet(training) as (fleet, agents):
@@ -127,11 +130,11 @@ def test_times_and_spans_come_on_the_clock_of_the_driver(tmp_path: Path) -> None
         assert start_ns < fleet.read(1).start_ns < now_ns()
         assert (fleet.read(1).span, fleet.read(1).batch) == (Span.FORWARD, 3)
         assert fleet.hosts == ["a", "b"]
-        tasks = [agent.heard[control.Task] for agent in agents]
+        tasks = [agent.heard[protocol.Task] for agent in agents]
         assert [(task.prefix, task.makes_memory) for task in tasks] == [("fw-a", True), ("fw-b", True)]  # type: ignore[union-attr]
-        starts = [agent.heard[control.Start] for agent in agents]
+        starts = [agent.heard[protocol.Start] for agent in agents]
         assert [start.run_dir for start in starts] == [str(tmp_path), None]  # type: ignore[union-attr]
-        assert all(agent.heard[control.Stop] == control.Stop(0) for agent in agents)
+        assert all(agent.heard[protocol.Stop] == protocol.Stop(0) for agent in agents)
     written = np.load(tmp_path / "spans" / "stage-1.npy", allow_pickle=False)
     assert np.abs(written["start_ns"] - start_ns).max() < 1e9
     assert np.diff(written["start_ns"]).tolist() == [7]
@@ -145,20 +148,20 @@ def test_a_rank_that_cannot_do_its_task_is_named(tmp_path: Path) -> None:
         with pytest.raises(PlanError) as caught, fleet:
             fleet.prepare(resolved, None, {"torch": "2"})
         assert caught.value.problems == ("rank 1 on b: its torch is 1: install the same.",)
-        assert [agent.heard[control.Stop] for agent in agents] == [control.Stop(2)] * 2
+        assert [agent.heard[protocol.Stop] for agent in agents] == [protocol.Stop(2)] * 2
 
 
 def test_nobody_moves_although_all_agents_speak(tmp_path: Path) -> None:
     """The stall report is made of what the agents last said."""
 
-    def training(wire: Wire) -> None:
-        wire.send(control.Status(Span.BACKWARD, 4, now_ns() + AHEAD_NS, 9, "T"))
+    def training(wire: ControlSocket) -> None:
+        wire.send(protocol.WorkerStatus(Span.BACKWARD, 4, now_ns() + AHEAD_NS, 9, "T"))
 
     with _fleet(training) as (fleet, agents):
         fleet.prepare(resolve_source(problems.recipe, PLAN), None, {})
         with pytest.raises(RunFailed) as caught, fleet:
             list(fleet.run(tmp_path))
-        assert control.Dump in agents[1].heard
+        assert protocol.Dump in agents[1].heard
     assert "no progress for 2.0 s: stage 1 (pid 21 on b) is in backward batch 4 for" in str(caught.value)
     assert "the process is stopped" in str(caught.value)
     assert "stage 0  waits" in caught.value.details
@@ -168,7 +171,7 @@ def test_the_cause_goes_before_its_consequences(tmp_path: Path) -> None:
     """Both are read together; the failure of rank 1 happened first, as times on one clock show."""
     early_ns = now_ns()
 
-    def training(wire: Wire) -> None:
+    def training(wire: ControlSocket) -> None:
         wire.send(records.Failure(1, 21, "stage 1: late", "", now_ns() + AHEAD_NS + 10**9))
         wire.send(records.Failure(1, 21, "stage 1: early", "trace", early_ns + AHEAD_NS, layer="5", batch=3))
 
@@ -181,7 +184,7 @@ def test_the_cause_goes_before_its_consequences(tmp_path: Path) -> None:
 
 def test_strangers_are_not_let_in() -> None:
     with Reception("127.0.0.1") as reception, ThreadPoolExecutor(1) as pool:
-        stranger = pool.submit(called, reception.host, reception.port, b"x" * 32, 5.0)
+        stranger = pool.submit(connect_to, reception.host, reception.port, b"x" * 32, 5.0)
         assert reception.accept(5.0) is None
         with pytest.raises(OSError, match=r"broke off the greeting \(it hung up\): another run's driver"):
             stranger.result(10.0)
@@ -200,7 +203,7 @@ def test_a_driver_of_another_run_is_recognised() -> None:
 
         pretending = pool.submit(pretend)
         with pytest.raises(ConnectionError, match="does not know this run's key"):
-            called("127.0.0.1", server.getsockname()[1], b"k" * 32, 5.0)
+            connect_to("127.0.0.1", server.getsockname()[1], b"k" * 32, 5.0)
         pretending.result(10.0)
 
 

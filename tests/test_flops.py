@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from launch.recipes.mlp import mlp
 from launch.recipes.perceptron import perceptron
 from pipeline import Batch, DNIPlan, Plan, Recipe, StageError, run_reference
-from pipeline.flops import StageFlops, count_flops
-from pipeline.resolve import resolve
+from pipeline.run.flops import StageFlops, count_flops
+from pipeline.run.resolve import resolve
 
 H, B, C = 48, 256, 10  # width of every layer, rows of a batch, classes
 FULL, HEAD = 2 * B * H * H, 2 * B * H * C  # one product of a hidden layer, and of the head

@@ -21,17 +21,17 @@ import torch.nn.functional as F
 from oracle import assert_same
 
 from launch import RunFailed, train
-from launch.console import Console
 from launch.recipes.digits import digits
-from launch.resolving import resolve_source
-from launch.result import Result
+from launch.results.result import Result
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
 from pipeline import ChannelPlan, Plan, PlanError, Recipe, run_reference
-from pipeline.channels import choose_channels
-from pipeline.plan_check import check_plan
-from workers.channel import ChannelTimeout
-from workers.gloo import Pair, Rendezvous
-from workers.remote import RemoteReceiver, RemoteSender
+from pipeline.plan.channel_choice import choose_channels
+from pipeline.plan.check import check_plan
+from workers.channels.interface import ChannelTimeout
+from workers.channels.net.ends import RemoteReceiver, RemoteSender
+from workers.channels.net.gloo import Pair, Rendezvous
 
 UNSEEN_S = 50.0
 """Before a failure that nobody saw would end as a stall, after 60 s."""

@@ -25,24 +25,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from launch import train
-from launch.bench_channel import bench_channel
-from launch.console import Console
-from launch.resolving import resolve_source
-from launch.result import Result
-from launch.single import run_single
+from launch.bench.channel import bench_channel
+from launch.bench.single_process import run_single
+from launch.results.result import Result
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
 from pipeline import ChannelPlan, Plan, Recipe, run_reference
-from pipeline.messages import Kind, Message
-from pipeline.recipe import build_model
+from pipeline.data.recipe import build_model
+from pipeline.messages.message import Kind, Message
+from pipeline.metrics.spans import Span, Spans
 from pipeline.seeding import seed_layer
-from pipeline.spans import Span, Spans
-from workers.board import Board
-from workers.channel import Receiver, Sender
-from workers.edges import Edge, open_receiver, open_sender
-from workers.failures import RunFailed
-from workers.gloo import Rendezvous
-from workers.gpu_recorder import CudaMarks, GpuSpanRecorder
-from workers.shm import create_ring, new_prefix, unlink_ring
+from workers.channels.interface import Receiver, Sender
+from workers.channels.net.gloo import Rendezvous
+from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
+from workers.errors import RunFailed
+from workers.telemetry.gpu_span_recorder import CudaMarks, GpuSpanRecorder
+from workers.telemetry.status_table import StatusTable
+from workers.wiring.edges import Edge, open_receiver, open_sender
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product of this process
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # torch warns of what has no deterministic form
@@ -305,7 +305,7 @@ def test_a_message_is_received_beside_the_computing_and_the_spans_show_it(kind: 
     """With the device at rest, computing waits for the whole copy; with work queued before, for what is left of it."""
     size = 256 << 20
     name = f"{new_prefix()}-s"
-    board = Board(name, 1, create=True)
+    board = StatusTable(name, 1, create=True)
     record = GpuSpanRecorder(0, board, CudaMarks(GPU))
     matrix = torch.randn(8192, 8192, device=GPU)
     with ends(kind, size + 4096) as (sender, receiver):
@@ -323,7 +323,7 @@ def test_a_message_is_received_beside_the_computing_and_the_spans_show_it(kind: 
             record(Span.OTHER, batch)
             torch.cuda.synchronize()
     record.save(tmp_path / "spans.npy")
-    Board.unlink_name(name)
+    StatusTable.unlink_name(name)
     board.close()
     spans = Spans(np.load(tmp_path / "spans.npy", allow_pickle=False))
     lengths = {

@@ -19,24 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launch.console import Console
-from launch.resolving import resolve_source
-from launch.sources import GivenRecipe
+from launch.setup.recipe_source import GivenRecipe
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe, StageError, run_reference
-from pipeline.cut import Cut
-from pipeline.dni import DNI
-from pipeline.guards import Guard
-from pipeline.optimizers import build_optimizer
-from pipeline.partition import Layer, layers_of, split
-from pipeline.plan_check import check_plan
-from pipeline.recipe import build_model
-from pipeline.resolve import resolve
+from pipeline.data.recipe import build_model
+from pipeline.dni.dni import DNI
+from pipeline.model.cut import Cut
+from pipeline.model.optimizers import build_optimizer
+from pipeline.model.partition import Layer, layers_of, split
+from pipeline.plan.check import check_plan
+from pipeline.run.resolve import resolve
 from pipeline.seeding import seed_layer
-from pipeline.stage import Stage
+from pipeline.stage.divergence import Guard
+from pipeline.stage.stage import Stage
 from tests import problems
 from tests.oracle import assert_same
-from workers.failures import RunFailed
+from workers.errors import RunFailed
 
 SGD = OptimizerPlan(rule="sgd", lr=0.05)
 

@@ -16,13 +16,13 @@ from oracle import assert_same
 from test_cli import freewheel
 
 from launch import Result, RunFailed, train
-from launch.instrumentation import cost_by_count, cost_of_spans, median_interval, record_s
-from launch.ledger import seconds_of
+from launch.bench.cost_ledger import seconds_of
+from launch.bench.span_cost import cost_by_count, cost_of_spans, median_interval, record_s
 from pipeline import Plan
-from pipeline.measurements import Measured, StageMeasured
-from pipeline.spans import Span
-from workers.board import Board
-from workers.recorder import Pulse
+from pipeline.metrics.measurements import Measured, StageMeasured
+from pipeline.metrics.spans import Span
+from workers.telemetry.span_recorder import Pulse
+from workers.telemetry.status_table import StatusTable
 
 
 def _train(plan: Plan, runs: Path) -> Result:
@@ -83,15 +83,15 @@ def test_what_one_record_takes_is_measured_on_a_real_recorder() -> None:
 
 
 @pytest.fixture
-def board() -> Iterator[Board]:
+def board() -> Iterator[StatusTable]:
     """A board of two stages."""
     name = f"fw-test-{id(object())}"
-    with contextlib.closing(Board(name, 2, create=True)) as made:
-        Board.unlink_name(name)
+    with contextlib.closing(StatusTable(name, 2, create=True)) as made:
+        StatusTable.unlink_name(name)
         yield made
 
 
-def test_a_pulse_tells_the_board_what_a_stall_is_explained_with(board: Board) -> None:
+def test_a_pulse_tells_the_board_what_a_stall_is_explained_with(board: StatusTable) -> None:
     pulse = Pulse(1, board)
     progress = []
     for span in (Span.LOAD, Span.FORWARD, Span.SEND, Span.DNI, Span.BACKWARD, Span.STEP, Span.OTHER, Span.WAIT):

@@ -15,9 +15,9 @@ from unittest import mock
 
 import pytest
 
-from workers.crew import Crew
-from workers.failures import RunFailed
-from workers.interrupts import Interrupts
+from workers.errors import RunFailed
+from workers.processes.interrupts import Interrupts
+from workers.supervision.local_workers import LocalWorkers
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ def test_the_fork_server_outlives_an_interrupt_while_it_imports() -> None:
         "-c",
         "import os, signal\n"
         "from multiprocessing import forkserver\n"
-        "from workers.processes import listener, process_context\n"
+        "from workers.processes.context import listener, process_context\n"
         "context = process_context()\n"
         "listener()\n"
         "os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)\n"
@@ -148,10 +148,10 @@ def test_workers_that_cannot_start_because_of_an_interrupt_are_no_failure(
             _interrupt()
         raise EOFError("unexpected EOF")
 
-    monkeypatch.setattr("workers.processes.ForkServerProcess._Popen", staticmethod(start))
-    monkeypatch.setattr("workers.processes.listener", lambda: None)
-    monkeypatch.setattr("workers.crew.listener", lambda: None)
-    monkeypatch.setattr("workers.crew.Bell", mock.Mock())
+    monkeypatch.setattr("workers.processes.context.ForkServerProcess._Popen", staticmethod(start))
+    monkeypatch.setattr("workers.processes.context.listener", lambda: None)
+    monkeypatch.setattr("workers.supervision.local_workers.listener", lambda: None)
+    monkeypatch.setattr("workers.supervision.local_workers.Bell", mock.Mock())
     assignment: Any = mock.Mock(called="stage 0")
-    with pytest.raises(expected), Crew([assignment], mock.Mock()):
+    with pytest.raises(expected), LocalWorkers([assignment], mock.Mock()):
         pass

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.messages import Kind, Message
-from pipeline.spans import SPAN_DTYPE, Span, Spans
-from workers.board import Board
-from workers.channel import ChannelBroken, ChannelTimeout, Receiver, Sender
-from workers.edges import Edge, open_receiver, open_sender
-from workers.gpu_recorder import GpuSpanRecorder
-from workers.lane import DeviceLane
-from workers.peer import PeerSender
-from workers.shm import create_ring, new_prefix, unlink_ring
+from pipeline.messages.message import Kind, Message
+from pipeline.metrics.spans import SPAN_DTYPE, Span, Spans
+from workers.channels.gpu.cuda_ipc import PeerSender
+from workers.channels.interface import ChannelBroken, ChannelTimeout, Receiver, Sender
+from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
+from workers.channels.staging import DeviceStaging
+from workers.telemetry.gpu_span_recorder import GpuSpanRecorder
+from workers.telemetry.status_table import StatusTable
+from workers.wiring.edges import Edge, open_receiver, open_sender
 
 DEADLINE_S = 20.0
 
@@ -137,7 +137,7 @@ def _fail() -> None:
 
 
 def test_a_copy_that_fails_is_told_by_the_next_send_and_its_message_never_arrives() -> None:
-    lane = DeviceLane(_Broken("late:0"), "activations 0->1")
+    lane = DeviceStaging(_Broken("late:0"), "activations 0->1")
     posted: list[int] = []
     slot = lane.outgoing(memoryview(bytearray(4096)), None)
     lane.fill(slot, numbered(0))
@@ -187,7 +187,7 @@ class _Device:
 
 def test_spans_on_a_gpu_have_the_times_of_the_device(tmp_path: Path) -> None:
     name, device = f"{new_prefix()}-s", _Device()
-    board = Board(name, 1, create=True)
+    board = StatusTable(name, 1, create=True)
     try:
         record = GpuSpanRecorder(0, board, device)
         for batch in range(20_000):  # more than one piece of memory
@@ -195,7 +195,7 @@ def test_spans_on_a_gpu_have_the_times_of_the_device(tmp_path: Path) -> None:
         assert board.read(0).start_ns > 10**12, "the board has the host's clock"
         record.save(tmp_path / "spans.npy")
     finally:
-        Board.unlink_name(name)
+        StatusTable.unlink_name(name)
         board.close()
     spans = np.load(tmp_path / "spans.npy", allow_pickle=False)
     assert spans.dtype == SPAN_DTYPE
@@ -210,12 +210,12 @@ def test_a_device_that_failed_leaves_the_times_of_the_host(tmp_path: Path) -> No
             raise RuntimeError("CUDA error: unspecified launch failure")
 
     name = f"{new_prefix()}-s"
-    board = Board(name, 1, create=True)
+    board = StatusTable(name, 1, create=True)
     try:
         record = GpuSpanRecorder(0, board, Lost())
         record(Span.FORWARD, 0)
         record.save(tmp_path / "spans.npy")
     finally:
-        Board.unlink_name(name)
+        StatusTable.unlink_name(name)
         board.close()
     assert np.load(tmp_path / "spans.npy", allow_pickle=False)["start_ns"].min() > 10**12

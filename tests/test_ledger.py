@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from launch.ledger import Account, Work, entry, same_work, seconds_of, show_ledger
-from pipeline.flops import StageFlops
-from pipeline.measurements import GROUPS, Measured, StageMeasured
+from launch.bench.cost_ledger import Account, Work, entry, same_work, seconds_of, show_ledger
+from pipeline.metrics.measurements import GROUPS, Measured, StageMeasured
+from pipeline.run.flops import StageFlops
 
 US = 1e-6
 MFLOP = 1e6

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from launch import train
 from pipeline import OptimizerPlan, Plan, correct_predictions, run_reference
-from pipeline.recipe import build_model
+from pipeline.data.recipe import build_model
 
 SPLITS = [(8,), (4, 4), (1, 7), (2, 3, 3), (1, 5, 2), (2, 2, 2, 2), (1, 3, 2, 2)]
 PLAN = Plan(mode="naive", steps=20)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.measurements import measure
-from pipeline.spans import SPAN_DTYPE, Span, Spans
+from pipeline.metrics.measurements import measure
+from pipeline.metrics.spans import SPAN_DTYPE, Span, Spans
 
 LETTERS = {
     ".": Span.WAIT,

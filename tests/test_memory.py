@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import DNIPlan, Plan, Recipe
-from pipeline.resolve import resolve, stage_layers
-from pipeline.stage import Stage
+from pipeline.run.resolve import resolve, stage_layers
+from pipeline.stage.stage import Stage
 
 WIDTH, ROWS, BATCHES = 96, 64, 8
 ACTIVATION = ROWS * WIDTH * 4  # bytes

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.messages import Kind, Message, decode, layout_of, write_into
+from pipeline.messages.message import Kind, Message, decode, layout_of, write_into
 
 DTYPES = (
     torch.float32,

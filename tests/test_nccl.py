@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from workers import nccl
-from workers.channel import ChannelTimeout
-from workers.gloo import PairBroken, Rendezvous
-from workers.nccl import NcclWire, nccl_here
+from workers.channels.gpu import nccl
+from workers.channels.gpu.nccl import NcclLink, nccl_here
+from workers.channels.interface import ChannelTimeout
+from workers.channels.net.gloo import PairBroken, Rendezvous
 
 DEADLINE_S = 20.0
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 class Group:
-    """Has what `NcclWire` uses of ProcessGroupNCCL, as `torch/_C/_distributed_c10d.pyi` declares it."""
+    """Has what `NcclLink` uses of ProcessGroupNCCL, as `torch/_C/_distributed_c10d.pyi` declares it."""
 
     Options = staticmethod(lambda is_high_priority_stream: SimpleNamespace(high=is_high_priority_stream))
     connects: threading.Event
@@ -114,10 +114,10 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Group]]:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[tuple[NcclWire, NcclWire]]:
+def joined() -> Iterator[tuple[NcclLink, NcclLink]]:
     with Rendezvous.hosted() as rendezvous, ThreadPoolExecutor(1) as pool:
-        other = pool.submit(NcclWire.join, CPU, rendezvous.join(DEADLINE_S), "a 0->1", 1, DEADLINE_S)
-        yield NcclWire.join(CPU, rendezvous.join(DEADLINE_S), "a 0->1", 0, DEADLINE_S), other.result(DEADLINE_S)
+        other = pool.submit(NcclLink.join, CPU, rendezvous.join(DEADLINE_S), "a 0->1", 1, DEADLINE_S)
+        yield NcclLink.join(CPU, rendezvous.join(DEADLINE_S), "a 0->1", 0, DEADLINE_S), other.result(DEADLINE_S)
 
 
 @pytest.mark.usefixtures("group")
@@ -139,7 +139,7 @@ def test_devices_that_do_not_connect_in_time_give_up_and_say_what_to_do(group: t
         Rendezvous.hosted() as rendezvous,
         pytest.raises(ChannelTimeout, match=r"a 0->1: NCCL did not connect cpu with the receiver's GPU within 0\.05 s"),
     ):
-        NcclWire.join(CPU, rendezvous.join(DEADLINE_S), "a 0->1", 0, 0.05)
+        NcclLink.join(CPU, rendezvous.join(DEADLINE_S), "a 0->1", 0, 0.05)
     group.says = "given up"
 
 
@@ -151,7 +151,7 @@ def test_what_nccl_refuses_is_told_with_what_to_do(group: type[Group]) -> None:
             RuntimeError, match=r"a 0->1: .*sender's GPU \(NCCL error: invalid usage Duplicate .*channels gl"
         ),
     ):
-        NcclWire.join(CPU, rendezvous.join(DEADLINE_S), "a 0->1", 1, DEADLINE_S)
+        NcclLink.join(CPU, rendezvous.join(DEADLINE_S), "a 0->1", 1, DEADLINE_S)
 
 
 @pytest.mark.usefixtures("group")

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from launch.console import Console
-from launch.resolving import resolve_source
-from launch.rows import ROWS
-from launch.site import LOCAL
-from launch.sources import GivenRecipe
+from launch.bench.rows import ROWS
+from launch.bench.where_rows_run import LOCAL
+from launch.setup.recipe_source import GivenRecipe
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
 from pipeline import OptimizerPlan, Plan, PlanError, run_reference
-from pipeline.optimizers import build_optimizer, described, lr_factor
-from pipeline.plan_check import check_plan
-from pipeline.recipe import build_model
+from pipeline.data.recipe import build_model
+from pipeline.model.optimizers import build_optimizer, described, lr_factor
+from pipeline.plan.check import check_plan
 from pipeline.seeding import seed_layer
-from pipeline.stage import Stage
+from pipeline.stage.stage import Stage
 from tests import problems
 from tests.oracle import assert_same, optimizer_tensors
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from launch.console import Console
-from launch.options import BenchOptions, parse
-from launch.over import AXES, Sweep, axis_of, bench_over, mode_name
+from launch.bench.report import Report
+from launch.bench.scaling import AXES, ScalingReport, axis_of, bench_over, mode_name
+from launch.options.options import BenchOptions, parse
 from launch.plots.curves import curves_of
-from launch.report import Report
+from launch.show.console import Console
 from pipeline import Plan, PlanError
 
 ROWS, HIDDEN = 8, 16
@@ -21,20 +21,20 @@ STAGES, LATENCY = AXES
 TYPED = f"--layers 4 --hidden {HIDDEN} --batch {ROWS} --emulate stage_ms=2,dni_ms=0.2 --steps 8 --rounds 2"
 
 
-def _sweep(runs: Path, typed: str) -> Sweep:
+def _sweep(runs: Path, typed: str) -> ScalingReport:
     arguments = [*TYPED.split(), *typed.split(), "--runs", str(runs), "--name", "sweep"]
     parsed = parse("mlp", arguments, BenchOptions, "freewheel bench")
     return bench_over(parsed.source, parsed.plan, parsed.run, ["freewheel"], Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
-def over_stages(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+def over_stages(tmp_path_factory: pytest.TempPathFactory) -> ScalingReport:
     """Two stages, and also 1 and 4."""
     return _sweep(tmp_path_factory.mktemp("over"), "--over-stages 4 1 --rows naive 1f1b local unlocked")
 
 
 @pytest.fixture(scope="module")
-def over_latency(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+def over_latency(tmp_path_factory: pytest.TempPathFactory) -> ScalingReport:
     """A link of 5 ms, and also none and 20 ms."""
     return _sweep(
         tmp_path_factory.mktemp("over"),
@@ -48,7 +48,7 @@ def _row(point: dict[str, Any], mode: str) -> dict[str, Any]:
 
 
 @pytest.mark.processes
-def test_bench_json_has_a_point_for_every_number_of_stages(over_stages: Sweep) -> None:
+def test_bench_json_has_a_point_for_every_number_of_stages(over_stages: ScalingReport) -> None:
     content = json.loads(json.dumps(over_stages.as_dict()))
     points = content["over_stages"]
     assert content["over_latency_ms"] is None
@@ -65,7 +65,7 @@ def test_bench_json_has_a_point_for_every_number_of_stages(over_stages: Sweep) -
 
 
 @pytest.mark.processes
-def test_bytes_per_batch_are_those_of_the_tensors(over_stages: Sweep) -> None:
+def test_bytes_per_batch_are_those_of_the_tensors(over_stages: ScalingReport) -> None:
     """Activation and labels go down, a gradient as large as the activation goes up, unlocked for every fourth batch; a
     local loss sends none."""
     down = H_BYTES + LABEL_BYTES
@@ -78,7 +78,7 @@ def test_bytes_per_batch_are_those_of_the_tensors(over_stages: Sweep) -> None:
 
 
 @pytest.mark.processes
-def test_bytes_per_second_belong_to_the_throughput_of_their_round(over_stages: Sweep) -> None:
+def test_bytes_per_second_belong_to_the_throughput_of_their_round(over_stages: ScalingReport) -> None:
     """Once they were of a window a little longer: the spans' last step had the report of its loss in it."""
     for _, report in over_stages.points:
         for row in report.rows:
@@ -91,7 +91,7 @@ def test_bytes_per_second_belong_to_the_throughput_of_their_round(over_stages: S
 
 
 @pytest.mark.processes
-def test_queues_are_measured_behind_the_first_stage(over_stages: Sweep) -> None:
+def test_queues_are_measured_behind_the_first_stage(over_stages: ScalingReport) -> None:
     for point in over_stages.as_dict()["over_stages"]:
         for row in point["rows"]:
             first, *others = zip(row["queue_depth"]["median"], row["queue_depth"]["max"], strict=True)
@@ -102,7 +102,7 @@ def test_queues_are_measured_behind_the_first_stage(over_stages: Sweep) -> None:
 
 
 @pytest.mark.processes
-def test_a_locked_stage_waits_for_the_link_both_ways(over_latency: Sweep) -> None:
+def test_a_locked_stage_waits_for_the_link_both_ways(over_latency: ScalingReport) -> None:
     points = over_latency.as_dict()["over_latency_ms"]
     assert [point["latency_ms"] for point in points] == [0, 5, 20]
     for point in points:
@@ -116,7 +116,7 @@ def test_a_locked_stage_waits_for_the_link_both_ways(over_latency: Sweep) -> Non
 
 
 @pytest.mark.processes
-def test_the_finding_names_the_first_and_the_last_point(over_latency: Sweep) -> None:
+def test_the_finding_names_the_first_and_the_last_point(over_latency: ScalingReport) -> None:
     text = over_latency.finding()
     assert text.startswith("From 0 to 20 ms a hop: update latency of stage 0, unlocked ")
     assert "; naive " in text
@@ -124,7 +124,7 @@ def test_the_finding_names_the_first_and_the_last_point(over_latency: Sweep) -> 
 
 
 @pytest.mark.processes
-def test_curves_are_the_figures_of_bench_json(over_stages: Sweep) -> None:
+def test_curves_are_the_figures_of_bench_json(over_stages: ScalingReport) -> None:
     points = over_stages.as_dict()["over_stages"]
     for curve in curves_of(over_stages, "latency"):
         rows = [_row(point, curve.name) for point in points]
@@ -139,7 +139,7 @@ def test_curves_are_the_figures_of_bench_json(over_stages: Sweep) -> None:
 
 
 @pytest.mark.processes
-def test_rounds_are_the_outer_loop(over_stages: Sweep) -> None:
+def test_rounds_are_the_outer_loop(over_stages: ScalingReport) -> None:
     """The machine's drift hits all points: the second round of the first point comes after the first of the last."""
     first, last = over_stages.folder / "stages-1", over_stages.folder / "stages-4"
     second_round = (first / "naive-2" / "plan.json").stat().st_mtime_ns
@@ -177,7 +177,7 @@ def test_the_axis_is_the_one_asked_for() -> None:
 
 
 @pytest.mark.processes
-def test_a_row_is_called_the_same_at_every_point(over_stages: Sweep) -> None:
+def test_a_row_is_called_the_same_at_every_point(over_stages: ScalingReport) -> None:
     reports: list[Report] = [report for _, report in over_stages.points]
     assert {mode_name(row) for report in reports for row in report.rows} == {"naive", "1f1b", "local", "unlocked"}
     assert {row.name for report in reports for row in report.rows if row.contender.mode == "1f1b"} <= {

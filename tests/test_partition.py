@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from oracle import assert_same, optimizer_tensors, train_alone
 from torch import Tensor, nn
 
-from launch.measure import layer_seconds
+from launch.setup.layer_times import layer_seconds
 from pipeline import Batch, OptimizerPlan, Plan, PlanError, Recipe, run_reference
-from pipeline.partition import balanced_sizes, depth_of, ends_normalised, layers_of
-from pipeline.plan import DNIPlan
-from pipeline.recipe import build_model
-from pipeline.resolve import Resolved, resolve, stage_layers
-from pipeline.stage import Stage
+from pipeline.data.recipe import build_model
+from pipeline.model.partition import balanced_sizes, depth_of, ends_normalised, layers_of
+from pipeline.plan.plan import DNIPlan
+from pipeline.run.resolve import Resolved, resolve, stage_layers
+from pipeline.stage.stage import Stage
 
 WIDTH, CLASSES, ROWS = 6, 3, 8
 

@@ -16,12 +16,12 @@ from oracle import train_alone
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from launch.peers import SCHEDULES, PeerRun, best_microbatches, run_ddp, run_torch_schedule
-from launch.peers.placement import place
-from launch.resolving import resolve_source
+from launch.bench.rivals import TORCH_SCHEDULES, RivalRun, best_microbatches, run_ddp, run_torch_schedule
+from launch.bench.rivals.placement import place
+from launch.setup.resolve_source import resolve_source
 from pipeline import Plan, PlanError, Recipe, correct_predictions
-from pipeline.resolve import Resolved
-from workers.failures import RunFailed
+from pipeline.run.resolve import Resolved
+from workers.errors import RunFailed
 
 STEPS, WITHIN_S = 5, 60.0
 TOLERANCE = 1e-5  # sums in another order, five steps of Adam: 2e-6 seen
@@ -76,7 +76,7 @@ def _held_out(model: nn.Module) -> tuple[float, float]:
     return float(recipe().loss(output, labels)), float((output.argmax(1) == labels).float().mean())
 
 
-def _assert_equals_training_alone(run: PeerRun, weights: Path, resolved: Resolved) -> None:
+def _assert_equals_training_alone(run: RivalRun, weights: Path, resolved: Resolved) -> None:
     model, _, losses = train_alone(recipe(), resolved.plan)
     truth, mine = model.state_dict(), load_file(weights)
     assert mine.keys() == truth.keys()
@@ -148,13 +148,13 @@ def _fails(call: Callable[[], object]) -> RunFailed:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", TORCH_SCHEDULES)
 def test_a_failing_model_gives_one_clear_error(schedule: str, capfd: pytest.CaptureFixture[str]) -> None:
     source = partial(recipe, problems.failing)
     resolved = _resolved(source, steps=1000, sizes=(2, 4), balance="time")
     run = partial(run_torch_schedule, source, resolved, schedule, microbatches=2, threads=1, warmup=1)
     failure = _fails(partial(run, within_s=WITHIN_S))
-    rank = 0 if SCHEDULES[schedule].v else 1
+    rank = 0 if TORCH_SCHEDULES[schedule].v else 1
     assert str(failure) == f"torch's {schedule}: rank {rank} of 2 failed: ZeroDivisionError: as planned"
     assert failure.details.startswith("Traceback")
     assert 'raise ZeroDivisionError("as planned")' in failure.details

@@ -16,20 +16,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.bench import bench
-from launch.console import Console
-from launch.options import BenchOptions, parse
-from launch.over import AXES, Sweep, bench_over
+from launch.bench.compare import run_bench
+from launch.bench.report import BenchRow, Report
+from launch.bench.rows import Contender, RowOutcome
+from launch.bench.scaling import AXES, ScalingReport, bench_over
+from launch.options.options import BenchOptions, parse
 from launch.plots import INSTALL, draw
-from launch.plots.blocks import PHASES, Block, Window, blocks, period_s, shared_window_s, window_of
+from launch.plots.blocks import PHASES, ShownTime, SpanBlock, blocks, period_s, shared_window_s, window_of
 from launch.plots.curves import apart
 from launch.plots.timeline import shown_rows
 from launch.plots.words import curves_title, subtitle, throughput_title, timeline_title, times
-from launch.report import Report, Row
-from launch.rows import Contender, Outcome
-from launch.rundir import read_spans
+from launch.results.run_folder import read_spans
+from launch.show.console import Console
 from pipeline import Plan
-from pipeline.spans import SPAN_DTYPE, Span, Spans
+from pipeline.metrics.spans import SPAN_DTYPE, Span, Spans
 
 TYPED = "--layers 4 --hidden 16 --batch 8 --emulate stage_ms=2,dni_ms=0.2 --steps 10 --rounds 1"
 LETTERS = {
@@ -59,21 +59,24 @@ def _spans(diagram: str) -> Spans:
 def test_blocks_are_phases_of_batches() -> None:
     """Backward and step are one block, and so is what a worker does twice without a pause."""
     spans = _spans("F0 F0 >0 D0 B0 B0 S0 . . F1 . B1 T0 R0 :")
-    assert blocks(spans, Window(0, 15)) == [
-        Block("forward", 0, 0, 2),
-        Block("send + receive", 0, 2, 3),
-        Block("dni", 0, 3, 4),
-        Block("backward + step", 0, 4, 7),
-        Block("forward", 1, 9, 10),
-        Block("backward + step", 1, 11, 12),
-        Block("dni", 0, 12, 13),
-        Block("relay", 0, 13, 14),
-        Block("other", -1, 14, 15),
+    assert blocks(spans, ShownTime(0, 15)) == [
+        SpanBlock("forward", 0, 0, 2),
+        SpanBlock("send + receive", 0, 2, 3),
+        SpanBlock("dni", 0, 3, 4),
+        SpanBlock("backward + step", 0, 4, 7),
+        SpanBlock("forward", 1, 9, 10),
+        SpanBlock("backward + step", 1, 11, 12),
+        SpanBlock("dni", 0, 12, 13),
+        SpanBlock("relay", 0, 13, 14),
+        SpanBlock("other", -1, 14, 15),
     ]
 
 
 def test_a_wait_keeps_blocks_apart_and_the_window_cuts_them() -> None:
-    assert blocks(_spans("F0 F0 F0 . F0 F0"), Window(1, 5)) == [Block("forward", 0, 1, 3), Block("forward", 0, 4, 5)]
+    assert blocks(_spans("F0 F0 F0 . F0 F0"), ShownTime(1, 5)) == [
+        SpanBlock("forward", 0, 1, 3),
+        SpanBlock("forward", 0, 4, 5),
+    ]
 
 
 cells = st.lists(st.sampled_from([f"{letter}{batch}" for letter in LETTERS for batch in (0, 1)]), min_size=1)
@@ -82,7 +85,7 @@ cells = st.lists(st.sampled_from([f"{letter}{batch}" for letter in LETTERS for b
 @settings(deadline=None, max_examples=100)
 @given(diagram=cells, edges=st.tuples(st.integers(0, 30), st.integers(1, 30)))
 def test_blocks_cover_what_the_spans_do_and_nothing_else(diagram: list[str], edges: tuple[int, int]) -> None:
-    spans, window = _spans(" ".join(diagram)), Window(edges[0], sum(edges))
+    spans, window = _spans(" ".join(diagram)), ShownTime(edges[0], sum(edges))
     found = blocks(spans, window)
     inside = spans.within(window.start_ns, window.end_ns)
     for phase in set(PHASES.values()):
@@ -99,8 +102,8 @@ def test_every_kind_of_span_but_waiting_has_a_phase() -> None:
 def test_the_window_lies_in_the_middle_and_begins_with_a_forward_of_the_first_stage() -> None:
     below = _spans("F0 S0 F1 S1 F2 S2 F3 S3 F4 S4 . .")
     above = _spans(". . F0 S0 F1 S1 F2 S2 F3 S3 F4 S4")
-    assert window_of([below, above], 4e-9) == Window(4, 8), "around (4 + 8) / 2, between F2 below and S2 above"
-    assert window_of([below, above], 11e-9) == Window(0, 11), "what does not fit begins with the run"
+    assert window_of([below, above], 4e-9) == ShownTime(4, 8), "around (4 + 8) / 2, between F2 below and S2 above"
+    assert window_of([below, above], 11e-9) == ShownTime(0, 11), "what does not fit begins with the run"
 
 
 def test_all_rows_share_one_length() -> None:
@@ -134,15 +137,15 @@ def test_labels_are_pushed_apart_and_keep_their_order(positions: list[float]) ->
         assert moved == positions, "nothing moves without need"
 
 
-def _row(mode: str, *rates: float, engine: str = "freewheel", parts: int | None = None) -> Row:
-    def never(folder: Path, name: str) -> Outcome:
+def _row(mode: str, *rates: float, engine: str = "freewheel", parts: int | None = None) -> BenchRow:
+    def never(folder: Path, name: str) -> RowOutcome:
         raise AssertionError("nothing is run")
 
     contender = Contender(engine=engine, mode=mode, stages=2, threads=1, microbatches=parts, train=never)
-    return Row(contender, [Outcome(rate, 0.5, None, (1,)) for rate in rates])
+    return BenchRow(contender, [RowOutcome(rate, 0.5, None, (1,)) for rate in rates])
 
 
-def _report(*rows: Row, **plan: Any) -> Report:
+def _report(*rows: BenchRow, **plan: Any) -> Report:
     resolved: Any = SimpleNamespace(plan=Plan(steps=40, **plan), steps=40, batch_shape=(128, 64), step_rows=128)
     environment = {"processor": "Some CPU", "cores": 2}
     return Report("digits", resolved, Path("nowhere"), "", [], environment, list(rows), {})
@@ -223,7 +226,7 @@ def benched(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """A small emulated benchmark of three stages."""
     typed = f"{TYPED} --stages 3 --rows naive 1f1b unlocked --name b --runs {tmp_path_factory.mktemp('plots')}"
     parsed = parse("mlp", typed.split(), BenchOptions, "freewheel bench")
-    return bench(parsed.source, parsed.plan, parsed.run, ["freewheel"], Console(quiet=True))
+    return run_bench(parsed.source, parsed.plan, parsed.run, ["freewheel"], Console(quiet=True))
 
 
 @pytest.mark.processes
@@ -245,7 +248,7 @@ def test_the_blocks_of_a_real_run_equal_its_spans(benched: Report) -> None:
     for row in shown_rows(benched):
         assert row.middle.run_dir is not None
         for spans in read_spans(row.middle.run_dir):
-            found = blocks(spans, Window(int(spans.start_ns[0]), int(spans.end_ns[-1])))
+            found = blocks(spans, ShownTime(int(spans.start_ns[0]), int(spans.end_ns[-1])))
             for phase, kinds in (("forward", [Span.FORWARD]), ("backward + step", [Span.BACKWARD, Span.STEP])):
                 for batch in range(10):
                     mask = np.isin(spans.span, kinds) & (spans.batch == batch)
@@ -283,7 +286,7 @@ def test_a_comparison_over_an_axis_has_its_curves(typed: str, name: str, tmp_pat
 
 def test_curves_without_an_unlocked_row_name_the_fastest() -> None:
     report = _report(SINGLE, _row("naive", 120, 120, 120))
-    sweep = Sweep(**vars(report), axis=AXES[0], points=((2.0, report),))
+    sweep = ScalingReport(**vars(report), axis=AXES[0], points=((2.0, report),))
     assert curves_title(sweep) == "At 2 stages: naive is fastest"
 
 

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import pytest
 
 from pipeline import DNIPlan, Plan
-from pipeline.loader import phantom_inputs
-from pipeline.phantom import Phantom
-from pipeline.policies import Action, View, naive, scripted, unlocked
-from pipeline.reference import Costs, Event, _drive, schedule, timeline
+from pipeline.data.loader import phantom_inputs
+from pipeline.run.hollow_stage import HollowStage
+from pipeline.run.reference import Costs, Event, _drive, schedule, timeline
+from pipeline.schedule.policies import Action, View, naive, scripted, unlocked
 
 
-def diagram(plan: Plan, costs: Costs, phantoms: Sequence[Phantom] = ()) -> list[str]:
+def diagram(plan: Plan, costs: Costs, phantoms: Sequence[HollowStage] = ()) -> list[str]:
     """Which action of which batch each stage does at each tick, with costs of one tick."""
     assert plan.steps is not None
-    phantoms = phantoms or [Phantom(k, plan) for k in range(plan.stages)]
+    phantoms = phantoms or [HollowStage(k, plan) for k in range(plan.stages)]
     events = _drive([phantoms], plan, lambda replica, enough: phantom_inputs(plan, plan.steps, 0), costs, None)
     shown = [event for event in events if event.batch < plan.steps * plan.microbatches and event.end > event.start]
     width = max(event.end for event in shown)

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch import train
-from launch.quality import summarised
+from launch.results.dni_quality import summarised
 from pipeline import DNIPlan, Plan, PlanError, Recipe
-from pipeline.plan_check import check_plan
-from pipeline.quality import compare
-from pipeline.reference import run_reference
-from pipeline.resolve import resolve, stage_layers
-from pipeline.stage import Stage
-from workers.records import Judged
+from pipeline.plan.check import check_plan
+from pipeline.run.reference import run_reference
+from pipeline.run.resolve import resolve, stage_layers
+from pipeline.stage.dni_quality import compare
+from pipeline.stage.stage import Stage
+from workers.telemetry.records import Judged
 
 ROWS = 24
 

@@ -13,22 +13,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.console import Console
-from launch.resolving import resolve_source
-from launch.sources import GivenRecipe
+from launch.setup.recipe_source import GivenRecipe
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
 from pipeline import DNIPlan, Plan, PlanError, run_reference
-from pipeline.cut import Cut
-from pipeline.dni import build_dni
-from pipeline.flops import count_flops
-from pipeline.partition import layers_of, split
-from pipeline.plan_check import check_plan
-from pipeline.policies import Action, View, scripted, unlocked
-from pipeline.recipe import build_model
-from pipeline.reference import Costs
-from pipeline.resolve import resolve
-from pipeline.stage import Stage
-from pipeline.targets import Flow
+from pipeline.data.recipe import build_model
+from pipeline.dni.dni import build_dni
+from pipeline.model.cut import Cut
+from pipeline.model.partition import layers_of, split
+from pipeline.plan.check import check_plan
+from pipeline.run.flops import count_flops
+from pipeline.run.reference import Costs
+from pipeline.run.resolve import resolve
+from pipeline.schedule.policies import Action, View, scripted, unlocked
+from pipeline.stage.gradient_flow import Flow
+from pipeline.stage.stage import Stage
 from tests import problems
 from tests.oracle import assert_same
 

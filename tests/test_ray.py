@@ -31,16 +31,16 @@ from oracle import assert_same
 from safetensors.torch import load_file
 from torchrun_program import HERE, Program, left_in
 
-from launch import ray_launcher
-from launch.console import Console
+from launch.on_ray import launcher as ray_launcher
 from launch.recipes.digits import digits
-from launch.resolving import resolve_source
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
 from pipeline import Plan, PlanError
-from pipeline.spans import Span
-from workers import records
-from workers.board import Status
-from workers.fleet import Fleet
+from pipeline.metrics.spans import Span
+from workers.supervision.remote_workers import RemoteWorkers
+from workers.telemetry import records
+from workers.telemetry.status_table import Status
 
 ray = pytest.importorskip("ray", reason="the package ray is not installed: pip install 'freewheel[ray]'")
 
@@ -48,7 +48,7 @@ from ray._private.authentication_test_utils import reset_auth_token_state  # noq
 from ray.cluster_utils import Cluster  # noqa: E402
 from ray.exceptions import RayError  # noqa: E402
 
-from launch import ray_cluster  # noqa: E402
+from launch.on_ray import cluster as ray_cluster
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 _ENDLESS = f"train {HERE / 'endless.py'} --mode naive --name r --runs . --launcher ray"
@@ -489,12 +489,12 @@ def test_a_lost_head_ends_the_run_with_one_message(token: None, tmp_path: Path) 
 def test_metrics_say_what_was_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two reports of two batches of 16 rows, half a second apart; stage 1 is found waiting once in two looks."""
     statuses = iter([Span.FORWARD, Span.WAIT, Span.STEP, Span.FORWARD])
-    monkeypatch.setattr(Fleet, "read", lambda self, stage: Status(next(statuses), 0, 0, 0))
+    monkeypatch.setattr(RemoteWorkers, "read", lambda self, stage: Status(next(statuses), 0, 0, 0))
     said = [records.Loss(0, [2.0, 4.0], 10**9), records.Loss(2, [1.0, 2.0], 10**9 + 5 * 10**8)]
-    monkeypatch.setattr(Fleet, "run", lambda self, run_dir: iter(said))
+    monkeypatch.setattr(RemoteWorkers, "run", lambda self, run_dir: iter(said))
     shown: list[tuple[float, float | None, list[float]]] = []
     resolved = resolve_source(problems.recipe, Plan(stages=2, sizes=(4, 4), steps=4))
-    working = ray_launcher.showing(Fleet(2, lambda: False), lambda run: lambda *values: shown.append(values))
+    working = ray_launcher.showing(RemoteWorkers(2, lambda: False), lambda run: lambda *values: shown.append(values))
     with working(problems.recipe, resolved, tmp_path) as (reported, _):
         assert list(reported) == said
     assert shown == [(3.0, None, [1.0, 0.0]), (1.5, 64.0, [1.0, 0.5])]

@@ -6,18 +6,18 @@ import socket
 
 import pytest
 
-from launch.ray_head import Head, connects
-from launch.ray_launcher import _asked_with
-from workers.control import Reception
-from workers.failures import RunFailed
-from workers.fleet import Fleet
+from launch.on_ray.head import RayHead, connects
+from launch.on_ray.launcher import _asked_with
+from workers.errors import RunFailed
+from workers.supervision.protocol import Reception
+from workers.supervision.remote_workers import RemoteWorkers
 
 
 def test_a_head_that_is_silent_for_too_long_is_a_problem() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         silent = f"the Ray cluster's head at {address} does not answer ([Errno 111] Connection refused)"
-        patient, impatient = Head(address, patience_s=1e6), Head(address, patience_s=0.0)
+        patient, impatient = RayHead(address, patience_s=1e6), RayHead(address, patience_s=0.0)
         for head in (patient, impatient):
             head.look()
             assert head.problem() is None
@@ -38,7 +38,7 @@ def test_a_head_that_is_silent_for_too_long_is_a_problem() -> None:
 def test_a_head_is_looked_at_again_and_again_until_the_run_is_over() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(10.0)
-        head = Head(f"127.0.0.1:{server.getsockname()[1]}", look_every_s=0.01)
+        head = RayHead(f"127.0.0.1:{server.getsockname()[1]}", look_every_s=0.01)
         with head:
             for _ in range(3):
                 server.accept()[0].close()
@@ -48,7 +48,7 @@ def test_a_head_is_looked_at_again_and_again_until_the_run_is_over() -> None:
 def test_a_problem_of_the_cluster_fails_the_run_wherever_it_waits() -> None:
     asked = _asked_with(lambda: "the head is silent", lambda: False)
     with Reception("127.0.0.1") as reception, pytest.raises(RunFailed, match="the head is silent") as failed:
-        Fleet(1, asked).gather(None, reception, 60.0)
+        RemoteWorkers(1, asked).gather(None, reception, 60.0)
     assert failed.value.stage is None
     assert not _asked_with(lambda: None, lambda: False)()
     assert _asked_with(lambda: None, lambda: True)()

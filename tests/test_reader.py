@@ -12,7 +12,7 @@ from typing import TextIO
 import pytest
 
 from launch import cli
-from launch.reader import ends_with_its_reader
+from launch.show.closed_pipe import ends_with_its_reader
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_the_command_ends_with_its_reader(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with _stdout_without_reader(monkeypatch), pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
+        cli.run_command(arguments)
     assert ended.value.code == 1
     assert capfd.readouterr() == ("", "")
 

@@ -52,8 +52,8 @@ def test_the_ten_lines_of_python_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_shown_is_one_that_parses(page: str) -> None:
     """The recipes and options of every ``freewheel`` line exist; nothing is run, so no optional package is needed."""
-    from launch.options import BenchOptions, parse
-    from launch.ray_options import TrainOptions
+    from launch.options.options import BenchOptions, parse
+    from launch.options.ray_options import TrainOptions
     from launch.sweep.axes import read_axes, read_rows
     from launch.sweep.options import SweepOptions
     from launch.sweep.presets import with_preset

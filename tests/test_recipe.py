@@ -31,8 +31,8 @@ from launch.recipes.chargpt import chargpt
 from launch.recipes.digits import _table, digits
 from launch.recipes.mlp import mlp
 from launch.recipes.mnist import mnist
-from launch.resolving import resolve_source
-from launch.sources import GivenRecipe, NamedRecipe, check_travels, entry_of
+from launch.setup.recipe_source import GivenRecipe, NamedRecipe, check_travels, entry_of
+from launch.setup.resolve_source import resolve_source
 from pipeline import (
     ArrayBatches,
     Batch,
@@ -44,10 +44,10 @@ from pipeline import (
     correct_predictions,
     run_reference,
 )
-from pipeline.plan_check import check_plan
-from pipeline.recipe import build_model, check_scores, label_problem
-from pipeline.resolve import resolve
-from pipeline.scores import Scores
+from pipeline.data.recipe import build_model, check_scores, label_problem
+from pipeline.plan.check import check_plan
+from pipeline.run.resolve import resolve
+from pipeline.stage.evaluation import EvaluationMetrics
 
 WIDTH, CLASSES, ROWS = 6, 3, 8
 
@@ -421,8 +421,8 @@ def test_a_label_out_of_range_in_batch_0_is_told_as_that() -> None:
 
 
 def test_no_rows_have_no_loss() -> None:
-    assert math.isnan(Scores().loss())
-    assert Scores().accuracy() is None
+    assert math.isnan(EvaluationMetrics().loss())
+    assert EvaluationMetrics().accuracy() is None
 
 
 def test_the_score_is_the_mean_over_the_rows_of_all_held_out_batches() -> None:

@@ -22,26 +22,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from launch import Result, RunFailed, train
-from launch.bench import bench
-from launch.console import Console
-from launch.joined import JoinedRecipe
-from launch.options import BenchOptions
+from launch.bench.compare import run_bench
+from launch.bench.global_batch import GlobalBatchRecipe
+from launch.options.options import BenchOptions
 from launch.recipes.digits import digits
+from launch.show.console import Console
 from pipeline import OptimizerPlan, Plan, PlanError, Recipe, correct_predictions, run_reference
-from pipeline.averaging import WeightAverager
+from pipeline.data.recipe import build_model
 from pipeline.errors import StageError
-from pipeline.exchange import Exchange
-from pipeline.messages import Message
-from pipeline.plan_check import check_plan
-from pipeline.policies import Action
-from pipeline.recipe import build_model
-from pipeline.reference import Reference
-from pipeline.replicas import plan_of
-from pipeline.scores import scores_of
+from pipeline.messages.message import Message
+from pipeline.metrics.spans import Span, silent
+from pipeline.plan.check import check_plan
+from pipeline.plan.replica_layout import plan_of
+from pipeline.replicas.all_gather import AllGather
+from pipeline.replicas.averaging import WeightAverager
+from pipeline.run.reference import Reference
+from pipeline.schedule.policies import Action
 from pipeline.seeding import seed_layer
-from pipeline.spans import Span, silent
-from workers.board import Status
-from workers.progress import Progress
+from pipeline.stage.evaluation import scores_of
+from workers.supervision.stall import Progress
+from workers.telemetry.status_table import Status
 
 STEPS = 12
 SPLITS = {1: (8,), 2: (3, 5)}
@@ -202,7 +202,7 @@ def _pair(every: int) -> tuple[list[nn.Linear], list[WeightAverager]]:
         layer.register_buffer("count", torch.tensor([replica]))
         layer.weight.data.fill_(values[0])
         other = 1 - replica
-        exchange = Exchange(0, replica, {other: lines[replica, other]}, {other: lines[other, replica]})
+        exchange = AllGather(0, replica, {other: lines[replica, other]}, {other: lines[other, replica]})
         averagers.append(WeightAverager(layer.state_dict(keep_vars=True), exchange, bool, silent, every))
     return layers, averagers
 
@@ -397,7 +397,7 @@ class Told:
 
 def test_a_replica_that_waits_for_another_is_not_stuck_one_that_does_not_is() -> None:
     """Two replicas of two stages; five seconds of patience, on a clock of the test's own."""
-    with mock.patch("workers.progress.time") as clock:
+    with mock.patch("workers.supervision.stall.time") as clock:
         clock.monotonic.return_value = 0.0
         board = Told((Span.FORWARD, 1), (Span.FORWARD, 1), (Span.FORWARD, 1), (Span.FORWARD, 1))
         progress = Progress(board, Plan(stages=2, replicas=2), patience_s=5.0)
@@ -482,7 +482,7 @@ def test_plans_that_make_no_sense(plan: Plan, says: str) -> None:
 def test_a_model_that_differs_from_process_to_process_is_refused() -> None:
     """Shares of other shapes: said with both shapes, not added up."""
     there, back = Line(), Line()
-    one, other = Exchange(3, 0, {1: there}, {1: back}), Exchange(3, 1, {0: back}, {0: there})
+    one, other = AllGather(3, 0, {1: there}, {1: back}), AllGather(3, 1, {0: back}, {0: there})
     one.offer((torch.zeros(4),))
     with pytest.raises(
         StageError, match=r"stage 3: replica 1 expected share 0 .*torch.Size\(\[5\]\).* from replica 0, got"
@@ -498,7 +498,7 @@ def test_a_benchmark_compares_with_one_process_on_the_batches_of_a_step_together
     """The same samples and as many updates in every row: the exact ones end with the same loss."""
     plan = Plan(stages=2, sizes=(3, 5), replicas=2, steps=6)
     options = BenchOptions(runs=tmp_path, rows=("backprop", "naive", "unlocked"), rounds=1, quality=False)
-    report = bench(recipe, plan, options, ["test"], Console(quiet=True)).as_dict()
+    report = run_bench(recipe, plan, options, ["test"], Console(quiet=True)).as_dict()
     single, naive, unlocked = report["rows"]
     assert [(row["stages"], row["replicas"]) for row in report["rows"]] == [(1, 1), (2, 2), (2, 2)]
     assert naive["loss"] == pytest.approx(single["loss"], rel=1e-9)
@@ -511,7 +511,7 @@ def test_joined_batches_are_drawn_as_the_replicas_draw_them() -> None:
     """From the seeds of their own numbers, not from that of the step."""
     source = replace(recipe(), batches=random_batch)
     plan = Plan(replicas=3, seed=7)
-    inputs, labels = JoinedRecipe(lambda: source, plan)().seeded_batch(7, 2)
+    inputs, labels = GlobalBatchRecipe(lambda: source, plan)().seeded_batch(7, 2)
     mine = [source.seeded_batch(7, number) for number in (6, 7, 8)]
     assert torch.equal(inputs, torch.cat([one for one, _ in mine]))
     assert torch.equal(labels, torch.cat([one for _, one in mine]))

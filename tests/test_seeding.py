@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline import Batch, Plan, Recipe, run_reference
-from pipeline.recipe import build_model
-from pipeline.resolve import resolve
+from pipeline.data.recipe import build_model
+from pipeline.run.resolve import resolve
 from pipeline.seeding import derived_seed, seed_layer, seeded
 
 PURPOSES: tuple[tuple[int | str, ...], ...] = (

@@ -15,12 +15,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from launch.bench_channel import SIZES, _tracks, bench_channel, print_rows
-from pipeline.devices import CPU
+from launch.bench.channel import SIZES, _tracks, bench_channel, print_rows
 from pipeline.errors import PlanError
-from pipeline.messages import Kind, Message
-from workers.channel import ChannelTimeout
-from workers.shm import (
+from pipeline.messages.message import Kind, Message
+from pipeline.plan.device_choice import CPU
+from workers.channels.interface import ChannelTimeout
+from workers.channels.shm.ring import (
     ShmReceiver,
     ShmSender,
     check_shared_memory,

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from launch.options import parse
-from launch.plots.sweep import abscissa_of, curves_of
-from launch.ray_options import TrainOptions
-from launch.sources import NamedRecipe
-from launch.sweep.axes import option_names, placed, read_axes, value_of
+from launch.options.options import parse
+from launch.options.ray_options import TrainOptions
+from launch.setup.recipe_source import NamedRecipe
+from launch.sweep.axes import option_names, read_axes, value_of, with_value
 from launch.sweep.command import keep_aside
 from launch.sweep.findings import findings_of, label_of, verdict_of
 from launch.sweep.grid import Grid, Setting, grid_of
 from launch.sweep.options import SweepOptions
+from launch.sweep.picture import abscissa_of, sweep_curves
 from launch.sweep.points import Outcome, Store
 from launch.sweep.presets import PRESETS, with_preset
 from launch.sweep.work import run_point
@@ -145,7 +145,7 @@ def test_any_option_of_the_plan_can_be_varied() -> None:
     parsed = parse("mine.py", [], SweepOptions, "freewheel sweep", writes=False)
     for axis, values in zip(read_axes("mine.py", parsed, list(wanted)), wanted.values(), strict=True):
         (option,) = axis.options
-        assert [value_of(placed(parsed, option, value), option) for (value,) in axis.values] == values
+        assert [value_of(with_value(parsed, option, value), option) for (value,) in axis.values] == values
     names = set(option_names("mine.py"))
     assert {"stages", "mode", "steps", "dni.hidden", "channel.slots", "width", "batch_norm"} <= names
     assert not names & {"seed", "threads", "emulate", "dni.factory"}
@@ -477,7 +477,7 @@ def test_the_picture_has_a_curve_per_mode_over_the_numbers(swept: tuple[Ended, P
     assert (across.name, across.numbers) == ("hop-steps", (0.0, 3.0))
     store = Store(folder / "runs" / "mine-sweep-mode-hop-steps")
     outcomes = {key: found for key, point in grid.points.items() if (found := store.find(point))}
-    curves = curves_of(grid, findings_of(grid, outcomes))
+    curves = sweep_curves(grid, findings_of(grid, outcomes))
     assert [(curve.name, curve.at, curve.backprop) for curve in curves] == [
         ("naive", (0.0, 3.0), True),
         ("unlocked", (0.0, 3.0), False),
@@ -554,7 +554,7 @@ def test_a_setting_of_which_a_seed_diverged_is_never_the_best() -> None:
     assert verdict_of(grid, found) == (
         "Best: unlocked, 9.00 % (9.00 to 9.00, 2 seeds). Diverged: local (1 of 2 seeds)."
     )
-    (lost,) = [curve for curve in curves_of(grid, found) if curve.lost]
+    (lost,) = [curve for curve in sweep_curves(grid, found) if curve.lost]
     assert (lost.name, lost.at, lost.lost) == ("the run", (1.0,), (0.0,))
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from launch.tables import print_table
+from launch.show.tables import print_table
 
 
 @pytest.mark.parametrize("width", [20, 60, 80, 120])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import DNIPlan, OptimizerPlan, Plan, Recipe, run_reference
-from pipeline.stage import Stage
+from pipeline.stage.stage import Stage
 
 SIZES = (1, 3, 2, 2)
 STEPS = 30

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.tidying import leave, tidied
+from launch.show.bounded_exit import leave, tidied
 
 
 def test_what_a_call_raises_is_dropped() -> None:
@@ -26,7 +26,7 @@ def test_a_program_whose_library_hangs_ends_with_its_own_status_and_words(tmp_pa
     program = """if True:
         import atexit, sys, threading
         from multiprocessing import util
-        from launch.tidying import leave, tidied
+        from launch.show.bounded_exit import leave, tidied
         atexit.register(threading.Event().wait)
         print(util.get_temp_dir())
         assert not tidied(0.1, threading.Event().wait)

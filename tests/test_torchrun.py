@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torchrun_program import HERE, Torchrun, torchrun
 
 from launch import cli
-from launch.console import Console
-from launch.options import Parsed
-from launch.ranks import Rank
+from launch.options.options import Parsed
+from launch.ranks.torchrun import _parsed, _parsed_for_bench
 from launch.recipes.digits import digits
-from launch.resolving import resolve_source
-from launch.torchrun import _parsed, _parsed_for_bench
+from launch.setup.rank import Rank
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
 from pipeline import Plan, PlanError
 

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from torchrun_program import HERE, Program, Torchrun, torchrun
 from two_hosts import CLOCK_AHEAD_S, Host, NoNamespacesError, two_hosts
 
-from launch.console import Console
 from launch.recipes.digits import digits
-from launch.resolving import resolve_source
-from launch.rundir import read_spans
+from launch.results.run_folder import read_spans
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
 from pipeline import Plan
 

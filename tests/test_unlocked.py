@@ -16,7 +16,7 @@ from oracle import assert_same
 
 from launch import Result, RunFailed, train
 from pipeline import DNIPlan, OptimizerPlan, Plan, run_reference
-from pipeline.spans import Span
+from pipeline.metrics.spans import Span
 
 
 def _train(plan: Plan, runs: Path, **recipe: Any) -> Result:
@@ -123,7 +123,7 @@ def test_a_shallow_gradient_channel_drops_the_oldest_targets_and_counts_them(tmp
 def test_zero_gradients_until_the_first_target_leave_the_weights_alone() -> None:
     """No update is better than a random one: with SGD and a long hop, stage 0 stands still until it has learned."""
     from pipeline import OptimizerPlan
-    from pipeline.recipe import build_model
+    from pipeline.data.recipe import build_model
 
     plan = Plan(stages=2, sizes=(4, 4), steps=2, hop_steps=4, optimizer=OptimizerPlan(rule="sgd", lr=0.1))
     after = run_reference(problems.recipe(), plan).state_tensors()

@@ -10,24 +10,24 @@ from typing import Any
 import pytest
 import torch
 
-from launch.console import Console
-from launch.resolving import resolve_source
-from launch.sources import GivenRecipe
-from launch.switches import switch_line, switch_summary
+from launch.setup.recipe_source import GivenRecipe
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
+from launch.show.unlock_lines import switch_line, switch_summary
 from launch.training import run
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, run_reference
-from pipeline.phantom import Phantom
-from pipeline.plan_check import check_plan
-from pipeline.policies import Action, View, averaged, unlocked
-from pipeline.quality import Quality
-from pipeline.reference import Costs, Reference
-from pipeline.resolve import resolve
-from pipeline.targets import Flow, Locks
-from pipeline.unlocking import Lock, Switch
+from pipeline.plan.check import check_plan
+from pipeline.run.hollow_stage import HollowStage
+from pipeline.run.reference import Costs, Reference
+from pipeline.run.resolve import resolve
+from pipeline.schedule.policies import Action, View, averaged, unlocked
+from pipeline.stage.dni_quality import Quality
+from pipeline.stage.gradient_flow import Flow, Locks
+from pipeline.stage.unlock import Lock, Switch
 from tests import problems
 from tests.oracle import assert_same, train_alone
 from tests.test_policies import diagram
-from workers.records import Switched
+from workers.telemetry.records import Switched
 
 # ---------------------------------------------------------------- the order of actions
 
@@ -41,7 +41,7 @@ def test_a_warm_up_is_naive_and_then_nobody_waits() -> None:
     ]
 
 
-class _Locked(Phantom):
+class _Locked(HollowStage):
     """One cut is locked in every batch."""
 
     def __init__(self, index: int, plan: Plan, cut: int) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from workers.processes import process_context
-from workers.unnamed import UnnamedFile
-from workers.worker import _apart
+from workers.processes.context import process_context
+from workers.worker.main import _apart
+from workers.worker.unnamed_file import UnnamedFile
 
 
 def write(file: UnnamedFile, connection: Connection) -> None:

@@ -24,24 +24,24 @@ from safetensors.torch import load_file
 from torch import nn
 
 from launch import cli, train
-from launch.bench import bench
-from launch.console import Console
-from launch.options import BenchOptions, RunOptions, parse
-from launch.peers import PeerRun, run_ddp, run_torch_schedule
-from launch.report import Report
-from launch.resolving import resolve_source
-from launch.single import SingleRun, run_single
-from launch.sources import NamedRecipe
-from launch.timed import TimedLoop
+from launch.bench.compare import run_bench
+from launch.bench.report import Report
+from launch.bench.rivals import RivalRun, run_ddp, run_torch_schedule
+from launch.bench.rivals.timed_loop import TimedLoop
+from launch.bench.single_process import SingleRun, run_single
+from launch.bench.time_to_goal import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, break_even
+from launch.options.options import BenchOptions, RunOptions, parse
+from launch.setup.recipe_source import NamedRecipe
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
-from launch.until import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, break_even
 from pipeline import OptimizerPlan, Plan, PlanError, Recipe, correct_predictions, run_reference
-from pipeline.loader import inputs
-from pipeline.messages import Kind
-from pipeline.plan_check import check_plan
-from pipeline.resolve import resolve
-from pipeline.scores import Scores, scores_of
-from pipeline.until import Goal, Reached
+from pipeline.data.loader import inputs
+from pipeline.messages.message import Kind
+from pipeline.plan.check import check_plan
+from pipeline.plan.goal import Goal, Reached
+from pipeline.run.resolve import resolve
+from pipeline.stage.evaluation import EvaluationMetrics, scores_of
 
 WITHIN_S = 60.0
 
@@ -143,7 +143,7 @@ def test_the_command_line_refuses_before_anything_starts(
     command: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([*command.split(), "--runs", str(tmp_path / "runs")])
+        cli.run_command([*command.split(), "--runs", str(tmp_path / "runs")])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"freewheel: {message}")
     assert not (tmp_path / "runs").exists()
@@ -225,7 +225,7 @@ def test_a_locked_run_that_ends_early_is_the_beginning_of_the_whole_one(mode: st
     assert len({record.updated for record in result.finished.values()}) == 1, "all stages made the same updates"
 
 
-def _scores_after(scores: list[tuple[int, Scores]], updates: int) -> tuple[float, float | None]:
+def _scores_after(scores: list[tuple[int, EvaluationMetrics]], updates: int) -> tuple[float, float | None]:
     found = dict(scores)[updates]
     return found.loss(), found.accuracy()
 
@@ -307,17 +307,17 @@ def _run_single(plan: Plan) -> SingleRun:
     return run_single(plain, resolve_source(plain, plan).plan, threads=1, warmup=1, within_s=WITHIN_S)
 
 
-def _run_ddp(plan: Plan) -> PeerRun:
+def _run_ddp(plan: Plan) -> RivalRun:
     return run_ddp(plain, resolve_source(plain, plan), ranks=2, threads=1, warmup=1, within_s=WITHIN_S)
 
 
-def _run_schedule(schedule: str, microbatches: int, plan: Plan) -> PeerRun:
+def _run_schedule(schedule: str, microbatches: int, plan: Plan) -> RivalRun:
     resolved = resolve_source(plain, plan)
     options: dict[str, Any] = {"microbatches": microbatches, "threads": 1, "warmup": 1, "within_s": WITHIN_S}
     return run_torch_schedule(plain, resolved, schedule, **options)
 
 
-PEER_RUNS: dict[str, Callable[[Plan], SingleRun | PeerRun]] = {
+PEER_RUNS: dict[str, Callable[[Plan], SingleRun | RivalRun]] = {
     "single": _run_single,
     "ddp": _run_ddp,
     "GPipe": partial(_run_schedule, "GPipe", 4),
@@ -364,7 +364,7 @@ def test_all_ranks_of_ddp_look_with_the_running_means_of_the_first() -> None:
 
 def test_a_loop_that_meets_its_goal_within_the_warm_up_counts_all_its_batches() -> None:
     plan = Plan(steps=9, evaluate_every=2, until="loss=1")
-    assert list(loop := TimedLoop(plan, 3, look=lambda: Scores(loss_sum=0.5, rows=1))) == [0, 1]
+    assert list(loop := TimedLoop(plan, 3, look=lambda: EvaluationMetrics(loss_sum=0.5, rows=1))) == [0, 1]
     assert loop.batches == 2
     assert loop.reached is not None
     assert (loop.reached.updates, loop.reached.loss, loop.reached.accuracy) == (2, 0.5, None)
@@ -376,9 +376,9 @@ def test_a_loop_looks_when_it_should_and_starts_its_clock_together() -> None:
     starts: list[int] = []
     trained: list[int] = []
 
-    def look() -> Scores:
+    def look() -> EvaluationMetrics:
         looks.append(len(trained))
-        return Scores(loss_sum=2.0, rows=1)
+        return EvaluationMetrics(loss_sum=2.0, rows=1)
 
     plan = Plan(steps=8, evaluate_every=3, until="loss=1")
     loop = TimedLoop(plan, 2, look=look, together=lambda: starts.append(len(trained)))
@@ -470,7 +470,9 @@ def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, str]:
     console.rich = RichConsole(width=80, record=True, highlight=False, file=io.StringIO())
     plan = Plan(steps=600, until="accuracy=0.9", evaluate_every=5)
     rows = ("backprop", "ddp", "naive", "unlocked")
-    report = bench(NamedRecipe("digits"), plan, BenchOptions(rounds=1, runs=folder, rows=rows), ["bench"], console)
+    report = run_bench(
+        NamedRecipe("digits"), plan, BenchOptions(rounds=1, runs=folder, rows=rows), ["run_bench"], console
+    )
     return report, console.rich.export_text()
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import DNIPlan, Plan, Recipe
-from pipeline.reference import run_reference
-from pipeline.resolve import resolve, stage_layers
-from pipeline.stage import Stage
-from pipeline.window import Window, on_window
+from pipeline.dni.row_window import RowSubsample, on_rows
+from pipeline.run.reference import run_reference
+from pipeline.run.resolve import resolve, stage_layers
+from pipeline.stage.stage import Stage
 
 ROWS = 40
 
@@ -51,7 +51,7 @@ def test_a_layer_on_a_window_equals_the_layer_and_finds_the_gradient_of_the_wind
     wanted = [parameter.grad for parameter in layer.parameters()]
     layer.zero_grad()
     leaf = x[samples].detach().requires_grad_()
-    enter = on_window(nn.Sequential(layer) if nested else layer, leaf, samples)
+    enter = on_rows(nn.Sequential(layer) if nested else layer, leaf, samples)
     assert enter is not None
     output = enter(x)
     output.square().sum().backward()
@@ -72,7 +72,7 @@ def test_what_is_sent_down_is_the_input_gradient_of_the_window() -> None:
     for batch in range(4):
         stage.forward(batch, x, labels)
         sent = stage.backward(batch, None)
-        window = Window(PLAN.seed, 0, ROWS, ROWS // 4).of(batch)
+        window = RowSubsample(PLAN.seed, 0, ROWS, ROWS // 4).of(batch)
         assert sent is not None
         torch.testing.assert_close(sent, whole.grad[window])
 
@@ -93,7 +93,7 @@ def test_training_is_the_same_whether_the_stage_above_sends_the_window_or_everyt
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     narrow = run_reference(RECIPE, PLAN)
-    monkeypatch.setattr("pipeline.targets.Flow.window_suffices", False)
+    monkeypatch.setattr("pipeline.stage.gradient_flow.Flow.window_suffices", False)
     full = run_reference(RECIPE, PLAN)
     for name, tensor in full.state_tensors().items():
         torch.testing.assert_close(narrow.state_tensors()[name], tensor, msg=name)

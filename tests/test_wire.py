@@ -19,19 +19,19 @@ from late_device import LateWire, wires_down
 from oracle import assert_same
 
 from launch import RunFailed
-from launch.console import Console
-from launch.resolving import resolve_source
-from launch.result import Result
+from launch.results.result import Result
+from launch.setup.resolve_source import resolve_source
+from launch.show.console import Console
 from launch.training import run
 from pipeline import ChannelPlan, Plan, Recipe, run_reference
-from pipeline.channels import ChannelChoice
-from pipeline.messages import Kind, Message
-from workers import remote_end
-from workers.channel import ChannelBroken, ChannelClosed, ChannelTimeout
-from workers.edges import Edge, open_receiver, open_sender
-from workers.gloo import PairBroken, Rendezvous
-from workers.processes import process_context
-from workers.wire import WireReceiver, WireSender
+from pipeline.messages.message import Kind, Message
+from pipeline.plan.channel_choice import ChannelChoice
+from workers.channels.gpu.nccl_ends import NcclReceiver, NcclSender
+from workers.channels.interface import ChannelBroken, ChannelClosed, ChannelTimeout
+from workers.channels.net import credit_end
+from workers.channels.net.gloo import PairBroken, Rendezvous
+from workers.processes.context import process_context
+from workers.wiring.edges import Edge, open_receiver, open_sender
 
 SOON_S = 0.05  # a wait that is meant to end in a timeout
 DEADLINE_S = 20.0  # a wait that is meant to succeed
@@ -40,24 +40,24 @@ UNSEEN_S = 50.0
 EDGE = Edge("nccl", "activations", "", "a 0->1", 0, 1, 2, 4096, None, late_device.DEVICE, late_device.DEVICE)
 
 
-def sender_at(rendezvous: Rendezvous, edge: Edge = EDGE) -> WireSender:
+def sender_at(rendezvous: Rendezvous, edge: Edge = EDGE) -> NcclSender:
     late_device.register()
     end = open_sender(edge, lambda worker: None, rendezvous.join(DEADLINE_S), DEADLINE_S)
-    assert isinstance(end, WireSender)
+    assert isinstance(end, NcclSender)
     return end
 
 
-def receiver_at(rendezvous: Rendezvous, edge: Edge = EDGE) -> WireReceiver:
+def receiver_at(rendezvous: Rendezvous, edge: Edge = EDGE) -> NcclReceiver:
     late_device.register()
     end = open_receiver(edge, lambda worker: None, rendezvous.join(DEADLINE_S), DEADLINE_S)
-    assert isinstance(end, WireReceiver)
+    assert isinstance(end, NcclReceiver)
     return end
 
 
 @pytest.fixture
 def rendezvous(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rendezvous]:
     """Ends wait as long as it takes for each other's goodbye, and leave no thread behind."""
-    monkeypatch.setattr(remote_end, "_CLOSE_WITHIN_S", DEADLINE_S)
+    monkeypatch.setattr(credit_end, "_CLOSE_WITHIN_S", DEADLINE_S)
     threads = set(threading.enumerate())
     with Rendezvous.hosted() as hosted:
         yield hosted
@@ -65,7 +65,7 @@ def rendezvous(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rendezvous]:
 
 
 @pytest.fixture
-def ends(rendezvous: Rendezvous) -> Iterator[tuple[WireSender, WireReceiver]]:
+def ends(rendezvous: Rendezvous) -> Iterator[tuple[NcclSender, NcclReceiver]]:
     with both(rendezvous, EDGE, EDGE) as pair:
         yield pair
 
@@ -77,7 +77,7 @@ class both(ExitStack):  # noqa: N801 a context manager is called like a function
         super().__init__()
         self._opened = rendezvous, sends, receives
 
-    def __enter__(self) -> tuple[WireSender, WireReceiver]:  # type: ignore[override]
+    def __enter__(self) -> tuple[NcclSender, NcclReceiver]:  # type: ignore[override]
         rendezvous, sends, receives = self._opened
         pool = self.enter_context(ThreadPoolExecutor(2))
         other = pool.submit(receiver_at, rendezvous, receives)
@@ -102,13 +102,13 @@ def eventually(what: Callable[[], bool]) -> None:
         os.sched_yield()
 
 
-def wire_of(end: WireSender | WireReceiver) -> LateWire:
+def wire_of(end: NcclSender | NcclReceiver) -> LateWire:
     assert isinstance(end.wire, LateWire)
     return end.wire
 
 
 def test_a_receive_is_queued_for_each_header_and_a_message_is_there_with_its_payload(
-    ends: tuple[WireSender, WireReceiver],
+    ends: tuple[NcclSender, NcclReceiver],
 ) -> None:
     sender, receiver = ends
     with wires_down():
@@ -130,7 +130,7 @@ def test_a_receive_is_queued_for_each_header_and_a_message_is_there_with_its_pay
     assert receiver.poll() is None
 
 
-def test_nothing_is_sent_before_the_device_has_computed_it(ends: tuple[WireSender, WireReceiver]) -> None:
+def test_nothing_is_sent_before_the_device_has_computed_it(ends: tuple[NcclSender, NcclReceiver]) -> None:
     sender, receiver = ends
     late_device.STANDSTILL.set()
     try:
@@ -143,7 +143,7 @@ def test_nothing_is_sent_before_the_device_has_computed_it(ends: tuple[WireSende
     assert_numbered(receiver.take_within(DEADLINE_S), 3)
 
 
-def test_what_has_no_payload_stays_behind_what_has_one(ends: tuple[WireSender, WireReceiver]) -> None:
+def test_what_has_no_payload_stays_behind_what_has_one(ends: tuple[NcclSender, NcclReceiver]) -> None:
     sender, receiver = ends
     with wires_down():
         sender.send(numbered(4), DEADLINE_S)
@@ -155,7 +155,7 @@ def test_what_has_no_payload_stays_behind_what_has_one(ends: tuple[WireSender, W
     assert receiver.take_within(DEADLINE_S).kind is Kind.END
 
 
-def test_a_slot_received_in_place_is_not_overwritten(ends: tuple[WireSender, WireReceiver]) -> None:
+def test_a_slot_received_in_place_is_not_overwritten(ends: tuple[NcclSender, NcclReceiver]) -> None:
     sender, receiver = ends
     for batch in (0, 1):
         sender.send(numbered(batch), DEADLINE_S)
@@ -167,7 +167,7 @@ def test_a_slot_received_in_place_is_not_overwritten(ends: tuple[WireSender, Wir
     assert_numbered(second, 1)
 
 
-def test_a_sender_that_closes_waits_until_its_payloads_have_landed(ends: tuple[WireSender, WireReceiver]) -> None:
+def test_a_sender_that_closes_waits_until_its_payloads_have_landed(ends: tuple[NcclSender, NcclReceiver]) -> None:
     """NCCL's send ends before everything has left: who cuts the wire then loses the last message."""
     sender, receiver = ends
     with ThreadPoolExecutor(1) as pool:
@@ -186,7 +186,7 @@ def test_a_sender_that_closes_waits_until_its_payloads_have_landed(ends: tuple[W
         receiver.receive(DEADLINE_S)
 
 
-def test_a_receiver_that_closes_early_leaves_no_sender_spinning(ends: tuple[WireSender, WireReceiver]) -> None:
+def test_a_receiver_that_closes_early_leaves_no_sender_spinning(ends: tuple[NcclSender, NcclReceiver]) -> None:
     sender, receiver = ends
     with ThreadPoolExecutor(1) as pool:
         with wires_down():
@@ -203,7 +203,7 @@ def test_a_receiver_that_closes_early_leaves_no_sender_spinning(ends: tuple[Wire
 
 @pytest.mark.parametrize("where", ["in the device", "when it is asked"])
 def test_a_wire_that_breaks_breaks_both_ends_and_what_has_landed_stays(
-    ends: tuple[WireSender, WireReceiver], where: str, monkeypatch: pytest.MonkeyPatch
+    ends: tuple[NcclSender, NcclReceiver], where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sender, receiver = ends
     sender.send(numbered(0), DEADLINE_S)
@@ -228,7 +228,7 @@ def _refuse(payload: torch.Tensor) -> late_device.Transfer:
 
 
 def test_a_send_that_is_refused_takes_its_header_with_it(
-    ends: tuple[WireSender, WireReceiver], monkeypatch: pytest.MonkeyPatch
+    ends: tuple[NcclSender, NcclReceiver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sender, receiver = ends
     monkeypatch.setattr(wire_of(sender), "send", _refuse)
@@ -242,7 +242,7 @@ def test_a_send_that_is_refused_takes_its_header_with_it(
 
 
 def test_a_copy_that_fails_is_told_at_once(
-    ends: tuple[WireSender, WireReceiver], monkeypatch: pytest.MonkeyPatch
+    ends: tuple[NcclSender, NcclReceiver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sender, receiver = ends
     monkeypatch.setattr(late_device.Mark, "synchronize", _illegal)
@@ -265,7 +265,7 @@ def test_ends_with_other_slots_find_out_before_a_receive_is_queued(rendezvous: R
         assert wire_of(receiver).under_way == 0
 
 
-def test_a_header_too_long_is_refused_and_the_channel_goes_on(ends: tuple[WireSender, WireReceiver]) -> None:
+def test_a_header_too_long_is_refused_and_the_channel_goes_on(ends: tuple[NcclSender, NcclReceiver]) -> None:
     sender, receiver = ends
     with pytest.raises(ValueError, match="does not fit its slot"):
         sender.send(Message(Kind.ACTIVATION, 0, 0, (torch.ones(1, 1, 1, 1),) * 40), DEADLINE_S)
@@ -299,7 +299,7 @@ def test_a_peer_that_dies_with_a_payload_under_way_frees_the_device_and_half_a_m
     process.start()
     try:
         with receiver_at(rendezvous) if sends else sender_at(rendezvous) as end:
-            if isinstance(end, WireReceiver):
+            if isinstance(end, NcclReceiver):
                 assert_numbered(end.take_within(DEADLINE_S), 0)
             else:
                 end.send(numbered(0), DEADLINE_S)
@@ -308,17 +308,17 @@ def test_a_peer_that_dies_with_a_payload_under_way_frees_the_device_and_half_a_m
             eventually(lambda: wire_of(end).under_way == 1)
             process.kill()
             with pytest.raises(ChannelBroken, match="a 0->1: the connection broke while the"):
-                end.receive(DEADLINE_S) if isinstance(end, WireReceiver) else _flood(end)
+                end.receive(DEADLINE_S) if isinstance(end, NcclReceiver) else _flood(end)
             eventually(lambda: wire_of(end).under_way == 0 and wire_of(end).is_cut)
             end.lane.close()  # everything was called that waited for the device
             with pytest.raises(ChannelBroken):
-                end.receive(0) if isinstance(end, WireReceiver) else end.send(numbered(9), 0)
+                end.receive(0) if isinstance(end, NcclReceiver) else end.send(numbered(9), 0)
     finally:
         process.kill()
         process.join(DEADLINE_S)
 
 
-def _flood(sender: WireSender) -> None:
+def _flood(sender: NcclSender) -> None:
     for batch in range(2, 10):
         sender.send(numbered(batch), DEADLINE_S)
 

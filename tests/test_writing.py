@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launch import RunFailed, rundir
-from launch.console import Console
-from launch.result import Result
+from launch import RunFailed
+from launch.results import run_folder
+from launch.results.result import Result
+from launch.show.console import Console
 from launch.training import Launcher, Working, run
 from pipeline import Plan, Recipe
-from pipeline.resolve import Resolved, resolve
-from workers import records
-from workers.writing import NotWritten, writing
+from pipeline.run.resolve import Resolved, resolve
+from workers.files import NotWritten, writing
+from workers.telemetry import records
 
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
@@ -77,7 +78,7 @@ def test_every_file_of_a_run_is_named_and_what_was_trained_is_not_lost(
         (runs / name / file).symlink_to(FULL)
         return runs / name
 
-    monkeypatch.setattr(rundir, "new_run_dir", full)
+    monkeypatch.setattr(run_folder, "new_run_dir", full)
     with pytest.raises(NotWritten, match=f"^cannot write {tmp_path}/r/{file}: No space left on device; ") as caught:
         _run(tmp_path, _trains)
     assert (caught.value.result is None) == (file != "result.json")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from late_device import LateEngine
 
 from pipeline import Recipe
-from workers.edges import ENGINES
+from workers.wiring.edges import ENGINES
 
 ENGINES["cpu"] = LateEngine
 

@@ -9,8 +9,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launch.console import Console
-from launch.report import Report
+from launch.bench.report import Report
+from launch.show.console import Console
 from launch.sweep.findings import Finding
 from launch.sweep.grid import Grid
 
@@ -39,7 +39,7 @@ def draw(report: Report, console: Console) -> list[Path]:
 
 
 def draw_sweep(grid: Grid, findings: Sequence[Finding], verdict: str, folder: Path, console: Console) -> list[Path]:
-    """Draw sweep.png, and say where; without matplotlib, say what to install.
+    """Draw picture.png, and say where; without matplotlib, say what to install.
 
     Args:
         grid: what was asked for.
@@ -50,9 +50,9 @@ def draw_sweep(grid: Grid, findings: Sequence[Finding], verdict: str, folder: Pa
     """
 
     def draw_one() -> list[Path]:
-        from launch.plots import sweep
+        from launch.sweep import picture
 
-        return [sweep.draw(grid, findings, verdict, folder / "sweep.png")]
+        return [picture.draw_grid(grid, findings, verdict, folder / "sweep.png")]
 
     return _drawn(draw_one, folder, console)
 

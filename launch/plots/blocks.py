@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.spans import Span, Spans
+from pipeline.metrics.spans import Span, Spans
 
-__all__ = ["PHASES", "Block", "Window", "blocks", "period_s", "shared_window_s", "window_of"]
+__all__ = ["PHASES", "ShownTime", "SpanBlock", "blocks", "period_s", "shared_window_s", "window_of"]
 
 PHASES: dict[Span, str] = {
     Span.FORWARD: "forward",
@@ -35,7 +35,7 @@ _MOST_BATCHES = 80  # of the faster run: with more, blocks are too narrow to be 
 
 
 @dataclass(frozen=True)
-class Block:
+class SpanBlock:
     """One phase of one batch.
 
     Attributes:
@@ -52,7 +52,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Window:
+class ShownTime:
     """A part of a run.
 
     Attributes:
@@ -64,23 +64,23 @@ class Window:
     end_ns: int
 
 
-def blocks(spans: Spans, window: Window) -> list[Block]:
+def blocks(spans: Spans, window: ShownTime) -> list[SpanBlock]:
     """The blocks of one stage in a window, in order of time.
 
     Neighbours of one phase and batch are one block (backward and step; the wait between two of them keeps them apart).
     Blocks at the edges are cut. Seconds per phase equal those of the spans; what no block covers is waiting.
     """
     inside = spans.within(window.start_ns, window.end_ns)
-    found: list[Block] = []
+    found: list[SpanBlock] = []
     columns = (inside.span, inside.batch, inside.start_ns, inside.end_ns)
     for kind, batch, start_ns, end_ns in zip(*(column.tolist() for column in columns), strict=True):
         phase, last = PHASES.get(Span(kind)), found[-1] if found else None
         if phase is None:
             continue
         if last and (last.phase, last.batch, last.end_ns) == (phase, batch, start_ns):
-            found[-1] = Block(phase, batch, last.start_ns, end_ns)
+            found[-1] = SpanBlock(phase, batch, last.start_ns, end_ns)
         else:
-            found.append(Block(phase, batch, start_ns, end_ns))
+            found.append(SpanBlock(phase, batch, start_ns, end_ns))
     return found
 
 
@@ -105,7 +105,7 @@ def shared_window_s(runs: Sequence[Sequence[Spans]]) -> float:
     return min(wanted, _MOST_BATCHES * fastest)
 
 
-def window_of(stages: Sequence[Spans], seconds: float) -> Window:
+def window_of(stages: Sequence[Spans], seconds: float) -> ShownTime:
     """A window of that length around the middle of the run that begins with a forward of stage 0.
 
     The middle is half-way between the forward of the middle batch in stage 0 and its update in the last stage: there
@@ -116,4 +116,4 @@ def window_of(stages: Sequence[Spans], seconds: float) -> Window:
     length_ns = round(seconds * 1e9)
     latest_ns = min((begins[len(begins) // 2] + ends[len(ends) // 2] - length_ns) // 2, ends[-1] - length_ns)
     start_ns = max((start for start in begins if start <= latest_ns), default=begins[0])
-    return Window(start_ns, start_ns + length_ns)
+    return ShownTime(start_ns, start_ns + length_ns)

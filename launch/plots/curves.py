@@ -9,11 +9,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from launch.over import Sweep, mode_name
+from launch.bench.report import BenchRow
+from launch.bench.scaling import ScalingReport, mode_name
+from launch.bench.spread import Spread
 from launch.plots import style
 from launch.plots.words import curves_title, subtitle
-from launch.report import Row
-from launch.spread import Spread
 
 __all__ = ["Curve", "apart", "curves_of", "draw_curves"]
 
@@ -44,7 +44,7 @@ class Curve:
     high: tuple[float, ...]
 
 
-def curves_of(sweep: Sweep, what: str) -> list[Curve]:
+def curves_of(sweep: ScalingReport, what: str) -> list[Curve]:
     """The curves of a panel.
 
     Args:
@@ -52,7 +52,7 @@ def curves_of(sweep: Sweep, what: str) -> list[Curve]:
         what: ``latency``, of stage 0 in ms, p50 with a band up to p99; or ``throughput`` in samples per second, the
             median of the rounds with a band from the slowest to the fastest.
     """
-    keyed: dict[tuple[str, str, int], list[tuple[float, Row, tuple[float, float, float]]]] = {}
+    keyed: dict[tuple[str, str, int], list[tuple[float, BenchRow, tuple[float, float, float]]]] = {}
     for value, report in sweep.points:
         for row in report.rows:
             figure = _FIGURES[what](row)
@@ -70,7 +70,7 @@ def curves_of(sweep: Sweep, what: str) -> list[Curve]:
     ]
 
 
-def draw_curves(sweep: Sweep, path: Path) -> Path:
+def draw_curves(sweep: ScalingReport, path: Path) -> Path:
     """Update latency on the left, throughput on the right, one line per row, named at its end."""
     headline = style.Headline(curves_title(sweep), subtitle(sweep, over=sweep.axis.name), sweep.emulated)
     figure = style.new_figure(headline, _TOP_PX + _HEIGHT_PX + 90)
@@ -86,7 +86,7 @@ def draw_curves(sweep: Sweep, path: Path) -> Path:
     return style.save(figure, path)
 
 
-def _draw_panel(axes: Axes, curves: Sequence[Curve], values: Sequence[float], sweep: Sweep) -> None:
+def _draw_panel(axes: Axes, curves: Sequence[Curve], values: Sequence[float], sweep: ScalingReport) -> None:
     smallest = min((min(curve.low) for curve in curves), default=0.0)
     largest = max((max(curve.high) for curve in curves), default=1.0)
     logarithmic = smallest > 0 and largest / smallest > _WIDE
@@ -159,12 +159,12 @@ def apart(positions: Sequence[float], distance: float, lowest: float, highest: f
     return moved
 
 
-def _latency(row: Row) -> tuple[float, float, float] | None:
+def _latency(row: BenchRow) -> tuple[float, float, float] | None:
     latency = row.typical.stages[0].update_latency_s if row.typical else None
     return (latency[0] * 1e3, latency[0] * 1e3, latency[1] * 1e3) if latency else None
 
 
-def _throughput(row: Row) -> tuple[float, float, float]:
+def _throughput(row: BenchRow) -> tuple[float, float, float]:
     spread = Spread.of(row.rates)
     return spread.median, spread.min, spread.max
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.over import Sweep
+from launch.bench.report import Report
+from launch.bench.scaling import ScalingReport
 from launch.plots.curves import draw_curves
 from launch.plots.throughput import draw_throughput
 from launch.plots.timeline import draw_timeline, shown_rows
-from launch.report import Report
 
 __all__ = ["draw_all"]
 
@@ -22,6 +22,6 @@ def draw_all(report: Report) -> list[Path]:
     paths = [draw_throughput(report, report.folder / "throughput.png")]
     if shown_rows(report):
         paths.append(draw_timeline(report, report.folder / "timeline.png"))
-    if isinstance(report, Sweep):
+    if isinstance(report, ScalingReport):
         paths.append(draw_curves(report, report.folder / report.axis.picture))
     return paths

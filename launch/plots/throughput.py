@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from launch.bench.report import BenchRow, Report
+from launch.bench.spread import Spread
 from launch.plots import style
 from launch.plots.words import subtitle, throughput_title, times
-from launch.report import Report, Row
-from launch.spread import Spread
 
 __all__ = ["draw_throughput"]
 
@@ -65,13 +65,13 @@ def draw_throughput(report: Report, path: Path) -> Path:
     return style.save(figure, path)
 
 
-def _colour(row: Row, report: Report) -> str:
+def _colour(row: BenchRow, report: Report) -> str:
     if row is report.unlocked:
         return style.ACCENT
     return style.RIVAL if report.beaten_by(row) else style.GREY
 
 
-def _words(row: Row, report: Report) -> tuple[str, str, str, str]:
+def _words(row: BenchRow, report: Report) -> tuple[str, str, str, str]:
     """Name, samples per second, and the ratios to the yardstick and to unlocked."""
     against = ""
     if report.unlocked is not None and row is not report.unlocked:

@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from launch.bench.report import BenchRow, Report
 from launch.plots import style
-from launch.plots.blocks import PHASES, Block, blocks, shared_window_s, window_of
+from launch.plots.blocks import PHASES, SpanBlock, blocks, shared_window_s, window_of
 from launch.plots.words import subtitle, timeline_title
-from launch.report import Report, Row
-from launch.rundir import read_spans
+from launch.results.run_folder import read_spans
 
 __all__ = ["draw_timeline", "shown_rows"]
 
@@ -23,7 +23,7 @@ _LANES_PX = 900  # what all lanes of all rows may take together
 _DIGIT_PX = 10  # of a batch id in its block
 
 
-def shown_rows(report: Report) -> list[Row]:
+def shown_rows(report: Report) -> list[BenchRow]:
     """The best exact locked row and the unlocked one; without both of them the first of our own rows, if any."""
     pair = [row for row in (report.best_locked, report.unlocked) if row is not None]
     return pair or [row for row in report.rows if row.middle.run_dir is not None][:1]
@@ -60,7 +60,7 @@ def draw_timeline(report: Report, path: Path) -> Path:
     return style.save(figure, path)
 
 
-def _name_lanes(axes: Axes, row: Row, report: Report) -> None:
+def _name_lanes(axes: Axes, row: BenchRow, report: Report) -> None:
     colour = style.ACCENT if row is report.unlocked else style.INK
     axes.text(
         0,
@@ -89,7 +89,7 @@ def _name_lanes(axes: Axes, row: Row, report: Report) -> None:
         )
 
 
-def _draw_lane(axes: Axes, lane: int, found: Sequence[Block], start_ns: int, lane_px: int) -> None:
+def _draw_lane(axes: Axes, lane: int, found: Sequence[SpanBlock], start_ns: int, lane_px: int) -> None:
     px_per_ms = (style.WIDTH_PX - _LEFT_PX - _RIGHT_PX) / axes.get_xlim()[1]
     for phase in dict.fromkeys(block.phase for block in found):
         bars = [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from launch.over import Sweep
+from launch.bench.report import Report
+from launch.bench.scaling import ScalingReport
+from launch.bench.spread import Spread
 from launch.plots.style import SEPARATOR
-from launch.report import Report
-from launch.spread import Spread
 
 __all__ = ["curves_title", "subtitle", "throughput_title", "timeline_title", "times"]
 
@@ -50,7 +50,7 @@ def timeline_title(report: Report) -> str:
     return f"Time in which stages wait: {', '.join(waits)}" if waits else "Stages over time, as measured"
 
 
-def curves_title(sweep: Sweep) -> str:
+def curves_title(sweep: ScalingReport) -> str:
     """The last point of the axis."""
     value, report = sweep.points[-1]
     text = f"At {value:g} {sweep.axis.unit}: "

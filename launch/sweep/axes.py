@@ -15,12 +15,12 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
-from launch.options import Parsed, option_name, parse, recipe_options
-from launch.sources import NamedRecipe, entry_of
+from launch.options.options import Parsed, option_name, parse, recipe_options
+from launch.setup.recipe_source import NamedRecipe, entry_of
 from launch.sweep.options import SweepOptions
 from pipeline import Plan, PlanError, nearest
 
-__all__ = ["ROW", "Axis", "Row", "arguments_for", "option_names", "placed", "read_axes", "read_rows", "value_of"]
+__all__ = ["ROW", "Axis", "Row", "arguments_for", "option_names", "read_axes", "read_rows", "value_of", "with_value"]
 
 ROW = "row"
 """Name of the axis of the rows."""
@@ -140,7 +140,7 @@ def value_of(parsed: Parsed, option: str) -> Any:
     return _inner(parsed.plan, option)
 
 
-def placed(parsed: Parsed, option: str, value: Any) -> Parsed:
+def with_value(parsed: Parsed, option: str, value: Any) -> Parsed:
     """The same with another value of a field."""
     given = dict(parsed.source.options)
     if option in given:

@@ -18,22 +18,22 @@ from typing import Any
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from launch.console import Console
-from launch.environment import environment
-from launch.options import Parsed, parse
+from launch.options.options import Parsed, parse
 from launch.plots import draw_sweep
-from launch.result import SCHEMA
+from launch.results.environment import environment
+from launch.results.result import SCHEMA
+from launch.show.console import Console
+from launch.show.tables import print_table
 from launch.sweep.axes import arguments_for
 from launch.sweep.findings import METRICS, Finding, Metric, findings_json, findings_of, label_of, verdict_of
 from launch.sweep.grid import Grid, Point, grid_of
 from launch.sweep.options import SweepOptions
 from launch.sweep.points import Outcome, Store
 from launch.sweep.presets import with_preset
-from launch.sweep.table import LEGEND, table_of
+from launch.sweep.table import SWEEP_LEGEND, table_of
 from launch.sweep.work import Broken, run_points
-from launch.tables import print_table
 from pipeline import PlanError
-from workers.failures import RunFailed
+from workers.errors import RunFailed
 
 __all__ = ["keep_aside", "sweep"]
 
@@ -77,7 +77,7 @@ def sweep(recipe: str, arguments: Sequence[str]) -> dict[str, Any]:
     for path in filter(None, (folder / "sweep.json", options.json)):
         path.write_text(json.dumps(content, indent=2, default=str) + "\n")
     print_table(console.rich, table_of(grid, findings))
-    console.rich.print(f"[dim]{LEGEND}[/dim]")
+    console.rich.print(f"[dim]{SWEEP_LEGEND}[/dim]")
     console.rich.print(f"\n[bold]{escape(content['verdict'])}[/bold]\n", soft_wrap=True)
     console.extra("results", "sweep.json", f"in {folder}")
     draw_sweep(grid, findings, content["verdict"], folder, console)

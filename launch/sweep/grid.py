@@ -18,15 +18,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from launch.options import Parsed
-from launch.sources import NamedRecipe
-from launch.sweep.axes import ROW, Axis, Row, placed, read_axes, read_rows, value_of
+from launch.options.options import Parsed
+from launch.setup.recipe_source import NamedRecipe
+from launch.sweep.axes import ROW, Axis, Row, read_axes, read_rows, value_of, with_value
 from launch.sweep.options import SweepOptions, seeds_of
 from pipeline import ChannelPlan, DNIPlan, Plan, PlanError, Recipe
 from pipeline.errors import NoEffect
-from pipeline.modes import MODES
-from pipeline.plan_check import check_plan
-from pipeline.resolve import Resolved, resolve
+from pipeline.plan.check import check_plan
+from pipeline.run.resolve import Resolved, resolve
+from pipeline.schedule.modes import MODES
 
 __all__ = ["Grid", "Point", "Setting", "grid_of"]
 
@@ -154,7 +154,7 @@ def _wishes(
             wish = row.parsed if row else parsed
             for axis, place in zip(axes, places, strict=True):
                 for option, value in zip(axis.options, axis.values[place], strict=True):
-                    wish = placed(wish, option, value)
+                    wish = with_value(wish, option, value)
             labels = tuple(axis.labels[place] for axis, place in zip(axes, places, strict=True))
             yield ((row.name,) if row else ()) + labels, row, wish
 
@@ -174,7 +174,7 @@ def _resolved(wish: Parsed) -> tuple[Resolved, frozenset[NoEffect]]:
                 raise
             without_effect.update(error.idle)
             for sentence in error.idle:
-                wish = placed(wish, sentence.option, value_of(replace(wish, plan=Plan()), sentence.option))
+                wish = with_value(wish, sentence.option, value_of(replace(wish, plan=Plan()), sentence.option))
 
 
 def _sampled(plan: Plan, steps: int) -> Plan:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
-from launch.options import RunOptions
+from launch.options.options import RunOptions
 
 __all__ = ["SweepOptions", "seeds_of"]
 

@@ -54,7 +54,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         reached: after how many updates ``until`` was met.
         evaluations: (updates, loss, accuracy) of every pass over the held-out data.
         quality: of every cut; empty where there is no DNI.
-        flops: operations of every stage for a batch, by what they are for (``pipeline.flops.StageFlops``).
+        flops: operations of every stage for a batch, by what they are for (``pipeline.run.flops.StageFlops``).
         seconds: how long it took.
         diverged: what was said when the run ended itself because numbers were no longer finite, or ran away.
     """

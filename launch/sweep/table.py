@@ -10,9 +10,9 @@ from rich.table import Table
 from launch.sweep.findings import METRICS, Finding, Metric
 from launch.sweep.grid import Grid
 
-__all__ = ["LEGEND", "table_of"]
+__all__ = ["SWEEP_LEGEND", "table_of"]
 
-LEGEND = (
+SWEEP_LEGEND = (
     "mean over the seeds, smallest to largest; +bp: above backpropagation on the same work, seed by seed\n"
     "cosine: gradient of a stage's weights under the synthetic and the true gradient, worst and best cut\n"
     "dni%: operations of the DNIs over those of their stages; train: training loss of the last tenth"

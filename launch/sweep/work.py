@@ -25,16 +25,16 @@ from multiprocessing.process import BaseProcess
 import msgspec
 import torch
 
-from launch.quality import summarised
-from launch.sources import NamedRecipe
+from launch.results.dni_quality import summarised
+from launch.setup.recipe_source import NamedRecipe
 from launch.sweep.grid import Point
 from launch.sweep.points import CutQuality, Outcome, finite
 from pipeline import Plan, StageError, run_reference
-from pipeline.flops import count_flops
-from pipeline.reference import Reference
-from workers.interrupts import Interrupts
-from workers.processes import process_context
-from workers.records import Judged
+from pipeline.run.flops import count_flops
+from pipeline.run.reference import Reference
+from workers.processes.context import process_context
+from workers.processes.interrupts import Interrupts
+from workers.telemetry.records import Judged
 
 __all__ = ["Broken", "run_point", "run_points"]
 

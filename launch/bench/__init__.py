@@ -1,0 +1,1 @@
+"""The benchmark: rows, rounds, verdict, ledger."""

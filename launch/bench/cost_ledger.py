@@ -1,0 +1,193 @@
+"""The cost ledger: what a sample costs in every mode, in seconds and in floating-point operations, side by side.
+
+It answers the sceptic: is the same work only moved in time, or is there more of it, or less waiting?
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launch.show.tables import print_table
+from pipeline.metrics.measurements import Measured
+from pipeline.run.flops import StageFlops
+
+__all__ = ["Account", "Work", "entry", "same_work", "seconds_of", "show_ledger"]
+
+_LEGEND = "us: microseconds; Mflop: 10^6 operations in products, convolutions, attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one sample costs, summed over all processes, by what it is spent on; one unit, seconds or operations."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    dni: float = 0.0
+    relay: float = 0.0
+    communication: float = 0.0
+    waiting: float = 0.0
+    other: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return math.fsum(asdict(self).values())
+
+    @classmethod
+    def of_flops(cls, stages: Sequence[StageFlops], batch_rows: int) -> Work:
+        """Operations per sample, summed over the stages; sending and waiting are none."""
+        names = [f.name for f in fields(StageFlops)]
+        return cls(**{name: sum(getattr(stage, name) for stage in stages) / batch_rows for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """One row of the ledger.
+
+    Attributes:
+        name: of the row.
+        seconds: per sample; None where nobody knows.
+        flop: floating-point operations per sample; None where nothing was counted.
+        total_s: seconds per sample of all its processes together, known of every row.
+        note: why operations could not be counted.
+    """
+
+    name: str
+    seconds: Work | None
+    flop: Work | None
+    total_s: float
+    note: str | None = None
+
+
+def seconds_of(measured: Measured, batch_rows: int) -> Work:
+    """Seconds per sample, summed over the stages; loading and evaluation are ``other``."""
+    per_share = measured.seconds / (measured.batches * batch_rows)
+    shares = {name: sum(stage.shares[name] for stage in measured.stages) for name in measured.stages[0].shares}
+    shares["other"] += shares.pop("load") + shares.pop("evaluate")
+    return Work(**{name: share * per_share for name, share in shares.items()})
+
+
+def entry(seconds: Work | None, flop: Work | None) -> dict[str, float | None] | None:
+    """``ledger`` of a row of bench.json: ``forward_s`` ... ``waiting_s``, ``forward_flop`` ... ``waiting_flop``."""
+    if seconds is None and flop is None:
+        return None
+    units = (("s", seconds), ("flop", flop))
+    return {f"{name}_{unit}": getattr(work, name, None) for unit, work in units for name in _COLUMNS if name != "other"}
+
+
+def show_ledger(
+    console: Console,
+    accounts: Sequence[Account],
+    unlocked: Account | None,
+    alone: Account | None,
+    locked: Account | None,
+) -> None:
+    """Print the ledger and what follows from it.
+
+    Args:
+        console: where to.
+        accounts: the rows.
+        unlocked: that of unlocked training; with the next two see ``same_work``.
+        alone: that of one process.
+        locked: that of the best exact locked row.
+    """
+    console.print()
+    print_table(console, _table(accounts))
+    console.print(f"[dim]{_LEGEND}[/dim]")
+    for account in accounts:
+        if account.note is not None:
+            console.print(f"  not counted: {account.name}  [dim]({escape(account.note)})[/dim]")
+    sentence = same_work(unlocked, alone, locked) if unlocked is not None else None
+    if sentence is not None:
+        console.print(f"\n{sentence}")
+
+
+def same_work(unlocked: Account, alone: Account | None, locked: Account | None) -> str | None:
+    """Whether unlocked training does the same work as one process, and what happened to the waiting.
+
+    Args:
+        unlocked: its row.
+        alone: one process, the yardstick of the operations.
+        locked: the best exact locked row, the yardstick of the waiting.
+
+    Returns:
+        A sentence or two; None when there is nothing to compare with.
+    """
+    parts = []
+    if alone is not None and alone.flop is not None and unlocked.flop is not None and alone.flop.total > 0:
+        parts.append(_more_work(unlocked.flop, alone.flop, alone.name))
+        if unlocked.seconds is not None:
+            parts.append(
+                f"In seconds the DNI is {unlocked.seconds.dni / unlocked.seconds.total:.1%} of what it spends."
+            )
+    if locked is not None and locked.seconds is not None and unlocked.seconds is not None:
+        parts.append(_less_waiting(unlocked.seconds, locked.seconds, locked.name))
+    return "The same work, only moved in time? " + " ".join(parts) if parts else None
+
+
+_COLUMNS = {
+    "forward": "forward",
+    "backward": "back+step",
+    "dni": "DNI",
+    "relay": "relay",
+    "communication": "comm",
+    "waiting": "wait",
+    "other": "other",
+}
+
+
+def _table(accounts: Sequence[Account]) -> Table:
+    """Two lines per row: microseconds, and millions of operations."""
+    title = "where the work went, per sample, all processes together"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("mode", overflow="fold")
+    table.add_column("", no_wrap=True)
+    for name in (*_COLUMNS.values(), "total"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for account in accounts:
+        cells = _cells(account.seconds, 1e6)
+        table.add_row(account.name, "us", *cells, _figure(account.total_s * 1e6))
+        if account.flop is not None:
+            table.add_row("", "Mflop", *_cells(account.flop, 1e-6), _figure(account.flop.total * 1e-6))
+    return table
+
+
+def _more_work(mine: Work, theirs: Work, name: str) -> str:
+    """By what the two differ: a cut may also save the input gradient that one process computes."""
+    part = {
+        "DNI": mine.dni,
+        "relay": mine.relay,
+        "forward": mine.forward - theirs.forward,
+        "input gradients": mine.backward - theirs.backward,
+    }
+    differs = {what: flop / theirs.total for what, flop in part.items() if abs(flop) > 1e-9 * theirs.total}
+    listed = ", ".join(f"{what} {share:+.1%}" for what, share in differs.items())
+    more = mine.total / theirs.total - 1
+    kind = "more" if more >= 0 else "less"
+    does = f"does {abs(more):.1%} {kind} operations than {name} ({listed})" if listed else f"does as much as {name}"
+    return f"Unlocked {does}."
+
+
+def _less_waiting(mine: Work, theirs: Work, name: str) -> str:
+    way = "falls" if mine.waiting < theirs.waiting else "does not fall"
+    return (
+        f"Waiting {way}: from {_figure(theirs.waiting * 1e6)} us a sample ({theirs.waiting / theirs.total:.0%} of the "
+        f"workers' time, {name}) to {_figure(mine.waiting * 1e6)} us ({mine.waiting / mine.total:.0%})."
+    )
+
+
+def _cells(work: Work | None, scale: float) -> list[str]:
+    return [_figure(getattr(work, name) * scale) if work is not None else "-" for name in _COLUMNS]
+
+
+def _figure(value: float) -> str:
+    """Three digits, none behind the point where there are more before it."""
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}" if abs(value) >= 0.01 else "<0.01"

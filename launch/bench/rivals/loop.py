@@ -1,0 +1,128 @@
+"""What every rank of every rival does alike: the timed loop, its own part of the memory, and the final look."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from launch.bench.rivals.record import HeldOut, RankRun
+from launch.bench.rivals.timed_loop import TimedLoop
+from pipeline.data.recipe import Recipe, build_model, open_data
+from pipeline.errors import PlanError
+from pipeline.model.partition import Layer, layers_of
+from pipeline.plan.plan import Plan
+from pipeline.stage.evaluation import EvaluationMetrics, scores_of
+
+__all__ = ["Rival", "Training", "assembled", "broadcast"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and what is wanted at the end.
+
+    Attributes:
+        source: makes the recipe.
+        plan: steps, seed and optimizer, and what ends the run before its last step.
+        warmup: first batches that are not timed.
+        evaluates: whether to look at the held-out batches at the end.
+        weights: file for the final weights (safetensors, the unsplit model's names), or None.
+    """
+
+    source: Callable[[], Recipe]
+    plan: Plan
+    warmup: int
+    evaluates: bool = True
+    weights: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < (self.plan.steps or 0):
+            raise PlanError(f"warmup is {self.warmup} for {self.plan.steps} steps: at least one step must be timed.")
+
+    def run(
+        self,
+        recipe: Recipe,
+        rank: int,
+        step: Callable[[int], float | None],
+        whole: Callable[[], Sequence[Layer]],
+        look: Callable[[], EvaluationMetrics] | None,
+    ) -> RankRun:
+        """Train, then evaluate and write the weights in rank 0.
+
+        Args:
+            recipe: the problem.
+            rank: of this process.
+            step: trains on one batch; its loss, where this rank computes it.
+            whole: gives the trained network; called in all ranks or in none.
+            look: this rank's part of the scores of one pass over the held-out batches; called between steps, in all
+                ranks or in none. None: nothing is to be reached.
+        """
+        summed = None if look is None else partial(_summed, look)
+        loop, value = TimedLoop(self.plan, self.warmup, summed, dist.barrier), None
+        open_data(recipe, self.plan)
+        for index in loop:
+            value = step(index)
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        held_out = None
+        if (self.evaluates and recipe.evaluation is not None) or self.weights is not None:
+            layers = whole()
+            held_out = self._finish(recipe, layers) if rank == 0 else None
+        return RankRun(loop.batches, loop.seconds, value, held_out, peak_bytes, loop.reached)
+
+    def _finish(self, recipe: Recipe, layers: Sequence[Layer]) -> HeldOut | None:
+        if self.weights is not None:
+            save_file({name: tensor.clone() for layer in layers for name, tensor in _state(layer)}, self.weights)
+        if not self.evaluates or recipe.evaluation is None:
+            return None
+        scores = scores_of(recipe, torch.nn.Sequential(*(layer.module for layer in layers)))
+        return HeldOut(scores.loss(), scores.accuracy())
+
+
+Rival = Callable[[Training, int], RankRun]
+"""What one rank does: (what is trained, rank) -> what it found, once the process group stands. Plain data inside."""
+
+
+@torch.no_grad()
+def assembled(recipe: Recipe, plan: Plan, mine: Sequence[Layer], owners: Sequence[int], rank: int) -> list[Layer]:
+    """The whole trained network, in every rank: its layers broadcast by those that trained them.
+
+    Args:
+        recipe: gives the model.
+        plan: gives the seed.
+        mine: the layers this rank trained.
+        owners: the rank that trained each layer of the whole network.
+        rank: of this process.
+    """
+    trained, whole = {layer.index: layer for layer in mine}, layers_of(build_model(recipe, plan.seed))
+    for layer in whole:
+        source = trained.get(layer.index, layer)
+        for (_, target), (_, tensor) in zip(_state(layer), _state(source), strict=True):
+            target.copy_(broadcast(tensor, owners[layer.index]))
+    return whole
+
+
+def _state(layer: Layer) -> list[tuple[str, Tensor]]:
+    return [(f"{layer.name}.{name}", tensor) for name, tensor in layer.module.state_dict().items()]
+
+
+def broadcast(tensor: Tensor, owner: int) -> Tensor:
+    """The tensor of rank ``owner``, in every rank; as bytes, since gloo does not know every dtype."""
+    flat = tensor.contiguous().reshape(-1)
+    dist.broadcast(flat.view(torch.uint8), owner)
+    return flat.reshape(tensor.shape)
+
+
+def _summed(look: Callable[[], EvaluationMetrics]) -> EvaluationMetrics:
+    """The scores of all ranks together, the same in every rank: they all stop, or none does."""
+    part = look()
+    sums = torch.tensor([part.loss_sum, part.rows, part.correct, part.answers], dtype=torch.float64)
+    dist.all_reduce(sums)
+    loss_sum, rows, correct, answers = sums.tolist()
+    return EvaluationMetrics(loss_sum, int(rows), correct, int(answers))

@@ -1,0 +1,181 @@
+"""Which layers go to which rank under torch's schedules, and how many microbatches a schedule takes.
+
+A rank may have several *virtual stages*. With 2 ranks and 4 virtual stages:
+
+    loop   rank 0: 0 2    V   rank 0: 0 3        the activations of loop go round and round,
+           rank 1: 1 3        rank 1: 1 2        those of V down to the last rank and back up
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.data.recipe import Recipe, build_model
+from pipeline.errors import PlanError, nearest
+from pipeline.model.partition import Layer, balanced_sizes, check_partition, layers_of, split
+from pipeline.run.resolve import Resolved
+
+__all__ = ["TORCH_SCHEDULES", "Boundary", "Placement", "Schedule", "check_microbatches", "place", "schedule_named"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one of torch's schedules asks for.
+
+    Attributes:
+        stages_per_rank: the possible numbers of virtual stages per rank; the first one is the default.
+        takes: (microbatches, ranks) -> whether it can run so.
+        needs: the same in words.
+        v: virtual stages placed as a V, not as a loop.
+    """
+
+    stages_per_rank: tuple[int, ...]
+    takes: Callable[[int, int], bool]
+    needs: str
+    v: bool = False
+
+
+def _in_equal_rounds(microbatches: int, ranks: int) -> bool:
+    return microbatches % max(1, microbatches // ranks) == 0
+
+
+_EQUAL_ROUNDS = "microbatches that make full rounds over the ranks"
+
+TORCH_SCHEDULES = {
+    "GPipe": Schedule((1,), lambda microbatches, ranks: True, ""),
+    "1F1B": Schedule((1,), lambda microbatches, ranks: microbatches >= ranks, "as many microbatches as ranks"),
+    "Interleaved1F1B": Schedule((2,), _in_equal_rounds, _EQUAL_ROUNDS),
+    "InterleavedZeroBubble": Schedule((2, 1), _in_equal_rounds, _EQUAL_ROUNDS),
+    "ZBVZeroBubble": Schedule((2,), lambda microbatches, ranks: True, "", v=True),
+}
+"""The schedules of torch.distributed.pipelining that are compared with, by torch's own names."""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A tensor that enters or leaves a virtual stage, for one microbatch.
+
+    Attributes:
+        shape: [rows of a microbatch, ...].
+        dtype_name: its dtype's name in torch; a placement is plain data, which any host can be sent.
+    """
+
+    shape: tuple[int, ...]
+    dtype_name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
+
+    def example(self, *, requires_grad: bool) -> Tensor:
+        """A tensor like it."""
+        return torch.empty(self.shape, dtype=self.dtype, requires_grad=requires_grad)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Layers, virtual stages and ranks.
+
+    Attributes:
+        sizes: layers of each virtual stage.
+        ranks: the rank of each virtual stage.
+        edges: what goes in between: edges[i] enters virtual stage i, edges[i + 1] leaves it.
+    """
+
+    sizes: tuple[int, ...]
+    ranks: tuple[int, ...]
+    edges: tuple[Boundary, ...]
+
+    @property
+    def owners(self) -> list[int]:
+        """The rank of each layer."""
+        return [rank for rank, size in zip(self.ranks, self.sizes, strict=True) for _ in range(size)]
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The virtual stages of a rank, in order."""
+        return [stage for stage, owner in enumerate(self.ranks) if owner == rank]
+
+
+def schedule_named(name: str) -> Schedule:
+    """One of ``TORCH_SCHEDULES``.
+
+    Raises:
+        PlanError: there is none of this name.
+    """
+    if name not in TORCH_SCHEDULES:
+        raise PlanError(nearest(name, TORCH_SCHEDULES, "schedule"))
+    return TORCH_SCHEDULES[name]
+
+
+def check_microbatches(name: str, resolved: Resolved, microbatches: int) -> None:
+    """Whether the schedule can cut the batches so.
+
+    Raises:
+        PlanError: microbatches of unequal size, or a number that the schedule does not take.
+    """
+    rows, ranks, schedule = resolved.batch_shape[0], resolved.plan.stages, schedule_named(name)
+    if microbatches < 1 or rows % microbatches:
+        raise PlanError(f"{microbatches} microbatches for batches of {rows} rows: give a number that divides the rows.")
+    if not schedule.takes(microbatches, ranks):
+        raise PlanError(f"{microbatches} microbatches on {ranks} ranks: {name} needs {schedule.needs}.")
+
+
+def place(
+    recipe: Recipe, resolved: Resolved, name: str, microbatches: int, stages_per_rank: int | None = None
+) -> Placement:
+    """Cut the network for a schedule. Runs it once on a microbatch, in evaluation mode.
+
+    One virtual stage per rank: the run's own sizes. Several: balanced by the measured seconds of the layers if there
+    are any, else by their number.
+
+    Raises:
+        PlanError: too few layers, weights tied across virtual stages, a first stage that has nothing to train.
+    """
+    per_rank = _stages_per_rank(name, stages_per_rank)
+    ranks = resolved.plan.stages
+    sizes = resolved.sizes if per_rank == 1 else _virtual_sizes(resolved, name, ranks * per_rank)
+    model = build_model(recipe, resolved.plan.seed)
+    layers = layers_of(model)
+    stages = split(layers, sizes)
+    inputs = recipe.batch(0)[0][: resolved.batch_shape[0] // microbatches]
+    outputs = check_partition(model, layers, stages, inputs)
+    _check_first(name, stages[0])
+    values = [inputs, *(outputs[stage[-1].index] for stage in stages)]
+    edges = tuple(Boundary(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for value in values)
+    return Placement(sizes, _ranks(len(sizes), ranks, schedule_named(name).v), edges)
+
+
+def _stages_per_rank(name: str, wanted: int | None) -> int:
+    possible = schedule_named(name).stages_per_rank
+    if wanted is not None and wanted not in possible:
+        raise PlanError(f"{wanted} stages per rank: {name} runs here with {' or '.join(map(str, possible))}.")
+    return wanted or possible[0]
+
+
+def _virtual_sizes(resolved: Resolved, name: str, stages: int) -> tuple[int, ...]:
+    layers = len(resolved.layer_names)
+    if layers < stages:
+        raise PlanError(
+            f"{name} on {resolved.plan.stages} ranks needs {stages} layers, and the model has {layers}: "
+            "use fewer stages, or GPipe or 1F1B."
+        )
+    return balanced_sizes(resolved.layer_seconds or [1.0] * layers, stages)
+
+
+def _ranks(stages: int, ranks: int, v: bool) -> tuple[int, ...]:
+    there = range(ranks)
+    back = reversed(there) if v else there
+    return (*there, *back)[:stages]
+
+
+def _check_first(name: str, layers: list[Layer]) -> None:
+    """torch's stages give a gradient to every activation, and without parameters there is none."""
+    if not any(p.requires_grad for layer in layers for p in layer.module.parameters()):
+        names = ", ".join(layer.name for layer in layers)
+        raise PlanError(f"the first stage under {name} ({names}) has nothing to train: give it a layer with weights.")

@@ -1,0 +1,137 @@
+"""A run of a rival: start its ranks, wait for what they found, and end them all, whatever happens.
+
+    run_ranks -> places.started -> hear, with a deadline -> records, or one error     places: this host, or several
+
+Whoever started them has a place for every rank and a store at which they form their group, a fresh one for every run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing import connection as mp_connection
+from typing import Any, Protocol, cast
+
+from launch.bench.rivals.loop import Rival, Training
+from launch.bench.rivals.rank_process import RankProcess, Seat
+from launch.bench.rivals.record import Failed, RankRun, RivalDied, Said
+from workers.channels.net.gloo import Rendezvous
+from workers.errors import RunFailed
+
+__all__ = ["HERE", "Hear", "Places", "run_ranks"]
+
+_LOOK_EVERY_S = 0.5
+_AFTERMATH_S = 0.5  # a rank that was killed and a rank that noticed are told apart by waiting for both
+
+Hear = Callable[[float], Mapping[int, Said]]
+"""(seconds) -> the last words of the ranks that have ended since; waits at most that long for one."""
+
+
+class Places(Protocol):
+    """Where the ranks of a rival run."""
+
+    def host(self, rank: int) -> str:
+        """Name of a rank's host for messages; empty where all are on one."""
+        ...
+
+    def started(
+        self, rival: Rival, training: Training, *, ranks: int, threads: int, within_s: float
+    ) -> AbstractContextManager[Hear]:
+        """The ranks, started, each in a fresh process; all of them have ended when the block is left."""
+        ...
+
+
+def run_ranks(
+    peer: str, rival: Rival, training: Training, *, ranks: int, threads: int, within_s: float, places: Places
+) -> list[RankRun]:
+    """Run ``rival(training, rank)`` in ``ranks`` fresh processes that form one gloo group.
+
+    Args:
+        peer: what it is called in an error.
+        rival: what a rank does.
+        training: on what.
+        ranks: number of processes.
+        threads: compute threads of each.
+        within_s: how long everything may take.
+        places: where they run.
+
+    Returns:
+        What the ranks found, by rank.
+
+    Raises:
+        RunFailed: a rank failed or died, with its traceback; or it took too long.
+
+    Blocks:
+        until all are over, at most ``within_s``. No process is left, neither after an error.
+    """
+    said: dict[int, Said] = {}
+    with places.started(rival, training, ranks=ranks, threads=threads, within_s=within_s) as hear:
+        end = time.monotonic() + within_s
+        while len(said) < ranks:
+            said |= hear(min(_LOOK_EVERY_S, max(0.0, end - time.monotonic())))
+            if not all(isinstance(one, RankRun) for one in said.values()):
+                said |= _aftermath(hear, ranks - len(said))
+                raise _failure(peer, said, ranks, places)
+            if len(said) < ranks and time.monotonic() >= end:
+                missing = [rank for rank in range(ranks) if rank not in said]
+                raise RunFailed(
+                    f"{peer} did not end within {within_s:.0f} s: rank {', '.join(map(str, missing))} of {ranks} "
+                    "still ran",
+                    stage=missing[0],
+                )
+    return [one for _, one in sorted(said.items()) if isinstance(one, RankRun)]
+
+
+def _aftermath(hear: Hear, missing: int) -> dict[int, Said]:
+    said: dict[int, Said] = {}
+    end = time.monotonic() + _AFTERMATH_S
+    while len(said) < missing and time.monotonic() < end:
+        said |= hear(max(0.0, end - time.monotonic()))
+    return said
+
+
+def _failure(peer: str, said: Mapping[int, Said], ranks: int, places: Places) -> RunFailed:
+    """A rank that died comes first: the others only saw it go."""
+
+    def called(rank: int) -> str:
+        host = places.host(rank)
+        return f"{peer}: rank {rank} of {ranks}{f' on {host}' if host else ''}"
+
+    for rank, word in sorted(said.items()):
+        if isinstance(word, RivalDied):
+            return RunFailed(f"{called(rank)} {word.how}", stage=rank)
+    rank, failed = next((rank, word) for rank, word in sorted(said.items()) if isinstance(word, Failed))
+    return RunFailed(f"{called(rank)} failed: {failed.message}", stage=rank, details=failed.trace)
+
+
+class _Here:
+    """Children of this process."""
+
+    def host(self, rank: int) -> str:
+        return ""
+
+    @contextmanager
+    def started(self, rival: Rival, training: Training, *, ranks: int, threads: int, within_s: float) -> Iterator[Hear]:
+        crew: dict[int, RankProcess] = {}
+        with Rendezvous.hosted() as meeting:
+            try:
+                for rank in range(ranks):
+                    crew[rank] = RankProcess(rival, training, Seat(rank, ranks, threads, within_s, meeting))
+                waiting = dict(crew)
+
+                def hear(within_s: float) -> Mapping[int, Said]:
+                    ready: Sequence[object] = mp_connection.wait(cast(Any, list(waiting.values())), within_s)
+                    heard = [rank for rank, one in waiting.items() if one in ready]
+                    return {rank: waiting.pop(rank).take() for rank in heard}
+
+                yield hear
+            finally:
+                for one in crew.values():
+                    one.kill()
+                for one in crew.values():
+                    one.reap()
+
+
+HERE: Places = _Here()
+"""This host."""

@@ -1,0 +1,166 @@
+"""Pipelines run by torch.distributed.pipelining: its schedules on our layers, cut as our own stages are.
+
+torch.distributed.pipelining is imported where a schedule runs: it brings torch's compiler along, which would cost every
+command two seconds at its start.
+
+Shapes are given beforehand (``input_args``, ``output_args``): otherwise the first step would find them out by an
+extra pass. Every example activation but the network's input says ``requires_grad``: without it torch's first stage
+raises and the others wait for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from launch.bench.rivals.forward import ForwardPass
+from launch.bench.rivals.loop import Training, assembled
+from launch.bench.rivals.placement import Placement, check_microbatches, place
+from launch.bench.rivals.ranks import HERE, Places, run_ranks
+from launch.bench.rivals.record import RankRun, RivalRun, merged
+from pipeline.data.recipe import Recipe, build_model
+from pipeline.model.optimizers import build_optimizer
+from pipeline.model.partition import Layer, layers_of, split
+from pipeline.run.resolve import Resolved
+from pipeline.seeding import derived_seed
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+
+__all__ = ["TorchSchedule", "run_torch_schedule"]
+
+
+def run_torch_schedule(
+    source: Callable[[], Recipe],
+    resolved: Resolved,
+    schedule: str,
+    *,
+    microbatches: int,
+    threads: int,
+    warmup: int,
+    stages_per_rank: int | None = None,
+    within_s: float = 3600.0,
+    evaluates: bool = True,
+    weights: Path | None = None,
+    places: Places = HERE,
+) -> RivalRun:
+    """Train with one of torch's own pipeline schedules over gloo, one rank per stage of the plan.
+
+    Losses of microbatches are means over equal numbers of rows, and torch divides the summed gradients by the number of
+    microbatches: the step is that of the whole batch. BatchNorm sees one microbatch at a time. A look at the held-out
+    data takes its batches through the same stages, forward only.
+
+    Args:
+        source: makes the recipe.
+        resolved: steps, seed, optimizer, number of ranks (its stages) and sizes.
+        schedule: one of ``SCHEDULES``.
+        microbatches: into how many microbatches a batch is cut.
+        threads: compute threads of each rank.
+        warmup: first batches that are not timed.
+        stages_per_rank: virtual stages per rank, where the schedule leaves a choice; None: its default.
+        within_s: how long it may take.
+        evaluates: whether to look at the held-out batches at the end.
+        weights: where to write the final weights (safetensors, the unsplit model's names); None: nowhere.
+        places: where the ranks run.
+
+    Raises:
+        PlanError: the schedule cannot run so; nothing was started.
+        RunFailed: a rank failed, with its traceback, or it took too long.
+
+    Blocks:
+        until it is over, at most ``within_s``.
+    """
+    check_microbatches(schedule, resolved, microbatches)
+    placement = place(source(), resolved, schedule, microbatches, stages_per_rank)
+    rival, training = (
+        TorchSchedule(schedule, microbatches, placement),
+        Training(source, resolved.plan, warmup, evaluates, weights),
+    )
+    peer, ranks = f"torch's {schedule}", resolved.plan.stages
+    return merged(run_ranks(peer, rival, training, ranks=ranks, threads=threads, within_s=within_s, places=places))
+
+
+class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
+    """What a rank does: one of ``SCHEDULES``, into how many microbatches batches are cut, and who has which layers."""
+
+    schedule: str
+    microbatches: int
+    placement: Placement
+
+    def __call__(self, training: Training, rank: int) -> RankRun:
+        """Train; the process group stands. Blocks until the training is over."""
+        logging.getLogger("torch.distributed.pipelining").setLevel(
+            logging.CRITICAL
+        )  # an error would print the schedule
+        recipe, plan = training.source(), training.plan
+        mine = self.placement.stages_of(rank)
+        stages = split(layers_of(build_model(recipe, plan.seed)), self.placement.sizes)
+        local = [layer for index in mine for layer in stages[index]]
+        torch.manual_seed(derived_seed(plan.seed, "rank", rank))
+        chains = {index: _chain(stages[index], is_first=index == 0) for index in mine}
+        schedule = self._schedule(recipe, [self._stage(index, chain) for index, chain in chains.items()])
+        look = partial(ForwardPass(self.placement, chains).scores, recipe) if plan.until is not None else None
+        parameters = [p for layer in local for p in layer.module.parameters() if p.requires_grad]
+        optimizer = build_optimizer(plan.optimizer, parameters, plan.steps)
+        first, last = 0 in mine, len(stages) - 1 in mine
+
+        def step(index: int) -> float | None:
+            given, options = _batch(recipe, plan.seed, index) if first or last else ((), {})
+            losses: list[Tensor] = []
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
+            schedule.step(*(given if first else ()), losses=losses, return_outputs=False, **(options if last else {}))
+            if optimizer is not None:
+                optimizer.step()
+            return float(torch.stack(losses).detach().mean()) if last else None
+
+        whole = partial(assembled, recipe, plan, local, self.placement.owners, rank)
+        return training.run(recipe, rank, step, whole, look)
+
+    def _stage(self, index: int, chain: nn.Sequential) -> PipelineStage:
+        from torch.distributed.pipelining import PipelineStage
+
+        before, after = self.placement.edges[index : index + 2]
+        return PipelineStage(
+            chain,
+            index,
+            len(self.placement.sizes),
+            torch.device("cpu"),
+            input_args=(before.example(requires_grad=index > 0),),
+            output_args=(after.example(requires_grad=True),),
+        )
+
+    def _schedule(self, recipe: Recipe, stages: list[PipelineStage]) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
+
+        kind: Any = get_schedule_class(self.schedule)
+        given = stages if issubclass(kind, PipelineScheduleMulti) else stages[0]
+        schedule: PipelineScheduleSingle | PipelineScheduleMulti = kind(given, self.microbatches, loss_fn=recipe.loss)
+        return schedule
+
+
+def _batch(recipe: Recipe, seed: int, index: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What ``schedule.step`` takes: the inputs in the first stage, the labels in the last one."""
+    inputs, labels = recipe.seeded_batch(seed, index)
+    return (inputs,), {"target": labels}
+
+
+class _Own(nn.Module):
+    """Takes an activation over, for a layer that writes to its input: torch keeps the activation as a leaf."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+def _chain(layers: Sequence[Layer], *, is_first: bool) -> nn.Sequential:
+    writes_to_input = any(getattr(module, "inplace", False) for module in layers[0].module.modules())
+    head = [_Own()] if writes_to_input and not is_first else []
+    return nn.Sequential(*head, *(layer.module for layer in layers)).train()

@@ -1,0 +1,296 @@
+"""The rows of a benchmark: every way to train that can be compared, ours and theirs, behind one call each.
+
+ROWS[name](source, resolved, runs, site) -> contender    finds what has to be found first (microbatches); may refuse
+contender.train(runs, name) -> Outcome                   one training run, in fresh processes
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from launch.bench.cost_ledger import Work, seconds_of
+from launch.bench.global_batch import global_batches
+from launch.bench.rivals import RivalRun, best_microbatches, run_ddp, run_torch_schedule
+from launch.bench.single_process import SingleRun, run_single
+from launch.bench.where_rows_run import Site
+from launch.show.console import Console
+from launch.training import run
+from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
+from pipeline.metrics.measurements import Measured
+from pipeline.plan.device_choice import CPU, first_gpu
+from pipeline.plan.goal import Reached
+from pipeline.run.cost_model import predicted_batches_per_s
+from pipeline.run.flops import count_flops
+from pipeline.run.resolve import Resolved
+from pipeline.schedule.modes import MODES
+
+__all__ = ["DEFAULT_ROWS", "EMULATED_ROWS", "ROWS", "Contender", "RowOutcome"]
+
+_MICROBATCHES = (2, 4, 8)
+_TRIAL_STEPS = 12
+
+
+@dataclass(frozen=True)
+class RowOutcome:
+    """One run of one row.
+
+    Attributes:
+        samples_per_s: throughput after the warm-up.
+        loss: held-out loss, or the last training loss without held-out data.
+        accuracy: held-out accuracy, if the recipe counts right answers.
+        peak_memory_bytes: of every process.
+        measured: our own figures from the spans; None for what others run, and for a run of one batch.
+        run_dir: folder of our own run, where its spans lie; None for what others run.
+        reached: when ``plan.until`` was met; None: never, or not asked for.
+        spent_s: seconds per sample, summed over the processes, by what they were spent on; None where nobody knows.
+    """
+
+    samples_per_s: float
+    loss: float
+    accuracy: float | None
+    peak_memory_bytes: tuple[int, ...]
+    measured: Measured | None = None
+    run_dir: Path | None = None
+    reached: Reached | None = None
+    spent_s: Work | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One row, ready to run.
+
+    Attributes:
+        engine: whose code trains: single, ddp, torch or freewheel.
+        mode: ``backprop``, a torch schedule, or one of our modes.
+        stages: number of processes that share the work of a batch.
+        threads: compute threads of each.
+        microbatches: where batches are cut.
+        spans: whether our workers record what they do.
+        flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
+        predicted: batches per second by the cost model; None: nothing is emulated, or it cannot say.
+        note: why operations could not be counted.
+        launcher: who starts the processes.
+        replicas: how many there are of these.
+        variant: what tells the row from that of its mode: another optimizer.
+        train: (folder for runs, name) -> one training run, in fresh processes; blocks until it is over.
+    """
+
+    engine: str
+    mode: str
+    stages: int
+    threads: int
+    microbatches: int | None = None
+    spans: bool = True
+    predicted: float | None = None
+    flop: Work | None = None
+    note: str | None = None
+    launcher: str = "local"
+    replicas: int = 1
+    variant: str | None = None
+    train: Callable[[Path, str], RowOutcome]
+
+
+RecipeSource = Callable[[], Recipe]
+PrepareRow = Callable[[RecipeSource, Resolved, Path, Site], Contender]
+
+
+def _outcome(done: SingleRun | RivalRun, resolved: Resolved) -> RowOutcome:
+    samples = done.batches * resolved.batch_shape[0]
+    if isinstance(done, RivalRun):
+        peaks, spent = done.peak_memory_bytes, None
+    else:
+        rest_s = done.seconds - done.forward_s - done.backward_s
+        parts = {"forward": done.forward_s, "backward": done.backward_s, "other": rest_s}
+        peaks, spent = (done.peak_memory_bytes,), Work(**{name: s / samples for name, s in parts.items()})
+    return RowOutcome(samples / done.seconds, done.loss, done.accuracy, peaks, reached=done.reached, spent_s=spent)
+
+
+def _counted(source: RecipeSource, resolved: Resolved, plan: Plan) -> dict[str, Any]:
+    """``flop`` and ``note`` of a contender that runs ``plan``, by a look at the real stages."""
+    if plan.emulation is not None:
+        return {}
+    try:
+        stages = count_flops(source(), plan, resolved.cuts)
+    except Exception as error:  # the run meets it too and says where; a count is not worth a benchmark
+        return {"note": f"{type(error).__name__}: {error}"}
+    return {"flop": Work.of_flops(stages, resolved.batch_shape[0])}
+
+
+def _counted_unsplit(source: RecipeSource, resolved: Resolved) -> dict[str, Any]:
+    """The same for whoever trains the unsplit model. A cut adds no product, nor does splitting the backward pass."""
+    plan = replace(_in_mode(resolved.plan, "naive"), stages=1, sizes=(sum(resolved.sizes),))
+    return _counted(source, resolved, plan)
+
+
+def _single(threads: int) -> PrepareRow:
+    def prepare(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
+        source, resolved = global_batches(source, resolved)
+
+        def train(runs: Path, name: str) -> RowOutcome:
+            device = first_gpu(resolved.devices) or CPU
+            warmup = resolved.warmup
+            done = run_single(source, resolved.plan, threads=threads, warmup=warmup, look=site.look, device=device)
+            return _outcome(done, resolved)
+
+        counted = _counted_unsplit(source, resolved)
+        return Contender(engine="single", mode="backprop", stages=1, threads=threads, train=train, **counted)
+
+    return prepare
+
+
+def _ddp(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
+    ranks, threads = resolved.plan.workers, resolved.plan.threads
+    _check_plain(resolved, "ddp")
+    source, resolved = global_batches(source, resolved)
+
+    def train(runs: Path, name: str) -> RowOutcome:
+        done = run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=resolved.warmup, places=site.places)
+        return _outcome(done, resolved)
+
+    counted = _counted_unsplit(source, resolved)
+    return Contender(engine="ddp", mode="backprop", stages=ranks, threads=threads, train=train, **counted)
+
+
+def _torch(schedule: str) -> PrepareRow:
+    def prepare(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
+        _check_plain(resolved, f"torch's {schedule}")
+        source, resolved = global_batches(source, resolved)
+        threads = resolved.plan.threads
+        parts = best_microbatches(source, resolved, schedule, threads=threads, places=site.places).microbatches
+
+        def train(runs: Path, name: str) -> RowOutcome:
+            done = run_torch_schedule(
+                source,
+                resolved,
+                schedule,
+                microbatches=parts,
+                threads=threads,
+                warmup=resolved.warmup,
+                places=site.places,
+            )
+            return _outcome(done, resolved)
+
+        return Contender(
+            engine="torch",
+            mode=schedule,
+            stages=resolved.plan.stages,
+            threads=threads,
+            microbatches=parts,
+            train=train,
+            **_counted_unsplit(source, resolved),
+        )
+
+    return prepare
+
+
+def _check_plain(resolved: Resolved, who: str) -> None:
+    """Rivals compute on the CPU in float32 so far: beside rows that do not, their figures would say nothing."""
+    plan, gpu = resolved.plan, first_gpu(resolved.devices)
+    given = [f"device {gpu}"] if gpu else []
+    given += [f"autocast {plan.autocast}"] if plan.autocast else []
+    given += ["compile"] if plan.compile else []
+    if given:
+        raise PlanError(f"{who} is compared on the CPU in float32 only: leave {' and '.join(given)} out, or that row.")
+
+
+def _ours(mode: str, *, bare: bool = False, variant: str | None = None) -> PrepareRow:
+    def prepare(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
+        plan = _in_mode(resolved.plan, mode)
+        plan = replace(plan, spans=plan.spans and not bare)
+        plan = replace(plan, optimizer=_VARIANTS[variant](plan.optimizer, resolved.steps)) if variant else plan
+        cuts = MODES[mode].cuts_batches
+        if cuts and plan.microbatches == 1:
+            plan = replace(plan, microbatches=_fastest_cut(source, plan, resolved.batch_shape[0], runs, site))
+        mine = site.resolve(source, plan)
+        return Contender(
+            engine="freewheel",
+            mode=mode,
+            stages=plan.stages,
+            threads=plan.threads,
+            microbatches=plan.microbatches if cuts else None,
+            spans=plan.spans,
+            variant=variant,
+            predicted=predicted_batches_per_s(mine.plan, mine.warmup),
+            replicas=plan.replicas,
+            train=partial(_train_ours, source, mine, site),
+            **_counted(source, mine, mine.plan),
+        )
+
+    return prepare
+
+
+def _train_ours(source: RecipeSource, resolved: Resolved, site: Site, runs: Path, name: str) -> RowOutcome:
+    result = run(source, resolved, runs, name, Console(quiet=True), launcher=site.launcher)
+    peaks = tuple(result.finished[k].peak_memory_bytes for k in sorted(result.finished))
+    rate = result.samples_per_s or result.samples / result.seconds
+    measured = result.measured
+    spent = seconds_of(measured, resolved.batch_shape[0]) if measured is not None else None
+    return RowOutcome(rate, result.loss, result.accuracy, peaks, measured, result.run_dir, result.reached, spent)
+
+
+def _fastest_cut(source: RecipeSource, plan: Plan, rows: int, runs: Path, site: Site) -> int:
+    """The number of microbatches that runs fastest in a short trial."""
+    tried: dict[int, float] = {}
+    short = replace(plan, steps=_TRIAL_STEPS, evaluate_every=None, until=None)
+    for parts in (parts for parts in _MICROBATCHES if rows % parts == 0):
+        trial = site.resolve(source, replace(short, microbatches=parts))
+        tried[parts] = _train_ours(source, trial, site, runs, f"{plan.mode}-trial-{parts}").samples_per_s
+    if not tried:
+        raise PlanError(f"{plan.mode} needs a batch that 2, 4 or 8 divides, not {rows} rows: change --batch.")
+    return max(tried, key=tried.__getitem__)
+
+
+def _in_mode(plan: Plan, mode: str) -> Plan:
+    """The same work in another mode; what only concerns the plan's own mode is left out."""
+    if mode == plan.mode:
+        return plan
+    defaults = Plan()
+    keep_dni = MODES[mode].gradient == "local"
+    return replace(
+        plan,
+        mode=mode,
+        microbatches=plan.microbatches if MODES[mode].cuts_batches else 1,
+        average_every=plan.average_every if MODES[mode].averages == "weights" else defaults.average_every,
+        targets=defaults.targets,
+        mix=defaults.mix,
+        true_every=1,
+        dni=DNIPlan(hidden=plan.dni.hidden, lr=plan.dni.lr) if keep_dni else DNIPlan(),
+        deterministic=False,
+        hop_steps=0.0,
+        quality_every=None,
+        warmup_steps=defaults.warmup_steps,
+        unlock=defaults.unlock,
+        unlock_cosine=defaults.unlock_cosine,
+    )
+
+
+def _nesterov(plan: OptimizerPlan, steps: int) -> OptimizerPlan:
+    """As Ajanthan et al. 2025 train asynchronously: NAdamW with momentum 0.99, and a warm-up, here of a tenth."""
+    return replace(plan, rule="nadamw", momentum=None, warmup_steps=plan.warmup_steps or max(1, steps // 10))
+
+
+_VARIANTS: dict[str, Callable[[OptimizerPlan, int], OptimizerPlan]] = {"nadamw": _nesterov}
+
+ROWS: dict[str, PrepareRow] = {
+    "backprop": _single(1),
+    "backprop-all-cores": _single(os.cpu_count() or 1),
+    "ddp": _ddp,
+    "torch-gpipe": _torch("GPipe"),
+    "torch-1f1b": _torch("1F1B"),
+    "torch-interleaved-1f1b": _torch("Interleaved1F1B"),
+    "torch-interleaved-zero-bubble": _torch("InterleavedZeroBubble"),
+    "torch-zbv-zero-bubble": _torch("ZBVZeroBubble"),
+    **{mode: _ours(mode) for mode in MODES},
+    "async-1f1b-nadamw": _ours("async-1f1b", variant="nadamw"),
+    "unlocked-bare": _ours("unlocked", bare=True),
+}
+"""Rows by name, in the order of the table; ``unlocked-bare`` records no spans."""
+
+DEFAULT_ROWS = ("backprop", "naive", "unlocked")
+EMULATED_ROWS = (*MODES, "unlocked-bare")
+"""Rows that emulated stages and links can run."""

@@ -1,0 +1,250 @@
+"""A comparison at several points of an axis: ``bench --over-stages 1 2 4 8``, ``bench --over-latency-ms 0 10 50 100``.
+
+round 1: every row at 1 stage, at 2, at 4, at 8    round 2: the same    ...    the machine's drift hits all points alike
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.table import Table
+
+from launch.bench.compare import chosen_rows, prepare_rows
+from launch.bench.report import BenchRow, Report, show
+from launch.bench.spread import Spread
+from launch.bench.where_rows_run import LOCAL, Site
+from launch.options.options import BenchOptions
+from launch.results import run_folder
+from launch.show.console import Console
+from launch.show.tables import print_table
+from pipeline import Plan, PlanError, Recipe
+from pipeline.plan.emulation import Link
+from pipeline.run.resolve import Resolved
+
+__all__ = ["AXES", "ScalingAxis", "ScalingReport", "axis_of", "bench_over", "mode_name"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingAxis:
+    """What a comparison can run over.
+
+    Attributes:
+        name: of a point's value in bench.json; ``over_<name>`` is the option and the field with the points.
+        label: for a picture.
+        heading: for a column.
+        unit: in a sentence, behind a number.
+        picture: file name of its picture.
+        of: the value that a plan has.
+        place: (plan, value) -> the plan with that value.
+    """
+
+    name: str
+    label: str
+    heading: str
+    unit: str
+    picture: str
+    of: Callable[[Plan], float]
+    place: Callable[[Plan, float], Plan]
+
+    @property
+    def field(self) -> str:
+        """The option, and the field of bench.json."""
+        return f"over_{self.name}"
+
+    def wanted(self, options: BenchOptions) -> tuple[float, ...]:
+        """The points that were asked for."""
+        values: tuple[float, ...] = getattr(options, self.field)
+        return values
+
+
+def _link_of(plan: Plan) -> Link:
+    return plan.links or Link()
+
+
+def _with_latency(plan: Plan, latency_ms: float) -> Plan:
+    bandwidth = _link_of(plan).bandwidth_mbps
+    limit = f",bandwidth_mbps={bandwidth:g}" if bandwidth else ""
+    return replace(plan, link=f"latency_ms={latency_ms:g}{limit}")
+
+
+_FILLS = 4  # batches per stage from which on filling and draining the pipeline hardly count
+
+AXES = (
+    ScalingAxis(
+        name="stages",
+        label="number of stages",
+        heading="stages",
+        unit="stages",
+        picture="latency.png",
+        of=lambda plan: plan.stages,
+        place=lambda plan, value: replace(plan, stages=int(value)),
+    ),
+    ScalingAxis(
+        name="latency_ms",
+        label="latency of a hop, ms",
+        heading="hop ms",
+        unit="ms a hop",
+        picture="link.png",
+        of=lambda plan: _link_of(plan).latency_ms,
+        place=_with_latency,
+    ),
+)
+"""Everything a comparison can run over."""
+
+
+@dataclass(kw_only=True)
+class ScalingReport(Report):
+    """A report at the plan's own point, and the reports of all points.
+
+    Attributes:
+        axis: what was varied.
+        points: (value, report) in ascending order; the plan's own point is one of them.
+    """
+
+    axis: ScalingAxis
+    points: tuple[tuple[float, Report], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields of bench.json."""
+        points = [
+            {self.axis.name: value, "verdict": r.verdict, "rows": r.row_dicts(), "left_out": r.left_out}
+            for value, r in self.points
+        ]
+        return {**super().as_dict(), self.axis.field: points}
+
+    def finding(self) -> str:
+        """What changes from the first point to the last, in a sentence or two."""
+        (first, low), (last, high) = self.points[0], self.points[-1]
+        text = f"From {first:g} to {last:g} {self.axis.unit}: "
+        parts = []
+        for row in (high.unlocked, high.best_locked):
+            pair = [_latency_ms(_same(row, report)) for report in (low, high)] if row else []
+            if row and all(not math.isnan(value) for value in pair):
+                parts.append(f"{mode_name(row)} {pair[0]:,.1f} to {pair[1]:,.1f} ms")
+        text += f"update latency of stage 0, {'; '.join(parts)}." if parts else "no update latency was measured."
+        gains = [
+            f"{report.unlocked.speedup(report.best_locked).times()} {report.best_locked.name}"
+            for report in (low, high)
+            if report.unlocked and report.best_locked
+        ]
+        return f"{text} Throughput of unlocked: {' at first, '.join(gains)} at last." if len(gains) == 2 else text
+
+
+def axis_of(options: BenchOptions) -> ScalingAxis | None:
+    """The axis that was asked for, if any."""
+    return next((axis for axis in AXES if axis.wanted(options)), None)
+
+
+def mode_name(row: BenchRow) -> str:
+    """The name of a row without its number of microbatches, which may differ from point to point."""
+    return replace(row, contender=replace(row.contender, microbatches=None)).name
+
+
+def bench_over(
+    source: Callable[[], Recipe],
+    plan: Plan,
+    options: BenchOptions,
+    command: list[str],
+    console: Console,
+    site: Site = LOCAL,
+) -> ScalingReport:
+    """Compare at every point that ``options`` ask for and at the plan's own; print the plan's own point in full first.
+
+    Rounds are the outer loop, so that points may be compared with each other as rows may.
+
+    Raises:
+        PlanError: a point cannot run; nothing was started.
+        RunFailed: a run failed.
+
+    Blocks:
+        until all rows of all points ran in all rounds.
+    """
+    axis = axis_of(options)
+    if axis is None:
+        raise PlanError(f"nothing to compare over: give one of {', '.join(each.field for each in AXES)}.")
+    own = axis.of(plan)
+    plans = {value: axis.place(plan, value) for value in sorted({own, *axis.wanted(options)})}
+    names = chosen_rows(options.rows, plans[own])
+    resolved = {value: _resolved(source, each, axis, value, site) for value, each in plans.items()}
+    site.agree(resolved[own])
+    folder = run_folder.new_run_dir(options.runs, options.name or run_folder.default_name(source().name, "bench"))
+    console.decided(source().name, resolved[own], folder)
+    comparisons = {
+        value: prepare_rows(
+            names, source, each, folder / f"{axis.name}-{value:g}", console, site, everything="all" in options.rows
+        )
+        for value, each in resolved.items()
+    }
+    for number in range(options.rounds):
+        for value, comparison in comparisons.items():
+            comparison.run_round(number, console, f"round {number + 1} of {options.rounds}, {value:g} {axis.unit}")
+    points = tuple((value, comparison.report(command)) for value, comparison in comparisons.items())
+    main = dict(points)[own]
+    sweep = ScalingReport(**{**vars(main), "folder": folder}, axis=axis, points=points)
+    show(sweep, console)
+    console.rich.print(f"\n[bold]{sweep.finding()}[/bold]\n")
+    print_table(console.rich, _table(sweep))
+    short = [each for each in resolved.values() if each.steps < _FILLS * each.plan.stages > _FILLS]
+    if short:
+        most = max(each.plan.stages for each in short)
+        console.extra(
+            "note",
+            f"{short[0].steps} batches do not fill {most} stages for long: busy% is too low there",
+            f"--steps {_FILLS * most} or more",
+        )
+    return sweep
+
+
+def _resolved(source: Callable[[], Recipe], plan: Plan, axis: ScalingAxis, value: float, site: Site) -> Resolved:
+    try:
+        return site.resolve(source, plan)
+    except PlanError as error:
+        raise PlanError(*(f"{axis.field} {value:g}: {problem}" for problem in error.problems)) from error
+
+
+def _table(sweep: ScalingReport) -> Table:
+    """One line per point and row, the points apart."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(sweep.axis.heading, justify="right", no_wrap=True)
+    table.add_column("mode", no_wrap=True)
+    for name in ("samples/s", f"x {sweep.rows[0].name}", "update ms p50", "p99", "busy%"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for value, report in sweep.points:
+        for index, row in enumerate(report.rows):
+            speedup = row.speedup(report.rows[0])
+            table.add_row(
+                "" if index else f"{value:g}",
+                row.name,
+                f"{Spread.of(row.rates).median:,.0f}",
+                f"{speedup.median:.2f} ({speedup.min:.2f}-{speedup.max:.2f})",
+                *_latencies(row),
+                _busy(row),
+            )
+        if value != sweep.points[-1][0]:
+            table.add_row()
+    return table
+
+
+def _latencies(row: BenchRow) -> Sequence[str]:
+    latency = row.typical.stages[0].update_latency_s if row.typical else None
+    return [f"{seconds * 1e3:,.2f}" for seconds in latency] if latency else ["-", "-"]
+
+
+def _busy(row: BenchRow) -> str:
+    stages = row.typical.stages if row.typical else ()
+    return f"{100 * sum(stage.busy for stage in stages) / len(stages):.0f}" if stages else "-"
+
+
+def _latency_ms(row: BenchRow | None) -> float:
+    """Median update latency of stage 0; nan where there is none."""
+    latency = row.typical.stages[0].update_latency_s if row and row.typical else None
+    return latency[0] * 1e3 if latency else math.nan
+
+
+def _same(row: BenchRow, report: Report) -> BenchRow | None:
+    """The row of another point that trains in the same way."""
+    alike = (row.contender.engine, row.contender.mode)
+    return next((r for r in report.rows if (r.contender.engine, r.contender.mode) == alike), None)

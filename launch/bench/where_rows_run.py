@@ -1,0 +1,52 @@
+"""Where the rows of a benchmark run: on this host, or over the ranks that a launcher has started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from launch.bench.rivals import HERE, Places
+from launch.setup.resolve_source import resolve_source
+from launch.training import Launcher
+from pipeline import Plan, Recipe
+from pipeline.run.resolve import Resolved
+
+__all__ = ["LOCAL", "Site"]
+
+
+def _nothing() -> None:
+    """There is nobody to look after."""
+
+
+def _of_one_mind(resolved: Resolved) -> None:
+    """There is nobody else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Everything a row needs to know of the place it runs at; by default this host.
+
+    Attributes:
+        launcher: who starts the workers of our own rows; None: this process.
+        places: where the ranks of rivals run.
+        resolve: (source, plan) -> the plan without open questions, knowing who shares a host with whom.
+        agree: makes sure that every host sees the same recipe and plan.
+        look: called twice a second while only this host works; raises what ends the benchmark.
+        hosts: name of the host of every rank; empty: all are children of this process.
+    """
+
+    launcher: Launcher | None = None
+    places: Places = HERE
+    resolve: Callable[[Callable[[], Recipe], Plan], Resolved] = resolve_source
+    agree: Callable[[Resolved], None] = _of_one_mind
+    look: Callable[[], None] = _nothing
+    hosts: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the launcher, as bench.json has it."""
+        return self.launcher.name if self.launcher is not None else "local"
+
+
+LOCAL = Site()
+"""This host, with processes that are children of this one."""

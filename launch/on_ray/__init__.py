@@ -1,0 +1,1 @@
+"""Runs on a Ray cluster. The only room that imports ray."""

@@ -1,0 +1,243 @@
+"""``--launcher ray``: one Ray actor per stage in a placement group, supervised like the ranks of torchrun.
+
+this process    driver: console, run folder, verdict
+   |  Ray       starts the actors, says where they are, and what it knows when one is gone
+   |  wire      everything else that driver and stages tell each other (workers.supervision.protocol)
+actor k         agent -> worker of stage k
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from launch.bench.where_rows_run import Site
+from launch.on_ray.actor import Call
+from launch.on_ray.gpus import gpus_wanted, with_devices, without_places
+from launch.options.options import Parsed
+from launch.options.ray_options import BenchRunOptions, TrainOptions, needs_of
+from launch.ranks.agreement import profile
+from launch.ranks.bench_driver import Coordinator
+from launch.setup.rank import MEET_WITHIN_S, Asked, memory
+from launch.setup.resolve_source import resolve_source
+from launch.training import Launcher, Working
+from pipeline import Plan, PlanError, Recipe
+from pipeline.metrics.spans import WAITING, Span
+from pipeline.plan.channel_choice import choose_channels
+from pipeline.plan.device_choice import first_gpu
+from pipeline.run.resolve import Resolved
+from workers.errors import RunFailed
+from workers.supervision.protocol import Reception
+from workers.supervision.remote_workers import RemoteWorkers
+from workers.telemetry import records
+from workers.wiring.edges import rendezvous
+
+__all__ = ["bench_on_ray", "placed_on_nodes", "showing", "train_on_ray"]
+
+TrainsRun = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
+"""(recipe, arguments, what they say, the resolved plan, who starts the workers) -> exit status."""
+BenchesRun = Callable[[str, list[str], Parsed, Site], int]
+"""(recipe, arguments, what they say, where the rows run) -> exit status."""
+Show = Callable[[float, float | None, Sequence[float]], None]
+"""(loss, samples per second if known, busy share of every stage) -> None."""
+_LOOKS = 50
+_NOT_AT_WORK = (*WAITING, Span.OTHER)
+
+
+def train_on_ray(recipe: str, arguments: list[str], parsed: Parsed, trained: TrainsRun) -> int:
+    """``freewheel train --launcher ray``.
+
+    Args:
+        recipe: name or path.
+        arguments: the options.
+        parsed: what they say.
+        trained: runs the training and shows what came out.
+
+    Returns:
+        the exit status.
+
+    Raises:
+        PlanError: Ray is not there or has no room, or something cannot run on a node; no worker was started.
+        RunFailed: a worker, an actor or a node failed; everything was stopped and cleaned up.
+        KeyboardInterrupt: this process, or an actor's ``stop``, was asked to end the run.
+
+    Blocks:
+        until the training is over.
+    """
+    options: TrainOptions = parsed.run
+    gpus = gpus_wanted(parsed.plan, options.ray.gpus)
+    resolved = _resolved(parsed.source, parsed.plan, gpus)  # what cannot run is refused before Ray is asked
+    with _staffed("train_on_ray", recipe, arguments, parsed, gpus) as staff:
+        fleet, host = staff.fleet, staff.reception.host
+        resolved = placed_on_nodes(resolved, fleet, options, staff.names)
+        with rendezvous(resolved, host) as meeting:
+            fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
+            working = showing(fleet, staff.show)
+            return trained(recipe, arguments, parsed, resolved, Launcher("ray", working))
+
+
+def bench_on_ray(recipe: str, arguments: list[str], parsed: Parsed, benched: BenchesRun) -> int:
+    """``freewheel bench --launcher ray``; arguments, errors and blocking as with ``train_on_ray``.
+
+    Args:
+        recipe: name or path.
+        arguments: the options.
+        parsed: what they say.
+        benched: runs the rows and shows what came out.
+    """
+    options: BenchRunOptions = parsed.run
+
+    def resolve(source: Callable[[], Recipe], plan: Plan) -> Resolved:
+        return placed_on_nodes(_resolved(source, plan, 0.0), staff.fleet, options, staff.names)
+
+    if gpus_wanted(parsed.plan, options.ray.gpus):
+        raise PlanError(
+            "bench with launcher ray is there on the CPU only: its row backprop trains in this process, for which Ray "
+            "sets no GPU aside: use torchrun, or choose device cpu and leave --ray.gpus out."
+        )
+    with _staffed("bench_on_ray", recipe, arguments, parsed, 0.0) as staff:
+        another = partial(RemoteWorkers, parsed.plan.workers, staff.asked, lost=staff.lost)
+        coordinator = Coordinator(parsed, staff.fleet, staff.reception, another, memory=staff.memory)
+        return benched(recipe, arguments, parsed, coordinator.site("ray", resolve))
+
+
+@dataclass(frozen=True)
+class _Staff:
+    """Actors that live, and what the driver knows them by."""
+
+    fleet: RemoteWorkers
+    reception: Reception
+    asked: Callable[[], bool]
+    lost: Callable[[int, float], str | None]
+    names: str
+    memory: str
+    show: Callable[[str], Show]
+
+
+@contextlib.contextmanager
+def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed, gpus: float) -> Iterator[_Staff]:
+    """An actor per stage, all gathered; raises and blocks as `train_on_ray`, as far as it gets."""
+    try:
+        from launch.on_ray import cluster as ray_cluster
+    except ImportError as error:
+        raise PlanError(
+            f"launcher ray needs the package ray, 2.59 or newer, which is not there ({error}): "
+            "pip install 'freewheel[ray]'."
+        ) from error
+    options: TrainOptions = parsed.run
+    plan, address = parsed.plan, options.address or "auto"
+    needs = needs_of(options.ray, plan.threads, gpus)
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(ray_cluster.connected(address, needs, plan.workers))
+        asked = _asked_with(cluster.head.problem, Asked())
+        actors = stack.enter_context(
+            cluster.stages(needs, plan.workers, options.ray.strategy, options.ray.wait_s, asked)
+        )
+        reception = stack.enter_context(Reception(cluster.host))
+        fleet = RemoteWorkers(plan.workers, asked, lost=actors.lost)
+        stack.callback(fleet.hang_up)
+        with fleet:
+            actors.call(_calls(command, recipe, arguments, plan, gpus, reception))
+            here = f"{cluster.node_id}/{memory()}"
+            fleet.gather(None, reception, MEET_WITHIN_S, memory=here)
+            if plan.link is not None and len(set(fleet.hosts)) > 1:
+                raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
+            names = f"{actors.run}-stage-K"
+            yield _Staff(fleet, reception, asked, actors.lost, names, here, lambda run: ray_cluster.Gauges(run).show)
+
+
+def showing(
+    fleet: RemoteWorkers, shown: Callable[[str], Show]
+) -> Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]:
+    """What `launch.training.Launcher.working` needs, showing what is reported as metrics on the way.
+
+    Args:
+        fleet: the agents, prepared.
+        shown: name of the run -> who shows its metrics.
+    """
+
+    @contextlib.contextmanager
+    def working(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
+        yield _metered(fleet, fleet.run(run_dir), resolved, shown(run_dir.name)), fleet.end_early
+
+    return working
+
+
+def _calls(
+    command: str, recipe: str, arguments: Sequence[str], plan: Plan, gpus: float, reception: Reception
+) -> list[Call]:
+    return [
+        Call(
+            stage=worker,
+            host=reception.host,
+            port=reception.port,
+            key=reception.key,
+            command=command,
+            recipe=recipe,
+            arguments=list(arguments),
+            folder=os.getcwd(),
+            threads=plan.threads,
+            gpus=gpus,
+        )
+        for worker in range(plan.workers)
+    ]
+
+
+def _resolved(source: Callable[[], Recipe], plan: Plan, gpus: float) -> Resolved:
+    """``resolve_source`` before Ray has said where: this host need not have a GPU, nor a torch with CUDA."""
+    return resolve_source(source, plan, devices=without_places(plan, gpus))
+
+
+def _asked_with(problem: Callable[[], str | None], asked: Callable[[], bool]) -> Callable[[], bool]:
+    """Whoever looks whether to end also looks whether there is a problem, which fails the run."""
+
+    def look() -> bool:
+        if (why := problem()) is not None:
+            raise RunFailed(why, stage=None)
+        return asked()
+
+    return look
+
+
+def placed_on_nodes(resolved: Resolved, fleet: RemoteWorkers, options: TrainOptions, names: str) -> Resolved:
+    """With the devices that Ray assigned, the channels that fit the places, and all of it among the reasons.
+
+    Args:
+        resolved: as it was before Ray placed the stages (``launch.on_ray.gpus.without_places``).
+        fleet: the agents, gathered.
+        options: the strategy, for the reason.
+        names: what the actors are called.
+
+    Raises:
+        PlanError: a channel was asked for that does not fit the places.
+    """
+    if first_gpu(resolved.devices):
+        resolved = with_devices(resolved, fleet.devices, fleet.nccl)
+    hosts = fleet.hosts
+    channels = choose_channels(resolved.plan.channels, hosts, resolved.plan.replicas, resolved.devices, resolved.nccl)
+    places = ", ".join(f"{worker} on {host}" for worker, host in enumerate(hosts))
+    reason = "ray", places, f"one actor each, {names}, {options.ray.strategy}"
+    return replace(resolved, channels=channels, hosts=tuple(hosts), reasons=(*resolved.reasons, reason))
+
+
+def _metered(
+    fleet: RemoteWorkers, reported: Iterator[records.Record], resolved: Resolved, show: Show
+) -> Iterator[records.Record]:
+    """Pass on what is reported, and show what it says in Ray's metrics."""
+    looks = [deque[bool](maxlen=_LOOKS) for _ in range(resolved.plan.workers)]
+    rows = resolved.step_rows
+    last_ns: int | None = None
+    for record in reported:
+        if isinstance(record, records.Loss) and record.replica == 0:
+            for stage, seen in enumerate(looks):
+                seen.append(fleet.read(stage).span not in _NOT_AT_WORK)
+            since_s = None if last_ns is None else (record.time_ns - last_ns) * 1e-9
+            rate = rows * len(record.losses) / since_s if since_s else None
+            show(sum(record.losses) / len(record.losses), rate, [sum(seen) / len(seen) for seen in looks])
+            last_ns = record.time_ns
+        yield record

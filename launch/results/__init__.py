@@ -1,0 +1,1 @@
+"""Results: the folder of a run and what is read from it."""

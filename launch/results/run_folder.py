@@ -1,0 +1,157 @@
+"""The folder of a run: its name, its plan, its metrics, its weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from safetensors.torch import load_file
+
+from pipeline import PlanError
+from pipeline.metrics.spans import Spans
+from pipeline.run.resolve import Resolved
+from workers.files import NotWritten, write_tensors, writing
+
+__all__ = [
+    "Metrics",
+    "default_name",
+    "join_parts",
+    "name_problems",
+    "new_run_dir",
+    "read_spans",
+    "write_plan",
+]
+
+
+def new_run_dir(runs: Path, name: str) -> Path:
+    """Make ``runs/<name>``, or ``runs/<name>-2`` ... when that exists: nothing is ever overwritten.
+
+    Raises:
+        PlanError: the name is none for a folder, or the folder cannot be made.
+    """
+    if problems := list(name_problems(name)):
+        raise PlanError(*problems)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 10_000):
+            path = runs / (name if attempt == 1 else f"{name}-{attempt}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return path
+    except OSError as error:
+        raise PlanError(
+            f"cannot make a folder for the run in {runs}: {error.strerror}; choose another with --runs."
+        ) from error
+    raise PlanError(f"{runs} is full of runs called {name}: choose another name with --name.")
+
+
+def name_problems(name: str) -> Iterator[str]:
+    """Why a run cannot be called this: its folder lies in the folder of the runs, nowhere else."""
+    if not name or name in (".", "..") or re.search(r"[/\\\0]", name):
+        yield f"name is {name!r}: it names a folder inside the folder of the runs; give a word without / and \\."
+
+
+def default_name(recipe: str, plan_mode: str) -> str:
+    """Time and what is run, e.g. ``2027-01-05T10-02-33-digits-unlocked``; a recipe's name may hold anything."""
+    fit_for_a_folder = re.sub(r"[^\w.+=-]+", "-", recipe)
+    return f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{fit_for_a_folder}-{plan_mode}"
+
+
+def write_plan(
+    run_dir: Path, recipe_name: str, resolved: Resolved, command: Iterable[str], launcher: str = "local"
+) -> None:
+    """Write plan.json: the resolved plan and what was decided, with reasons."""
+    content = {
+        "recipe": recipe_name,
+        "launcher": launcher,
+        "command": list(command),
+        "plan": resolved.plan.as_dict(),
+        "layers": list(resolved.layer_names),
+        "layer_parameters": list(resolved.layer_parameters),
+        "layer_seconds": list(resolved.layer_seconds) if resolved.layer_seconds else None,
+        "channels": [
+            {
+                "cut": index % len(resolved.cuts),
+                "replica": index // len(resolved.cuts),
+                "kind": choice.kind,
+                "why": choice.why,
+            }
+            for index, choice in enumerate(resolved.channels)
+        ],
+        "decided": [{"what": what, "value": value, "why": why} for what, value, why in resolved.reasons],
+    }
+    path = run_dir / "plan.json"
+    with writing(path):
+        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+class Metrics:
+    """metrics.jsonl, flushed line by line so that it can be followed.
+
+    Args:
+        run_dir: the folder of the run.
+
+    Raises:
+        NotWritten: it cannot be; so do all its methods.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        with writing(self._path):
+            self._file = self._path.open("w", buffering=1)
+
+    def write(self, event: str, **values: Any) -> None:
+        """One line."""
+        with writing(self._path):
+            self._file.write(json.dumps({"event": event, **values}) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with writing(self._path):
+                self._file.close()
+        except NotWritten:
+            if error is None:  # else what came first is said
+                raise
+
+
+def read_spans(run_dir: Path, replicas: int = 1) -> list[Spans]:
+    """What every worker of a finished run did when, one entry per stage, those of replica 0 first.
+
+    Args:
+        run_dir: the folder of the run.
+        replicas: how many of them to read.
+
+    Raises:
+        FileNotFoundError: there are no spans in that folder.
+    """
+    stages = len(list((run_dir / "spans").glob("stage-*.npy")))
+    if not stages:
+        raise FileNotFoundError(f"no spans of any stage in {run_dir / 'spans'}: is it the folder of a finished run?")
+    starts = ["", *(f"replica-{replica}-" for replica in range(1, replicas))]
+    names = [f"{start}stage-{k}.npy" for start in starts for k in range(stages)]
+    return [Spans(np.load(run_dir / "spans" / name, allow_pickle=False)) for name in names]
+
+
+def join_parts(run_dir: Path, stages: int) -> None:
+    """Join the workers' parts into model.safetensors and optimizer.safetensors."""
+    parts = run_dir / "parts"
+    for what in ("model", "optimizer"):
+        paths = [parts / f"{what}-{k}.safetensors" for k in range(stages)]
+        tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+        write_tensors(tensors, run_dir / f"{what}.safetensors")
+        for path in paths:
+            path.unlink()
+    parts.rmdir()

@@ -1,0 +1,1 @@
+"""Setup: from a recipe and a plan to a run that can start."""

@@ -1,0 +1,219 @@
+"""What the user sees of a run: what was decided and why, how it goes, what came out, and what to do next."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from launch.results.dni_quality import QUALITY_LEGEND, quality_table
+from launch.results.result import Result
+from launch.show.tables import print_table
+from launch.show.unlock_lines import switch_line, switch_summary
+from pipeline.metrics.measurements import Measured
+from pipeline.model.optimizers import described
+from pipeline.plan.channel_choice import CHANNELS, kind_between
+from pipeline.run.resolve import Resolved
+from workers.telemetry import records
+from workers.wiring.run_memory import needed_bytes
+
+__all__ = ["Console", "stage_table"]
+
+_COLUMNS = ("forward", "backward", "dni", "relay", "communication", "load", "evaluate", "waiting", "other")
+
+
+class Console:
+    """The driver's one console, fed by all workers.
+
+    Args:
+        quiet: print nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.rich = RichConsole(quiet=quiet, highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def decided(self, recipe: str, resolved: Resolved, run_dir: Path) -> None:
+        """The first screen."""
+        plan = resolved.plan
+        self.rich.print(
+            f"[bold]{escape(recipe)}[/bold]: {plan.mode}, {plan.stages} {'stage' if plan.stages == 1 else 'stages'}, "
+            f"{resolved.steps:,} batches of {resolved.batch_shape[0]}"
+            f"{f' in each of {plan.replicas} replicas' if plan.replicas > 1 else ''}, seed {plan.seed}"
+        )
+        self.rich.print(_stages_table(resolved))
+        for decision in _decisions(resolved):
+            self.rich.print(_decision_line(*decision))
+        self._print_whole(f"  {'threads':<10} {plan.threads} per worker\n  {'run':<10} {escape(str(run_dir))}")
+
+    @contextlib.contextmanager
+    def training(self, result: Result) -> Iterator[None]:
+        """A progress line while the workers run."""
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
+        shown = self.rich.is_terminal  # elsewhere it would leave an empty line
+        with Progress(*columns, console=self.rich, transient=True, disable=not shown) as progress:
+            self._progress = progress
+            self._task = progress.add_task("starting", total=result.resolved.steps, loss="")
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def ready(self, record: records.Ready) -> None:
+        """A worker is ready."""
+        self._update(description=f"stage {record.stage} ready")
+
+    def progress(self, step: int, loss: float) -> None:
+        """The last stage finished ``step`` batches."""
+        self._update(completed=step, description="training", loss=f"loss {loss:.4f}")
+
+    def scored(self, record: records.Scored) -> None:
+        """A pass over the held-out data is over."""
+        accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.2%}"
+        self.rich.print(f"  after {record.updates:>6,} batches: held-out loss {record.loss:.4f}{accuracy}")
+
+    def switched(self, record: records.Switched) -> None:
+        """A stage locked or unlocked."""
+        self.rich.print(f"  {switch_line(record)}")
+
+    def finished(self, result: Result) -> None:
+        """The last screen of a training run."""
+        self._print_whole(f"\n[bold]{escape(result.summary())}[/bold]")
+        if result.measured is not None:
+            print_table(self.rich, stage_table(result.measured))
+            self.rich.print(f"[dim]{_legend(result.measured)}[/dim]")
+        if result.quality:
+            print_table(self.rich, quality_table(result.quality))
+            self.rich.print(f"[dim]{QUALITY_LEGEND}[/dim]")
+        for line in switch_summary(result):
+            self._print_whole(f"  {line}")
+        if dropped := sum(record.dropped for record in result.finished.values()):
+            self.rich.print(f"  {dropped:,} targets were dropped: raise --channel.gradient-slots")
+
+    def extra(self, what: str, value: str, why: str) -> None:
+        """One more line of what was written, or could not be."""
+        self._print_whole(f"  {what:<10} {escape(value)}  [dim]({escape(why)})[/dim]")
+
+    def next_command(self, command: str, why: str) -> None:
+        """What to try now."""
+        self._print_whole(f"  next: [bold]{escape(command)}[/bold]\n        [dim]({why})[/dim]")
+
+    def _print_whole(self, text: str) -> None:
+        """Print lines that somebody may copy: never broken, however narrow the terminal."""
+        self.rich.print(text, soft_wrap=True)
+
+    def _update(self, **values: object) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, **values)  # type: ignore[arg-type]
+
+
+def stage_table(measured: Measured) -> Table:
+    """Where the time of every stage went."""
+    table = Table(title="where the time went, %", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("stage", no_wrap=True)
+    shown = [name for name in _COLUMNS if any(stage.shares[name] >= 5e-4 for stage in measured.stages)]
+    late = any(stage.gradient_age_updates is not None for stage in measured.stages)
+    queued = any(stage.queue_depth is not None for stage in measured.stages)
+    extra = [*(["age"] if late else []), *(["queue"] if queued else [])]
+    for name in (*(_SHORT.get(name, name) for name in shown), "update ms", *extra):
+        table.add_column(name, justify="right", no_wrap=True)
+    for index, stage in enumerate(measured.stages):
+        latency = "-" if stage.update_latency_s is None else f"{stage.update_latency_s[0] * 1e3:.2f}"
+        age = "-" if stage.gradient_age_updates is None else f"{stage.gradient_age_updates[0]:.0f}"
+        queue = "-" if stage.queue_depth is None else "{:.0f}/{:.0f}".format(*stage.queue_depth)
+        shares = (f"{100 * stage.shares[name]:.1f}" for name in shown)
+        place = divmod(index, len(measured.stages) // measured.replicas)
+        name = str(index) if measured.replicas == 1 else "{}.{}".format(*place)
+        table.add_row(name, *shares, latency, *([age] if late else []), *([queue] if queued else []))
+    return table
+
+
+def _legend(measured: Measured) -> str:
+    """What the last columns of the stage table are."""
+    text = "update ms: from the end of a batch's forward to the end of its update"
+    if measured.replicas > 1:
+        text += "\nstage: replica.stage"
+    if any(stage.gradient_age_updates is not None for stage in measured.stages):
+        text += "\nage: updates a stage makes before the target of a batch comes back"
+    if any(stage.queue_depth is not None for stage in measured.stages):
+        text += "\nqueue: batches that wait in front of the stage when it begins one, median/max"
+    return text
+
+
+_SHORT = {"communication": "comm", "evaluate": "eval", "waiting": "wait", "backward": "back+step"}
+_TARGETS = {
+    "bootstrap": "a DNI learns from the synthetic gradient above it",
+    "true": "every DNI learns from the true gradient, late",
+    "mixed": "a DNI learns from both",
+}
+
+
+def _decisions(resolved: Resolved) -> Iterator[tuple[str, str, str]]:
+    """(what, value, why), as the first screen shows them."""
+    plan = resolved.plan
+    yield from resolved.reasons
+    if plan.unlocked and plan.stages > 1:
+        yield "targets", plan.targets, _TARGETS[plan.targets]
+    yield "optimizer", described(plan.optimizer), "one per stage"
+    if plan.workers > 1:
+        yield "channels", *_channels(resolved)
+
+
+def _channels(resolved: Resolved) -> tuple[str, str]:
+    """What carries the messages and why; cut by cut where that differs."""
+    plan, choices, slots = resolved.plan, resolved.channels, f"{resolved.plan.channel.slots} slots"
+    mebibytes = needed_bytes(resolved) / 2**20
+    memory = f"; {mebibytes:.1f} MiB" if mebibytes else ""
+    if not choices:
+        places = zip(resolved.hosts, resolved.devices, strict=True)
+        kinds = {kind_between(plan.channels, *pair, nccl=resolved.nccl) for pair in itertools.combinations(places, 2)}
+        return " and ".join(CHANNELS[kind] for kind in sorted(kinds)), f"between the replicas{memory}"
+    if len(set(choices)) == 1:
+        return f"{CHANNELS[choices[0].kind]}, {slots}", f"{choices[0].why}{memory}"
+    cuts = [_cut(resolved, index) for index in range(len(choices))]
+    value = ", ".join(f"{cut} {CHANNELS[choice.kind]}" for cut, choice in zip(cuts, choices, strict=True))
+    why = ", ".join(f"{cut} {choice.why}" for cut, choice in zip(cuts, choices, strict=True))
+    return f"{value}, {slots}", f"{why}{memory}"
+
+
+def _cut(resolved: Resolved, index: int) -> str:
+    replica, k = divmod(index, len(resolved.cuts))
+    return f"{k}-{k + 1}" if resolved.plan.replicas == 1 else f"{replica}.{k}-{replica}.{k + 1}"
+
+
+def _decision_line(what: str, value: str, why: str) -> Table:
+    """One line; a reason that is too long goes on under itself."""
+    line = Table.grid(padding=(0, 2, 0, 0))
+    line.add_column(width=11)
+    line.add_column()
+    line.add_column(style="dim")
+    line.add_row(f"  {what}", escape(value), escape(f"({why})"))
+    return line
+
+
+def _stages_table(resolved: Resolved) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("  stage", "layers", "parameters", "measured"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    start = 0
+    for index, size in enumerate(resolved.sizes):
+        layers = slice(start, start + size)
+        names = resolved.layer_names[layers]
+        seconds = f"{sum(resolved.layer_seconds[layers]) * 1e3:.2f} ms" if resolved.layer_seconds else "-"
+        span = names[0] if size == 1 else f"{names[0]} .. {names[-1]}"
+        table.add_row(str(index), span, f"{sum(resolved.layer_parameters[layers]):,}", seconds)
+        start += size
+    return table

@@ -1,0 +1,335 @@
+"""The Decoupled Neural Interface of a cut: predicts the gradient to come, and learns from it.
+
+    h, labels --> form --> clip to RMS 1 --> * sigma --> s            predict
+    h, labels --> what the form learns without g --> Adam             meet, with the same forward pass as predict
+    g --> sigma,  g / sigma --> the form's objective --> Adam         learn
+
+Gradients are tiny and their scale drifts, so a form (dni_forms.py, loss_model.py) sees them in units of
+sigma, their running root mean square. Without that and the clip, unlocked training diverged in every trial.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from pipeline.dni.forms import HIDDEN, MLP, Conv, Custom, Form, LabelResidual, Linear, root_mean_square
+from pipeline.dni.loss_model import LossModel
+from pipeline.dni.row_window import RowSubsample
+from pipeline.errors import PlanError, nearest
+from pipeline.model.cut import Cut
+from pipeline.plan.names import DNI_FORMS
+from pipeline.plan.plan import DNIPlan
+from pipeline.seeding import seeded
+
+__all__ = ["DNI", "build_dni", "describe_form", "target_every", "training_window"]
+
+_FORMS: dict[str, type[Form]] = {
+    "linear": Linear,
+    "mlp": MLP,
+    "conv": Conv,
+    "label_residual": LabelResidual,
+    "loss_model": LossModel,
+    "factory": Custom,
+}
+_DECAY = 0.99  # of sigma: it averages over the last 100 targets or so
+_TINY = 1e-30
+
+
+class DNI(nn.Module):
+    """One form with what all forms share: the unit sigma, the clip, the window of samples, the optimizer.
+
+    What it remembers is in its ``state_dict`` (weights, sigma, number of targets) and in ``optimizers``. The
+    only random numbers it draws after construction, the samples to train on, are a hash of (seed, cut, batch).
+    Works in float32, or in float64 where the activation is float64.
+
+    Args:
+        form: what predicts, in units of sigma.
+        cut: where it works.
+        plan: how it trains.
+        seed: seed of the choice of samples.
+    """
+
+    mean_square: Tensor
+    weight: Tensor
+    unit: Tensor
+
+    def __init__(self, form: Form, cut: Cut, plan: DNIPlan, seed: int) -> None:
+        super().__init__()
+        self._dtype = torch.float64 if cut.activation_dtype == torch.float64 else torch.float32
+        self.form = form.to(self._dtype)
+        self._index = cut.index
+        self._window = training_window(cut, plan, seed)
+        self._num_targets = 0
+        self.register_buffer("mean_square", torch.zeros((), dtype=self._dtype))
+        self.register_buffer("weight", torch.zeros((), dtype=self._dtype))
+        self.register_buffer("unit", torch.ones((), dtype=self._dtype))  # sigma, or 1 while nothing is known of it
+        self._own_optimizer = _adam(form.own_parameters(), plan.lr)
+        self._optimizer = _adam(form.taught_parameters(), plan.lr)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Adam of what learns at once, and of what learns from targets; one that has nothing to train is left out."""
+        return [optimizer for optimizer in (self._own_optimizer, self._optimizer) if optimizer is not None]
+
+    @property
+    def sigma(self) -> Float[Tensor, ""]:
+        """Running root mean square of the true gradient, bias-corrected; 0 until the first target came."""
+        return (self.mean_square / self.weight.clamp(min=_TINY)).sqrt()
+
+    def predict(
+        self, h: Float[Tensor, " batch *features"], labels: Shaped[Tensor, " batch *rest"]
+    ) -> Float[Tensor, " batch *features"]:
+        """The synthetic gradient dL/dh of one batch: zeros until the first target came.
+
+        Waits for the device once, to see that the prediction is finite.
+
+        Args:
+            h: the stage's activation; neither differentiated nor changed.
+            labels: its labels.
+
+        Returns:
+            Detached, of the shape and dtype of ``h``; its root mean square is at most ``sigma``.
+
+        Raises:
+            FloatingPointError: the prediction is not finite.
+        """
+        if self._num_targets == 0:
+            return torch.zeros_like(h)
+        with torch.no_grad():
+            return self._checked(*self.form.clipped(h.detach().to(self._dtype), labels, self.unit), h)
+
+    def meet(
+        self, h: Float[Tensor, " batch *features"], labels: Shaped[Tensor, " batch *rest"], batch: int
+    ) -> Float[Tensor, " batch *features"]:
+        """What ``predict`` gives for a batch that the stage has just computed; learns what needs no gradient to come.
+
+        Args:
+            h: the stage's activation; neither differentiated nor changed.
+            labels: its labels.
+            batch: its batch id; which samples are trained on follows from it.
+
+        Raises:
+            FloatingPointError: the prediction is not finite; the DNI is then unchanged.
+        """
+        with torch.no_grad():
+            samples = self._window.of(batch)
+            prediction = self._checked(*self.form.meet(h.detach().to(self._dtype), labels, self.unit, samples), h)
+        if self._own_optimizer is not None:
+            self._own_optimizer.step()
+        return prediction if self._num_targets else torch.zeros_like(h)
+
+    def relative_error(
+        self,
+        h: Float[Tensor, " batch *features"],
+        labels: Shaped[Tensor, " batch *rest"],
+        g: Float[Tensor, " batch *features"],
+    ) -> Float[Tensor, ""]:
+        """|s - g|^2 / |g|^2 of the prediction s for (h, labels): 1 is no better than zeros."""
+        error: Tensor = torch.linalg.vector_norm(self.predict(h, labels) - g)
+        relative: Tensor = error / torch.linalg.vector_norm(g).clamp(min=_TINY)
+        return relative.square()
+
+    def learn(
+        self,
+        h: Float[Tensor, " batch *features"],
+        labels: Shaped[Tensor, " batch *rest"],
+        g: Float[Tensor, " batch *features"],
+        batch: int,
+    ) -> bool:
+        """Take the gradient that came back for a batch, true or bootstrapped, as the target of (h, labels).
+
+        Waits for the device once, to see that the target is finite.
+
+        Args:
+            h: the activation the stage sent for that batch.
+            labels: its labels.
+            g: the gradient that came back for it: of all samples, or of those in ``training_window`` alone.
+            batch: its batch id; which samples are trained on follows from it.
+
+        Returns:
+            Whether there was a training step: not when the target is all zeros and none came before (under bootstrap,
+            the DNI above knows nothing yet).
+
+        Raises:
+            FloatingPointError: the target is not finite; the DNI is then unchanged.
+        """
+        samples = self._window.of(batch)
+        g = (g[samples] if len(g) == len(h) else g).detach().to(self._dtype)
+        size = root_mean_square(g)
+        if not math.isfinite(float(size)):
+            raise FloatingPointError(
+                self._not_finite(
+                    f"got a target for batch {batch}", "lower the learning rate, or look at the loss above"
+                )
+            )
+        if self._num_targets == 0 and not size:
+            return False
+        self.mean_square.lerp_(size.square(), 1 - _DECAY)
+        self.weight.lerp_(torch.ones_like(self.weight), 1 - _DECAY)
+        self._num_targets += 1
+        self.unit.copy_(self.sigma.clamp(min=_TINY))
+        self.form.gradients(h[samples].detach().to(self._dtype), labels[samples], g / self.unit, self.unit)
+        if self._optimizer is not None:
+            self._optimizer.step()
+        return True
+
+    def get_extra_state(self) -> Tensor:
+        """The number of targets so far, for ``state_dict``."""
+        return torch.tensor(self._num_targets)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the number of targets from a ``state_dict``."""
+        self._num_targets = int(state)
+
+    def _checked(self, prediction: Tensor, size: Tensor, h: Tensor) -> Tensor:
+        if not math.isfinite(float(size)):
+            remedy = "lower the DNI's lr, or look at the loss, which a loss_model computes too"
+            raise FloatingPointError(self._not_finite("predicted a gradient", remedy))
+        return prediction.to(h.dtype)
+
+    def _not_finite(self, what: str, remedy: str) -> str:
+        where = f"the DNI at cut {self._index}, after {self._num_targets} targets,"
+        return f"{where} {what} that is not finite: {remedy}."
+
+
+class _Adam(torch.optim.Adam):
+    """torch's fused Adam on few small parameters, where its kernel takes a tenth of the time of the Python around it.
+
+    The same kernel and the same state, so the same numbers (a test compares them): what it leaves out are hooks,
+    profiler and grouping.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step, with a ``.grad`` at every parameter that has ever had one."""
+        (group,) = self.param_groups
+        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not trained or not all(parameter in self.state for parameter in trained):
+            return super().step(closure)  # makes the state
+        states = [self.state[parameter] for parameter in trained]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        torch._fused_adam_(
+            trained,
+            [parameter.grad for parameter in trained],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        return None
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch wraps every step that does not say so
+
+
+def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer | None:
+    return _Adam(parameters, lr=lr, fused=True) if parameters else None
+
+
+def build_dni(cut: Cut, plan: DNIPlan, seed: int) -> DNI:
+    """The DNI of ``cut``; its weights depend on (seed, cut) alone, the global generator is left as it was.
+
+    Args:
+        cut: where it works.
+        plan: form, size and training.
+        seed: seed of the run.
+
+    Raises:
+        PlanError: the form is unknown or does not fit the cut.
+    """
+    form, _ = describe_form(cut, plan)
+    with seeded(seed, "dni", cut.index):
+        return DNI(_build_form(form, cut, plan), cut, plan, seed)
+
+
+def training_window(cut: Cut, plan: DNIPlan, seed: int) -> RowSubsample:
+    """The samples of a batch whose true gradient the DNI of ``cut`` trains on.
+
+    The plan's fraction (``rows``), no more rows than the form wants, at least one sample.
+
+    Raises:
+        PlanError: the form is unknown or does not fit the cut.
+    """
+    form, _ = describe_form(cut, plan)
+    most_rows = _FORMS[form].most_rows
+    batch_size = cut.activation_shape[0]
+    size = math.ceil(plan.rows * batch_size)
+    if most_rows is not None:
+        size = min(size, most_rows // cut.rows_per_sample)
+    return RowSubsample(seed, cut.index, batch_size, max(1, size))
+
+
+def target_every(cuts: Sequence[Cut], plan: DNIPlan) -> int:
+    """Of how many batches one gives a target: as planned, or as the form wants; the least where the cuts differ.
+
+    Raises:
+        PlanError: the form is unknown or does not fit a cut.
+    """
+    return plan.every or min((_FORMS[describe_form(cut, plan)[0]].every for cut in cuts), default=1)
+
+
+def describe_form(cut: Cut, plan: DNIPlan) -> tuple[str, str]:
+    """The form the DNI of ``cut`` gets, and why, as half a sentence.
+
+    Raises:
+        PlanError: the form is unknown or does not fit the cut; the sentence says which to take.
+    """
+    if not cut.activation_dtype.is_floating_point:
+        raise PlanError(
+            f"the activation at cut {cut.index} is {cut.activation_dtype}: only floating-point numbers "
+            "have a gradient; cut the network after a later layer."
+        )
+    if plan.factory is not None:
+        return "factory", "the plan gives a factory"
+    if plan.form not in DNI_FORMS:
+        raise PlanError(nearest(plan.form, DNI_FORMS, "DNI form"))
+    if plan.form == "auto":
+        return "loss_model", "it takes any loss and any activations, and learned best on the whole"
+    misfit = _misfit(cut, plan.form)
+    if misfit is not None:
+        raise PlanError(f"DNI form {plan.form} does not fit cut {cut.index}: {misfit}")
+    return plan.form, "the plan says so"
+
+
+def _misfit(cut: Cut, form: str) -> str | None:
+    """Why a known form cannot work at this cut, with the remedy; None: it can."""
+    labels, shape = f"{list(cut.label_shape)} {cut.label_dtype}", list(cut.activation_shape)
+    if form == "label_residual" and cut.classes is None:
+        return f"labels {labels} are no classes of an output {list(cut.output_shape)}; choose loss_model."
+    if form == "label_residual" and len(cut.label_shape) > 1 and not cut.per_token:
+        return f"labels {labels} are not one class per row of the activation {shape}; choose loss_model."
+    if form == "conv" and len(shape) != 4:
+        return f"the activation is {shape}, not [batch, channels, height, width]; choose loss_model or mlp."
+    if form == "conv" and cut.classes is not None and len(cut.label_shape) > 1:
+        return f"labels {labels} are not one class per sample; choose loss_model."
+    return None
+
+
+def _build_form(form: str, cut: Cut, plan: DNIPlan) -> Form:
+    match form:
+        case "linear":
+            return Linear(cut)
+        case "mlp":
+            return MLP(cut, plan.hidden or HIDDEN)
+        case "conv":
+            return Conv(cut, plan.hidden or HIDDEN)
+        case "label_residual":
+            return LabelResidual(cut)
+        case "loss_model":
+            return LossModel(cut, plan.hidden, plan.temperature)
+        case _:
+            assert plan.factory is not None, f"describe_form gave {form}"
+            return Custom(plan.factory(cut))

@@ -1,0 +1,1 @@
+"""Messages: what travels between stages, and what a queue's ends promise."""

@@ -1,0 +1,1 @@
+"""The model: layers and cuts, where they compute, and what steps them."""

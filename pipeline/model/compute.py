@@ -1,0 +1,71 @@
+"""Where and how a stage computes: its device, autocast, and whether its layers are compiled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.plan.device_choice import CPU
+from pipeline.plan.plan import Plan
+
+__all__ = ["ComputeContext"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_DTYPES = {"bf16": torch.bfloat16}
+
+
+class ComputeContext:
+    """What the plan says of computing, on one device.
+
+    Args:
+        plan: its ``autocast`` and ``compile`` count.
+        device: as torch names it.
+    """
+
+    def __init__(self, plan: Plan, device: str = CPU) -> None:
+        self.device = torch.device(device)
+        self.autocasts = plan.autocast is not None
+        self._dtype = _DTYPES[plan.autocast] if plan.autocast is not None else None
+        self._compiles = plan.compile
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Computing layers and the loss: matrix products in ``plan.autocast``, from weights that stay float32.
+
+        What a stage gives is then of the dtype that its last layer gives, as it is in the unsplit model: the two have
+        the same numbers, forward and backward.
+        """
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
+
+    def placed(self, module: _Module) -> _Module:
+        """The module, its parameters and buffers moved to the device; they stay the same objects."""
+        return module.to(self.device)
+
+    def here(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors on the device; those that are there already are given back as they are."""
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+    def network(self, modules: nn.Sequential) -> Callable[[Tensor], Tensor]:
+        """The whole network as it is called in training: compiled, where that is asked for."""
+        return self.chain(list(modules)) or modules
+
+    def finish(self) -> None:
+        """Wait until the device has done all that it was given: before a clock is read. Nothing on the CPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def chain(self, modules: Sequence[nn.Module]) -> Callable[[Tensor], Tensor] | None:
+        """All modules in a row as one compiled function; None where nothing is compiled.
+
+        It is compiled at its first call. Its random numbers follow from the generator's state at the call, so they
+        repeat, but are not those of the modules one by one.
+        """
+        if not self._compiles:
+            return None
+        compiled: Callable[[Tensor], Tensor] = torch.compile(nn.Sequential(*modules))
+        return compiled

@@ -1,0 +1,140 @@
+"""The optimizer of one stage, with its learning-rate schedule and its clip.
+
+    gradients --> clip (before every step) --> rule --> schedule (after every step)
+
+All three hang on the optimizer, so that a stage, the single process and the rivals of a benchmark train alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from pipeline.plan.plan import OptimizerPlan
+
+__all__ = ["build_optimizer", "described", "lr_factor"]
+
+_NESTEROV = 0.99  # Ajanthan et al. 2025
+
+
+def build_optimizer(
+    plan: OptimizerPlan, parameters: Sequence[nn.Parameter], steps: int | None = None
+) -> torch.optim.Optimizer | None:
+    """The planned optimizer over ``parameters``; None when there is nothing to train.
+
+    With ``clip`` = c it scales their gradient g down, in place, before each step: g <- g min(1, c / |g|), |g| the
+    Euclidean norm over all of ``parameters`` (Pascanu et al. 2013, section 3.2). Where these are a stage's, the norm is
+    the stage's: no stage waits to hear the others', so a split model is clipped otherwise than an unsplit one. True and
+    synthetic gradients are clipped alike; a synthetic one, at the cut, is besides never larger than sigma, the running
+    root mean square of its targets: s <- s min(1, sigma / rms(s)) (``pipeline.dni.dni``). Nothing makes a gradient larger:
+    under Adam and its kin a vanishing one needs no help, as the step does not depend on its scale.
+
+    With ``warmup_steps`` or ``schedule`` the learning rate of step t is ``lr * lr_factor(plan, steps)(t)``, by a
+    ``torch.optim.lr_scheduler`` that follows the steps of this optimizer. The DNIs' own learning rate stays as it is.
+
+    Rule ``nadamw``, asynchronous training's best known remedy for late gradients (Ajanthan et al. 2025, Nesterov Method
+    for Asynchronous Pipeline Parallel Optimization, arXiv 2505.01099), is torch's NAdam with decoupled weight decay:
+
+        m <- mu m + (1 - mu) g        v <- 0.999 v + 0.001 g^2
+        w <- w - lr ((1 - mu_t) g / (1 - M_t) + mu_(t+1) m / (1 - M_(t+1))) / (sqrt(v / (1 - 0.999^t)) + eps)
+
+    with mu = ``momentum``, mu_t = mu (1 - 0.96^(0.004 t) / 2) and M_t their product. With mu = 0.99 the late gradient
+    counts little in its own step (it is discounted by 1 - mu_t) and the step looks ahead along m.
+
+    Args:
+        plan: rule, rates, clip and schedule.
+        parameters: what it steps.
+        steps: length of the run, in steps; needed for the schedules that end.
+    """
+    if not parameters:
+        return None
+    optimizer = _RULES[plan.rule](plan, parameters)
+    if (clip := plan.clip) is not None:
+
+        def scale_down(*arguments: object) -> None:
+            nn.utils.clip_grad_norm_(parameters, clip)
+
+        optimizer.register_step_pre_hook(scale_down)
+    if plan.warmup_steps or plan.schedule != "constant":
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(plan, steps))
+
+        def go_on(*arguments: object) -> None:
+            scheduler.step()
+
+        optimizer.register_step_post_hook(go_on)
+    return optimizer
+
+
+def lr_factor(plan: OptimizerPlan, steps: int | None) -> Callable[[int], float]:
+    """What the learning rate of step t = 0, 1, ... is multiplied with.
+
+    (t + 1) / W in the first W = ``warmup_steps`` steps; then, with T = ``steps`` and p = (t - W) / (T - W), 1
+    (``constant``), 1 - p (``linear``), or (1 + cos(pi p)) / 2 (``cosine``; Loshchilov and Hutter 2017, without
+    restarts).
+    """
+    assert steps is not None or plan.schedule == "constant", "a schedule that ends needs the length of the run"
+    warmup, decay = plan.warmup_steps, _DECAYS[plan.schedule]
+    left = max(1, (steps or 0) - warmup)
+
+    def factor(step: int) -> float:
+        return (step + 1) / warmup if step < warmup else decay(min(1.0, (step - warmup) / left))
+
+    return factor
+
+
+def described(plan: OptimizerPlan) -> str:
+    """``adam, lr 0.001, warm-up of 200 steps, cosine to 0``."""
+    parts = [plan.rule, f"lr {plan.lr:g}"]
+    if plan.rule == "nadamw":
+        parts.append(f"momentum {_momentum(plan):g}")
+    if plan.warmup_steps:
+        parts.append(f"warm-up of {plan.warmup_steps:,} steps")
+    if plan.schedule != "constant":
+        parts.append(f"{plan.schedule} to 0")
+    if plan.clip is not None:
+        parts.append(f"clip {plan.clip:g}")
+    return ", ".join(parts)
+
+
+def _momentum(plan: OptimizerPlan) -> float:
+    return plan.momentum if plan.momentum is not None else {"nadamw": _NESTEROV}.get(plan.rule, 0.0)
+
+
+def _sgd(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    momentum = _momentum(plan)
+    return torch.optim.SGD(parameters, lr=plan.lr, momentum=momentum, weight_decay=plan.weight_decay, fused=True)
+
+
+def _adam(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+
+
+def _adamw(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+
+
+def _nadamw(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.NAdam(
+        parameters,
+        lr=plan.lr,
+        betas=(_momentum(plan), 0.999),
+        weight_decay=plan.weight_decay,
+        decoupled_weight_decay=True,
+        foreach=True,  # it has no fused form
+    )
+
+
+_RULES: dict[str, Callable[[OptimizerPlan, Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+    "adamw": _adamw,
+    "nadamw": _nadamw,
+}
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda p: 1.0,
+    "linear": lambda p: 1.0 - p,
+    "cosine": lambda p: (1.0 + math.cos(math.pi * p)) / 2,
+}

@@ -1,0 +1,1 @@
+"""Replicas: the averages over the copies of a stage."""

@@ -1,0 +1,307 @@
+"""What the replicas of one stage average, and when: the column ``averages`` of the table of modes.
+
+    gradients   F B [give, wait, take] S F B ...        exact: every step is made with the mean over all replicas
+    weights     F B S F B S [give] F B S [take] F B S   off the critical path: nobody waits, until the end
+
+**Gradients.** The mean over R replicas of the mean over n rows is the mean over the R n rows: locked training with R
+replicas equals single-process training on the R batches together, but for the rounding of sums in another order. What
+a layer knows of the whole batch (BatchNorm) it knows of its replica's batch; running statistics are each replica's own,
+and replica 0's are kept.
+
+**Weights.** Every n steps a replica gives a snapshot of its weights and goes on. When the snapshots of all are there it
+adds (mean of the snapshots - own snapshot) to its weights, so that the updates it made meanwhile are kept. Without
+delay this is local SGD (Stich 2019); with delay, and the correction added to weights that have moved on, it is what
+CoCoD-SGD does (Shen et al. 2019, "Faster Distributed Deep Net Training: Computation and Communication Decoupled
+Stochastic Gradient Descent"). There is one round at a time: a second snapshot before the first correction would carry
+the same difference twice. A replica whose round is not over when the next is due gives its next snapshot when it is.
+After its last batch every replica waits for the last weights of all and takes their mean, running statistics of
+floating point included. The state of the optimizer and the DNI are each replica's own: a DNI models the gradient at its
+own replica's cut, follows within some hundred targets, and is not part of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.metrics.spans import Recorder, Span, silent
+from pipeline.plan.plan import Plan
+from pipeline.replicas.all_gather import AllGather, Packing
+from pipeline.schedule.modes import MODES
+
+__all__ = ["ALONE", "Alone", "Averager", "GradientAverager", "WeightAverager", "averager_of", "share_bytes"]
+
+_SLACK_BYTES = 2048  # of a message: header, alignment of one vector per dtype
+
+
+class Averager(Protocol):
+    """What a runner asks of the averaging of its stage. Nothing blocks.
+
+    Attributes:
+        held: the stage may do nothing but take the average.
+        ready: the average can be taken.
+    """
+
+    @property
+    def held(self) -> bool: ...
+    @property
+    def ready(self) -> bool: ...
+
+    def poll(self) -> None:
+        """Look into the queues."""
+
+    def before_step(self) -> bool:
+        """The gradients of a batch are there. Whether the step has to wait for an average."""
+
+    def after_step(self) -> None:
+        """A step was made."""
+
+    def after_training(self) -> None:
+        """The last step was made."""
+
+    def take(self) -> bool:
+        """Take the average that is ready. Whether the step that waited for it is now to be made."""
+
+    def enough(self, step: int) -> bool:
+        """Whether the first stage is to take no batch for this step, nor for any after it."""
+
+
+class Alone:
+    """The averaging of a stage that has no replicas: none.
+
+    Args:
+        asked: whether somebody asked the run to end before its last batch.
+    """
+
+    held = ready = False
+
+    def __init__(self, asked: Callable[[], bool] = lambda: False) -> None:
+        self._asked = asked
+
+    def poll(self) -> None:
+        """Nothing comes."""
+
+    def before_step(self) -> bool:
+        """No step waits."""
+        return False
+
+    def after_step(self) -> None:
+        """Nothing is given."""
+
+    def after_training(self) -> None:
+        """Nothing is given."""
+
+    def take(self) -> bool:
+        """Never called."""
+        raise AssertionError("there is no average")
+
+    def enough(self, step: int) -> bool:
+        """As soon as somebody asked."""
+        return self._asked()
+
+
+ALONE = Alone()
+
+
+class GradientAverager:
+    """Every step is made with the mean of the gradients of all replicas.
+
+    A parameter without a gradient counts as zeros where another replica has one; where none has, it keeps none.
+
+    The replicas take the same number of steps. A wish to end early travels with the gradients, and by then the next
+    batch may have been taken: all end after it.
+
+    Args:
+        tensors: the stage's parameters and buffers, as ``Stage.state_tensors`` gives them.
+        exchange: this replica's end.
+        asked: whether somebody asked the run to end before its last batch.
+        record: told when the worker turns to averaging.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], exchange: AllGather, asked: Callable[[], bool], record: Recorder
+    ) -> None:
+        self._parameters = _parameters(tensors)
+        self._packing = Packing(self._parameters)
+        self._exchange, self._asked, self._record = exchange, asked, record
+        self._steps = 0
+        self._end: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """While a step waits."""
+        return self._exchange.open
+
+    @property
+    def ready(self) -> bool:
+        """Whether the gradients of all are here."""
+        return self._exchange.ready
+
+    def poll(self) -> None:
+        """Look into the queues."""
+        self._exchange.poll()
+
+    def before_step(self) -> bool:
+        """Give the gradients; the step waits."""
+        self._record(Span.AVERAGE, self._steps)
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
+        marks = [p.grad is not None for p in self._parameters]
+        self._exchange.offer((*self._packing.packed(gradients), torch.tensor([*marks, self._asked()])))
+        return True
+
+    def after_step(self) -> None:
+        """Nothing is given."""
+
+    def after_training(self) -> None:
+        """The weights are the same already."""
+
+    def take(self) -> bool:
+        """Put the mean in the place of the gradients."""
+        self._record(Span.AVERAGE, self._steps)
+        shares = self._exchange.shares()
+        *there, asked = torch.stack([marks.cpu() for *_, marks in shares]).any(0).tolist()
+        means = self._packing.unpacked(_mean([vectors for *vectors, _ in shares]))
+        for parameter, mean, given in zip(self._parameters, means, there, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(mean)
+            elif given:
+                parameter.grad = mean.clone()
+        self._steps += 1
+        if asked and self._end is None:
+            self._end = self._steps + 1
+        return True
+
+    def enough(self, step: int) -> bool:
+        """From the step on that all agreed on."""
+        return self._end is not None and step >= self._end
+
+
+class WeightAverager:
+    """Weights are averaged every n steps, off the critical path, and at the end.
+
+    Args:
+        tensors: the stage's parameters and buffers, as ``Stage.state_tensors`` gives them.
+        exchange: this replica's end.
+        asked: whether somebody asked the run to end before its last batch.
+        record: told when the worker turns to averaging.
+        every: steps from one snapshot to the next.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        exchange: AllGather,
+        asked: Callable[[], bool],
+        record: Recorder,
+        every: int,
+    ) -> None:
+        self._parameters: list[Tensor] = list(_parameters(tensors))
+        buffers = {id(t): t for t in tensors.values() if not isinstance(t, nn.Parameter) and t.is_floating_point()}
+        self._state = [*self._parameters, *buffers.values()]
+        self._packing, self._whole = Packing(self._parameters), Packing(self._state)
+        self._exchange, self._asked, self._record, self._every = exchange, asked, record, every
+        self._steps = self._since = 0
+        self._snapshot: tuple[Tensor, ...] = ()
+        self._at_the_end = False
+
+    @property
+    def held(self) -> bool:
+        """After the last step, until the last average."""
+        return self._at_the_end and self._exchange.open
+
+    @property
+    def ready(self) -> bool:
+        """Whether the snapshots of all are here."""
+        return self._exchange.ready
+
+    def poll(self) -> None:
+        """Look into the queues."""
+        self._exchange.poll()
+
+    def before_step(self) -> bool:
+        """No step waits."""
+        return False
+
+    def after_step(self) -> None:
+        """Give a snapshot if one is due and the round before is over."""
+        self._steps, self._since = self._steps + 1, self._since + 1
+        if self._since >= self._every and not self._exchange.open:
+            self._record(Span.AVERAGE, self._steps)
+            self._since, self._snapshot = 0, self._packing.packed(self._parameters)
+            self._exchange.offer(self._snapshot)
+
+    def after_training(self) -> None:
+        """Give the last weights; from now on the stage waits for those of the others."""
+        self._record(Span.AVERAGE, self._steps)
+        self._at_the_end = True
+        self._exchange.offer(self._whole.packed(self._state), last=True)
+
+    @torch.no_grad()
+    def take(self) -> bool:
+        """Add (mean - own snapshot) to the weights; at the end take the mean for them."""
+        self._record(Span.AVERAGE, self._steps)
+        mean = _mean([list(share) for share in self._exchange.shares()])
+        if self._at_the_end:
+            for tensor, value in zip(self._state, self._whole.unpacked(mean), strict=True):
+                tensor.copy_(value)
+            return False
+        correction = tuple(torch.sub(m, own, out=m) for m, own in zip(mean, self._snapshot, strict=True))
+        for parameter, value in zip(self._parameters, self._packing.unpacked(correction), strict=True):
+            parameter.add_(value)
+        return False
+
+    def enough(self, step: int) -> bool:
+        """As soon as somebody asked, each replica by itself."""
+        return self._asked()
+
+
+def averager_of(
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    exchange: AllGather,
+    asked: Callable[[], bool] = lambda: False,
+    record: Recorder = silent,
+) -> Averager:
+    """The averaging of one stage of one replica, as the plan's mode says.
+
+    Args:
+        plan: the plan of the run.
+        tensors: the stage's parameters and buffers, as ``Stage.state_tensors`` gives them.
+        exchange: this replica's end.
+        asked: whether somebody asked the run to end before its last batch.
+        record: told when the worker turns to averaging.
+    """
+    if plan.replicas == 1:
+        return Alone(asked)
+    if MODES[plan.mode].averages == "gradients":
+        return GradientAverager(tensors, exchange, asked, record)
+    return WeightAverager(tensors, exchange, asked, record, plan.average_every)
+
+
+def share_bytes(state_bytes: int) -> int:
+    """Bytes that the largest message of an exchange takes, encoded, at most.
+
+    Args:
+        state_bytes: of the stage's parameters and buffers, and one more for each of them.
+    """
+    return state_bytes + _SLACK_BYTES
+
+
+def _parameters(tensors: Mapping[str, Tensor]) -> list[nn.Parameter]:
+    """Those that are trained, each once."""
+    trained = (t for t in tensors.values() if isinstance(t, nn.Parameter) and t.requires_grad)
+    return list({id(parameter): parameter for parameter in trained}.values())
+
+
+def _mean(shares: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """Of vectors, one by one, added up in the order of the replicas."""
+    means = []
+    for first, *others in zip(*shares, strict=True):
+        total = first.clone()
+        for other in others:
+            total += other
+        means.append(total.div_(len(shares)))
+    return tuple(means)

@@ -1,0 +1,180 @@
+"""How many floating-point operations a batch costs, by what they are for: counted on the stages themselves.
+
+    plan --> the real Stage objects, fresh --> one real batch each: forward, predict, backward, step, learn
+                     |  record(span)                        |  every operator, seen by FlopCounterMode
+                     +------------> operations by span <----+
+
+The spans that give the seconds of a run also give the operations, so that the two columns of a ledger speak of the same
+work. What is counted is what torch's FlopCounterMode counts: products of matrices, convolutions and attention, one
+multiplication and one addition being two operations; causal attention counts as full. Element by element work
+(activations, normalisation, loss, the optimizer) and fused recurrent kernels are not counted; they show in the seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
+
+from pipeline.data.recipe import Recipe, build_model
+from pipeline.metrics.measurements import GROUPS
+from pipeline.metrics.spans import Span
+from pipeline.model.cut import Cut
+from pipeline.model.partition import layers_of, split
+from pipeline.plan.plan import Plan
+from pipeline.seeding import seeded
+from pipeline.stage.gradient_flow import Flow
+from pipeline.stage.stage import Stage
+
+__all__ = ["StageFlops", "count_flops"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFlops:
+    """Floating-point operations of one stage for one whole training batch, in the steady state.
+
+    Means over batches where these differ: the target of one batch in ``dni.every`` flows, and the DNI trains on it, on
+    its window of rows; and stages update with ``update_probability``.
+
+    Attributes:
+        forward: forward pass.
+        backward: backward pass of the update, with the gradient of the input where one is sent down at once.
+        dni: prediction and training of the DNI, or of the head of a local loss.
+        relay: taking the true gradient through the stage after its update.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    dni: float = 0.0
+    relay: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.forward + self.backward + self.dni + self.relay
+
+    def at_random(self, probability: float) -> StageFlops:
+        """Where one batch in 1 / ``probability`` is updated from, and gives a target."""
+        p = probability
+        return StageFlops(forward=self.forward, backward=p * self.backward, dni=p * self.dni, relay=p * self.relay)
+
+
+def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageFlops, ...]:
+    """Count what every stage of a plan does for a batch, by running the stages, one after the other, on batch 0.
+
+    Leaves no trace: the model is built anew from the seed, and the global generator is left as it was. Takes a forward
+    and a backward pass of the whole network, two with DNIs, on as many threads as torch has.
+
+    Args:
+        recipe: the problem.
+        plan: resolved (``resolve(...).plan``): its sizes and steps are there; nothing in it is emulated.
+        cuts: what is known at each cut; the loss is taken from the recipe.
+
+    Returns:
+        One entry per stage.
+
+    Raises:
+        StageError: a layer failed.
+    """
+    assert plan.sizes is not None, "the plan is resolved"
+    assert plan.emulation is None, "a stage that sleeps computes nothing"
+    x, labels = recipe.seeded_batch(plan.seed, 0)
+    counted = []
+    with seeded(plan.seed, "flops"):  # stages seed the global generator for their layers
+        for index, layers in enumerate(split(layers_of(build_model(recipe, plan.seed)), plan.sizes)):
+            cut = dataclasses.replace(cuts[index], loss=recipe.loss) if index < plan.stages - 1 else None
+            counting = dataclasses.replace(
+                plan, quality_every=None, update_probability=1.0, warmup_steps=0, unlock="always", compile=False
+            )
+            stage = Stage(layers, index, counting, recipe, cut, cuts[index - 1] if index else None)
+            flops, x = _counted(stage, counting, x, labels)
+            counted.append(flops.at_random(plan.update_probability))
+    return tuple(counted)
+
+
+def _counted(stage: Stage, plan: Plan, x: Tensor, labels: Tensor) -> tuple[StageFlops, Tensor]:
+    """What a stage does for a batch, and its output.
+
+    A DNI predicts zeros until its first target came: batch 0 brings it and does not count.
+    """
+    every, flow = plan.target_every, Flow(plan, stage.index)
+    weights = {every: 1 / every}
+    if every > 1:
+        weights[every + 1] = 1 - 1 / every  # a batch whose target does not flow
+    if stage.dni is not None:
+        _train(stage, flow, 0, x, labels)
+    spans: defaultdict[Span, float] = defaultdict(float)
+    for batch, weight in weights.items():
+        meter = _Meter()
+        stage.record = meter
+        with meter.counter:
+            output = _train(stage, flow, batch, x, labels)
+        meter(Span.OTHER, batch)
+        for span, flops in meter.flops.items():
+            spans[span] += flops * weight
+    return StageFlops(**{f.name: sum(spans[s] for s in GROUPS[f.name]) for f in dataclasses.fields(StageFlops)}), output
+
+
+def _train(stage: Stage, flow: Flow, batch: int, x: Tensor, labels: Tensor) -> Tensor:
+    """Everything a stage does with one batch; a constant stands in for the gradient that the stage above sends."""
+    num_parts = flow.plan.microbatches
+    outputs = [
+        stage.forward(batch, *part, microbatch=index)
+        for index, part in enumerate(zip(x.chunk(num_parts), labels.chunk(num_parts), strict=True))
+    ]
+    for index, h in enumerate(outputs):
+        from_above = None if stage.last else torch.full_like(h, 1 / h.numel())
+        gradient = from_above if flow.mode.gradient == "true" else stage.predict(batch)
+        stage.backward(batch, gradient, microbatch=index)
+    stage.step(batch)
+    if stage.last:
+        stage.loss_of(batch)
+    elif flow.wants_target(batch) and from_above is not None:
+        stage.learn(batch, from_above)
+    return torch.cat(outputs)
+
+
+class _Meter:
+    """A ``Recorder`` that adds the operations counted so far to the span that has just ended."""
+
+    def __init__(self) -> None:
+        self.counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        self.counter.mod_tracker = _NoModules()
+        self.flops: defaultdict[Span, int] = defaultdict(int)
+        self._span, self._seen = Span.OTHER, 0
+
+    def __call__(self, span: Span, batch: int) -> None:
+        total = self.counter.get_total_flops()
+        self.flops[self._span] += total - self._seen
+        self._span, self._seen = span, total
+
+
+class _NoModules(ModuleTracker):
+    """Counts are wanted by span, not by module: torch's tracker hooks a stage's input, which a relay then refuses."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *others: Any, **options: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(gradient: torch.Size, *query_key_value: Any, **options: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, *query_key_value[:3]))
+
+
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""The operators that FlopCounterMode of torch 2.13 leaves out: it knows the attention of GPUs only."""

@@ -1,0 +1,307 @@
+"""The reference driver: all stages in one process on a virtual clock. Deterministic, exact, no real time.
+
+It serves three ends: the truth that runs of processes are compared with, experiments with delays that no machine here
+has, and, with phantoms in the place of tensors, the order of actions of a run that is to be repeated exactly.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from pipeline.data.loader import inputs, phantom_inputs
+from pipeline.data.recipe import Recipe
+from pipeline.messages.message import Message
+from pipeline.plan.device_choice import CPU, choose_devices
+from pipeline.plan.plan import Plan
+from pipeline.plan.replica_layout import plan_of, policy_of, worker_of
+from pipeline.replicas.all_gather import ROOM, AllGather
+from pipeline.replicas.averaging import Averager, averager_of
+from pipeline.run.hollow_stage import HollowStage
+from pipeline.run.resolve import Resolved, resolve, stage_layers
+from pipeline.run.runner import Runner, StageLike
+from pipeline.run.virtual_time import VirtualClock, VirtualQueue, VirtualSource
+from pipeline.schedule.policies import Action
+from pipeline.stage.dni_quality import Quality
+from pipeline.stage.evaluation import EvaluationMetrics
+from pipeline.stage.stage import Stage
+from pipeline.stage.unlock import Switch
+
+_ENDS = (Action.UPDATE, Action.BACKWARD, Action.SKIP)
+
+Sources = Callable[[int, Callable[[int], bool]], Iterator[Message]]
+"""(replica, whether it is enough before a step) -> what comes into its first stage."""
+
+__all__ = ["Costs", "Event", "Reference", "run_reference", "schedule", "timeline"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Ticks of the virtual clock. One step of an unlocked stage, forward and update, is ``step`` ticks."""
+
+    forward: int = 1
+    backward: int = 2
+    learn: int = 0
+
+    def of(self, action: Action) -> int:
+        """Ticks of one action."""
+        ticks = {Action.FORWARD: self.forward, Action.LEARN: self.learn, Action.AVERAGE: 0, Action.SKIP: 0}
+        return ticks.get(action, self.backward)
+
+    def hop(self, steps: float) -> int:
+        """Ticks of a hop of ``steps`` steps."""
+        return round(steps * (self.forward + self.backward))
+
+
+@dataclass(frozen=True)
+class Event:
+    """Stage ``stage`` of replica ``replica`` did ``action`` from tick ``start`` to ``end``.
+
+    ``batch`` counts that action on that stage; what ends a batch, with an update or without, counts as one.
+    """
+
+    stage: int
+    action: Action
+    batch: int
+    start: int
+    end: int
+    replica: int = 0
+
+
+@dataclass
+class Reference:
+    """What a run of the reference driver gives.
+
+    Attributes:
+        resolved: what was run.
+        stages: the trained stages of replica 0.
+        losses: training loss of every step, the mean over the replicas; fewer than planned where ``until`` ended the
+            run.
+        scores: (number of updates, scores) of every pass over the held-out batches.
+        events: what every stage did when.
+        others: the trained stages of the other replicas.
+        qualities: of every stage below the last: its synthetic gradients of the sampled batches against the true ones.
+        switches: when a stage of replica 0 locked or unlocked (``pipeline.stage.unlock``), in order.
+    """
+
+    resolved: Resolved
+    stages: list[Stage]
+    losses: list[float] = field(default_factory=list)
+    scores: list[tuple[int, EvaluationMetrics]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    qualities: dict[int, list[Quality]] = field(default_factory=dict)
+    switches: list[Switch] = field(default_factory=list)
+    others: list[list[Stage]] = field(default_factory=list)
+
+    @property
+    def reached(self) -> int | None:
+        """After how many updates ``until`` was met first; None: never, or not asked for."""
+        goal = self.resolved.plan.goal
+        if goal is None:
+            return None
+        return next((n for n, scores in self.scores if goal.met(scores.loss(), scores.accuracy())), None)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers under the unsplit model's names."""
+        return {name: t.detach() for stage in self.stages for name, t in stage.state_tensors().items()}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Optimizer states under the unsplit model's names."""
+        return {name: t for stage in self.stages for name, t in stage.optimizer_tensors().items()}
+
+
+def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Reference:
+    """Train in this process as the plan says; a hop takes ``plan.hop_steps``.
+
+    Uses torch's current number of threads; processes use ``plan.threads``. Device ``auto`` is the CPU here.
+
+    With ``until``, no batch is taken once the
+    last stage has met the goal; what is in the pipeline by then is finished.
+
+    Raises:
+        PlanError: recipe or plan cannot run.
+        StageError: the work failed.
+    """
+    wanted, hosts = CPU if plan.device == "auto" else plan.device, ["this host"] * plan.workers
+    devices = choose_devices(wanted, hosts, {"this host": torch.cuda.device_count()}, torch.backends.cuda.is_built())
+    resolved = resolve(recipe, plan, devices=devices)
+    plan = resolved.plan
+    stages, *others = (
+        [
+            Stage(
+                stage_layers(recipe, plan, k),
+                k,
+                plan_of(plan, replica),
+                recipe,
+                resolved.cuts[k] if k < plan.stages - 1 else None,
+                resolved.cuts[k - 1] if k > 0 else None,
+                device=resolved.devices[worker_of(plan, replica, k)],
+            )
+            for k in range(plan.stages)
+        ]
+        for replica in range(plan.replicas)
+    )
+    result = Reference(resolved, stages, others=others)
+
+    def sources(replica: int, enough: Callable[[int], bool]) -> Iterator[Message]:
+        return inputs(recipe, plan, resolved.steps, enough, replica)
+
+    result.events = _drive(cast(list[list[StageLike]], [stages, *others]), plan, sources, costs or Costs(), result)
+    return result
+
+
+def schedule(plan: Plan, held_out_batches: int, costs: Costs | None = None) -> list[list[Action]]:
+    """The order of actions of every worker, without computing anything."""
+    orders: list[list[Action]] = [[] for _ in range(plan.workers)]
+    for event in timeline(plan, held_out_batches, costs or Costs()):
+        orders[worker_of(plan, event.replica, event.stage)].append(event.action)
+    return orders
+
+
+def timeline(plan: Plan, held_out_batches: int, costs: Costs) -> list[Event]:
+    """What every stage does when, on the virtual clock, without computing anything; in order of begin."""
+    steps = plan.steps
+    assert steps is not None, "the plan is resolved"
+    phantoms: list[list[StageLike]] = [[HollowStage(k, plan) for k in range(plan.stages)] for _ in range(plan.replicas)]
+    return _drive(phantoms, plan, lambda r, enough: phantom_inputs(plan, steps, held_out_batches, r), costs, None)
+
+
+def _drive(
+    pipelines: Sequence[Sequence[StageLike]], plan: Plan, sources: Sources, costs: Costs, result: Reference | None
+) -> list[Event]:
+    clock = VirtualClock()
+    reached = (lambda: False) if result is None else (lambda: result.reached is not None)
+    averagers = _averagers(pipelines, plan, costs, clock, reached)
+    runners: list[Runner] = []
+    for replica, (stages, averaging) in enumerate(zip(pipelines, averagers, strict=True)):
+        source = sources(replica, averaging[0].enough)
+        runners += _connect(stages, plan, source, costs, clock, averaging)
+    losses: list[list[float]] = [[] for _ in pipelines]
+    if result is not None:
+        _listen(runners, plan, losses, result)
+    busy_until = [0] * len(runners)
+    counts: list[dict[Action, int]] = [{} for _ in runners]
+    events: list[Event] = []
+    while not all(runner.done for runner in runners):
+        moved = False
+        for k, runner in enumerate(runners):
+            if runner.done or busy_until[k] > clock.now:
+                continue
+            clock.effect = clock.now
+            runner.poll()
+            if runner.done or (action := runner.next()) is Action.WAIT:
+                moved |= runner.done
+                continue
+            clock.effect = busy_until[k] = clock.now + costs.of(action)
+            runner.perform(action)
+            clock.at(busy_until[k])
+            counted = Action.UPDATE if action in _ENDS else action
+            batch = counts[k][counted] = counts[k].get(counted, -1) + 1
+            replica, stage = divmod(k, plan.stages)
+            events.append(Event(stage, action, batch, clock.now, busy_until[k], replica))
+            moved = True
+        if not moved:
+            _advance(clock, runners)
+    if result is not None:
+        result.losses = [sum(each) / len(each) for each in zip(*losses, strict=False)]
+    return events
+
+
+def _listen(runners: Sequence[Runner], plan: Plan, losses: Sequence[list[float]], result: Reference) -> None:
+    """Have the runners tell what they find: losses per replica, scores from replica 0."""
+    for worker, runner in enumerate(runners):
+        replica, stage = divmod(worker, plan.stages)
+        runner.on_quality = result.qualities.setdefault(stage, []).append
+        if replica == 0:
+            runner.on_switch = result.switches.append
+        if runner.stage.last:
+            runner.on_loss = partial(_keep_loss, losses[replica])
+            runner.on_scores = lambda updates, scores: result.scores.append((updates, scores))
+
+
+def _keep_loss(losses: list[float], batch: int, loss: float) -> None:
+    losses.append(loss)
+
+
+def _averagers(
+    pipelines: Sequence[Sequence[StageLike]], plan: Plan, costs: Costs, clock: VirtualClock, asked: Callable[[], bool]
+) -> list[list[Averager]]:
+    """For every stage of every replica; with the queues between them, which travel a hop."""
+    others = [[other for other in range(plan.replicas) if other != replica] for replica in range(plan.replicas)]
+    hop = costs.hop(plan.hop_steps)
+    ways = {
+        (k, source, target): VirtualQueue(clock, ROOM, hop, None)
+        for k in range(plan.stages)
+        for source, targets in enumerate(others)
+        for target in targets
+    }
+    return [
+        [
+            averager_of(
+                plan,
+                stage.state_tensors(),
+                AllGather(
+                    k,
+                    replica,
+                    {other: ways[k, replica, other] for other in others[replica]},
+                    {other: ways[k, other, replica] for other in others[replica]},
+                ),
+                asked,
+            )
+            for k, stage in enumerate(stages)
+        ]
+        for replica, stages in enumerate(pipelines)
+    ]
+
+
+def _advance(clock: VirtualClock, runners: list[Runner]) -> None:
+    while clock.alarms and clock.alarms[0] <= clock.now:
+        heapq.heappop(clock.alarms)
+    if not clock.alarms:
+        views = "; ".join(f"stage {k} {runner.view()}" for k, runner in enumerate(runners) if not runner.done)
+        raise RuntimeError(f"deadlock at tick {clock.now}: every stage waits. {views}")
+    clock.now = heapq.heappop(clock.alarms)
+
+
+def _connect(
+    stages: Sequence[StageLike],
+    plan: Plan,
+    source: Iterator[Message],
+    costs: Costs,
+    clock: VirtualClock,
+    averagers: Sequence[Averager],
+) -> list[Runner]:
+    hop = costs.hop(plan.hop_steps)
+    on_the_way = -(-hop // (costs.forward + costs.backward))  # what the link itself holds
+    downs = [VirtualQueue(clock, plan.channel.slots + on_the_way, hop, plan.wire_dtype) for _ in stages[1:]]
+    ups = [
+        VirtualQueue(clock, plan.gradient_slots_at(k) + 2 * on_the_way * (plan.stages - k), hop, plan.wire_dtype)
+        for k in range(len(stages) - 1)
+    ]
+    return [
+        Runner(
+            stage=stage,
+            policy=policy_of(plan),
+            stages=plan.stages,
+            microbatches=plan.microbatches,
+            below=VirtualSource(source) if k == 0 else downs[k - 1],
+            above=None if stage.last else ups[k],
+            down=None if stage.last else downs[k],
+            up=None if k == 0 else ups[k - 1],
+            averager=averagers[k],
+            ahead=_round_trips(plan, k, hop, costs) if plan.in_flight == "full" else None,
+        )
+        for k, stage in enumerate(stages)
+    ]
+
+
+def _round_trips(plan: Plan, k: int, hop: int, costs: Costs) -> int:
+    """Batches that stage k begins while one goes to the last stage and comes back: a step a stage, two hops a cut."""
+    step = costs.forward + costs.backward
+    return (plan.stages - 1 - k) * -(-(step + 2 * hop) // step)

@@ -1,0 +1,365 @@
+"""From a recipe and a plan to a run that can start: everything that can be wrong is found here."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.data.recipe import Batch, Recipe, build_model, check_batches
+from pipeline.data.user_code import calling
+from pipeline.dni.dni import describe_form, target_every
+from pipeline.dni.loss_model import temperature_for
+from pipeline.errors import NoEffect, PlanError
+from pipeline.model.cut import Cut
+from pipeline.model.partition import (
+    Layer,
+    balanced_sizes,
+    check_partition,
+    chosen_sizes,
+    depth_of,
+    ends_normalised,
+    layers_of,
+    split,
+)
+from pipeline.plan.channel_choice import ChannelChoice, choose_channels
+from pipeline.plan.check import check_plan
+from pipeline.plan.device_choice import CPU, DeviceChoice
+from pipeline.plan.goal import look_every
+from pipeline.plan.plan import DNIPlan, Plan
+from pipeline.schedule.modes import MODES
+
+__all__ = ["Measure", "Resolved", "resolve", "stage_layers"]
+
+Measure = Callable[[Sequence[Layer], Sequence[Tensor]], list[float]]
+"""(layers, what goes into each of them) -> seconds of forward and backward of each."""
+
+_AVERAGES = {
+    "gradients": "gradients are averaged before every step: as one process on the {0.replicas} batches of a step",
+    "weights": "weights are averaged every {0.average_every} steps, nobody waits for it, and at the end",
+}
+_QUALITY_EVERY = 20  # with unlock auto, where nobody says
+_FORMS_THAT_READ = {
+    "hidden": ("mlp", "conv", "loss_model"),
+    "labels": ("linear", "mlp", "conv"),
+    "temperature": ("loss_model",),
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run without open questions.
+
+    Attributes:
+        plan: the plan with ``steps``, ``sizes`` and ``dni.every`` filled in, where needed
+            ``evaluate_every`` and ``quality_every`` too.
+        layer_names: of the whole network, in order.
+        layer_parameters: number of parameters of each layer.
+        layer_bytes: of each layer's parameters and buffers, and one more for each of them.
+        layer_seconds: measured cost of each layer, or None when the plan fixed the sizes.
+        cuts: what is known at each cut; no loss inside, see ``cut``.
+        batch_shape: shape of the inputs of a batch.
+        output_shape: shape of the network's output for it.
+        held_out_batches: batches of one evaluation pass.
+        channels: what carries each cut, those of replica 0 first.
+        hosts: name of the host of every worker, those of replica 0 first.
+        devices: where every worker computes, in the same order.
+        nccl: whether torch has NCCL.
+        reasons: (what was decided, value, why), for the first screen.
+    """
+
+    plan: Plan
+    layer_names: tuple[str, ...]
+    layer_parameters: tuple[int, ...]
+    layer_bytes: tuple[int, ...]
+    layer_seconds: tuple[float, ...] | None
+    cuts: tuple[Cut, ...]
+    batch_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    held_out_batches: int
+    channels: tuple[ChannelChoice, ...]
+    hosts: tuple[str, ...]
+    devices: tuple[str, ...]
+    nccl: bool
+    reasons: tuple[tuple[str, str, str], ...]
+
+    @property
+    def steps(self) -> int:
+        """Training batches of the run."""
+        assert self.plan.steps is not None
+        return self.plan.steps
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Layers per stage."""
+        assert self.plan.sizes is not None
+        return self.plan.sizes
+
+    @property
+    def state_bytes(self) -> tuple[int, ...]:
+        """Of each stage: bytes of its parameters and buffers, and one more for each of them."""
+        starts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
+        return tuple(sum(self.layer_bytes[i : i + n]) for i, n in zip(starts, self.sizes, strict=True))
+
+    @property
+    def step_rows(self) -> int:
+        """Rows that one step of all replicas trains on."""
+        return self.batch_shape[0] * self.plan.replicas
+
+    @property
+    def warmup(self) -> int:
+        """Batches that do not count in a throughput: a tenth, at least one, and none that may be the last."""
+        first_look = self.plan.evaluate_every if self.plan.until is not None else None
+        return max(1, min(self.steps // 10, self.steps - 1, (first_look or self.steps) - 1))
+
+
+def resolve(
+    recipe: Recipe,
+    plan: Plan,
+    measure: Measure | None = None,
+    hosts: Sequence[str] | None = None,
+    devices: DeviceChoice | None = None,
+) -> Resolved:
+    """Check recipe and plan against each other and fill in what was left open.
+
+    Runs the model once on batch 0, in evaluation mode.
+
+    Args:
+        recipe: the problem.
+        plan: the wish.
+        measure: measures layers when the plan asks for a balance by time; without it layers count alike (the
+            reference driver has no clock).
+        hosts: name of the host of every worker, those of replica 0 first; None: one host.
+        devices: where every worker computes (``choose_devices``); None: all on the CPU.
+
+    Raises:
+        PlanError: see ``Plan.check``, ``check_batches``, ``check_partition``, and: a loss that does not take the output
+            and the labels, a DNI that does not fit the cut or does not read an option that is given, shared memory
+            between two hosts.
+    """
+    check_plan(plan)
+    hosts = hosts or ["this host"] * plan.workers
+    devices = devices or DeviceChoice((CPU,) * plan.workers, "nothing else was looked for")
+    channels = choose_channels(plan.channels, hosts, plan.replicas, devices.devices, devices.nccl)
+    if plan.evaluate_every is not None and recipe.evaluation is None:
+        raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
+    steps = plan.steps or recipe.steps
+    plan = _with_looks(recipe, plan, steps)
+    inputs, labels = check_batches(recipe, plan)
+    if len(inputs) % plan.microbatches:
+        raise PlanError(
+            f"{plan.microbatches} microbatches for batches of {len(inputs)} rows: give a number that divides the rows."
+        )
+    model = build_model(recipe, plan.seed)
+    layers = layers_of(model)
+    sizes = chosen_sizes(layers, plan)
+    outputs = check_partition(model, layers, split(layers, sizes or (len(layers),)), inputs)
+    seconds: tuple[float, ...] | None = None
+    why = "given" if plan.sizes or plan.cuts else "number of layers"
+    if sizes is None:
+        if measure is not None and plan.stages > 1:
+            seconds = tuple(measure(layers, [inputs, *outputs[:-1]]))
+            why = "measured time per layer"
+        sizes = balanced_sizes(seconds or [1.0] * len(layers), plan.stages)
+        check_partition(model, layers, split(layers, sizes), inputs)
+    _check_loss(recipe, outputs[-1], labels)
+    ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
+    _check_cuts(layers, ends, outputs)
+    cuts = tuple(
+        _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, outputs[-1], recipe, plan)
+        for k, end in enumerate(ends)
+    )
+    reasons = [("split", " | ".join(map(str, sizes)), why)]
+    reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
+    reasons.append(("device", devices.says, devices.why))
+    if plan.autocast is not None:
+        reasons.append(
+            ("autocast", plan.autocast, "layers compute in it where torch.autocast does; weights are float32")
+        )
+    if plan.emulate is not None:
+        reasons.append(("emulate", plan.emulate, "every stage sleeps so long instead of computing; nothing is learned"))
+    if plan.link is not None:
+        reasons.append(("link", plan.link, "every message is made late, as on such a link"))
+    if plan.compile:
+        reasons.append(("compile", "yes", "every stage by torch.compile, at its first batch"))
+    forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
+    if forms:
+        reasons.append(("DNI", *forms[0]))
+        reasons += _softening(cuts, plan, forms[0][0])
+    if plan.replicas > 1:
+        reasons.append(("replicas", str(plan.replicas), _AVERAGES[MODES[plan.mode].averages].format(plan)))
+    if plan.until is not None:
+        every = "batch" if plan.evaluate_every == 1 else f"{plan.evaluate_every:,} batches"
+        often = f"held-out data, looked at every {every}"
+        reasons.append(("until", str(plan.goal), f"{often}; {steps:,} batches at most"))
+    if cuts and (problems := list(_unread_options(plan, {form for form, _ in forms}))):
+        raise PlanError(*problems)
+    if plan.channel.wire_dtype is not None:
+        reasons.append(("wire", plan.channel.wire_dtype, "float32 is rounded on its way: half the bytes, not exact"))
+    held_out_batches = _count_held_out(recipe, (inputs, labels))
+    if plan.unlock == "auto":
+        plan = dataclasses.replace(plan, quality_every=plan.quality_every or _QUALITY_EVERY)
+    reasons += _locking(plan)
+    return Resolved(
+        plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None, dni=_with_every(plan, cuts)),
+        layer_names=tuple(layer.name for layer in layers),
+        layer_parameters=tuple(sum(p.numel() for p in layer.module.parameters()) for layer in layers),
+        layer_bytes=tuple(sum(t.nbytes + 1 for t in layer.module.state_dict().values()) for layer in layers),
+        layer_seconds=seconds,
+        cuts=cuts,
+        batch_shape=tuple(inputs.shape),
+        output_shape=tuple(outputs[-1].shape),
+        held_out_batches=held_out_batches,
+        channels=channels,
+        hosts=tuple(hosts),
+        devices=devices.devices,
+        nccl=devices.nccl,
+        reasons=tuple(reasons),
+    )
+
+
+def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
+    """The layers of one stage, freshly initialised from the seed; the rest of the model is dropped."""
+    assert plan.sizes is not None, "the plan is resolved"
+    return split(layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
+
+
+def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
+    """The plan with the batches between two looks at the held-out data filled in, where ``until`` needs them."""
+    if plan.goal is None:
+        return plan
+    if recipe.evaluation is None:
+        raise PlanError("until has no effect without held-out batches: leave it out, or give evaluation.")
+    if plan.goal.metric == "accuracy" and recipe.correct is None:
+        raise PlanError(f"until {plan.goal}: the recipe counts no right answers; give correct, or ask for a loss.")
+    return dataclasses.replace(plan, evaluate_every=plan.evaluate_every or look_every(steps))
+
+
+def _locking(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """What is said of the beginning of a run that is not unlocked from its first batch on."""
+    if plan.warmup_steps:
+        yield "warm-up", f"{plan.warmup_steps:,} batches", "locked, while the DNIs learn; nothing is updated from them"
+    if plan.unlock == "auto":
+        every, least = plan.quality_every, plan.unlock_cosine
+        yield (
+            "unlock",
+            "auto",
+            f"a stage unlocks at cosine {least:g} between its gradients, locks again below {least / 3:.2g}; "
+            f"every {every}th batch is looked at",
+        )
+
+
+def _softening(cuts: Sequence[Cut], plan: Plan, form: str) -> Iterator[tuple[str, str, str]]:
+    """What is said of the temperature of a loss model's predictions, where it is not 1.
+
+    Raises:
+        PlanError: one is given where none is read.
+    """
+    if form != "loss_model":
+        return
+    highest = max(temperature_for(cut, plan.dni.temperature) for cut in cuts)
+    if highest < (plan.dni.temperature or 1):
+        why = "with this loss: it softens torch's cross-entropy of one class per row; leave it out."
+        raise PlanError(NoEffect("dni.temperature", why))
+    if highest > 1:
+        where = "all cuts" if plan.dni.temperature else "the uppermost cut"
+        yield "softened", f"by {highest:g}", f"the DNI's temperature at {where}: a softer loss teaches sooner"
+
+
+def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
+    """The DNI's plan with how often a target flows filled in."""
+    if not plan.unlocked:
+        return plan.dni
+    every = plan.true_every if plan.true_every != 1 else target_every(cuts, plan.dni)
+    return dataclasses.replace(plan.dni, every=every)
+
+
+def _cut(
+    index: int,
+    below: Sequence[Layer],
+    stage: Sequence[Layer],
+    activation: Tensor,
+    labels: Tensor,
+    output: Tensor,
+    recipe: Recipe,
+    plan: Plan,
+) -> Cut:
+    return Cut(
+        index=index,
+        activation_shape=tuple(activation.shape),
+        activation_dtype=activation.dtype,
+        label_shape=tuple(labels.shape),
+        label_dtype=labels.dtype,
+        output_shape=tuple(output.shape),
+        loss=recipe.loss,
+        normalised=ends_normalised(below),
+        depth=depth_of(stage),
+        uppermost=index == plan.stages - 2,
+        conditioned=plan.dni.labels,
+    )
+
+
+def _unread_options(plan: Plan, forms: set[str]) -> Iterator[str]:
+    """Options of the DNI that are given and that nothing in this run reads."""
+    given = {f.name for f in dataclasses.fields(DNIPlan) if getattr(plan.dni, f.name) != getattr(DNIPlan(), f.name)}
+    if MODES[plan.mode].gradient == "local":
+        for name in sorted(given - {"hidden", "lr"}):
+            yield NoEffect(f"dni.{name}", f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
+    elif forms:
+        for name, readers in _FORMS_THAT_READ.items():
+            if name in given and not forms & set(readers):
+                yield NoEffect(
+                    f"dni.{name}",
+                    f"with the DNI form {' and '.join(sorted(forms))}: leave it out, or choose {' or '.join(readers)}.",
+                )
+
+
+def _check_cuts(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Tensor]) -> None:
+    for end in ends:
+        if not outputs[end - 1].is_floating_point():
+            raise PlanError(
+                f"layer {layers[end - 1].name} gives {outputs[end - 1].dtype}, and no gradient can cross a cut behind "
+                "it: cut elsewhere (--sizes or --cuts)."
+            )
+
+
+def _check_loss(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
+    shapes = f"output {list(output.shape)} {output.dtype} and labels {list(labels.shape)} {labels.dtype}"
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")  # mse_loss only warns when it broadcasts
+            loss = recipe.loss(output, labels)
+    except Exception as error:
+        raise PlanError(f"the loss does not take {shapes}: give labels of the shape it needs ({error}).") from error
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise PlanError(
+            f"the loss gives {getattr(loss, 'shape', type(loss).__name__)} for {shapes}: reduce it to one number."
+        )
+
+
+def _count_held_out(recipe: Recipe, first: Batch) -> int:
+    if recipe.evaluation is None:
+        return 0
+    with calling("evaluation()"):
+        count = 0
+        for count, (inputs, labels) in enumerate(recipe.evaluation(), start=1):
+            _check_held_out(count - 1, inputs, labels, first)
+    if not count:
+        raise PlanError("evaluation() gives no batch: give held-out batches (inputs, labels), or leave evaluation out.")
+    return count
+
+
+def _check_held_out(index: int, inputs: Tensor, labels: Tensor, first: Batch) -> None:
+    rows = len(first[0])
+    fits = inputs.shape[1:] == first[0].shape[1:] and inputs.dtype == first[0].dtype
+    if not fits or len(inputs) != len(labels) or not 0 < len(inputs) <= rows or labels.nbytes > first[1].nbytes:
+        raise PlanError(
+            f"evaluation batch {index} has inputs {list(inputs.shape)} {inputs.dtype} and labels "
+            f"{list(labels.shape)} {labels.dtype}: it needs 1 to {rows} rows, the inputs {first[0].dtype} of shape "
+            f"{list(first[0].shape[1:])}, the labels no larger than in training, {list(first[1].shape)} "
+            f"{first[1].dtype}."
+        )

@@ -1,0 +1,75 @@
+"""Time and queues of the reference driver: a clock that jumps from event to event, messages on their way."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from pipeline.messages.message import Message
+from pipeline.plan.channel_choice import narrowed, widened
+
+__all__ = ["VirtualClock", "VirtualQueue", "VirtualSource"]
+
+
+@dataclass
+class VirtualClock:
+    """Virtual time in ticks.
+
+    Attributes:
+        now: the tick it is.
+        effect: when what is being done will be done.
+        alarms: ticks at which something happens, a heap.
+    """
+
+    now: int = 0
+    effect: int = 0
+    alarms: list[int] = field(default_factory=list)
+
+    def at(self, tick: int) -> None:
+        """Something happens then."""
+        heapq.heappush(self.alarms, tick)
+
+
+@dataclass
+class VirtualQueue:
+    """A queue in virtual time: what is put at the end of an action arrives a hop later."""
+
+    clock: VirtualClock
+    capacity: int
+    hop: int
+    wire_dtype: torch.dtype | None
+    items: deque[tuple[int, Message]] = field(default_factory=deque)
+
+    def room(self) -> bool:
+        """Whether ``put`` would not block; what is on its way counts."""
+        return len(self.items) < self.capacity
+
+    def put(self, message: Message) -> None:
+        """Send a copy."""
+        sent = narrowed(message, self.wire_dtype)
+        message = message if sent is message else widened(sent)
+        copies = tuple(tensor.detach().clone() for tensor in message.tensors)
+        arrival = self.clock.effect + self.hop
+        self.items.append((arrival, replace(message, tensors=copies)))
+        self.clock.at(arrival)
+
+    def take(self) -> Message | None:
+        """The oldest message that has arrived, or None."""
+        if self.items and self.items[0][0] <= self.clock.now:
+            return self.items.popleft()[1]
+        return None
+
+
+@dataclass
+class VirtualSource:
+    """The data as an inlet."""
+
+    messages: Iterator[Message]
+
+    def take(self) -> Message | None:
+        """The next message, or None at the end."""
+        return next(self.messages, None)

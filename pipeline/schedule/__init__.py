@@ -1,0 +1,1 @@
+"""Schedules: what a stage does next (policies), and the modes that choose among them."""

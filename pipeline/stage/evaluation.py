@@ -1,0 +1,66 @@
+"""How good a network is on held-out batches, summed up batch by batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.recipe import Recipe
+from pipeline.model.compute import ComputeContext
+from pipeline.plan.plan import Plan
+
+__all__ = ["EvaluationMetrics", "scores_of"]
+
+
+@dataclass(slots=True)
+class EvaluationMetrics:
+    """Sums over the held-out batches of one pass."""
+
+    loss_sum: float = 0.0
+    rows: int = 0
+    correct: float = 0.0
+    answers: int = 0
+
+    def add(self, recipe: Recipe, output: Tensor, labels: Tensor) -> None:
+        """Take in the output of one batch."""
+        self.loss_sum += float(recipe.loss(output, labels)) * len(labels)
+        self.rows += len(labels)
+        if recipe.correct is not None:
+            correct, answers = recipe.correct(output, labels)
+            self.correct += float(correct)
+            self.answers += answers
+
+    def loss(self) -> float:
+        """Mean loss per row; NaN of no rows, which meets no goal."""
+        return self.loss_sum / self.rows if self.rows else math.nan
+
+    def accuracy(self) -> float | None:
+        """Share of right answers, or None for a recipe without."""
+        return self.correct / self.answers if self.answers else None
+
+
+@torch.no_grad()
+def scores_of(
+    recipe: Recipe, network: nn.Module, computing: ComputeContext | None = None, first: int = 0, every: int = 1
+) -> EvaluationMetrics:
+    """Go through the held-out batches with a whole network, in evaluation mode; it is in training mode afterwards.
+
+    Args:
+        recipe: gives the batches (none: scores of no rows), the loss and what is right.
+        network: inputs -> output.
+        computing: where and how; None: plainly, on the CPU.
+        first: index of the first batch to take.
+        every: take every n-th batch from there on.
+    """
+    scores, computing = EvaluationMetrics(), computing or ComputeContext(Plan())
+    network.eval()
+    for batch in islice(recipe.evaluation() if recipe.evaluation else (), first, None, every):
+        inputs, labels = computing.here(*batch)
+        with computing.autocast():
+            scores.add(recipe, network(inputs), labels)
+    network.train()
+    return scores

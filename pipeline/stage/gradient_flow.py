@@ -1,0 +1,123 @@
+"""Which gradients flow to the stage below, and when: the `targets` of the plan.
+
+    bootstrap   J^T s at the update          the synthetic gradient, taken through the stage; the loss only reaches
+                                             the last DNI (Jaderberg et al. 2017, section 2.2)
+    true        J^T g when g comes
+    mixed       J^T (lambda g + (1-lambda) s) when g comes
+
+Targets flow for one batch in `dni.every` (or `true_every`), and only for these is anything computed or sent.
+
+The last stage has the true gradient at its update; in modes that work with true gradients every stage has. In the mode
+`local` nothing flows. A stage that makes no update from a batch (``update_probability``) sends down nothing of its own.
+A stage below that is locked (``pipeline.stage.unlock``) gets what this one updates with, of every batch; nothing later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pipeline.plan.plan import Plan
+from pipeline.schedule.modes import MODES, Mode
+from pipeline.seeding import derived_seed
+
+__all__ = ["FREE", "Flow", "Locks"]
+
+
+class Locks(NamedTuple):
+    """Who waits for the gradient of a batch, in a mode that updates from synthetic ones.
+
+    Attributes:
+        mine: this stage waits for that from above.
+        below: the stage below waits for that from this one.
+    """
+
+    mine: bool = False
+    below: bool = False
+
+
+FREE = Locks()
+"""Nobody waits."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What one stage sends to the stage below.
+
+    Args:
+        plan: the plan of the run.
+        index: the stage.
+    """
+
+    plan: Plan
+    index: int
+
+    @property
+    def last(self) -> bool:
+        """Whether this stage has the loss."""
+        return self.index == self.plan.stages - 1
+
+    @property
+    def mode(self) -> Mode:
+        """The plan's mode."""
+        return MODES[self.plan.mode]
+
+    def updates(self, batch: int) -> bool:
+        """Whether this stage updates from this batch: drawn from (seed, stage, batch)."""
+        p = self.plan.update_probability
+        return p >= 1 or derived_seed(self.plan.seed, "update", self.index, batch) < p * 2**63
+
+    def warms_up(self, batch: int) -> bool:
+        """Whether all cuts are locked for this batch, since the run has only begun."""
+        return self.plan.unlocked and batch < self.plan.warmup_steps
+
+    def wants_target(self, batch: int, locks: Locks = FREE) -> bool:
+        """Whether this stage's own DNI is to learn from the gradient that comes for this batch."""
+        if locks.mine:
+            return self._in_turn(batch)
+        return self.plan.unlocked and not self.last and self._flows(batch)
+
+    def at_update(self, batch: int, locks: Locks = FREE) -> bool:
+        """Whether the input gradient found at the update of this batch is sent down there and then."""
+        if self.index == 0:
+            return False
+        if self.mode.gradient != "synthetic":
+            return self.mode.gradient == "true"
+        at_once = self.last or locks.mine or self.plan.targets == "bootstrap"
+        return locks.below or (self.updates(batch) and self._in_turn(batch) and at_once)
+
+    def relays(self, batch: int, locks: Locks = FREE) -> bool:
+        """Whether the true gradient of this batch will be taken through this stage after its update."""
+        between = self.index > 0 and not self.last and not any(locks)
+        return between and self.plan.unlocked and self.plan.targets != "bootstrap" and self._flows(batch)
+
+    @property
+    def true_targets(self) -> bool:
+        """Whether what this stage's DNI learns from is the gradient of the loss, not (partly) of another DNI."""
+        return self.plan.targets == "true" or self.index == self.plan.stages - 2
+
+    def updates_from_true(self, locks: Locks = FREE) -> bool:
+        """Whether what this stage, below the last one, updates with surely is the gradient of the loss."""
+        return self.mode.gradient == "true" or (locks.mine and self.index == self.plan.stages - 2)
+
+    @property
+    def window_suffices(self) -> bool:
+        """Whether the stage below only trains its DNI on what it gets from this one, and passes nothing on."""
+        return self.plan.unlocked and (self.index == 1 or self.plan.targets == "bootstrap")
+
+    def samples(self, batch: int) -> bool:
+        """Whether the true gradient of this batch travels all the way down, to see how good the synthetic ones were."""
+        every = self.plan.quality_every
+        return self.plan.unlocked and every is not None and (batch + 1) % every == 0
+
+    def stashes(self, batch: int, locks: Locks = FREE) -> bool:
+        """Whether the weights will change between the forward of this batch and the last backward through it."""
+        return self.relays(batch, locks) or ((self.mode.stashes or self.samples(batch)) and not self.last)
+
+    def _flows(self, batch: int) -> bool:
+        """Whether a gradient for this batch sets out towards this stage: from the stage above, or from the last one."""
+        origin = self.index + 1 if self.plan.targets == "bootstrap" else self.plan.stages - 1
+        return self._in_turn(batch) and Flow(self.plan, origin).updates(batch)
+
+    def _in_turn(self, batch: int) -> bool:
+        return batch % self.plan.target_every == 0

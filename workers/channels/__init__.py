@@ -1,0 +1,1 @@
+"""Channels: what both ends promise, and what every kind of channel is made of."""

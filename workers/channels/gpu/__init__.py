@@ -1,0 +1,1 @@
+"""Channels between GPUs: CUDA peer memory and NCCL."""

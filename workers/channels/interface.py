@@ -1,0 +1,199 @@
+"""The two ends of a channel: what every implementation promises to the worker loop.
+
+A channel is one directed edge of the pipeline, bounded, with a single producer and a single consumer.
+
+    Sender.send --> | slot | slot | slot | slot | --> Receiver.poll ... Receiver.release
+                      freed by release               the message is read in place until then
+
+A full channel is the back-pressure: `send` waits. Every wait has a deadline, and its error tells who
+waited for whom, for how long, and how full the channel was. An end belongs to one thread.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn, Self
+
+from pipeline.messages.message import Message
+
+if TYPE_CHECKING:
+    from workers.channels.staging import Staging
+
+__all__ = ["ChannelBroken", "ChannelClosed", "ChannelTimeout", "End", "Receiver", "Sender"]
+
+
+class ChannelTimeout(TimeoutError):
+    """A wait on a channel reached its deadline; nothing was sent or received, and it may be tried again."""
+
+
+class ChannelClosed(ConnectionError):
+    """One of the ends was closed; nothing will travel on this channel any more."""
+
+
+class ChannelBroken(ConnectionError):
+    """The connection to the other end is gone without a close: its process has died, or the network has."""
+
+
+class End(ABC):
+    """What both ends share.
+
+    Attributes:
+        label: what the channel is called in errors, like ``"activations 0->1"``.
+        capacity: number of slots.
+    """
+
+    label: str
+    capacity: int
+
+    @abstractmethod
+    def depth(self) -> int:
+        """Number of slots in use, from the start of a send to the release. Never blocks; 0 once closed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close this end; a second call does nothing. The peer gets `ChannelClosed`, at once or when drained.
+
+        Messages already received stay readable for as long as somebody holds them.
+        """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _fullness(self) -> str:
+        return f"{self.depth()}/{self.capacity} slots full"
+
+    def _refuse(self, closed_by: str) -> NoReturn:
+        raise ChannelClosed(f"{self.label}: closed by {closed_by} ({self._fullness()})")
+
+
+class Sender(End):
+    """The end that sends."""
+
+    @abstractmethod
+    def room(self) -> bool:
+        """Whether a send would not block now. True once the receiver closed: a send then raises at once."""
+
+    @abstractmethod
+    def send(self, message: Message, deadline_s: float) -> None:
+        """Send one message; on return its tensors may be changed (those of a device by its current stream).
+
+        Args:
+            message: what to send; its tensors are copied once.
+            deadline_s: seconds from now within which a slot must be free.
+
+        Raises:
+            ChannelTimeout: the channel stayed full.
+            ChannelClosed: one of the ends is closed.
+            ValueError: the message is larger than a slot.
+
+        Blocks:
+            while the channel is full, at most ``deadline_s``.
+        """
+
+    def _give_up(self, waited_s: float) -> NoReturn:
+        raise ChannelTimeout(
+            f"{self.label}: the sender waited {waited_s:.3g} s for the receiver to free a slot ({self._fullness()})"
+        )
+
+
+class Receiver(End):
+    """The end that receives. `poll` and `receive` read in place, `take` and `take_within` copy.
+
+    Attributes:
+        held: number of messages received in place and not yet released.
+        lane: how messages get from the slots to where the worker computes.
+    """
+
+    held: int = 0
+    lane: Staging
+
+    @abstractmethod
+    def poll(self) -> Message | None:
+        """The next message in place, or None when there is none now. Never blocks.
+
+        Its tensors share the slot's memory: they are valid until `release`, and not to be written to. On a device they
+        are copies already.
+
+        Raises:
+            ChannelClosed: this end is closed, or the sender's is and everything it sent was received.
+        """
+
+    @abstractmethod
+    def receive(self, deadline_s: float) -> Message:
+        """The next message in place, like `poll`.
+
+        Args:
+            deadline_s: seconds from now within which a message must be there.
+
+        Raises:
+            ChannelTimeout: no message came.
+            ChannelClosed: as for `poll`.
+
+        Blocks:
+            until a message is there, at most ``deadline_s``.
+        """
+
+    def release(self) -> None:
+        """Free the oldest slot whose message was received and not yet released. Never blocks.
+
+        Raises:
+            RuntimeError: no slot is held.
+        """
+        if not self.held:
+            raise RuntimeError(f"{self.label}: no message is held, so there is nothing to release")
+        self.held -= 1
+        self.lane.then(self._free)
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Let the sender have the oldest slot held; a closed end has nothing to do. Never blocks."""
+
+    def take(self) -> Message | None:
+        """The next message as a copy, its slot already free again, or None. Never blocks.
+
+        Raises:
+            ChannelClosed: as for `poll`.
+            RuntimeError: a message that `poll` or `receive` gave is not yet released.
+        """
+        self._require_none_held()
+        message = self.poll()
+        return None if message is None else self.copied(message)
+
+    def take_within(self, deadline_s: float) -> Message:
+        """The next message as a copy, its slot already free again.
+
+        Args:
+            deadline_s: seconds from now within which a message must be there.
+
+        Raises:
+            ChannelTimeout: no message came.
+            ChannelClosed: as for `poll`.
+            RuntimeError: as for `take`.
+
+        Blocks:
+            until a message is there, at most ``deadline_s``.
+        """
+        self._require_none_held()
+        return self.copied(self.receive(deadline_s))
+
+    def _require_none_held(self) -> None:
+        if self.held:  # release frees the oldest slot, which would not be the one just copied
+            raise RuntimeError(f"{self.label}: {self.held} messages are held in place; release them before a take")
+
+    def copied(self, message: Message) -> Message:
+        """A copy of the only message that is held, its slot free again. Never blocks."""
+        try:
+            return self.lane.own(message)
+        finally:
+            self.release()
+
+    def _give_up(self, waited_s: float) -> NoReturn:
+        raise ChannelTimeout(
+            f"{self.label}: the receiver waited {waited_s:.3g} s for the sender's next message ({self._fullness()})"
+        )

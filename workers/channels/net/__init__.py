@@ -1,0 +1,1 @@
+"""Channels over torch.distributed with gloo."""

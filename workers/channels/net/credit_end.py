@@ -1,0 +1,258 @@
+"""What both ends of a channel between processes without common memory share: the protocol, and the thread that listens.
+
+    sender                         pair                      receiver
+    | slot 0 | slot 1 | ... |  -- messages -->   | slot 0 | slot 1 | ... |   receives are posted ahead for all slots
+    released: n                <-- credits --    | n = messages released |   the sender has room while sent - n < slots
+
+It is the shared memory ring, but each side has its own half. There is one slot more than the capacity, for the message
+that says that nothing will follow, so that a close never waits for room. Either end may begin to close; the other one
+answers at once, from its waiter thread, and so each knows that everything it sent has arrived before the connection
+goes. An end that has said so sends nothing any more.
+
+Each end has one waiter thread: it takes what arrives and rings the bell of its own worker. Buffers need no bookkeeping:
+a credit for message n proves that message n has left, message n that the credits up to n - slots have. A credit costs
+as much as a small message, so it is given only where the sender takes half of the slots or more to be in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from workers.channels.interface import ChannelBroken, ChannelTimeout, End
+from workers.channels.net.gloo import Meeting, Pair, PairBroken
+from workers.channels.slot import Slot, slot_stride
+from workers.channels.staging import NO_STAGING, Staging
+from workers.channels.wakeup import WakeUp
+
+__all__ = ["CLOSED", "RemoteEnd"]
+
+_CLOSE_WITHIN_S = 2.0
+CLOSED = -1
+"""A credit that says: this receiver takes nothing any more."""
+
+
+class RemoteEnd(End):
+    """What both ends share: two rings of buffers, one per direction, and the thread that waits for what arrives."""
+
+    side = 0
+    who = peer = ""
+
+    @classmethod
+    def attach(
+        cls,
+        meeting: Meeting,
+        name: str,
+        *,
+        label: str,
+        slots: int,
+        slot_bytes: int,
+        deadline_s: float,
+        bell: WakeUp | None = None,
+        wire_dtype: torch.dtype | None = None,
+        lane: Staging = NO_STAGING,
+    ) -> Self:
+        """Meet the other end. Whoever attaches several ends does so in an order common to all processes.
+
+        Args:
+            meeting: where both meet.
+            name: the channel's, used once.
+            label: what errors call the channel, like ``"activations 0->1"``.
+            slots: how many messages fit.
+            slot_bytes: largest ``layout_of(message).total_bytes``, as narrowed.
+            deadline_s: seconds from now within which the other end must come.
+            bell: this worker's, rung when a message or a release has arrived, and when the channel closes or breaks.
+            wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
+            lane: how messages get into the slots, or out of them; closed with the end.
+
+        Raises:
+            ChannelTimeout: it did not come.
+            ValueError: the ends do not agree on the slots.
+
+        Blocks:
+            until the other end is there, at most ``deadline_s`` to connect and as long again to greet.
+        """
+        pair = Pair.join(meeting, name, cls.side, deadline_s)
+        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=bell, wire_dtype=wire_dtype, lane=lane)
+        end.start(deadline_s)
+        return end
+
+    def __init__(
+        self,
+        pair: Pair,
+        *,
+        label: str,
+        slots: int,
+        slot_bytes: int,
+        bell: WakeUp | None,
+        wire_dtype: torch.dtype | None,
+        lane: Staging,
+    ) -> None:
+        self.label, self.capacity, self._ring_size = label, slots, slots + 1
+        stride = slot_stride(slot_bytes)
+        pages = mmap.mmap(-1, self._ring_size * stride)  # zeros, and whole pages: a device may want to have them pinned
+        memory = torch.frombuffer(pages, dtype=torch.uint8).view(self._ring_size, stride)
+        lane.pin(memoryview(pages))
+        self.lane = lane
+        self._slots = [self._slot(memoryview(row.numpy()), wire_dtype) for row in memory]
+        self._slot_bytes = list(memory)
+        self._credits = list(torch.zeros(self._ring_size, 1, dtype=torch.int64))
+        self._pair, self._bell = pair, bell
+        self._sent: list[Any] = [None] * self._ring_size
+        self._expected: list[Any] = [None] * self._ring_size
+        self._changed = threading.Condition()  # guards everything below, and who sends
+        self._closed = self._said_end = self._peer_ended = False
+        self._broken: PairBroken | None = None
+        self._heard = time.monotonic()
+        self._thread = threading.Thread(target=self._listen, name=f"{label}, {self.who}", daemon=True)
+
+    def close(self) -> None:
+        """Close this end; see `End.close`.
+
+        Blocks:
+            until what is under way to or from a device is copied, and the other end's process answered, at most 2 s: it
+            does at once unless it is stopped.
+        """
+        if self._closed:
+            return
+        self._wind_up()
+        if self._peer_ended:
+            self._flush()
+        self._pair.cut()
+        self._thread.join(_CLOSE_WITHIN_S)
+        self._slots, self._sent, self._expected = [], [], []
+        self._ring()
+
+    # ------------------------------------------------------------------ what the two ends do differently
+
+    @abstractmethod
+    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
+        """A slot of this end's ring."""
+
+    @abstractmethod
+    def _incoming(self) -> list[Tensor]:
+        """Where what the peer says lands."""
+
+    @abstractmethod
+    def _arrived(self, index: int) -> bool:
+        """Take in what arrived in a buffer; False when it says that nothing will follow."""
+
+    @abstractmethod
+    def _say_end(self) -> None:
+        """Tell the peer, once, that nothing will follow. With the lock held."""
+
+    def start(self, within_s: float) -> None:
+        """Agree with the other end on the slots, which also warms the connection up, then listen."""
+        mine = torch.tensor([len(self._slot_bytes), self._slot_bytes[0].numel()])
+        theirs = torch.zeros_like(mine)
+        try:
+            expected, sent = self._pair.expect(theirs), self._pair.send(mine)
+            self._pair.wait(expected, timedelta(seconds=within_s))
+            self._pair.wait(sent, timedelta(seconds=within_s))
+        except PairBroken as error:
+            raise ChannelTimeout(
+                f"{self.label}: no greeting from the {self.peer} in {within_s:.3g} s: {error}"
+            ) from error
+        if not torch.equal(mine, theirs):
+            self._pair.cut()
+            raise ValueError(
+                f"{self.label}: the {self.who} has {mine[0] - 1} slots of {mine[1]} bytes, the {self.peer} "
+                f"{theirs[0] - 1} of {theirs[1]}: both must run the same plan with the same version"
+            )
+        for index in range(self._ring_size):
+            self._expect(index)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ private
+
+    def _wind_up(self) -> None:
+        """Copy what is under way to or from a device, then part."""
+        self.lane.close()
+        self._part()
+
+    def _part(self) -> None:
+        """Say that nothing will follow, and wait for the peer's answer, 2 s at most."""
+        with self._changed:
+            self._closed = True
+            self._say_end()
+            self._changed.wait_for(lambda: self._peer_ended or self._broken, _CLOSE_WITHIN_S)
+            self._changed.notify_all()
+
+    def _listen(self) -> None:
+        """The waiter thread: until the peer has ended or the connection is gone."""
+        index, more = 0, True
+        while more:
+            try:
+                self._pair.wait(self._expected[index])
+                more = self._take_in(index)
+            except PairBroken as error:
+                more = False
+                self._lose(error)
+            index = (index + 1) % self._ring_size
+
+    def _take_in(self, index: int) -> bool:
+        """What has arrived in a buffer, from the waiter thread; False when nothing follows it."""
+        with self._changed:
+            self._heard = time.monotonic()
+            more = self._arrived(index)
+            if not more:
+                self._peer_ended = True
+                self._say_end()
+            self._changed.notify_all()
+        self._ring()
+        return more
+
+    def _lose(self, error: PairBroken) -> None:
+        """The connection is gone; the first reason counts."""
+        with self._changed:
+            self._broken = self._broken or error
+            self._changed.notify_all()
+        self._ring()
+
+    def _expect(self, index: int) -> None:
+        self._expected[index] = self._pair.expect(self._incoming()[index])
+
+    def _ship(self, index: int, data: Tensor) -> None:
+        """Send a buffer; what was sent from it before has left, see above, but gloo wants to hear a wait for it."""
+        if self._sent[index] is not None:
+            self._pair.wait(self._sent[index])
+        self._sent[index] = self._pair.send(data)
+
+    def _flush(self) -> None:
+        """Wait until the last words have left; the peer has posted its receives for them."""
+        with contextlib.suppress(PairBroken):
+            for work in self._sent:
+                if work is not None:
+                    self._pair.wait(work, timedelta(seconds=_CLOSE_WITHIN_S))
+
+    def _within(self, deadline_s: float, ready: Callable[[], bool]) -> None:
+        """Wait, with the lock held, until ``ready``, the peer's end or a broken connection; else give up."""
+        start = time.monotonic()
+        if not self._changed.wait_for(lambda: ready() or self._peer_ended or self._broken, deadline_s):
+            self._give_up(deadline_s)
+        if not (ready() or self._peer_ended):
+            self._break(time.monotonic() - start)
+
+    def _break(self, waited_s: float) -> NoReturn:
+        raise ChannelBroken(
+            f"{self.label}: the connection broke while the {self.who} waited for the {self.peer} ({waited_s:.3g} s, "
+            f"{self._fullness()}, last heard of it {time.monotonic() - self._heard:.3g} s ago): {self._broken}. Its "
+            "process died, or the network between the hosts did: look what its worker reported, and at its system's log"
+        ) from self._broken
+
+    @abstractmethod
+    def _give_up(self, waited_s: float) -> NoReturn:
+        """Raise what says who waited for whom."""
+
+    def _ring(self) -> None:
+        if self._bell is not None:
+            self._bell.ring()

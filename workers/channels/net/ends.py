@@ -1,0 +1,173 @@
+"""The ends of a channel between two processes that share no memory; the protocol stands in `workers.channels.net.credit_end`."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from pipeline.messages.message import Message
+from workers.channels.interface import Receiver, Sender
+from workers.channels.net.credit_end import CLOSED, RemoteEnd
+from workers.channels.net.gloo import PairBroken
+from workers.channels.slot import Slot
+
+__all__ = ["RemoteReceiver", "RemoteSender"]
+
+
+class RemoteSender(Sender, RemoteEnd):
+    """The sending end of a remote channel; see `Sender`. Use `attach`."""
+
+    side, who, peer = 0, "sender", "receiver"
+    _num_sent = _num_shipped = _num_released = 0
+
+    def depth(self) -> int:
+        """Number of slots in use; see `End.depth`."""
+        return 0 if self._closed else self._num_sent - self._num_released
+
+    def room(self) -> bool:
+        """Whether a send would not block now; see `Sender.room`. True once the connection broke: a send then raises."""
+        return self._has_room() or self._closed or self._peer_ended or self._broken is not None
+
+    def send(self, message: Message, deadline_s: float) -> None:
+        """Send one message; see `Sender.send`.
+
+        Raises:
+            ChannelBroken: the connection is gone.
+        """
+        if self._closed:
+            self._refuse("the sender")
+        with self._changed:
+            self._within(deadline_s, self._has_room)
+            if self._peer_ended:
+                self._refuse("the receiver")
+            if self._broken is not None:
+                self._break(0.0)
+            index = self._num_sent % self._ring_size
+            try:
+                self.lane.fill(self._slots[index], message)
+            except BaseException as error:
+                error.add_note(f"while sending on {self.label}")
+                raise
+            self._num_sent += 1
+            self.lane.then(self._ship_next)
+            if self._broken is not None:
+                self._break(0.0)
+
+    def _ship_next(self) -> None:
+        """The oldest message that is filled; in the thread that sent it, or in that of its lane."""
+        with self._changed:
+            if self._said_end or self._broken is not None:
+                return  # nobody takes it
+            index = self._num_shipped % self._ring_size
+            try:
+                self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
+            except PairBroken as error:
+                self._broken = error
+                self._changed.notify_all()
+            self._num_shipped += 1
+
+    def _has_room(self) -> bool:
+        return self._num_sent - self._num_released < self.capacity
+
+    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
+        return self.lane.outgoing(memory, wire_dtype)
+
+    def _incoming(self) -> list[Tensor]:
+        return self._credits
+
+    def _arrived(self, index: int) -> bool:
+        released = int(self._credits[index])
+        if released == CLOSED:
+            return False
+        if not self._said_end:
+            self._expect(index)  # first, so that there is always one for every credit that can come
+        self._num_released = released
+        return True
+
+    def _say_end(self) -> None:
+        if not self._said_end and self._broken is None:
+            self._said_end = True
+            index = self._num_shipped % self._ring_size
+            self._slots[index].write_end()
+            with contextlib.suppress(PairBroken):  # the waiter sees it too
+                self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
+
+
+class RemoteReceiver(Receiver, RemoteEnd):
+    """The receiving end of a remote channel; see `Receiver`. Use `attach`."""
+
+    side, who, peer = 1, "receiver", "sender"
+    _num_arrived = _num_read = _num_released = _num_told = _num_credits = 0
+
+    def depth(self) -> int:
+        """Number of slots in use, as far as messages have arrived; see `End.depth`."""
+        return 0 if self._closed else self._num_arrived - self._num_released
+
+    def poll(self) -> Message | None:
+        """The next message in place, or None; see `Receiver.poll`.
+
+        Raises:
+            ChannelBroken: the connection is gone, and everything that arrived was received.
+        """
+        if self._has_message() or self._closed or self._peer_ended or self._broken is not None:
+            return self.receive(0)
+        return None
+
+    def receive(self, deadline_s: float) -> Message:
+        """The next message in place; see `Receiver.receive`. Raises as `poll`."""
+        if self._closed:
+            self._refuse("the receiver")
+        with self._changed:
+            self._within(deadline_s, self._has_message)
+            if not self._has_message():
+                self._refuse("the sender")
+            slot = self._slots[self._num_read % self._ring_size]
+            self._num_read += 1
+            self.held += 1
+            return self.lane.land(slot)
+
+    def _free(self) -> None:
+        with self._changed:
+            index = self._num_released % self._ring_size
+            self._num_released += 1
+            if not self._said_end and self._broken is None:
+                with contextlib.suppress(PairBroken):  # the waiter sees it too
+                    self._expect(index)
+                    self._give_credit(self.capacity // 2 or 1)
+
+    def _give_credit(self, least: int) -> None:
+        """Tell the sender what was released, once ``least`` slots are in use as far as it knows."""
+        if self._num_released > self._num_told and self._num_arrived - self._num_told >= least:
+            self._num_told = self._num_released
+            self._ship_credit(self._num_told)
+
+    def _ship_credit(self, value: int) -> None:
+        index = self._num_credits % self._ring_size
+        self._num_credits += 1
+        self._credits[index].fill_(value)
+        self._ship(index, self._credits[index])
+
+    def _has_message(self) -> bool:
+        return self._num_arrived > self._num_read
+
+    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
+        return self.lane.incoming(memory)
+
+    def _incoming(self) -> list[Tensor]:
+        return self._slot_bytes
+
+    def _arrived(self, index: int) -> bool:
+        if self._slots[index].is_end:
+            return False
+        self._num_arrived += 1
+        if not self._said_end:
+            self._give_credit(self.capacity)  # the sender believes that the channel is full
+        return True
+
+    def _say_end(self) -> None:
+        if not self._said_end and self._broken is None:
+            self._said_end = True
+            with contextlib.suppress(PairBroken):  # the waiter sees it too
+                self._ship_credit(CLOSED)

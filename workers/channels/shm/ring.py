@@ -1,0 +1,292 @@
+"""The shared memory ring: a channel between two processes of one host. Linux.
+
+    segment fw-<driver pid>-...    semaphores ...-e: empty slots (sender waits), ...-f: filled (receiver)
+    | sizes, closed flags | slot 0 | slot 1 | ... |
+
+One copy in (the sender's), read in place, two counting semaphores, no threads. Each side keeps its own
+place in the ring; the post and wait of the semaphores order the memory. Everything has a name, so that
+processes without a common parent can attach, and once both have, `unlink_ring` removes the names while
+the memory lives on: then even `kill -9` of every process leaves nothing behind.
+
+A peer killed by SIGKILL cannot be seen from here: deadlines cover it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import struct
+
+import posix_ipc
+import torch
+
+from pipeline.errors import PlanError
+from pipeline.messages.message import Message
+from workers.channels.interface import ChannelTimeout, End, Receiver, Sender
+from workers.channels.shm.host_memory import check_shared_memory, new_prefix, sweep_stale, too_little
+from workers.channels.slot import Slot, slot_stride
+from workers.channels.staging import NO_STAGING, Staging
+from workers.channels.wakeup import WakeUp, acquire_within, create_semaphore, open_semaphore, unlink_semaphore
+
+__all__ = [
+    "CARD",
+    "RECEIVER_ATTACHED",
+    "SENDER_ATTACHED",
+    "ShmReceiver",
+    "ShmSender",
+    "check_shared_memory",
+    "create_ring",
+    "new_prefix",
+    "ring_bytes",
+    "sweep_stale",
+    "unlink_ring",
+]
+
+_HEADER_BYTES = 4096
+_SIZES = struct.Struct("<qq")  # number of slots, bytes from one to the next
+_NUM_SENT = struct.Struct("<q")  # written by the sender when it closes
+_NUM_SENT_AT = 16
+# Each flag has one writer, and the two sides do not share a cache line.
+SENDER_ATTACHED = 64
+_SENDER_CLOSED = 65
+RECEIVER_ATTACHED = 128
+_RECEIVER_CLOSED = 129
+CARD = 256
+"""From here to the end of the header a kind of channel may leave what its ends have to know of each other."""
+
+
+def ring_bytes(slots: int, slot_bytes: int) -> int:
+    """Bytes of shared memory a ring takes."""
+    return _HEADER_BYTES + slots * slot_stride(slot_bytes)
+
+
+def create_ring(name: str, slots: int, slot_bytes: int) -> None:
+    """Make a ring and reserve its memory. It lives until `unlink_ring` and the last end that is attached.
+
+    Args:
+        name: starts with the run's `new_prefix`; up to 28 characters.
+        slots: how many messages fit.
+        slot_bytes: largest ``layout_of(message).total_bytes``.
+
+    Raises:
+        PlanError: too little shared memory, or sizes below 1. Without the reservation a full /dev/shm would
+            kill the process that touches it (SIGBUS).
+        FileExistsError: the name is taken.
+    """
+    if slots < 1 or slot_bytes < 1:
+        raise PlanError(f"a channel needs at least 1 slot of 1 byte, not {slots} of {slot_bytes}.")
+    total_bytes = ring_bytes(slots, slot_bytes)
+    check_shared_memory(total_bytes)
+    try:
+        segment = posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX)
+    except posix_ipc.ExistentialError as error:
+        raise FileExistsError(f"shared memory ring '{name}' exists already") from error
+    try:
+        os.posix_fallocate(segment.fd, 0, total_bytes)
+        os.pwrite(segment.fd, _SIZES.pack(slots, slot_stride(slot_bytes)), 0)
+        create_semaphore(f"{name}-e", slots).close()
+        create_semaphore(f"{name}-f", 0).close()  # last: who finds this one finds everything
+    except BaseException as error:
+        unlink_ring(name)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            check_shared_memory(total_bytes)
+            raise too_little(total_bytes) from error
+        raise
+    finally:
+        segment.close_fd()
+
+
+def unlink_ring(name: str) -> None:
+    """Remove a ring's names; ends that have attached go on, new ones cannot come. Twice is no error."""
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_shared_memory(f"/{name}")
+    unlink_semaphore(f"{name}-e")
+    unlink_semaphore(f"{name}-f")
+
+
+class _ShmEnd(End):
+    """One process's mapping of a ring, with the slots cut out once."""
+
+    def __init__(
+        self,
+        name: str,
+        label: str,
+        deadline_s: float,
+        attached_flag: int,
+        peer_bell: WakeUp | None,
+        lane: Staging,
+    ) -> None:
+        try:
+            self._filled = open_semaphore(f"{name}-f", deadline_s)
+            self._empty = open_semaphore(f"{name}-e", 0)
+            segment = posix_ipc.SharedMemory(f"/{name}")
+        except (TimeoutError, posix_ipc.ExistentialError) as error:
+            raise ChannelTimeout(
+                f"{label}: no shared memory ring '{name}' after {deadline_s:.3g} s: was it made, and not yet unlinked?"
+            ) from error
+        try:
+            populate = getattr(mmap, "MAP_POPULATE", 0)  # page faults now, not in the first messages
+            mapping = mmap.mmap(segment.fd, segment.size, flags=mmap.MAP_SHARED | populate)
+        finally:
+            segment.close_fd()
+        view = memoryview(mapping)
+        self.label = label
+        self.capacity, stride = _SIZES.unpack_from(view)
+        # Tensors read in place keep their slot's memoryview alive, and that the mapping: it is never closed
+        # by hand (a tensor would crash), but goes with its last view.
+        self._header = view[:_HEADER_BYTES]
+        starts = range(_HEADER_BYTES, len(view), stride)
+        self.lane = lane
+        self._memories = [view[start : start + stride] for start in starts]
+        self._slots: list[Slot] = []
+        self._next = 0  # how many messages this side has sent or received
+        self._closed = False
+        self._peer_bell = peer_bell
+        if self._header[attached_flag]:
+            raise ValueError(f"{label}: this end of '{name}' is attached already; a channel has one of each end")
+        self._header[attached_flag] = 1
+        lane.pin(view)
+
+    @property
+    def paired(self) -> bool:
+        """Whether both ends have attached: from then on the names are of no more use."""
+        return bool(self._header[SENDER_ATTACHED] and self._header[RECEIVER_ATTACHED])
+
+    def depth(self) -> int:
+        """Number of slots in use; see `End.depth`."""
+        return 0 if self._closed else max(0, self.capacity - int(self._empty.value))
+
+    def _shut(self) -> None:
+        self._closed = True
+        self._slots, self._memories = [], []
+        self._filled.close()
+        self._empty.close()
+        self._ring()
+
+    def _ring(self) -> None:
+        if self._peer_bell is not None:
+            self._peer_bell.ring()
+
+
+class ShmSender(_ShmEnd, Sender):
+    """The sending end of a ring; see `Sender`. Use `attach`."""
+
+    @classmethod
+    def attach(
+        cls,
+        name: str,
+        *,
+        label: str,
+        deadline_s: float,
+        receiver_bell: WakeUp | None = None,
+        wire_dtype: torch.dtype | None = None,
+        lane: Staging = NO_STAGING,
+    ) -> ShmSender:
+        """Open the sending end of a ring that any process makes with `create_ring`.
+
+        Args:
+            name: the ring's.
+            label: what errors call the channel, like ``"activations 0->1"``.
+            deadline_s: seconds from now within which the ring must exist.
+            receiver_bell: rung after each send and at close.
+            wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
+            lane: how messages get into the slots; closed with the end.
+
+        Raises:
+            ChannelTimeout: there is no such ring.
+            ValueError: somebody has attached this end before.
+
+        Blocks:
+            until the ring exists, at most ``deadline_s``.
+        """
+        end = cls(name, label, deadline_s, SENDER_ATTACHED, receiver_bell, lane)
+        end._slots = [lane.outgoing(memory, wire_dtype) for memory in end._memories]
+        return end
+
+    def room(self) -> bool:
+        """Whether a send would not block now; see `Sender.room`."""
+        return self._closed or bool(self._empty.value) or bool(self._header[_RECEIVER_CLOSED])
+
+    def send(self, message: Message, deadline_s: float) -> None:
+        """Send one message; see `Sender.send`."""
+        if self._closed:
+            self._refuse("the sender")
+        if not acquire_within(self._empty, deadline_s):
+            self._give_up(deadline_s)
+        if self._header[_RECEIVER_CLOSED]:
+            self._empty.release()
+            self._refuse("the receiver")
+        try:
+            self.lane.fill(self._slots[self._next % self.capacity], message)
+        except BaseException as error:
+            self._empty.release()
+            error.add_note(f"while sending on {self.label}")
+            raise
+        self._next += 1
+        self.lane.then(self._post)
+
+    def _post(self) -> None:
+        self._filled.release()
+        self._ring()
+
+    def close(self) -> None:
+        """Close this end; see `End.close`. The receiver gets what was sent, then `ChannelClosed`."""
+        if not self._closed:
+            self.lane.close()
+            _NUM_SENT.pack_into(self._header, _NUM_SENT_AT, self._next)
+            self._header[_SENDER_CLOSED] = 1
+            self._filled.release()  # one more than messages sent: wakes the receiver
+            self._shut()
+
+
+class ShmReceiver(_ShmEnd, Receiver):
+    """The receiving end of a ring; see `Receiver`. Use `attach`."""
+
+    _drained = False
+
+    @classmethod
+    def attach(
+        cls, name: str, *, label: str, deadline_s: float, sender_bell: WakeUp | None = None, lane: Staging = NO_STAGING
+    ) -> ShmReceiver:
+        """Open the receiving end; as `ShmSender.attach`. ``sender_bell`` is rung by releases and at close."""
+        end = cls(name, label, deadline_s, RECEIVER_ATTACHED, sender_bell, lane)
+        end._slots = [lane.incoming(memory) for memory in end._memories]
+        return end
+
+    def poll(self) -> Message | None:
+        """The next message in place, or None; see `Receiver.poll`."""
+        # Asking for the value first makes an empty poll 0.1 us instead of 1 us.
+        if not (self._closed or self._drained) and not self._filled.value:
+            return None
+        return self.receive(0)
+
+    def receive(self, deadline_s: float) -> Message:
+        """The next message in place; see `Receiver.receive`."""
+        if self._closed:
+            self._refuse("the receiver")
+        if self._drained:
+            self._refuse("the sender")
+        if not acquire_within(self._filled, deadline_s):
+            self._give_up(deadline_s)
+        if self._header[_SENDER_CLOSED] and self._next == _NUM_SENT.unpack_from(self._header, _NUM_SENT_AT)[0]:
+            self._drained = True
+            self._refuse("the sender")
+        slot = self._slots[self._next % self.capacity]
+        self._next += 1
+        self.held += 1
+        return self.lane.land(slot)
+
+    def _free(self) -> None:
+        if not self._closed:
+            self._empty.release()
+            self._ring()
+
+    def close(self) -> None:
+        """Close this end; see `End.close`. The sender gets `ChannelClosed` at once."""
+        if not self._closed:
+            self.lane.close()
+            self._header[_RECEIVER_CLOSED] = 1
+            self._empty.release()  # wakes the sender
+            self._shut()

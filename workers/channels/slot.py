@@ -1,0 +1,155 @@
+"""One slot of a ring, as one side sees it.
+
+    | serial kind narrowed stage batch ... | encoded message: header and tensors |
+      64 bytes, written every time           its header written when the shapes change
+
+Shapes seldom change from one batch to the next. The sender counts those changes in `serial`; while it stays
+the same, both sides reuse the tensors they have laid over the slot. On one slow core that takes a message
+of one small tensor, sent and received, from 40 us to 17 us.
+
+In shared memory both sides look at the same bytes; else each has a slot of its own, and what was written in one travels
+into the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.messages.message import ALIGNMENT_BYTES, Kind, Layout, Message, decode, layout_of, write_into
+from pipeline.plan.channel_choice import narrowed, widened
+
+__all__ = ["Slot", "slot_stride"]
+
+_RECORD = struct.Struct("<QB?HIqHq")  # serial, kind, narrowed, stage, generation, batch id, microbatch, sent
+_KIND_AT, _END_OF_CHANNEL = 8, 255
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+def slot_stride(slot_bytes: int) -> int:
+    """Bytes from one slot to the next, for messages of up to ``slot_bytes`` encoded bytes."""
+    return ALIGNMENT_BYTES + -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+class Slot:
+    """A slot, on the side that writes or on the side that reads.
+
+    Args:
+        memory: ``slot_stride`` bytes, zero at first.
+        wire_dtype: what a written message's activation or gradient is narrowed to; None: it travels as it is.
+    """
+
+    __slots__ = ("_body", "_narrow", "_record", "_rooms", "_serial", "_specs", "_tensors", "_wire_dtype", "used_bytes")
+
+    def __init__(self, memory: memoryview, wire_dtype: torch.dtype | None = None) -> None:
+        self._record, self._body = memory[:ALIGNMENT_BYTES], memory[ALIGNMENT_BYTES:]
+        self._serial = 0  # no message has it: the first write makes it 1
+        self._specs: list[tuple[torch.dtype, torch.Size]] | None = None
+        self._tensors: tuple[Tensor, ...] = ()
+        self._rooms: tuple[_Room | None, ...] = ()
+        self._wire_dtype, self._narrow = wire_dtype, False
+        self.used_bytes = 0
+        """Bytes of the memory that the last written message takes."""
+
+    def write(self, message: Message) -> None:
+        """Copy the message in; once per tensor.
+
+        Raises:
+            ValueError: it is larger than the slot.
+            TypeError: a tensor's dtype cannot travel.
+        """
+        specs = [(tensor.dtype, tensor.shape) for tensor in message.tensors]
+        if specs == self._specs:
+            self._copy_in(message)
+        else:
+            self._specs = None
+            self._lay_out(message)
+            self._specs = specs
+        m, serial, narrow = message, self._serial, self._narrow
+        _RECORD.pack_into(
+            self._record, 0, serial, m.kind, narrow, m.stage, m.generation, m.batch, m.microbatch, m.sent_ns
+        )
+
+    def write_end(self) -> None:
+        """Write that nothing will follow."""
+        self._record[_KIND_AT] = _END_OF_CHANNEL
+        self.used_bytes = ALIGNMENT_BYTES
+
+    @property
+    def body(self) -> memoryview:
+        """The memory behind the record, where the encoded message begins."""
+        return self._body
+
+    @property
+    def is_end(self) -> bool:
+        """Whether ``write_end`` wrote last."""
+        return self._record[_KIND_AT] == _END_OF_CHANNEL
+
+    def read(self) -> Message:
+        """The message in place: its tensors share the slot's memory, but for one that was narrowed on its way."""
+        message, narrow = self.read_narrow()
+        return widened(message) if narrow else message
+
+    def read_narrow(self) -> tuple[Message, bool]:
+        """The message in place as it travelled, and whether its first tensor was narrowed for that."""
+        serial, kind, narrow, stage, generation, batch, microbatch, sent_ns = _RECORD.unpack_from(self._record)
+        if serial != self._serial:
+            with torch.inference_mode(False):  # made in an evaluation, they serve in training too
+                self._tensors = self._laid_over()
+            self._serial = serial
+        # Tensors of their own for the caller, who may set requires_grad on them.
+        tensors = tuple([tensor.detach() for tensor in self._tensors])
+        return Message(_KINDS[kind], batch, stage, tensors, generation, microbatch, sent_ns), narrow
+
+    def _copy_in(self, message: Message) -> None:
+        """Copy the tensors of a message like the last one."""
+        for mine, room, tensor in zip(self._tensors, self._rooms, message.tensors, strict=True):
+            if room is not None and tensor.is_contiguous():
+                ctypes.memmove(room.address, tensor.data_ptr(), room.size)
+            else:
+                mine.copy_(tensor.detach())
+
+    def _lay_out(self, message: Message) -> None:
+        """Write a message unlike the last one, header and tensors."""
+        sent = narrowed(message, self._wire_dtype)
+        layout = layout_of(sent)
+        self._check_fits(layout.total_bytes, len(self._body))
+        write_into(self._body, sent, layout)
+        with torch.inference_mode(False):
+            self._tensors = self._laid_over()
+        self._rooms = tuple(map(_room, self._tensors, message.tensors))
+        self._laid_out(layout, narrow=sent is not message)
+
+    def _laid_out(self, layout: Layout, *, narrow: bool) -> None:
+        self._narrow = narrow
+        self.used_bytes = ALIGNMENT_BYTES + layout.total_bytes
+        self._serial += 1
+
+    def _check_fits(self, total_bytes: int, room_bytes: int) -> None:
+        if total_bytes > room_bytes:
+            raise ValueError(
+                f"a message of {total_bytes:,} bytes does not fit its slot of {room_bytes:,}"
+                " bytes; make the slots larger or the batch smaller"
+            )
+
+    def _laid_over(self) -> tuple[Tensor, ...]:
+        """The tensors of the message whose header lies in the slot."""
+        return decode(self._body).tensors
+
+
+class _Room(NamedTuple):
+    """Where the bytes of a tensor go. A plain copy there takes half of what torch's takes for a small tensor."""
+
+    address: int
+    size: int
+
+
+def _room(mine: Tensor, sent: Tensor) -> _Room | None:
+    """None where the bytes are not copied as they are: narrowed, or not in this process's memory."""
+    if mine.dtype != sent.dtype or sent.device.type != "cpu" or not mine.numel():
+        return None
+    return _Room(mine.data_ptr(), mine.numel() * mine.element_size())

@@ -1,0 +1,167 @@
+"""One agent, as the driver of a run of many ranks sees it: what it said last, by whose clock, and where its files go.
+
+agent --records--> drain: statuses and files are taken in here, times put on the driver's clock --> the fleet
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing import connection as mp_connection
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import msgspec
+import numpy as np
+
+from pipeline.errors import PlanError
+from pipeline.metrics.spans import SPAN_DTYPE, Span
+from workers.clock import now_ns
+from workers.files import writing
+from workers.supervision import protocol
+from workers.supervision.protocol import ControlSocket
+from workers.telemetry import records
+from workers.telemetry.status_table import Status
+
+__all__ = ["LOOK_FOR_RECORD_EVERY_S", "RankLink"]
+
+LOOK_FOR_RECORD_EVERY_S = 0.2
+"""How long a look for records waits for one, in seconds."""
+_CLOCK_ROUNDS = 8
+_ANSWER_WITHIN_S = 30.0
+
+_Record = TypeVar("_Record", bound=protocol.Control)
+
+
+@dataclass
+class RankLink:
+    """One agent.
+
+    Attributes:
+        wire: the connection to it.
+        hello: who it is.
+        offset_ns: its clock minus the driver's.
+        status: what its worker does, on the driver's clock.
+        state: the state letter of its worker's process.
+        pid: its worker's process, once that is ready.
+        heard: when it last said anything, on this program's clock in seconds.
+        gone: why nothing comes from it any more.
+        words: the types of the records it has sent.
+        files: where what its worker writes is to lie, by its name in ``Assignment.files``.
+    """
+
+    wire: ControlSocket
+    hello: protocol.Hello = field(default_factory=lambda: protocol.Hello(-1, 0, "?", "", ""))
+    offset_ns: int = 0
+    status: Status = field(default_factory=lambda: Status(Span.OTHER, -1, now_ns(), 0))
+    state: str = ""
+    pid: int = 0
+    heard: float = field(default_factory=time.monotonic)
+    gone: str | None = None
+    words: set[type] = field(default_factory=set)
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no more is to be expected of it after an interrupt."""
+        return self.gone is not None or not self.words.isdisjoint(
+            {protocol.Interrupted, protocol.WorkerDied, records.Failure}
+        )
+
+    @property
+    def process(self) -> str:
+        """Its worker's process, for people: ``pid 17 on beta``."""
+        return f"pid {self.pid} on {self.hello.host}"
+
+    def tell(self, record: protocol.Control) -> None:
+        """Send it a record, if it can be reached; if not, that is noted. Does not block."""
+        if self.gone is None:
+            try:
+                self.wire.send(record)
+            except protocol.Gone as gone:
+                self.gone = str(gone)
+
+    def drain(self) -> Iterator[protocol.Control]:
+        """What it has said since the last look, times on the driver's clock. Does not block."""
+        try:
+            while self.wire.poll():
+                record = self._taken(self.wire.receive())
+                self.words.add(type(record))
+                self.heard = time.monotonic()
+                yield record
+        except (protocol.Gone, msgspec.DecodeError) as gone:
+            self.gone = str(gone)
+
+    def answer(self, kind: type[_Record], asked: Callable[[], bool]) -> _Record:
+        """The next record of a kind from it, before anything else runs.
+
+        Args:
+            kind: type of the record.
+            asked: whether somebody asked this process to end.
+
+        Raises:
+            PlanError: it is gone, or does not answer.
+            KeyboardInterrupt: this process was asked to end.
+
+        Blocks:
+            until the record is there, at most 30 s.
+        """
+        end = time.monotonic() + _ANSWER_WITHIN_S
+        while time.monotonic() < end and self.gone is None:
+            if asked():
+                raise KeyboardInterrupt
+            mp_connection.wait(cast(Any, [self.wire]), LOOK_FOR_RECORD_EVERY_S)
+            for record in self.drain():
+                if isinstance(record, kind):
+                    return record
+        raise PlanError(
+            f"rank {self.hello.rank} ({self.hello.host}) {self.gone or 'does not answer'}: look at what it "
+            "printed on its host."
+        )
+
+    def compare_clocks(self, asked: Callable[[], bool]) -> None:
+        """Find its clock minus ours, from the quickest of a few answers: right to half of what that one took.
+
+        Raises and blocks as ``answer``, eight times.
+        """
+        offsets: dict[int, int] = {}
+        for _ in range(_CLOCK_ROUNDS):
+            before_ns = now_ns()
+            self.tell(protocol.ReadClock())
+            answer = self.answer(protocol.Time, asked)
+            after_ns = now_ns()
+            offsets[after_ns - before_ns] = answer.time_ns - (before_ns + after_ns) // 2
+        self.offset_ns = offsets[min(offsets)]
+
+    def _taken(self, record: protocol.Control) -> protocol.Control:
+        """Note what is for the driver's eyes, and turn times into the driver's own."""
+        if isinstance(record, protocol.WorkerStatus):
+            start_ns = record.start_ns - self.offset_ns if record.start_ns else self.status.start_ns
+            self.status = Status(Span(record.span), record.batch, start_ns, record.progress)
+            self.state = record.state
+        elif isinstance(record, protocol.File):
+            self._write(record)
+        elif isinstance(record, records.Ready):
+            self.pid = record.pid
+        elif isinstance(record, records.Observation | records.Failure):
+            return msgspec.structs.replace(record, time_ns=record.time_ns - self.offset_ns)
+        elif isinstance(record, records.Finished):
+            late = self.offset_ns
+            window = record.window_ns and (record.window_ns[0] - late, record.window_ns[1] - late)
+            times = {"begin_ns": record.begin_ns - late, "end_ns": record.end_ns - late, "window_ns": window}
+            return msgspec.structs.replace(record, **times)
+        return record
+
+    def _write(self, piece: protocol.File) -> None:
+        path = self.files[piece.what]
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write(piece.data)
+        if piece.last and piece.what == "spans" and self.offset_ns:
+            spans = np.load(path, allow_pickle=False)
+            assert spans.dtype == SPAN_DTYPE, "spans come from a worker of this version"
+            spans["start_ns"] -= self.offset_ns
+            with writing(path):
+                np.save(path, spans, allow_pickle=False)

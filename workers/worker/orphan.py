@@ -1,0 +1,57 @@
+"""What a worker does once its driver, or its agent, is dead: there is nobody left to end it and to tidy up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import connection as mp_connection
+from multiprocessing import parent_process
+from pathlib import Path
+
+from workers.processes.context import remove_listener
+from workers.wiring.run_memory import unlink_all
+from workers.worker.assignment import Assignment
+
+__all__ = ["ends_with_the_driver"]
+
+_TIDY_WITHIN_S = 10.0
+
+
+@contextlib.contextmanager
+def ends_with_the_driver(assignment: Assignment, listener: Path | None) -> Iterator[None]:
+    """Watch, from a thread, over the process that started this one; when it dies, end with everything started here.
+
+    What the dead one would have removed is removed first: the names in shared memory and its fork server's socket.
+
+    Args:
+        assignment: the worker's part of the run.
+        listener: the socket of the fork server; None: not known.
+
+    Blocks:
+        on the way out, if the driver is dead, until this process is killed: others may have told it to end as well,
+        and the thread would end with it, before it has tidied up.
+    """
+    driver = parent_process()
+    if driver is None:  # called directly, in a test
+        yield
+        return
+
+    def watch() -> None:
+        mp_connection.wait([driver.sentinel])
+        try:
+            unlink_all(assignment.resolved, assignment.names)
+            if listener is not None:
+                remove_listener(listener)
+        finally:
+            os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    thread = threading.Thread(target=watch, name="driver-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        if mp_connection.wait([driver.sentinel], 0.0):
+            thread.join(_TIDY_WITHIN_S)

@@ -1,0 +1,174 @@
+"""A worker's queues as its Runner sees them: the data, the channels around the stage, and the bell they ring.
+
+loader or activations k-1->k  ->  below  [ Runner ]  down  ->  activations k->k+1
+       gradients k->k-1       <-  up     [        ]  above <-  gradients k+1->k
+                                              |
+                       peers: shares of averages, from and to the other replicas
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from pipeline.data.loader import inputs
+from pipeline.data.recipe import Recipe, open_data
+from pipeline.messages.message import Kind, Message
+from pipeline.metrics.spans import Recorder, Span
+from pipeline.plan.device_choice import on_gpu
+from workers.channels.interface import Receiver, Sender
+from workers.channels.wakeup import SPIN_S, WakeUp
+from workers.clock import now_ns
+from workers.wiring.edges import edges_of, open_receiver, open_sender
+from workers.worker.assignment import Assignment
+from workers.worker.emulated import DelayedReceiver
+
+__all__ = ["Ports", "attached"]
+
+_TRAINING = (Kind.ACTIVATION, Kind.AWAITED, Kind.GRADIENT)
+
+
+class Loading:
+    """The data as an inlet."""
+
+    def __init__(self, assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[int], bool]) -> None:
+        open_data(recipe, assignment.plan)
+        self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps, enough, assignment.replica)
+        self._record = record
+
+    def take(self) -> Message | None:
+        """The next message; makes the batch."""
+        self._record(Span.LOAD, -1)
+        message = next(self._messages, None)
+        self._record(Span.OTHER, -1)
+        return message
+
+    def depth(self) -> int:
+        """There is no queue in front of the data."""
+        return -1
+
+
+@dataclass
+class Taking:
+    """A receiver as an inlet."""
+
+    receiver: Receiver
+    record: Recorder
+    delayed: DelayedReceiver | None = None
+
+    def take(self) -> Message | None:
+        """The next message as a copy, its slot free again, or None."""
+        message = (self.delayed or self.receiver).poll()
+        if message is None:
+            return None
+        self.record(Span.RECEIVE, message.batch)
+        owned = self.receiver.copied(message)
+        self.record(Span.OTHER, -1)
+        return owned
+
+    def depth(self) -> int:
+        """Slots in use."""
+        return self.receiver.depth()
+
+    def due_ns(self) -> int | None:
+        """When a message that is known to come will arrive."""
+        return self.delayed.due_ns if self.delayed is not None else None
+
+
+@dataclass
+class Putting:
+    """A sender as an outlet."""
+
+    sender: Sender
+    deadline_s: float
+    stamps: bool
+    sent_bytes: int = 0  # of the tensors of training batches
+
+    def room(self) -> bool:
+        """Whether ``put`` would not block."""
+        return self.sender.room()
+
+    def put(self, message: Message) -> None:
+        """Send; notes the time where a link is emulated."""
+        if message.kind in _TRAINING:
+            self.sent_bytes += sum(tensor.nbytes for tensor in message.tensors)
+        self.sender.send(replace(message, sent_ns=now_ns()) if self.stamps else message, self.deadline_s)
+
+
+@dataclass
+class Ports:
+    """Everything around a stage; None where the pipeline ends. Peers are by replica."""
+
+    bell: WakeUp
+    below: Loading | Taking
+    above: Taking | None
+    down: Putting | None
+    up: Putting | None
+    to_peers: dict[int, Putting]
+    from_peers: dict[int, Taking]
+
+    @property
+    def sent_bytes(self) -> tuple[int, int]:
+        """Bytes sent so far for training, (down, up): tensors only."""
+        return (self.down.sent_bytes if self.down else 0, self.up.sent_bytes if self.up else 0)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until somebody rings or a message is due; False when neither came within ``timeout_s`` seconds."""
+        dues = [
+            port.due_ns() for port in (self.below, self.above, *self.from_peers.values()) if isinstance(port, Taking)
+        ]
+        known = [due for due in dues if due is not None]
+        if not known:
+            return self.bell.wait(timeout_s)
+        due_s = (min(known) - now_ns()) * 1e-9
+        return self.bell.wait(max(0.0, min(due_s, timeout_s))) or due_s <= timeout_s
+
+
+@contextlib.contextmanager
+def attached(
+    assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[int], bool]
+) -> Iterator[Ports]:
+    """Attach a worker's ends of all its channels; closes them on the way out.
+
+    Args:
+        assignment: whose channels.
+        recipe: gives the data of stage 0.
+        record: told what the worker turns to.
+        enough: asked by stage 0 before every training batch, with its number; once it is, the run comes to its end.
+
+    Raises:
+        TimeoutError: something was not there in time.
+    """
+    k, within_s, plan = assignment.worker, assignment.attach_within_s, assignment.plan
+    edges = [edge for edge in edges_of(assignment.resolved, assignment.names) if k in (edge.source, edge.target)]
+    rendezvous = assignment.rendezvous if any(edge.meets for edge in edges) else None
+    with contextlib.ExitStack() as stack:
+
+        def bell(worker: int) -> WakeUp:
+            spin_s = 0.0 if rendezvous or on_gpu(assignment.device) else SPIN_S  # where threads of this process ring
+            return stack.enter_context(WakeUp.attach(assignment.names.bell(worker), within_s, spin_s))
+
+        mine, meeting = bell(k), None if rendezvous is None else rendezvous.join(within_s)
+        putting: dict[tuple[str, int], Putting] = {}
+        taking: dict[tuple[str, int], Taking] = {}
+        for edge in edges:
+            if edge.source == k:
+                sender = stack.enter_context(open_sender(edge, bell, meeting, within_s))
+                putting[edge.what, edge.target] = Putting(sender, plan.stall_after_s, stamps=plan.links is not None)
+            else:
+                receiver = stack.enter_context(open_receiver(edge, bell, meeting, within_s))
+                receiver.lane.before_landing(partial(record, Span.RECEIVE))
+                delayed = DelayedReceiver(receiver, plan.links) if plan.links is not None else None
+                taking[edge.what, edge.source] = Taking(receiver, record, delayed)
+        first = Loading(assignment, recipe, record, enough) if assignment.index == 0 else None
+        yield Ports(
+            bell=mine,
+            below=first or taking["activations", k - 1],
+            above=taking.get(("gradients", k + 1)),
+            down=putting.get(("activations", k + 1)),
+            up=putting.get(("gradients", k - 1)),
+            to_peers={other // plan.stages: port for (what, other), port in putting.items() if what == "averages"},
+            from_peers={other // plan.stages: port for (what, other), port in taking.items() if what == "averages"},
+        )
