@@ -23,6 +23,7 @@ from launch.show.console import Console
 from pipeline import Batch, Plan, PlanError, Recipe
 from pipeline.plan.replica_layout import worker_of
 from pipeline.run.resolve import Resolved
+from workers.channels.names import Names
 from workers.channels.shm.ring import new_prefix
 from workers.errors import CALLED_AGAIN, RunFailed
 from workers.files import NotWritten, writing
@@ -30,7 +31,7 @@ from workers.supervision.local_workers import LocalWorkers
 from workers.telemetry import records
 from workers.wiring.edges import rendezvous
 from workers.wiring.run_memory import shared_memory
-from workers.worker.assignment import Assignment, Names
+from workers.worker.assignment import Assignment
 
 __all__ = ["Launcher", "Working", "run", "train", "without_loss"]
 

@@ -111,8 +111,8 @@ class LateEngine:
         number = int(signal.counts[0])
         self._todo.append(lambda: _until(lambda: int(signal.counts[1]) >= number, "the event"))
 
-    def wire(self, meeting: Meeting, name: str, side: int, within_s: float) -> LateWire:
-        return LateWire(Pair.join(meeting, f"{name}, payloads", side, within_s), (meeting.store.port, name), side)
+    def wire(self, meeting: Meeting, name: str, side: int, within_s: float) -> LateLink:
+        return LateLink(Pair.join(meeting, f"{name}, payloads", side, within_s), (meeting.store.port, name), side)
 
     def advance(self, until: Callable[[], None] | None = None) -> None:
         """Do what is to be done, in order; up to a step and with it, or everything."""
@@ -144,8 +144,8 @@ class Counts:
         self.counts = memory.view(torch.int64)
 
 
-class LateWire:
-    """See ``workers.channels.gpu.nccl_ends.DeviceLink``: does one thing after the other, in a thread, which is the device.
+class LateLink:
+    """A ``nccl_ends.DeviceLink``: does one thing after the other, in a thread, which is the device.
 
     Attributes:
         under_way: number of sends or receives that are queued and not over.

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.device_choice import CPU
-from workers.channels.interface import ChannelBroken, ChannelClosed, ChannelTimeout, Receiver, Sender
+from workers.channels.errors import ChannelBroken, ChannelClosed, ChannelTimeout
+from workers.channels.interface import Receiver, Sender
 from workers.channels.net.gloo import Meeting, Rendezvous
 from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
 from workers.channels.wakeup import WakeUp

@@ -32,13 +32,13 @@ from pipeline.plan.channel_choice import ChannelChoice, choose_channels, kind_be
 from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import choose_devices, on_gpu
 from workers.channels.gpu.cuda_ipc import HEADER_SLOT_BYTES
+from workers.channels.names import Names
 from workers.channels.shm.ring import ring_bytes
 from workers.supervision.protocol import ControlSocket, Hello, Task
 from workers.supervision.rank_link import RankLink
 from workers.supervision.remote_workers import RemoteWorkers
 from workers.wiring.edges import edges_of
 from workers.wiring.run_memory import needed_bytes
-from workers.worker.assignment import Names
 
 NO_GPU = not torch.cuda.device_count()
 

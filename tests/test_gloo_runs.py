@@ -29,7 +29,7 @@ from launch.training import run
 from pipeline import ChannelPlan, Plan, PlanError, Recipe, run_reference
 from pipeline.plan.channel_choice import choose_channels
 from pipeline.plan.check import check_plan
-from workers.channels.interface import ChannelTimeout
+from workers.channels.errors import ChannelTimeout
 from workers.channels.net.ends import RemoteReceiver, RemoteSender
 from workers.channels.net.gloo import Pair, Rendezvous
 

@@ -14,8 +14,9 @@ import torch
 
 from pipeline.messages.message import Kind, Message
 from pipeline.metrics.spans import SPAN_DTYPE, Span, Spans
+from workers.channels.errors import ChannelBroken, ChannelTimeout
 from workers.channels.gpu.cuda_ipc import PeerSender
-from workers.channels.interface import ChannelBroken, ChannelTimeout, Receiver, Sender
+from workers.channels.interface import Receiver, Sender
 from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
 from workers.channels.staging import DeviceStaging
 from workers.telemetry.gpu_span_recorder import GpuSpanRecorder

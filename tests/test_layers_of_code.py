@@ -207,7 +207,7 @@ def test_files_take_from_each_other_what_is_public(name: str) -> None:
 
 
 def test_an_import_of_something_private_is_seen() -> None:
-    tree = ast.parse("from pipeline.plan.plan import Plan, _problems\nfrom launch import rundir\nfrom os import path")
+    tree = ast.parse("from pipeline.plan.plan import Plan, _problems\nfrom launch import cli\nfrom os import path")
     assert _private_imports(tree) == {"pipeline.plan.plan._problems"}
 
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from workers.channels.errors import ChannelTimeout
 from workers.channels.gpu import nccl
 from workers.channels.gpu.nccl import NcclLink, nccl_here
-from workers.channels.interface import ChannelTimeout
 from workers.channels.net.gloo import PairBroken, Rendezvous
 
 DEADLINE_S = 20.0

@@ -48,7 +48,7 @@ from ray._private.authentication_test_utils import reset_auth_token_state  # noq
 from ray.cluster_utils import Cluster  # noqa: E402
 from ray.exceptions import RayError  # noqa: E402
 
-from launch.on_ray import cluster as ray_cluster
+from launch.on_ray import cluster as ray_cluster  # noqa: E402
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 _ENDLESS = f"train {HERE / 'endless.py'} --mode naive --name r --runs . --launcher ray"

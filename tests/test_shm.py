@@ -19,7 +19,7 @@ from launch.bench.channel import SIZES, _tracks, bench_channel, print_rows
 from pipeline.errors import PlanError
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.device_choice import CPU
-from workers.channels.interface import ChannelTimeout
+from workers.channels.errors import ChannelTimeout
 from workers.channels.shm.ring import (
     ShmReceiver,
     ShmSender,

@@ -26,8 +26,8 @@ from launch.training import run
 from pipeline import ChannelPlan, Plan, Recipe, run_reference
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.channel_choice import ChannelChoice
+from workers.channels.errors import ChannelBroken, ChannelClosed, ChannelTimeout
 from workers.channels.gpu.nccl_ends import NcclReceiver, NcclSender
-from workers.channels.interface import ChannelBroken, ChannelClosed, ChannelTimeout
 from workers.channels.net import credit_end
 from workers.channels.net.gloo import PairBroken, Rendezvous
 from workers.processes.context import process_context

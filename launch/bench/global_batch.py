@@ -19,9 +19,10 @@ from pipeline import Batch, Plan, Recipe
 from pipeline.plan.replica_layout import batch_of
 from pipeline.run.resolve import Resolved
 
-__all__ = ["GlobalBatchRecipe", "global_batches"]
+__all__ = ["GlobalBatchRecipe", "RecipeSource", "global_batches"]
 
 RecipeSource = Callable[[], Recipe]
+"""Makes a recipe, in any process."""
 
 
 @dataclass(frozen=True)

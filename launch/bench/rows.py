@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench.cost_ledger import Work, seconds_of
-from launch.bench.global_batch import global_batches
+from launch.bench.global_batch import RecipeSource, global_batches
 from launch.bench.rivals import RivalRun, best_microbatches, run_ddp, run_torch_schedule
 from launch.bench.single_process import SingleRun, run_single
 from launch.bench.where_rows_run import Site
 from launch.show.console import Console
 from launch.training import run
-from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
+from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError
 from pipeline.metrics.measurements import Measured
 from pipeline.plan.device_choice import CPU, first_gpu
 from pipeline.plan.goal import Reached
@@ -95,7 +95,6 @@ class Contender:
     train: Callable[[Path, str], RowOutcome]
 
 
-RecipeSource = Callable[[], Recipe]
 PrepareRow = Callable[[RecipeSource, Resolved, Path, Site], Contender]
 
 

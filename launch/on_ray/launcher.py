@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from launch.bench.where_rows_run import Site
 from launch.on_ray.actor import Call
 from launch.on_ray.gpus import gpus_wanted, with_devices, without_places
 from launch.options.options import Parsed
 from launch.options.ray_options import BenchRunOptions, TrainOptions, needs_of
 from launch.ranks.agreement import profile
 from launch.ranks.bench_driver import Coordinator
+from launch.ranks.torchrun import BenchesRun, TrainsRun
 from launch.setup.rank import MEET_WITHIN_S, Asked, memory
 from launch.setup.resolve_source import resolve_source
 from launch.training import Launcher, Working
@@ -39,10 +39,6 @@ from workers.wiring.edges import rendezvous
 
 __all__ = ["bench_on_ray", "placed_on_nodes", "showing", "train_on_ray"]
 
-TrainsRun = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
-"""(recipe, arguments, what they say, the resolved plan, who starts the workers) -> exit status."""
-BenchesRun = Callable[[str, list[str], Parsed, Site], int]
-"""(recipe, arguments, what they say, where the rows run) -> exit status."""
 Show = Callable[[float, float | None, Sequence[float]], None]
 """(loss, samples per second if known, busy share of every stage) -> None."""
 _LOOKS = 50

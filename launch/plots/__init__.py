@@ -1,4 +1,4 @@
-"""Pictures, in the folder of a run: of a benchmark (throughput, timeline, curves over an axis) and of a sweep.
+"""Pictures of a benchmark, in the folder of its run: throughput, timeline, curves over an axis.
 
 Drawn with matplotlib, an optional extra; nothing else imports it.
 """
@@ -6,15 +6,13 @@ Drawn with matplotlib, an optional extra; nothing else imports it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from launch.bench.report import Report
 from launch.show.console import Console
-from launch.sweep.findings import Finding
-from launch.sweep.grid import Grid
 
-__all__ = ["INSTALL", "draw", "draw_sweep"]
+__all__ = ["INSTALL", "draw", "drawn"]
 
 INSTALL = "pip install 'freewheel[plots]'"
 
@@ -35,29 +33,11 @@ def draw(report: Report, console: Console) -> list[Path]:
 
         return pictures.draw_all(report)
 
-    return _drawn(draw_all, report.folder, console)
+    return drawn(draw_all, report.folder, console)
 
 
-def draw_sweep(grid: Grid, findings: Sequence[Finding], verdict: str, folder: Path, console: Console) -> list[Path]:
-    """Draw picture.png, and say where; without matplotlib, say what to install.
-
-    Args:
-        grid: what was asked for.
-        findings: what came of it.
-        verdict: its first sentence is the title.
-        folder: of the sweep.
-        console: told in one line.
-    """
-
-    def draw_one() -> list[Path]:
-        from launch.sweep import picture
-
-        return [picture.draw_grid(grid, findings, verdict, folder / "sweep.png")]
-
-    return _drawn(draw_one, folder, console)
-
-
-def _drawn(drawing: Callable[[], list[Path]], folder: Path, console: Console) -> list[Path]:
+def drawn(drawing: Callable[[], list[Path]], folder: Path, console: Console) -> list[Path]:
+    """Draw, and say in one line what was drawn, or why nothing was: no matplotlib, or a folder that takes no file."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces that it looks for fonts
     try:
         paths = drawing()

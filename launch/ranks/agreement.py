@@ -23,9 +23,10 @@ from pipeline import Plan, PlanError, Recipe
 from pipeline.plan.device_choice import DeviceChoice
 from pipeline.run.resolve import Resolved
 from workers.channels.gpu.nccl import nccl_here
+from workers.channels.names import Names
 from workers.channels.net.gloo import Rendezvous
 from workers.supervision.protocol import Task
-from workers.worker.assignment import Assignment, Names
+from workers.worker.assignment import Assignment
 
 __all__ = ["assignment", "changed", "changes", "preparing", "profile", "resolved_on"]
 

@@ -1,6 +1,6 @@
 """A rank's part in a benchmark over many ranks: do what the coordinator says, turn by turn, and nothing of its own.
 
-    coordinator  --turn-->  participant  --->  agent -> worker         a training run of ours (workers.supervision.rank_agent)
+    coordinator  --turn-->  participant  --->  agent -> worker         a training run of ours (`supervision.rank_agent`)
                                          --->  rank of a rival         a process of its own
 
 Between two turns nothing of the last one is left: no process, no connection but the one to the coordinator.

@@ -1,4 +1,4 @@
-"""``train_on_ranks`` and ``bench_on_ranks`` under torchrun: one stage per rank, on one host or several. Rank 0 is the driver as well.
+"""``train`` and ``bench`` under torchrun: one stage per rank, on one host or several. Rank 0 is the driver as well.
 
     torchrun --nproc-per-node 2 -m launch train digits
 
@@ -39,7 +39,7 @@ from workers.supervision.rank_agent import DriverGone, serve
 from workers.supervision.remote_workers import RemoteWorkers
 from workers.wiring.edges import rendezvous
 
-__all__ = ["bench_on_ranks", "train_on_ranks"]
+__all__ = ["BenchesRun", "TrainsRun", "bench_on_ranks", "train_on_ranks"]
 
 TrainsRun = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
 """(recipe, arguments, what they say, the resolved plan, who starts the workers) -> exit status."""

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launch.options.options import Parsed, parse
-from launch.plots import draw_sweep
+from launch.plots import drawn
 from launch.results.environment import environment
 from launch.results.result import SCHEMA
 from launch.show.console import Console
@@ -80,7 +80,13 @@ def sweep(recipe: str, arguments: Sequence[str]) -> dict[str, Any]:
     console.rich.print(f"[dim]{SWEEP_LEGEND}[/dim]")
     console.rich.print(f"\n[bold]{escape(content['verdict'])}[/bold]\n", soft_wrap=True)
     console.extra("results", "sweep.json", f"in {folder}")
-    draw_sweep(grid, findings, content["verdict"], folder, console)
+
+    def draw() -> list[Path]:
+        from launch.sweep.picture import draw_grid  # imports matplotlib, an extra
+
+        return [draw_grid(grid, findings, content["verdict"], folder / "sweep.png")]
+
+    drawn(draw, folder, console)
     if broken:
         raise _failed(broken)
     console.next_command(*_next(recipe, typed, parsed, grid, findings))

@@ -29,8 +29,8 @@ def build_optimizer(
     Euclidean norm over all of ``parameters`` (Pascanu et al. 2013, section 3.2). Where these are a stage's, the norm is
     the stage's: no stage waits to hear the others', so a split model is clipped otherwise than an unsplit one. True and
     synthetic gradients are clipped alike; a synthetic one, at the cut, is besides never larger than sigma, the running
-    root mean square of its targets: s <- s min(1, sigma / rms(s)) (``pipeline.dni.dni``). Nothing makes a gradient larger:
-    under Adam and its kin a vanishing one needs no help, as the step does not depend on its scale.
+    root mean square of its targets: s <- s min(1, sigma / rms(s)) (``pipeline.dni.dni``). Nothing makes a gradient
+    larger: under Adam and its kin a vanishing one needs no help, as the step does not depend on its scale.
 
     With ``warmup_steps`` or ``schedule`` the learning rate of step t is ``lr * lr_factor(plan, steps)(t)``, by a
     ``torch.optim.lr_scheduler`` that follows the steps of this optimizer. The DNIs' own learning rate stays as it is.

@@ -24,8 +24,8 @@ class Mode:
         timed: what is learned depends on when messages arrive; else their order alone decides, whatever the delays.
         stashes: several batches are open at once while weights change: the backward pass needs the weights of its
             forward pass.
-        averages: what the replicas of a stage average (``pipeline.replicas.averaging``): the gradients before every step, or the
-            weights now and then.
+        averages: what the replicas of a stage average (``pipeline.replicas.averaging``): the gradients before every
+            step, or the weights now and then.
         says: one line for the user.
     """
 

@@ -20,8 +20,9 @@ So stages joined by locked cuts are one module of Jaderberg et al. 2017 (section
 use; a cut that locks adds no work to any stage, and no stage has to know of more than the cuts beside it.
 
 ``auto`` begins locked. The true gradient of the loss of every ``quality_every``-th batch travels all the way down,
-locked or not, and each stage compares the gradients of its weights under s and under g (``pipeline.stage.dni_quality``). Over the
-last 3 samples since the last switch, with c the mean cosine and r the geometric mean of the ratio of norms:
+locked or not, and each stage compares the gradients of its weights under s and under g
+(``pipeline.stage.dni_quality``). Over the last 3 samples since the last switch, with c
+the mean cosine and r the geometric mean of the ratio of norms:
 
     unlocks when  c >= C      and  1e-4 <= r <= 10         C = unlock_cosine
     locks when    c <  C / 3  or   r outside 5e-5 .. 20    between the two it stays as it is

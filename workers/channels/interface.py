@@ -13,26 +13,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import NoReturn, Self
 
 from pipeline.messages.message import Message
+from workers.channels.errors import ChannelClosed, ChannelTimeout
+from workers.channels.staging import Staging
 
-if TYPE_CHECKING:
-    from workers.channels.staging import Staging
-
-__all__ = ["ChannelBroken", "ChannelClosed", "ChannelTimeout", "End", "Receiver", "Sender"]
-
-
-class ChannelTimeout(TimeoutError):
-    """A wait on a channel reached its deadline; nothing was sent or received, and it may be tried again."""
-
-
-class ChannelClosed(ConnectionError):
-    """One of the ends was closed; nothing will travel on this channel any more."""
-
-
-class ChannelBroken(ConnectionError):
-    """The connection to the other end is gone without a close: its process has died, or the network has."""
+__all__ = ["End", "Receiver", "Sender"]
 
 
 class End(ABC):

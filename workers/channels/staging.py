@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pipeline.messages.message import Message, layout_of, tensors_over
 from pipeline.plan.channel_choice import narrowed, widened
-from workers.channels.interface import ChannelBroken
+from workers.channels.errors import ChannelBroken
 from workers.channels.slot import Slot
 
 __all__ = ["NO_STAGING", "DeviceStaging", "Done", "Engine", "NoStaging", "StagedSlot", "Staging"]

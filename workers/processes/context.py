@@ -64,7 +64,7 @@ def listener() -> Path | None:
     """Where this program's fork server listens; starts it.
 
     Ctrl-C goes to all processes of a terminal, and would end the server while it imports, long before multiprocessing
-    has it ignored: it starts with SIGINT blocked, and ``workers.processes.fork_server``, which it imports first, ignores it.
+    has it ignored: it starts with SIGINT blocked, and ``fork_server``, which it imports first, ignores it.
 
     Returns:
         the path of the socket; None: this version of multiprocessing does not tell.

@@ -128,7 +128,7 @@ class Start(msgspec.Struct, tag=True, frozen=True):
 
 
 class WorkerStatus(msgspec.Struct, tag=True, frozen=True):
-    """What the worker does now; see ``workers.telemetry.status_table.Status``. ``state`` is the process's letter in /proc, or empty."""
+    """What the worker does now (``status_table.Status``). ``state`` is the process's letter in /proc, or empty."""
 
     span: int
     batch: int

@@ -1,11 +1,11 @@
 """The driver's side of a run of many ranks: gather the agents, prepare and start them, listen, end them all.
 
-    with RemoteWorkers(...) as fleet:                hangs up on nobody before the program ends: who hung up last has the word
+    with RemoteWorkers(...) as fleet:        hangs up on nobody before the program ends: who hung up last has the word
         fleet.gather(reception, ...)         every rank said hello, and the clocks are compared
         fleet.prepare(tasks)                 every rank agrees with its task
         for record in fleet.run():           what the workers report, on the driver's clock; the first real failure
 
-It is `workers.supervision.local_workers.LocalWorkers` with the workers out of reach: what they do now comes as a record, twice a second.
+It is `LocalWorkers` with the workers out of reach: what they do now comes as a record, twice a second.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pipeline.errors import PlanError
 from pipeline.plan.replica_layout import called
 from pipeline.run.resolve import Resolved
 from workers import errors
+from workers.channels.names import Names
 from workers.supervision import protocol
 from workers.supervision.protocol import ControlSocket, Reception
 from workers.supervision.rank_link import LOOK_FOR_RECORD_EVERY_S, RankLink
 from workers.supervision.stall import Progress
 from workers.telemetry import records
 from workers.telemetry.status_table import Status
-from workers.worker.assignment import Assignment, Names
+from workers.worker.assignment import Assignment
 
 __all__ = ["RemoteWorkers"]
 

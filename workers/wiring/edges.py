@@ -30,12 +30,12 @@ from workers.channels.gpu.cuda_engine import CudaEngine
 from workers.channels.gpu.cuda_ipc import HEADER_SLOT_BYTES, PeerEngine, PeerReceiver, PeerSender
 from workers.channels.gpu.nccl_ends import LinkEngine, NcclReceiver, NcclSender
 from workers.channels.interface import End, Receiver, Sender
+from workers.channels.names import Names
 from workers.channels.net.ends import RemoteReceiver, RemoteSender
 from workers.channels.net.gloo import Meeting, Rendezvous
 from workers.channels.shm.ring import ShmReceiver, ShmSender
 from workers.channels.staging import NO_STAGING, DeviceStaging, Staging
 from workers.channels.wakeup import WakeUp
-from workers.worker.assignment import Names
 
 __all__ = ["ENGINES", "Edge", "edges_of", "open_receiver", "open_sender", "rendezvous", "slot_bytes"]
 

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from pipeline.run.resolve import Resolved
+from workers.channels.names import Names
 from workers.channels.shm.ring import check_shared_memory, create_ring, ring_bytes, sweep_stale, unlink_ring
 from workers.channels.wakeup import WakeUp, unlink_semaphore
 from workers.telemetry.status_table import StatusTable
 from workers.wiring.edges import Edge, edges_of
-from workers.worker.assignment import Names
 
 __all__ = ["needed_bytes", "shared_memory", "unlink_all"]
 

@@ -1,4 +1,4 @@
-"""What one worker is told at its start, and the names under which it finds everybody else."""
+"""What one worker is told at its start."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pipeline.data.recipe import Recipe
 from pipeline.plan.plan import Plan
 from pipeline.plan.replica_layout import called, worker_of
 from pipeline.run.resolve import Resolved
+from workers.channels.names import Names
 from workers.channels.net.gloo import Rendezvous
 from workers.worker.unnamed_file import UnnamedFile
 
-__all__ = ["FILES", "Assignment", "Names"]
+__all__ = ["FILES", "Assignment"]
 
 FILES = {
     "spans": "spans/stage-{}.npy",
@@ -22,34 +23,6 @@ FILES = {
     "stacks": "stacks-{}.txt",
 }
 """What a worker writes, and where in the folder of the run it lies."""
-
-
-@dataclass(frozen=True)
-class Names:
-    """Names of everything shared in one run; all begin with the run's prefix."""
-
-    prefix: str
-
-    @property
-    def board(self) -> str:
-        """The status board."""
-        return f"{self.prefix}-s"
-
-    def bell(self, worker: int) -> str:
-        """The bell of a worker, by its number (``pipeline.plan.replica_layout``)."""
-        return f"{self.prefix}-b{worker}"
-
-    def activations(self, worker: int) -> str:
-        """The channel from a worker to that of the stage above."""
-        return f"{self.prefix}-a{worker}"
-
-    def gradients(self, worker: int) -> str:
-        """The channel to a worker from that of the stage above."""
-        return f"{self.prefix}-g{worker}"
-
-    def averages(self, source: int, target: int) -> str:
-        """The channel from a worker to that of the same stage in another replica."""
-        return f"{self.prefix}-m{source}.{target}"
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from pipeline.stage.dni_quality import Quality
 from pipeline.stage.evaluation import EvaluationMetrics
 from pipeline.stage.stage import Stage
 from pipeline.stage.unlock import Switch
-from workers.channels.interface import ChannelBroken
+from workers.channels.errors import ChannelBroken
 from workers.clock import now_ns
 from workers.files import writing
 from workers.processes.claim_gpu import finish, peak_memory_bytes, prepare_device

@@ -34,7 +34,7 @@ ends, since others may still copy into it."""
 
 
 class CudaEngine:
-    """See ``workers.channels.staging.Engine``, ``workers.channels.gpu.cuda_ipc.PeerEngine`` and ``workers.channels.gpu.nccl_ends.LinkEngine``.
+    """A ``staging.Engine``, ``cuda_ipc.PeerEngine`` and ``nccl_ends.LinkEngine`` in one.
 
     Args:
         device: as torch names it, e.g. ``cuda:0``; the computing stream is whichever is current there.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.messages.message import Message, tensors_over
-from workers.channels.interface import ChannelTimeout
+from workers.channels.errors import ChannelTimeout
 from workers.channels.shm.ring import CARD, RECEIVER_ATTACHED, SENDER_ATTACHED, ShmReceiver, ShmSender
 from workers.channels.slot import Slot, slot_stride
 from workers.channels.staging import DeviceStaging, Engine, StagedSlot

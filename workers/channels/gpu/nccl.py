@@ -3,10 +3,11 @@ worker on a GPU connects.
 
 What NCCL and ProcessGroupNCCL really do (their sources as of torch 2.11 to 2.13), and what follows from it:
 
-* A send or receive is a kernel that spins until the other side's runs; `workers.channels.gpu.nccl_ends` says how nobody spins in vain.
-  One group for both directions can deadlock, so each edge has its own, made directly, not by ``new_group``. It is
-  eagerly connected: else the first message makes yet another communicator. The first message between two ranks also
-  sets up the transport, and blocks the host until both are in it: one byte travels while the channel is opened.
+* A send or receive is a kernel that spins until the other side's runs; `workers.channels.gpu.nccl_ends` says how nobody
+  spins in vain. One group for both directions can deadlock, so each edge has its own, made directly, not by
+  ``new_group``. It is eagerly connected: else the first message makes yet another communicator. The first message
+  between two ranks also sets up the transport, and blocks the host until both are in it: one byte travels while the
+  channel is opened.
 * A watchdog thread per group would end the whole process, with nothing but a log, when an operation takes longer than
   the group's timeout or NCCL reports an error: a dead peer, say, that gloo has told us of already. With
   TORCH_NCCL_BLOCKING_WAIT=1 a group has no watchdog, no monitor of it, and no timeout of its own (and what
@@ -39,7 +40,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from workers.channels.interface import ChannelTimeout
+from workers.channels.errors import ChannelTimeout
 from workers.channels.net.gloo import Meeting, PairBroken
 
 __all__ = ["NcclLink", "nccl_here"]

@@ -5,8 +5,8 @@
     wire                                  +--------- payload ---------> slot ---+
     gloo                                  +- header -> receive queued                -- credit -->
 
-Everything but the tensors is as in `workers.channels.net.credit_end`: the order, the credits, the end, the death of the peer. A slot
-there holds a header only, and where the payload lies in the slot's buffer on the device.
+Everything but the tensors is as in `workers.channels.net.credit_end`: the order, the credits, the end, the death of the
+peer. A slot there holds a header only, and where the payload lies in the slot's buffer on the device.
 
 A wire, such as NCCL's, does what it is asked by a kernel that spins until the other side has queued its part. Nobody is
 to spin for what may never come, so:

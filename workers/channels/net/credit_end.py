@@ -28,7 +28,8 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
-from workers.channels.interface import ChannelBroken, ChannelTimeout, End
+from workers.channels.errors import ChannelBroken, ChannelTimeout
+from workers.channels.interface import End
 from workers.channels.net.gloo import Meeting, Pair, PairBroken
 from workers.channels.slot import Slot, slot_stride
 from workers.channels.staging import NO_STAGING, Staging

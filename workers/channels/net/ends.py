@@ -1,4 +1,4 @@
-"""The ends of a channel between two processes that share no memory; the protocol stands in `workers.channels.net.credit_end`."""
+"""The ends of a channel between two processes that share no memory; the protocol stands in `credit_end`."""
 
 from __future__ import annotations
 

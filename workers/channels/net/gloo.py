@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from workers.channels.interface import ChannelTimeout
+from workers.channels.errors import ChannelTimeout
 
 __all__ = ["INTERFACE", "Meeting", "Pair", "PairBroken", "Rendezvous", "address_towards"]
 

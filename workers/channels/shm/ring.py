@@ -24,7 +24,8 @@ import torch
 
 from pipeline.errors import PlanError
 from pipeline.messages.message import Message
-from workers.channels.interface import ChannelTimeout, End, Receiver, Sender
+from workers.channels.errors import ChannelTimeout
+from workers.channels.interface import End, Receiver, Sender
 from workers.channels.shm.host_memory import check_shared_memory, new_prefix, sweep_stale, too_little
 from workers.channels.slot import Slot, slot_stride
 from workers.channels.staging import NO_STAGING, Staging
