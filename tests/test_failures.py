@@ -238,8 +238,14 @@ def test_where_no_temporary_file_can_be_made_one_sentence_says_so(
 
 
 def test_where_there_is_no_short_folder_tmpdir_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    long = "/" + "x" * 104
+    long, access = "/" + "x" * 104, os.access
+    assert len(context.folder_for_sockets(60)) <= 47
     monkeypatch.setattr(tempfile, "gettempdir", lambda: long)
+    with monkeypatch.context() as before:
+        before.setenv("XDG_RUNTIME_DIR", str(HERE))
+        assert context.folder_for_sockets(32) == (
+            str(HERE) if len(str(HERE)) <= 75 and access(HERE, os.W_OK) else "/tmp"
+        )
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
     with pytest.raises(PlanError, match=f"^TMPDIR is {long}: too long for .+ of at most 75 bytes"):

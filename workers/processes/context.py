@@ -26,6 +26,7 @@ __all__ = [
     "NO_STATUS",
     "end_fork_server",
     "end_of_fork_server",
+    "folder_for_sockets",
     "forget_fork_server",
     "listener",
     "own_temporary_folder",
@@ -94,27 +95,40 @@ def listener() -> Path | None:
     return Path(address) if isinstance(address, str) and address.startswith("/") else None
 
 
-def _make_room_for_sockets() -> None:
-    """Have multiprocessing's folder made: in $TMPDIR, or in a shorter place where that is too long for a socket."""
-    if current_process()._config.get("tempdir") is not None:  # type: ignore[attr-defined]
-        return
+def folder_for_sockets(below_bytes: int) -> str:
+    """$TMPDIR, or a shorter place where that is too long for the path of a socket in it.
+
+    Args:
+        below_bytes: of the path, from the slash behind the folder on.
+
+    Raises:
+        PlanError: there is no such folder.
+    """
     try:
         usual = tempfile.gettempdir()
-        places = [usual, os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp"]
-        short = [place for place in places if len(os.fsencode(place)) + _LISTENER_BYTES <= _SOCKET_PATH_BYTES]
-        place = next((place for place in short if os.access(place, os.W_OK | os.X_OK)), usual)
-        if place not in short:
-            raise PlanError(
-                f"TMPDIR is {place}: too long for the path of a socket in it, and nor is there a shorter place; set "
-                f"TMPDIR to a folder of at most {_SOCKET_PATH_BYTES - _LISTENER_BYTES} bytes."
-            )
+    except OSError as error:
+        raise no_temporary_file(error) from error
+    most = _SOCKET_PATH_BYTES - below_bytes
+    for place in (usual, os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp"):
+        if place and len(os.fsencode(place)) <= most and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise PlanError(
+        f"TMPDIR is {usual}: too long for the path of a socket in it, and there is no shorter place; set TMPDIR to a "
+        f"folder of at most {most} bytes."
+    )
+
+
+def _make_room_for_sockets() -> None:
+    """Have multiprocessing's folder made, where its sockets' paths are short enough."""
+    if current_process()._config.get("tempdir") is None:  # type: ignore[attr-defined]
+        place, usual = folder_for_sockets(_LISTENER_BYTES), tempfile.gettempdir()
         tempfile.tempdir = place
         try:
             util.get_temp_dir()
+        except OSError as error:
+            raise no_temporary_file(error) from error
         finally:
             tempfile.tempdir = usual
-    except OSError as error:
-        raise no_temporary_file(error) from error
 
 
 def end_of_fork_server() -> str | None:
