@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shlex
 import signal
 import sys
@@ -39,7 +38,7 @@ from pipeline import Plan, PlanError, nearest
 from pipeline.data.user_code import RecipeFailed
 from pipeline.run.resolve import Resolved
 from workers.errors import RunFailed
-from workers.files import NotWritten, writing
+from workers.files import NotWritten, write_json
 
 __all__ = ["run_command"]
 
@@ -242,5 +241,4 @@ def _bench_channel(arguments: list[str]) -> int:
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
-        with writing(path):
-            path.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(content, path)

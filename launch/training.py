@@ -26,7 +26,7 @@ from pipeline.run.resolve import Resolved
 from workers.channels.names import Names
 from workers.channels.shm.ring import new_prefix
 from workers.errors import CALLED_AGAIN, RunFailed
-from workers.files import NotWritten, writing
+from workers.files import NotWritten, write_text
 from workers.supervision.local_workers import LocalWorkers
 from workers.telemetry import records
 from workers.wiring.edges import rendezvous
@@ -156,8 +156,7 @@ def run(
 def _write_failure(failure: RunFailed, path: Path) -> None:
     """The whole report; the failure is what matters, whether it can be written or not."""
     try:
-        with writing(path):
-            path.write_text(f"{failure}\n\n{failure.details}\n")
+        write_text(f"{failure}\n\n{failure.details}\n", path)
         failure.report = path
     except NotWritten as error:
         failure.shown = f"{failure.details.rstrip()}\n({error})".lstrip()

@@ -65,6 +65,55 @@ def batches_that_end(index: int) -> Batch:
     return batch(index)
 
 
+class Speechless(RuntimeError):
+    """An exception without a text."""
+
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+def awkward_errors() -> dict[str, BaseException]:
+    """Exceptions whose text is not fit to be sent, written and shown as it is."""
+    chain: BaseException = OSError("the bottom")
+    for depth in range(1000):
+        above = RuntimeError(f"link {depth}")
+        above.__cause__ = chain
+        chain = above
+    return {
+        "surrogate": FileNotFoundError(os.fsdecode(b"caf\xe9.png")),
+        "long": OSError(f"begin {'x' * 20_000_000} end"),
+        "speechless": Speechless(),
+        "chain": chain,
+    }
+
+
+def batches_that_raise(what: str, index: int) -> Batch:
+    """Batch 5 is not there, for an awkward reason."""
+    if index == 5:
+        raise awkward_errors()[what]
+    return batch(index)
+
+
+class RaisesAwkwardly(nn.Module):
+    """An identity that fails at its 5th training batch, for an awkward reason."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.seen = what, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As it is, or not."""
+        self.seen += self.training
+        if self.seen == 5:
+            raise awkward_errors()[self.what]
+        return x
+
+
+def awkward(what: str) -> nn.Sequential:
+    """Three layers; the second one of stage 1 (layer 2) fails in the way ``what`` when split 1 | 2."""
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES), RaisesAwkwardly(what))
+
+
 def batches_with_a_wrong_label(index: int) -> Batch:
     """Label 9, of 5 classes, in batch 7."""
     inputs, labels = batch(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import re
 import signal
@@ -21,14 +22,17 @@ import psutil
 import pytest
 import torch.nn.functional as F
 from conftest import left_in_shared_memory
+from torch import Tensor, nn
 from torchrun_program import left_in
 
 from launch import RunFailed, train
-from pipeline import DNIPlan, Plan
+from pipeline import DNIPlan, Plan, PlanError
 from pipeline.metrics.spans import Span
 from workers import errors
+from workers.processes import context
 from workers.telemetry.status_table import Status
 from workers.worker import orphan
+from workers.worker.unnamed_file import UnnamedFile
 
 pytestmark = pytest.mark.processes
 HERE = Path(__file__).parent
@@ -111,6 +115,141 @@ def test_a_loss_that_is_not_finite_is_reported_where_it_appears(tmp_path: Path) 
     )
     assert failure.stage == 1
     assert "the loss is inf" in str(failure)
+
+
+class KillsTheForkServer(nn.Module):
+    """An identity that kills, in the 5th training batch, the process that all workers come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As it is."""
+        self.seen += self.training
+        if self.seen == 5:
+            os.kill(os.getppid(), signal.SIGKILL)
+        return x
+
+
+def _kills_the_fork_server() -> list[nn.Module]:
+    width, classes = problems.WIDTH, problems.CLASSES
+    return [nn.Linear(width, width), nn.Linear(width, width), KillsTheForkServer(), nn.Linear(width, classes)]
+
+
+@pytest.mark.parametrize("mode", ["naive", "unlocked"])
+def test_a_killed_fork_server_is_named_and_nobody_else(mode: str, tmp_path: Path) -> None:
+    """Any stage was said to have exited with 255, and to have printed what nobody had printed."""
+    plan = Plan(mode=mode, stages=2, sizes=(2, 2), steps=100_000)
+    batches = problems.batch
+    run = partial(train, model=_kills_the_fork_server, batches=batches, loss=F.cross_entropy, plan=plan, quiet=True)
+    failure, seconds = _seconds(lambda: run(runs=tmp_path))
+    assert re.fullmatch(
+        r"the process that all workers come from \(pid \d+\) was ended by signal 9 \(SIGKILL\); look at the system's "
+        "log for who did that",
+        str(failure),
+    )
+    assert (failure.stage, failure.batch, failure.details) == (None, None, "")
+    assert seconds < UNSEEN_S
+    plan = Plan(mode="naive", stages=2, sizes=(1, 1), steps=4)
+    run = partial(train, model=problems.two_linear, batches=batches, loss=F.cross_entropy, plan=plan, quiet=True)
+    assert len(run(runs=tmp_path).losses) == 4, "the next run gets a fork server of its own"
+
+
+def test_a_worker_that_exits_with_the_number_of_a_lost_fork_server_is_named(tmp_path: Path) -> None:
+    def run() -> None:
+        train(
+            model=_leaves_with_255,
+            batches=problems.batch,
+            loss=F.cross_entropy,
+            plan=Plan(mode="naive", stages=2, sizes=(1, 1), steps=50),
+            runs=tmp_path,
+            quiet=True,
+        )
+
+    failure, _ = _seconds(run)
+    assert re.match(r"stage 1 \(pid \d+\) exited with 255", str(failure))
+
+
+class _Leaves(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            os._exit(255)
+        return super().forward(x)
+
+
+def _leaves_with_255() -> list[nn.Module]:
+    return [nn.Linear(problems.WIDTH, problems.WIDTH), _Leaves(problems.WIDTH, problems.CLASSES)]
+
+
+# ---------------------------------------------------------------- where temporary files go
+
+_SHORT_RUN = """
+import sys, torch
+from launch import train
+from pipeline import Plan
+def model(): return [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+def batches(i): return torch.ones(4, 2), torch.ones(4, 2)
+if __name__ == "__main__":
+    plan = Plan(steps=2, stages=2, mode="naive", balance="layers")
+    train(model=model, batches=batches, loss=torch.nn.functional.mse_loss, plan=plan, quiet=True, runs=sys.argv[1])
+"""
+
+
+def _run_with(folder: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    program = tmp_path / "program.py"
+    program.write_text(_SHORT_RUN)
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "TMPDIR": folder}
+    command = [sys.executable, str(program), str(tmp_path / "runs")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+
+
+def test_a_long_tmpdir_is_no_hindrance(tmp_path: Path) -> None:
+    """The path of a socket has 107 bytes at most: it was "AF_UNIX path too long"."""
+    long = Path(os.path.realpath(tmp_path), "x" * (105 - len(os.path.realpath(tmp_path)) - 1))
+    long.mkdir()
+    assert len(str(long)) == 105
+    done = _run_with(str(long), tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not left_in(long)
+
+
+def test_a_tmpdir_that_is_not_there_is_no_hindrance(tmp_path: Path) -> None:
+    done = _run_with(str(tmp_path / "nowhere"), tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("call", [context.listener, UnnamedFile], ids=["socket", "file"])
+def test_where_no_temporary_file_can_be_made_one_sentence_says_so(
+    call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/nowhere', '/tmp']")
+
+    for name in ("gettempdir", "TemporaryFile"):
+        monkeypatch.setattr(tempfile, name, full)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
+    with pytest.raises(PlanError) as refused:
+        call()
+    assert refused.value.problems == (
+        "no temporary file can be made: No usable temporary directory found in ['/nowhere', '/tmp']; set TMPDIR to a "
+        "folder that is there, has room, and can be written.",
+    )
+
+
+def test_where_there_is_no_short_folder_tmpdir_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    long, access = "/" + "x" * 104, os.access
+    assert len(context.folder_for_sockets(60)) <= 47
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: long)
+    with monkeypatch.context() as before:
+        before.setenv("XDG_RUNTIME_DIR", str(HERE))
+        assert context.folder_for_sockets(32) == (
+            str(HERE) if len(str(HERE)) <= 75 and access(HERE, os.W_OK) else "/tmp"
+        )
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
+    with pytest.raises(PlanError, match=f"^TMPDIR is {long}: too long for .+ of at most 75 bytes"):
+        context.listener()
 
 
 # ---------------------------------------------------------------- the driver itself, as a program

@@ -306,7 +306,7 @@ def test_a_message_is_received_beside_the_computing_and_the_spans_show_it(kind: 
     size = 256 << 20
     name = f"{new_prefix()}-s"
     board = StatusTable(name, 1, create=True)
-    record = GpuSpanRecorder(0, board, CudaMarks(GPU))
+    record = GpuSpanRecorder(0, board, tmp_path / "spans.npy", CudaMarks(GPU))
     matrix = torch.randn(8192, 8192, device=GPU)
     with ends(kind, size + 4096) as (sender, receiver):
         message = Message(Kind.ACTIVATION, 0, 0, (torch.ones(size // 4, device=GPU),))
@@ -322,7 +322,7 @@ def test_a_message_is_received_beside_the_computing_and_the_spans_show_it(kind: 
             receiver.copied(receiver.receive(DEADLINE_S))
             record(Span.OTHER, batch)
             torch.cuda.synchronize()
-    record.save(tmp_path / "spans.npy")
+    record.close()
     StatusTable.unlink_name(name)
     board.close()
     spans = Spans(np.load(tmp_path / "spans.npy", allow_pickle=False))

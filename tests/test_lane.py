@@ -190,11 +190,11 @@ def test_spans_on_a_gpu_have_the_times_of_the_device(tmp_path: Path) -> None:
     name, device = f"{new_prefix()}-s", _Device()
     board = StatusTable(name, 1, create=True)
     try:
-        record = GpuSpanRecorder(0, board, device)
+        record = GpuSpanRecorder(0, board, tmp_path / "spans.npy", device)
         for batch in range(20_000):  # more than one piece of memory
             record(Span.FORWARD, batch)
         assert board.read(0).start_ns > 10**12, "the board has the host's clock"
-        record.save(tmp_path / "spans.npy")
+        record.close()
     finally:
         StatusTable.unlink_name(name)
         board.close()
@@ -213,9 +213,9 @@ def test_a_device_that_failed_leaves_the_times_of_the_host(tmp_path: Path) -> No
     name = f"{new_prefix()}-s"
     board = StatusTable(name, 1, create=True)
     try:
-        record = GpuSpanRecorder(0, board, Lost())
+        record = GpuSpanRecorder(0, board, tmp_path / "spans.npy", Lost())
         record(Span.FORWARD, 0)
-        record.save(tmp_path / "spans.npy")
+        record.close()
     finally:
         StatusTable.unlink_name(name)
         board.close()

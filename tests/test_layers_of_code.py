@@ -6,6 +6,9 @@ The files are parsed, not imported, so this holds for branches that no run takes
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,6 +138,23 @@ def test_pipeline_starts_no_process_opens_no_socket_reads_no_clock() -> None:
         if name.startswith("pipeline/")
     }
     assert {name: found for name, found in system.items() if found} == {}
+
+
+def test_whatever_is_imported_of_others_is_declared() -> None:
+    """One package was there only because another one needs it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for name in extras.keys() - {"dev"} for line in extras[name])]
+    declared = {_import_name(line) for line in lines}
+    imported = {name: {one.split(".")[0] for one in _imported(tree)} for name, tree in TREES.items()}
+    of_others = {name: found - sys.stdlib_module_names - MAY_IMPORT.keys() for name, found in imported.items()}
+    assert {name: found - declared for name, found in of_others.items() if found - declared} == {}
+
+
+def _import_name(requirement: str) -> str:
+    """``scikit-learn>=1.4`` is imported as sklearn."""
+    name = re.split(r"[^\w.-]", requirement)[0].lower()
+    return {"scikit-learn": "sklearn"}.get(name, name.replace("-", "_"))
 
 
 def test_ray_is_imported_in_one_file_at_most() -> None:

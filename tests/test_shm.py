@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,6 +173,30 @@ def test_the_sweep_takes_what_the_dead_left_and_nothing_else(name: str) -> None:
     finally:
         unlink_ring(dead)
         foreign.unlink()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Path.mkdir, Path.touch, lambda path: path.symlink_to("/etc/passwd"), lambda path: os.mkfifo(path)],
+    ids=["a folder", "a file of somebody else", "a link", "a pipe"],
+)
+def test_what_a_stranger_puts_under_such_a_name_is_left_alone(
+    make: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One folder, or a process number beyond 64 bits, ended every run of the host in a traceback."""
+    user, tag = os.geteuid(), new_prefix().split("-")[2][:4]
+    strange = Path("/dev/shm", f"fw-999999999-{tag}{uuid.uuid4().hex[:6]}")
+    endless = strange.with_name(strange.name.replace("999999999", "9" * 30))
+    make(strange)
+    endless.touch()
+    monkeypatch.setattr(os, "geteuid", lambda: user + (make is Path.touch))
+    try:
+        assert not {strange.name, endless.name} & set(sweep_stale())
+        assert os.path.lexists(strange)
+        assert endless.exists()
+    finally:
+        endless.unlink()
+        strange.rmdir() if make is Path.mkdir else strange.unlink()
 
 
 def test_every_channel_of_the_benchmark_has_a_label_of_its_own() -> None:

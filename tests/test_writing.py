@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +24,9 @@ from launch.show.console import Console
 from launch.training import Launcher, Working, run
 from pipeline import Plan, Recipe
 from pipeline.run.resolve import Resolved, resolve
-from workers.files import NotWritten, writing
+from workers.files import NotWritten, replacing, write_json, write_text, writing
 from workers.telemetry import records
+from workers.worker.unnamed_file import UnnamedFile
 
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
@@ -86,6 +91,52 @@ def test_every_file_of_a_run_is_named_and_what_was_trained_is_not_lost(
         assert caught.value.result.losses == [4.0, 3.0, 2.0, 1.0]
         assert "4 batches of 16: loss 1.0000" in caught.value.result.summary()
         assert repr(caught.value.result) == f"Result({caught.value.result.summary()})"
+
+
+def _write_half(path: Path) -> None:
+    with replacing(path) as draft:
+        draft.write_text("half of")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_is_whole_or_is_not_there(tmp_path: Path) -> None:
+    """A full disk left half a file under the name of a whole one."""
+    path = tmp_path / "result.json"
+    for before in (None, "the one before"):
+        if before is not None:
+            path.write_text(before)
+        with pytest.raises(NotWritten, match=f"^cannot write {path}: No space left"):
+            _write_half(path)
+        assert [entry.read_text() for entry in tmp_path.iterdir()] == ([] if before is None else [before])
+    write_json({"a": 1}, path)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_one_and_what_is_no_file_is_written_as_it_is(tmp_path: Path) -> None:
+    """--json /dev/stdout, and a link to the latest result."""
+    link, file, pipe = tmp_path / "latest", tmp_path / "file", tmp_path / "pipe"
+    link.symlink_to(file)
+    write_text("a", link)
+    assert (link.is_symlink(), file.read_text()) == (True, "a")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text("b", pipe)
+    assert (os.read(reader, 9), pipe.is_fifo()) == (b"b", True)
+    os.close(reader)
+    file = UnnamedFile()
+    write_text("c", file.path)
+    assert file.path.read_text() == "c"
+    file.close()
+
+
+def test_a_full_temporary_folder_is_called_that() -> None:
+    """The error named /proc/self/fd/7."""
+    with contextlib.closing(UnnamedFile()) as file:
+        assert str(NotWritten(file.path, "it is full")) == (
+            f"cannot write a temporary file in {tempfile.gettempdir()} (TMPDIR): it is full; make room there, or give "
+            "another place"
+        )
 
 
 def test_weights_may_be_read_by_whoever_may_read_the_rest_of_a_run(tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
-"""Files that cannot be written, on a full disk most of all: the error names the file, which the system's own does not.
+"""Files that cannot be written, on a full disk most of all: the error names the file, which the system's own does not,
+and nothing half written has the name of a file that is whole.
 
-with writing(path):
-    path.write_text(text)
+with replacing(path) as draft:        with writing(path):
+    draft.write_text(text)                file.write(line)        for what grows
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["NotWritten", "write_tensors", "writing"]
+from pipeline.errors import PlanError
+from pipeline.wording import escaped
+
+__all__ = [
+    "NotWritten",
+    "no_temporary_file",
+    "replacing",
+    "write_json",
+    "write_tensors",
+    "write_text",
+    "writing",
+]
 
 
 class NotWritten(OSError):
@@ -27,7 +43,8 @@ class NotWritten(OSError):
     """
 
     def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"cannot write {path}: {why}; make room there, or give another place")
+        place = f"a temporary file in {tempfile.gettempdir()} (TMPDIR)" if _has_no_name(path) else path
+        super().__init__(f"cannot write {place}: {why}; make room there, or give another place")
         self.path = path
         self.result: Any = None
 
@@ -49,14 +66,73 @@ def writing(path: Path) -> Iterator[None]:
         raise NotWritten(path, str(error)) from error
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that gets its name, and takes another one's place, once it is whole and on the disk.
+
+    What is no file with a name, such as a pipe or /dev/stdout, is written as it is. A link stays one.
+
+    Raises:
+        NotWritten: it failed; whatever had the name before has it still.
+    """
+    with writing(path):
+        if path.exists() and (not path.is_file() or _has_no_name(path)):
+            yield path
+            return
+        target = Path(os.path.realpath(path))
+        draft = target.with_name(f".{secrets.token_hex(8)}.part")
+        try:
+            draft.touch()
+            if target.exists():  # who made a file private meant it
+                draft.chmod(target.stat().st_mode)
+            yield draft
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write UTF-8, whole or not at all; what has no encoding is escaped.
+
+    Raises:
+        NotWritten: it failed.
+    """
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(content: Any, path: Path, default: Callable[[Any], Any] | None = None) -> None:
+    """Write plain values as a JSON file that any reader takes, whole or not at all; ``default`` as of ``json.dumps``.
+
+    Raises:
+        NotWritten: it failed.
+    """
+    write_text(json.dumps(escaped(content), indent=2, default=default) + "\n", path)
+
+
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file that others may read where they may read what else is written: it is 0600 by itself.
 
     Raises:
         NotWritten: it failed.
     """
-    with writing(path):
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(tensors, path)
-        path.chmod(mode)
+    with replacing(path) as draft:
+        draft.touch()
+        mode = draft.stat().st_mode
+        save_file(tensors, draft)
+        draft.chmod(mode)
+
+
+def no_temporary_file(error: OSError) -> PlanError:
+    """The error for a $TMPDIR that is not there, is full, or is not ours to write."""
+    return PlanError(
+        f"no temporary file can be made: {error.strerror or error}; set TMPDIR to a folder that is there, has room, "
+        "and can be written."
+    )
+
+
+def _has_no_name(path: Path) -> bool:
+    """Whether the file is one of ``workers.worker.unnamed_file``."""
+    return str(path).startswith("/proc/self/fd/") and path.is_file() and not path.stat().st_nlink

@@ -28,6 +28,7 @@ from pipeline.run.cost_model import predicted_batches_per_s
 from pipeline.run.flops import count_flops
 from pipeline.run.resolve import Resolved
 from pipeline.schedule.modes import MODES
+from pipeline.wording import said
 
 __all__ = ["DEFAULT_ROWS", "EMULATED_ROWS", "ROWS", "Contender", "RowOutcome"]
 
@@ -116,7 +117,7 @@ def _counted(source: RecipeSource, resolved: Resolved, plan: Plan) -> dict[str, 
     try:
         stages = count_flops(source(), plan, resolved.cuts)
     except Exception as error:  # the run meets it too and says where; a count is not worth a benchmark
-        return {"note": f"{type(error).__name__}: {error}"}
+        return {"note": said(error)}
     return {"flop": Work.of_flops(stages, resolved.batch_shape[0])}
 
 

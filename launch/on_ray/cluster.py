@@ -38,6 +38,7 @@ from launch.on_ray.head import RayHead, connects
 from launch.setup.local_gpus import gpus_here
 from launch.show.bounded_exit import tidied
 from pipeline import PlanError
+from workers.processes.context import folder_for_sockets
 
 __all__ = ["NAMESPACE", "Actors", "Cluster", "Gauges", "connected"]
 
@@ -45,6 +46,7 @@ NAMESPACE = "freewheel"
 """Ray namespace of our actors, which are called RUN-stage-K."""
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _NICENESS = "RAY_worker_niceness"
+_SOCKET_BYTES = len("/ray/session_2027-01-05_10-02-33_123456_1234567/sockets/plasma_store")
 _LOOK_EVERY_S = 0.2
 _REACH_WITHIN_S = 5.0
 _BORN_WITHIN_S = 120.0  # every actor imports torch
@@ -78,7 +80,7 @@ def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator
         where = _own(needs, stages) if local else {"address": _reachable(address)}
         try:
             ray.init(**where, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=True)
-        except (RayError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises that very type where its own start takes too long
             raise PlanError(f"address {address}: Ray does not take this program: {_first_line(error)}") from error
         try:
             with RayHead(ray.get_runtime_context().gcs_address) as head:
@@ -286,6 +288,7 @@ def _environment(*, own: bool) -> Iterator[None]:
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
     if own:
         os.environ.setdefault(_NICENESS, "0")
+        os.environ.setdefault("RAY_TMPDIR", folder_for_sockets(_SOCKET_BYTES))
     if _MODE not in before:
         if own:
             os.environ[_TOKEN] = secrets.token_hex(32)

@@ -31,6 +31,7 @@ from pipeline.metrics.spans import WAITING, Span
 from pipeline.plan.channel_choice import choose_channels
 from pipeline.plan.device_choice import first_gpu
 from pipeline.run.resolve import Resolved
+from pipeline.wording import escaped
 from workers.errors import RunFailed
 from workers.supervision.protocol import Reception
 from workers.supervision.remote_workers import RemoteWorkers
@@ -125,6 +126,8 @@ def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed, gp
             f"launcher ray needs the package ray, 2.59 or newer, which is not there ({error}): "
             "pip install 'freewheel[ray]'."
         ) from error
+    if odd := next((text for text in (recipe, *arguments, os.getcwd()) if escaped(text) != text), None):
+        raise PlanError(f"launcher ray tells every node what was typed and where, and {odd!r} is no valid UTF-8.")
     options: TrainOptions = parsed.run
     plan, address = parsed.plan, options.address or "auto"
     needs = needs_of(options.ray, plan.threads, gpus)

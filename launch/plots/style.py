@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from workers.files import replacing
+
 __all__ = [
     "ACCENT",
     "FAINT",
@@ -122,7 +124,8 @@ def axes_at(figure: Figure, left: int, top: int, width: int, height: int) -> Axe
 
 def save(figure: Figure, path: Path) -> Path:
     """Write the picture as PNG."""
-    figure.savefig(path, dpi=_DPI, format="png")
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=_DPI, format="png")
     return path
 
 

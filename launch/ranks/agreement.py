@@ -22,6 +22,7 @@ from launch.training import without_loss
 from pipeline import Plan, PlanError, Recipe
 from pipeline.plan.device_choice import DeviceChoice
 from pipeline.run.resolve import Resolved
+from pipeline.wording import escaped
 from workers.channels.gpu.nccl import nccl_here
 from workers.channels.names import Names
 from workers.channels.net.gloo import Rendezvous
@@ -85,7 +86,7 @@ def profile(resolved: Resolved) -> dict[str, str]:
     layers = zip(resolved.layer_names, resolved.layer_parameters, strict=True)
     cuts = [(cut.activation_shape, cut.activation_dtype, cut.label_shape, cut.label_dtype) for cut in resolved.cuts]
     plan = {what: json.dumps(value, default=str) for what, value in resolved.plan.as_dict().items()}
-    return {
+    texts = {
         "torch": torch.__version__.partition("+")[0],  # one host may have a build for CUDA, another for the CPU
         "list of layers and their parameters": ", ".join(f"{name} ({count:,})" for name, count in layers),
         "shape of a batch": str(list(resolved.batch_shape)),
@@ -95,6 +96,7 @@ def profile(resolved: Resolved) -> dict[str, str]:
         "number of held-out batches": str(resolved.held_out_batches),
         **{f"plan's {what}": value for what, value in plan.items()},
     }
+    return {what: str(escaped(text)) for what, text in texts.items()}  # as they travel
 
 
 def changes(base: Any, wanted: Any) -> dict[str, Any]:

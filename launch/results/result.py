@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from pipeline.metrics.measurements import Measured, measure
 from pipeline.metrics.spans import Spans
 from pipeline.plan.goal import Reached
 from pipeline.run.resolve import Resolved
-from workers.files import write_tensors, writing
+from workers.files import write_json, write_tensors
 from workers.telemetry.records import Finished, Judged, Scored, Switched
 
 __all__ = ["SCHEMA", "Result"]
@@ -212,6 +211,4 @@ class Result:
         Raises:
             NotWritten: it cannot be.
         """
-        content = json.dumps(self.as_dict(), indent=2) + "\n"
-        with writing(path):
-            path.write_text(content)
+        write_json(self.as_dict(), path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 from pipeline import PlanError
 from pipeline.metrics.spans import Spans
 from pipeline.run.resolve import Resolved
-from workers.files import NotWritten, write_tensors, writing
+from pipeline.wording import escaped
+from workers.files import NotWritten, write_json, write_tensors, writing
 
 __all__ = [
     "Metrics",
@@ -28,6 +30,10 @@ __all__ = [
     "write_plan",
 ]
 
+_NAME_BYTES = 240
+"""Of 255, as a number may be added."""
+_NO_TEXT = "no weights can be saved under a path that is no valid UTF-8"
+
 
 def new_run_dir(runs: Path, name: str) -> Path:
     """Make ``runs/<name>``, or ``runs/<name>-2`` ... when that exists: nothing is ever overwritten.
@@ -37,6 +43,8 @@ def new_run_dir(runs: Path, name: str) -> Path:
     """
     if problems := list(name_problems(name)):
         raise PlanError(*problems)
+    if escaped(str(runs.resolve())) != str(runs.resolve()):
+        raise PlanError(f"the runs are to lie in {runs.resolve()}: {_NO_TEXT}; choose another folder with --runs.")
     try:
         runs.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, 10_000):
@@ -57,11 +65,15 @@ def name_problems(name: str) -> Iterator[str]:
     """Why a run cannot be called this: its folder lies in the folder of the runs, nowhere else."""
     if not name or name in (".", "..") or re.search(r"[/\\\0]", name):
         yield f"name is {name!r}: it names a folder inside the folder of the runs; give a word without / and \\."
+    elif (size := len(os.fsencode(escaped(name)))) > _NAME_BYTES:
+        yield f"name has {size:,} bytes: it names a folder, so give at most {_NAME_BYTES}."
+    elif escaped(name) != name:
+        yield f"name is {name!r}: {_NO_TEXT}; give a name in UTF-8."
 
 
 def default_name(recipe: str, plan_mode: str) -> str:
     """Time and what is run, e.g. ``2027-01-05T10-02-33-digits-unlocked``; a recipe's name may hold anything."""
-    fit_for_a_folder = re.sub(r"[^\w.+=-]+", "-", recipe)
+    fit_for_a_folder = re.sub(r"[^\w.+=-]+", "-", recipe)[:40]
     return f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{fit_for_a_folder}-{plan_mode}"
 
 
@@ -88,9 +100,7 @@ def write_plan(
         ],
         "decided": [{"what": what, "value": value, "why": why} for what, value, why in resolved.reasons],
     }
-    path = run_dir / "plan.json"
-    with writing(path):
-        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    write_json(content, run_dir / "plan.json", default=str)
 
 
 class Metrics:
@@ -111,7 +121,7 @@ class Metrics:
     def write(self, event: str, **values: Any) -> None:
         """One line."""
         with writing(self._path):
-            self._file.write(json.dumps({"event": event, **values}) + "\n")
+            self._file.write(json.dumps(escaped({"event": event, **values})) + "\n")
 
     def __enter__(self) -> Self:
         return self

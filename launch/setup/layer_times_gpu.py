@@ -14,6 +14,7 @@ from pipeline import Plan, PlanError, Recipe
 from pipeline.data.recipe import build_model
 from pipeline.model.compute import ComputeContext
 from pipeline.model.partition import layers_of
+from pipeline.wording import said
 from workers.processes.claim_gpu import prepare_device
 from workers.processes.context import process_context
 from workers.processes.end_with_parent import end_with_the_parent
@@ -65,10 +66,10 @@ def _main(source: Callable[[], Recipe], plan: Plan, device: str, connection: Con
     end_with_the_parent()
     try:
         prepare_device(device, plan)
-        said: list[float] | str = _measured(source(), plan, device)
+        found: list[float] | str = _measured(source(), plan, device)
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-    connection.send_bytes(msgspec.msgpack.encode(said))
+        found = said(error)
+    connection.send_bytes(msgspec.msgpack.encode(found))
 
 
 def _measured(recipe: Recipe, plan: Plan, device: str) -> list[float]:

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from launch.recipes import BUILT_IN, Entry
 from pipeline import Batch, Plan, PlanError, Recipe, nearest
 from pipeline.data.user_code import calling, place_of
+from pipeline.wording import said
 
 __all__ = ["GivenRecipe", "NamedRecipe", "check_travels", "entry_of"]
 
@@ -176,6 +177,6 @@ def _imported(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {error}{place_of(error)}"
+        what = f"{said(error)}{place_of(error)}"
         raise PlanError(f"{path} cannot be imported: {what}") from error
     return module

@@ -6,6 +6,7 @@ freewheel train digits --help | head -3
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import select
 import sys
@@ -18,11 +19,14 @@ _NOBODY = select.POLLERR | select.POLLHUP | select.POLLNVAL
 
 @contextlib.contextmanager
 def ends_with_its_reader() -> Iterator[None]:
-    """Flush stdout at the end, while something can be done about it.
+    """Flush stdout at the end, while something can be done about it. What it has no encoding for is printed escaped, as
+    on stderr: the name of a file may be no text.
 
     Raises:
         SystemExit: with status 1, as soon as something is printed that nobody can read any more.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             yield

@@ -20,6 +20,7 @@ from pipeline.metrics.measurements import Measured
 from pipeline.model.optimizers import described
 from pipeline.plan.channel_choice import CHANNELS, kind_between
 from pipeline.run.resolve import Resolved
+from pipeline.wording import escaped
 from workers.telemetry import records
 from workers.wiring.run_memory import needed_bytes
 
@@ -44,14 +45,14 @@ class Console:
         """The first screen."""
         plan = resolved.plan
         self.rich.print(
-            f"[bold]{escape(recipe)}[/bold]: {plan.mode}, {plan.stages} {'stage' if plan.stages == 1 else 'stages'}, "
+            f"[bold]{_shown(recipe)}[/bold]: {plan.mode}, {plan.stages} {'stage' if plan.stages == 1 else 'stages'}, "
             f"{resolved.steps:,} batches of {resolved.batch_shape[0]}"
             f"{f' in each of {plan.replicas} replicas' if plan.replicas > 1 else ''}, seed {plan.seed}"
         )
         self.rich.print(_stages_table(resolved))
         for decision in _decisions(resolved):
             self.rich.print(_decision_line(*decision))
-        self._print_whole(f"  {'threads':<10} {plan.threads} per worker\n  {'run':<10} {escape(str(run_dir))}")
+        self._print_whole(f"  {'threads':<10} {plan.threads} per worker\n  {'run':<10} {_shown(run_dir)}")
 
     @contextlib.contextmanager
     def training(self, result: Result) -> Iterator[None]:
@@ -91,7 +92,7 @@ class Console:
 
     def finished(self, result: Result) -> None:
         """The last screen of a training run."""
-        self._print_whole(f"\n[bold]{escape(result.summary())}[/bold]")
+        self._print_whole(f"\n[bold]{_shown(result.summary())}[/bold]")
         if result.measured is not None:
             print_table(self.rich, stage_table(result.measured))
             self.rich.print(f"[dim]{_legend(result.measured)}[/dim]")
@@ -105,11 +106,11 @@ class Console:
 
     def extra(self, what: str, value: str, why: str) -> None:
         """One more line of what was written, or could not be."""
-        self._print_whole(f"  {what:<10} {escape(value)}  [dim]({escape(why)})[/dim]")
+        self._print_whole(f"  {what:<10} {_shown(value)}  [dim]({_shown(why)})[/dim]")
 
     def next_command(self, command: str, why: str) -> None:
         """What to try now."""
-        self._print_whole(f"  next: [bold]{escape(command)}[/bold]\n        [dim]({why})[/dim]")
+        self._print_whole(f"  next: [bold]{_shown(command)}[/bold]\n        [dim]({why})[/dim]")
 
     def _print_whole(self, text: str) -> None:
         """Print lines that somebody may copy: never broken, however narrow the terminal."""
@@ -118,6 +119,11 @@ class Console:
     def _update(self, **values: object) -> None:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, **values)  # type: ignore[arg-type]
+
+
+def _shown(text: object) -> str:
+    """Text of others as it is printed."""
+    return escape(str(escaped(str(text))))
 
 
 def stage_table(measured: Measured) -> Table:

@@ -34,6 +34,7 @@ from launch.sweep.table import SWEEP_LEGEND, table_of
 from launch.sweep.work import Broken, run_points
 from pipeline import PlanError
 from workers.errors import RunFailed
+from workers.files import write_json
 
 __all__ = ["keep_aside", "sweep"]
 
@@ -75,7 +76,7 @@ def sweep(recipe: str, arguments: Sequence[str]) -> dict[str, Any]:
     content = _content(grid, findings, ["freewheel", "sweep", recipe, *typed])
     keep_aside(folder, content["command"])
     for path in filter(None, (folder / "sweep.json", options.json)):
-        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        write_json(content, path, default=str)
     print_table(console.rich, table_of(grid, findings))
     console.rich.print(f"[dim]{SWEEP_LEGEND}[/dim]")
     console.rich.print(f"\n[bold]{escape(content['verdict'])}[/bold]\n", soft_wrap=True)

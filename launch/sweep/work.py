@@ -14,7 +14,6 @@ import os
 import signal
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Generator, Sequence
 from multiprocessing import connection as mp_connection
@@ -32,6 +31,7 @@ from launch.sweep.points import CutQuality, Outcome, finite
 from pipeline import Plan, StageError, run_reference
 from pipeline.run.flops import count_flops
 from pipeline.run.reference import Reference
+from pipeline.wording import said, traceback_of
 from workers.processes.context import process_context
 from workers.processes.interrupts import Interrupts
 from workers.telemetry.records import Judged
@@ -206,10 +206,10 @@ def _main(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            said: Outcome | Broken = run_point(source, plan)
+            found: Outcome | Broken = run_point(source, plan)
         except Exception as error:
-            said = Broken(f"{type(error).__name__}: {error}", traceback.format_exc())
-        connection.send_bytes(msgspec.msgpack.encode(_Said(said)))
+            found = Broken(said(error), traceback_of(error))
+        connection.send_bytes(msgspec.msgpack.encode(_Said(found)))
 
 
 def _end_with_the_driver() -> None:

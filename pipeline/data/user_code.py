@@ -17,6 +17,7 @@ from traceback import FrameSummary
 import torch
 
 from pipeline.errors import PlanError, StageError
+from pipeline.wording import said, shortened
 
 __all__ = ["RecipeFailed", "calling", "place_of", "users_part"]
 
@@ -26,6 +27,10 @@ _NOT_THEIRS = (
     *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")),
     str(Path(torch.__file__).parents[1]) + os.sep,
 )
+
+
+_EXCERPT = 8_000
+"""Most characters of what is shown of a traceback."""
 
 
 class RecipeFailed(PlanError):
@@ -40,7 +45,7 @@ class RecipeFailed(PlanError):
     """
 
     def __init__(self, what: str, error: BaseException) -> None:
-        super().__init__(f"{what} raises {type(error).__name__}: {error}{place_of(error)}: mend it there.")
+        super().__init__(f"{what} raises {said(error)}{place_of(error)}: mend it there.")
         self.excerpt = users_part(error) if len(_users_frames(error)) > 1 else ""
 
     def __reduce__(self) -> tuple[type[PlanError], tuple[str, ...]]:
@@ -87,7 +92,7 @@ def users_part(error: BaseException) -> str:
         del frames[0]
     if not frames:
         return ""
-    return "".join([*traceback.format_list(frames), *traceback.format_exception_only(begun)])
+    return shortened("".join([*traceback.format_list(frames), *traceback.format_exception_only(begun)]), _EXCERPT)
 
 
 def _users_frames(error: BaseException) -> list[FrameSummary]:
@@ -96,8 +101,10 @@ def _users_frames(error: BaseException) -> list[FrameSummary]:
 
 def _first(error: BaseException) -> BaseException:
     """The exception that all the others were made of."""
-    while error.__cause__ is not None:
+    seen = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in seen:  # a chain can be made to go in circles
         error = error.__cause__
+        seen.add(id(error))
     return error
 
 

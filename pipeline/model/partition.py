@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pipeline.errors import PlanError, nearest
 from pipeline.plan.plan import Plan
+from pipeline.wording import text_of
 
 __all__ = [
     "Layer",
@@ -209,7 +210,7 @@ def _run_chain(layers: Sequence[Layer], inputs: Tensor) -> list[Tensor]:
         except Exception as error:
             raise PlanError(
                 f"layer {layer.name} cannot take what the layer before it gives, {list(value.shape)} {value.dtype}: "
-                f"{error}"
+                f"{text_of(error)}"
             ) from error
         if not isinstance(value, Tensor):
             raise PlanError(

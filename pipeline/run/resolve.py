@@ -32,6 +32,7 @@ from pipeline.plan.device_choice import CPU, DeviceChoice
 from pipeline.plan.goal import look_every
 from pipeline.plan.plan import DNIPlan, Plan
 from pipeline.schedule.modes import MODES
+from pipeline.wording import escaped, text_of
 
 __all__ = ["Measure", "Resolved", "resolve", "stage_layers"]
 
@@ -156,6 +157,7 @@ def resolve(
         )
     model = build_model(recipe, plan.seed)
     layers = layers_of(model)
+    _check_names(layers)
     sizes = chosen_sizes(layers, plan)
     outputs = check_partition(model, layers, split(layers, sizes or (len(layers),)), inputs)
     seconds: tuple[float, ...] | None = None
@@ -327,6 +329,13 @@ def _check_cuts(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[
             )
 
 
+def _check_names(layers: Sequence[Layer]) -> None:
+    """The weights are saved under these names in the end."""
+    names = [name for layer in layers for name in (layer.name, *layer.module.state_dict())]
+    if wrong := next((name for name in names if escaped(name) != name), None):
+        raise PlanError(f"a layer, or a parameter of one, is called {wrong!r}, which no file can hold: rename it.")
+
+
 def _check_loss(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
     shapes = f"output {list(output.shape)} {output.dtype} and labels {list(labels.shape)} {labels.dtype}"
     try:
@@ -334,7 +343,9 @@ def _check_loss(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
             warnings.simplefilter("error")  # mse_loss only warns when it broadcasts
             loss = recipe.loss(output, labels)
     except Exception as error:
-        raise PlanError(f"the loss does not take {shapes}: give labels of the shape it needs ({error}).") from error
+        raise PlanError(
+            f"the loss does not take {shapes}: give labels of the shape it needs ({text_of(error)})."
+        ) from error
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise PlanError(
             f"the loss gives {getattr(loss, 'shape', type(loss).__name__)} for {shapes}: reduce it to one number."

@@ -40,6 +40,7 @@ from pipeline.stage.dni_quality import Quality, Sample, Samples
 from pipeline.stage.evaluation import EvaluationMetrics
 from pipeline.stage.gradient_flow import FREE, Flow, Locks
 from pipeline.stage.unlock import Lock, Switch
+from pipeline.wording import said
 
 __all__ = ["Stage"]
 
@@ -438,7 +439,7 @@ class Stage:
     def _error(self, error: Exception, layer: str | None, batch: int) -> StageError:
         if isinstance(error, StageError):
             return error
-        return StageError(f"{type(error).__name__}: {error}", stage=self.index, layer=layer, batch=batch)
+        return StageError(said(error), stage=self.index, layer=layer, batch=batch)
 
 
 def _on_copies(module: nn.Module, x: Tensor, copies: dict[int, Tensor]) -> Tensor:

@@ -8,23 +8,38 @@ with spawn, the functions a worker runs are imported by name.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import tempfile
+import time
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess, current_process
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import PlanError
 from workers.errors import RunFailed
+from workers.files import no_temporary_file
 
 __all__ = [
+    "NO_STATUS",
     "end_fork_server",
+    "end_of_fork_server",
+    "folder_for_sockets",
     "forget_fork_server",
     "listener",
     "own_temporary_folder",
     "process_context",
     "remove_listener",
 ]
+
+
+NO_STATUS = 255
+"""Exit code of a process of which multiprocessing knows no other: the fork server would have told it, and has ended."""
+_ZOMBIE_WITHIN_S = 0.5
+_SOCKET_PATH_BYTES = 107  # Linux
+_LISTENER_BYTES = len("/pymp-01234567/listener-01234567")
 
 
 class _Process(ForkServerProcess):
@@ -36,11 +51,8 @@ class _Process(ForkServerProcess):
         try:
             return ForkServerProcess._Popen(process_obj)
         except (EOFError, ConnectionError) as error:
-            raise RunFailed(
-                f"{process_obj.name} could not be started: the process that all workers come from has ended "
-                f"({type(error).__name__}). Somebody ended it, or it says above what went wrong; start again.",
-                stage=None,
-            ) from error
+            why = end_of_fork_server() or "the process that all workers come from has ended; start again"
+            raise RunFailed(f"{process_obj.name} could not be started: {why}", stage=None) from error
 
 
 class _Context(ForkServerContext):
@@ -68,7 +80,11 @@ def listener() -> Path | None:
 
     Returns:
         the path of the socket; None: this version of multiprocessing does not tell.
+
+    Raises:
+        PlanError: there is no folder for the socket.
     """
+    _make_room_for_sockets()
     resource_tracker.ensure_running()  # on the way it would unblock what is blocked
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -77,6 +93,67 @@ def listener() -> Path | None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     address = getattr(forkserver._forkserver, "_forkserver_address", None)
     return Path(address) if isinstance(address, str) and address.startswith("/") else None
+
+
+def folder_for_sockets(below_bytes: int) -> str:
+    """$TMPDIR, or a shorter place where that is too long for the path of a socket in it.
+
+    Args:
+        below_bytes: of the path, from the slash behind the folder on.
+
+    Raises:
+        PlanError: there is no such folder.
+    """
+    try:
+        usual = tempfile.gettempdir()
+    except OSError as error:
+        raise no_temporary_file(error) from error
+    most = _SOCKET_PATH_BYTES - below_bytes
+    for place in (usual, os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp"):
+        if place and len(os.fsencode(place)) <= most and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise PlanError(
+        f"TMPDIR is {usual}: too long for the path of a socket in it, and there is no shorter place; set TMPDIR to a "
+        f"folder of at most {most} bytes."
+    )
+
+
+def _make_room_for_sockets() -> None:
+    """Have multiprocessing's folder made, where its sockets' paths are short enough."""
+    if current_process()._config.get("tempdir") is None:  # type: ignore[attr-defined]
+        place, usual = folder_for_sockets(_LISTENER_BYTES), tempfile.gettempdir()
+        tempfile.tempdir = place
+        try:
+            util.get_temp_dir()
+        except OSError as error:
+            raise no_temporary_file(error) from error
+        finally:
+            tempfile.tempdir = usual
+
+
+def end_of_fork_server() -> str | None:
+    """How this program's fork server ended, with where to look; None: it is there. Leaves it to others to reap.
+
+    Blocks:
+        at most 0.5 s: what it had open is closed a moment before it has ended.
+    """
+    pid: int | None = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    end = time.monotonic() + _ZOMBIE_WITHIN_S
+    while pid is not None:
+        try:
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # somebody else has reaped it
+            return f"the process that all workers come from (pid {pid}) has ended; start again"
+        if ended is not None:
+            how = f"ended with exit code {ended.si_status}; what it printed stands above, if it said anything"
+            if ended.si_code != os.CLD_EXITED:
+                name = signal.Signals(ended.si_status).name
+                how = f"was ended by signal {ended.si_status} ({name}); look at the system's log for who did that"
+            return f"the process that all workers come from (pid {pid}) {how}"
+        if time.monotonic() >= end:
+            break
+        time.sleep(0.01)
+    return None
 
 
 def remove_listener(listener: Path) -> None:

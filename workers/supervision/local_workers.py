@@ -19,7 +19,7 @@ from typing import Self
 
 from workers import errors
 from workers.channels.wakeup import WakeUp
-from workers.processes.context import listener, process_context
+from workers.processes.context import NO_STATUS, end_of_fork_server, listener, process_context
 from workers.processes.interrupts import Interrupts
 from workers.supervision.stall import Progress
 from workers.telemetry import records
@@ -123,6 +123,8 @@ class LocalWorkers:
                 process = self._processes[k]
                 status, who = self._board.read(k), self._assignments[k]
                 died = process.pid or 0, process.exitcode or 0
+                if process.exitcode == NO_STATUS and (why := end_of_fork_server()) is not None:
+                    raise errors.RunFailed(why, stage=None)
                 raise errors.killed(who.index, *died, status, name=who.called)
             if progress.stalled({k for k, _ in heard}, awaited):
                 raise self._stall(patience_s)

@@ -200,7 +200,6 @@ Control = (
 )
 
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Control)
-_encoder = msgspec.msgpack.Encoder()
 
 
 class Gone(ConnectionError):
@@ -227,7 +226,7 @@ class ControlSocket:
             while the buffers between both are full, at most 20 s.
         """
         try:
-            self._connection.send_bytes(_encoder.encode(record))
+            self._connection.send_bytes(records.encoded(record))
         except OSError as error:
             raise Gone(str(error)) from error
 

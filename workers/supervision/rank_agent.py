@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import connection as mp_connection
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline.errors import PlanError
+from pipeline.wording import said, shortened, text_of, traceback_of
 from workers.clock import now_ns
 from workers.processes.context import forget_fork_server
 from workers.supervision import protocol
@@ -146,7 +146,7 @@ class _Agent:
             if task.makes_memory:
                 self._stack.enter_context(shared_memory(assignment.resolved, assignment.names, here))
         except PlanError as error:
-            self._wire.send(protocol.Prepared(list(error.problems)))
+            self._wire.send(protocol.Prepared([shortened(problem) for problem in error.problems]))
             self._await(protocol.Start)  # what comes is Stop
         self._wire.send(protocol.Prepared())
         start = cast(protocol.Start, self._await(protocol.Start))
@@ -169,8 +169,8 @@ class _Agent:
             records.Failure(
                 stage=rank,
                 pid=os.getpid(),
-                message=f"stage {rank}: {type(error).__name__}: {error}",
-                traceback="".join(traceback.format_exception(error)),
+                message=f"stage {rank}: {text_of(error) if isinstance(error, PlanError) else said(error)}",
+                traceback=traceback_of(error),
                 time_ns=now_ns(),
             )
         )

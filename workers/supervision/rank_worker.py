@@ -12,8 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from workers.channels.wakeup import WakeUp
+from workers.clock import now_ns
 from workers.errors import process_state
-from workers.processes.context import listener, own_temporary_folder, process_context
+from workers.processes.context import NO_STATUS, end_of_fork_server, listener, own_temporary_folder, process_context
 from workers.supervision import protocol
 from workers.telemetry import records
 from workers.telemetry.status_table import StatusTable
@@ -72,7 +73,11 @@ class RankWorker:
                 yield record
         if dead and not self._said_all:
             self._said_all = True
-            yield protocol.WorkerDied(self._process.pid or 0, self._process.exitcode or 0)
+            pid, exit_code, assignment = self._process.pid or 0, self._process.exitcode or 0, self.assignment
+            if exit_code == NO_STATUS and (why := end_of_fork_server()) is not None:
+                yield records.Failure(assignment.index, pid, f"{assignment.called}: {why}", "", now_ns())
+            else:
+                yield protocol.WorkerDied(pid, exit_code)
 
     def status(self) -> protocol.WorkerStatus:
         """What the worker does now."""

@@ -15,6 +15,7 @@ against the host's, and the times of the events since follow from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -73,11 +74,12 @@ class GpuSpanRecorder(SpanRecorder):
     Args:
         worker: number of the worker.
         board: where its status goes.
+        path: of the file.
         marks: of the device.
     """
 
-    def __init__(self, worker: int, board: StatusTable, marks: Marks) -> None:
-        super().__init__(worker, board)
+    def __init__(self, worker: int, board: StatusTable, path: Path, marks: Marks) -> None:
+        super().__init__(worker, board, path)
         self._marks, self._latest_ns = marks, 0
 
     def __call__(self, span: Span, batch: int) -> None:
@@ -92,4 +94,4 @@ class GpuSpanRecorder(SpanRecorder):
             return  # the device failed, which the worker reports; the host's times stand
         for index, time_ns in enumerate(times):
             self._latest_ns = max(self._latest_ns, time_ns)  # two readings of the clocks differ by microseconds
-            self._chunk[index * FIELDS + START] = self._latest_ns
+            self._block[index * FIELDS + START] = self._latest_ns

@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from pipeline.wording import escaped
+
 __all__ = [
     "Failure",
     "Finished",
@@ -18,6 +20,7 @@ __all__ = [
     "Record",
     "Scored",
     "Switched",
+    "encoded",
     "receive",
     "send",
 ]
@@ -125,13 +128,21 @@ _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Record)
 _encoder = msgspec.msgpack.Encoder()
 
 
+def encoded(record: msgspec.Struct) -> bytes:
+    """Any typed record as MessagePack; what of its text no encoding has travels escaped."""
+    try:
+        return _encoder.encode(record)
+    except UnicodeEncodeError:
+        return _encoder.encode(escaped(msgspec.to_builtins(record, builtin_types=(bytes,))))
+
+
 def send(connection: Connection, record: Record) -> None:
     """Send one record; blocks only while the pipe is full.
 
     Raises:
         OSError: the other side is gone.
     """
-    connection.send_bytes(_encoder.encode(record))
+    connection.send_bytes(encoded(record))
 
 
 def receive(connection: Connection) -> Record:

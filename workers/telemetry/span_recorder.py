@@ -1,21 +1,26 @@
-"""Writes a worker's spans into memory that is there before the run begins, and its status onto the board."""
+"""Writes a worker's spans into memory that is there before the run begins, and its status onto the board.
+
+    the worker fills       | block 0 .......... | block 1 .......... | block 0 ...
+    a thread writes                             | block 0 ..|        | block 1 ..|        into the file, beside the work
+
+So a run of any length takes two blocks of memory; the worker waits for the file only where that is slower than itself.
+"""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-import numpy as np
 
 from pipeline.metrics.spans import SPAN_DTYPE, WAITING, Span
 from workers.clock import now_ns
-from workers.files import writing
+from workers.telemetry.span_file import SpanFile
 from workers.telemetry.status_table import StatusTable
 
 __all__ = ["FIELDS", "START", "Pulse", "SpanRecorder"]
 
-_CHUNK = 1 << 14  # records per piece of memory: 512 KiB
+_BLOCK = 1 << 14  # records per block: 512 KiB
 FIELDS = len(SPAN_DTYPE.names or ())
 """Numbers in a record."""
 START = 3
@@ -30,6 +35,10 @@ class SpanRecorder:
     Args:
         worker: number of the worker.
         board: where its status goes.
+        path: of the file, a .npy file of SPAN_DTYPE, in which what is recorded lies from the end of each block on.
+
+    Raises:
+        NotWritten: there can be no such file.
 
     Attributes:
         depth: gives the depth of the activation queue; looked at whenever a forward pass begins.
@@ -37,41 +46,50 @@ class SpanRecorder:
 
     depth: Callable[[], int] | None = None
 
-    def __init__(self, worker: int, board: StatusTable) -> None:
+    def __init__(self, worker: int, board: StatusTable, path: Path) -> None:
         self._worker, self._board = worker, board
-        self._full: list[array[int]] = []
-        self._chunk, self._position = _empty_chunk(), 0
+        self._file = SpanFile(path)
+        self._writer = ThreadPoolExecutor(1, "spans")
+        self._writing: Future[None] | None = None
+        self._block, self._other, self._position = _empty_block(), _empty_block(), 0
         self._progress = 0
 
     def __call__(self, span: Span, batch: int) -> None:
         """From now on the worker does ``span`` with ``batch``."""
         start_ns = now_ns()
-        chunk, position = self._chunk, self._position
-        chunk[position] = span
-        chunk[position + 1] = batch
-        chunk[position + 2] = self.depth() if span is Span.FORWARD and self.depth is not None else -1
-        chunk[position + 3] = start_ns
+        block, position = self._block, self._position
+        block[position] = span
+        block[position + 1] = batch
+        block[position + 2] = self.depth() if span is Span.FORWARD and self.depth is not None else -1
+        block[position + 3] = start_ns
         self._position = position + FIELDS
         if span not in _NO_PROGRESS:
             self._progress += 1
         self._board.write(self._worker, span, batch, start_ns, self._progress)
-        if self._position == len(chunk):
-            self._settle()
-            self._full.append(chunk)
-            self._chunk, self._position = _empty_chunk(), 0
+        if self._position == len(block):
+            self._hand_over()
 
     def _settle(self) -> None:
-        """Before the records in the present piece of memory are put away: their times become final."""
+        """Before the records in the present block are put away: their times become final."""
 
-    def save(self, path: Path) -> None:
-        """End the last span and write all records (SPAN_DTYPE) as a .npy file."""
-        self(Span.OTHER, -1)
+    def _hand_over(self) -> None:
+        """Have the present block written, and go on with the other one, once that is written."""
         self._settle()
-        values = np.concatenate([*map(np.asarray, self._full), np.asarray(self._chunk)[: self._position]])
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                np.save(file, values.astype("<i8").view(SPAN_DTYPE), allow_pickle=False)
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._writer.submit(self._file.append, self._block, self._position)
+        self._block, self._other, self._position = self._other, self._block, 0
+
+    def close(self) -> None:
+        """End the last span and write what is left.
+
+        Raises:
+            NotWritten: not all records could be written.
+        """
+        self(Span.OTHER, -1)
+        self._hand_over()
+        self._writer.shutdown()
+        self._file.close()
 
 
 class Pulse:
@@ -96,5 +114,5 @@ class Pulse:
             self._board.write(self._worker, span, batch, now_ns(), self._progress)
 
 
-def _empty_chunk() -> array[int]:
-    return array("q", bytes(8 * FIELDS * _CHUNK))
+def _empty_block() -> array[int]:
+    return array("q", bytes(8 * FIELDS * _BLOCK))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import traceback
 
 from pipeline.data.recipe import label_problem
 from pipeline.data.user_code import RecipeFailed, place_of, users_part
 from pipeline.errors import PlanError, StageError
 from pipeline.plan.replica_layout import batch_of
+from pipeline.wording import said, shortened, traceback_of
 from workers.clock import now_ns
 from workers.files import NotWritten
 from workers.telemetry import records
 from workers.worker.assignment import Assignment
 
 __all__ = ["failure_of"]
+
+_MESSAGE = 3_000
+"""Most characters of the sentence; of an exception's text in it there are 2,000."""
 
 
 def failure_of(assignment: Assignment, error: BaseException) -> records.Failure:
@@ -30,8 +33,8 @@ def failure_of(assignment: Assignment, error: BaseException) -> records.Failure:
     return records.Failure(
         stage=assignment.index,
         pid=os.getpid(),
-        message=which + _sentence(assignment, error),
-        traceback="".join(traceback.format_exception(error)),
+        message=shortened(which + _sentence(assignment, error), _MESSAGE),
+        traceback=traceback_of(error),
         time_ns=now_ns(),
         layer=located.layer if located else None,
         batch=located.batch if located else None,
@@ -47,7 +50,7 @@ def _sentence(assignment: Assignment, error: BaseException) -> str:
         return str(error) if problem is None else f"{stage}, batch {error.batch}: {problem}"
     if isinstance(error, PlanError | NotWritten):  # they say what they are
         return f"{stage}: {error}{'' if isinstance(error, RecipeFailed) else place_of(error)}"
-    return f"{stage}: {type(error).__name__}: {error}{place_of(error)}"
+    return f"{stage}: {said(error)}{place_of(error)}"
 
 
 def _label_problem(assignment: Assignment, error: StageError) -> str | None:

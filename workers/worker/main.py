@@ -39,7 +39,7 @@ from pipeline.stage.stage import Stage
 from pipeline.stage.unlock import Switch
 from workers.channels.errors import ChannelBroken
 from workers.clock import now_ns
-from workers.files import writing
+from workers.files import replacing, writing
 from workers.processes.claim_gpu import finish, peak_memory_bytes, prepare_device
 from workers.telemetry import records
 from workers.telemetry.gpu_span_recorder import CudaMarks, GpuSpanRecorder
@@ -119,7 +119,7 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     finally:
         end_ns = now_ns()
         if spans is not None:
-            spans.save(assignment.files["spans"])
+            spans.close()
     report.flush()
     if assignment.replica == 0:
         _save(assignment, stage)
@@ -132,8 +132,8 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
 
 def _recorder(assignment: Assignment, board: StatusTable) -> SpanRecorder:
     if on_gpu(assignment.device):
-        return GpuSpanRecorder(assignment.worker, board, CudaMarks(assignment.device))
-    return SpanRecorder(assignment.worker, board)
+        return GpuSpanRecorder(assignment.worker, board, assignment.files["spans"], CudaMarks(assignment.device))
+    return SpanRecorder(assignment.worker, board, assignment.files["spans"])
 
 
 def _loop(runner: Runner, ports: Ports, board: StatusTable, record: Recorder, give_up_after_s: float) -> None:
@@ -256,7 +256,8 @@ def _save(assignment: Assignment, stage: Stage | EmulatedStage) -> None:
         content = save(_apart(tensors))
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)  # not save_file, which wants to rename a file
+        with replacing(path) as draft:
+            draft.write_bytes(content)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

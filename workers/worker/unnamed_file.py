@@ -13,6 +13,8 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
+from workers.files import no_temporary_file
+
 __all__ = ["UnnamedFile"]
 
 
@@ -23,13 +25,16 @@ class UnnamedFile:
         descriptor: an open one that this object takes over; None: a new file.
 
     Raises:
-        OSError: no such file can be made there.
+        PlanError: no such file can be made there.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
         if descriptor is None:
-            with tempfile.TemporaryFile() as file:
-                descriptor = os.dup(file.fileno())
+            try:
+                with tempfile.TemporaryFile() as file:
+                    descriptor = os.dup(file.fileno())
+            except OSError as error:
+                raise no_temporary_file(error) from error
         self._descriptor = descriptor
 
     @property

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from launch.bench.rivals.loop import Rival, Training
 from launch.bench.rivals.record import Failed, RankRun, RivalDied, Said
 from launch.setup.network import interface_towards
+from pipeline.wording import said, traceback_of
 from workers.channels.net.gloo import INTERFACE, Rendezvous
 from workers.processes.context import process_context
 from workers.processes.end_with_parent import end_with_the_parent
@@ -109,12 +109,12 @@ def _main(rival: Rival, training: Training, seat: Seat, connection: Connection) 
     torch.set_num_threads(seat.threads)
     try:
         _join(seat)
-        said: RankRun | Failed = rival(training, seat.rank)
+        found: RankRun | Failed = rival(training, seat.rank)
         dist.barrier()  # nobody leaves while another one still talks to it
     except BaseException as error:
         cause = _root(error)
-        said = Failed(f"{type(cause).__name__}: {cause}", traceback.format_exc())
-    connection.send_bytes(msgspec.msgpack.encode(said))
+        found = Failed(said(cause), traceback_of(error))
+    connection.send_bytes(msgspec.msgpack.encode(found))
     connection.poll(seat.within_s)  # until everybody has been heard, and we are killed
 
 

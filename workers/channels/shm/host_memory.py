@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import secrets
+import stat
 from pathlib import Path
 
 from pipeline.errors import PlanError
@@ -50,20 +51,22 @@ def too_little(needed_bytes: int, free: str = "less than that is") -> PlanError:
 def sweep_stale() -> list[str]:
     """Remove what runs left in /dev/shm whose driver was killed before it could unlink the names.
 
-    Only entries of this PID namespace: the processes of another container that shares /dev/shm cannot be
-    seen from here, and look dead.
+    Only this user's files of this PID namespace: the processes of another container that shares /dev/shm cannot be
+    seen from here, and look dead. What somebody else has put there under such a name is left alone.
 
     Returns:
         the entries removed.
     """
-    pattern = re.compile(rf"(?:sem\.)?fw-(\d+)-{_pid_namespace()}[0-9a-f]+")
+    pattern = re.compile(rf"(?:sem\.)?fw-(\d{{1,9}})-{_pid_namespace()}[0-9a-f]+")
     removed = []
     for entry in sorted(_DIRECTORY.iterdir()) if _DIRECTORY.is_dir() else ():
         match = pattern.match(entry.name)
         if match and not _alive(int(match[1])):
-            with contextlib.suppress(FileNotFoundError, PermissionError):
-                entry.unlink()
-                removed.append(entry.name)
+            with contextlib.suppress(OSError):
+                state = entry.lstat()
+                if stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid():
+                    entry.unlink()
+                    removed.append(entry.name)
     return removed
 
 
