@@ -246,7 +246,12 @@ def test_loss_model_learns_from_its_own_loss_alone(cut: Cut) -> None:
 def test_a_head_differentiated_by_hand_gives_the_numbers_of_autograd(
     cut: Cut, learned: str, dtype: torch.dtype
 ) -> None:
-    """Bit for bit, for an activation that is not contiguous too."""
+    """To rounding, for an activation that is not contiguous too.
+
+    It once asked for equal bits and failed on another processor: autograd forms some products transposed, on other
+    strides, and in which order a product sums then is not promised.
+    """
+    bound = {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
     head, (h, labels, _) = head_for(cut, None).to(dtype), problem(cut)()
     assert type(head).differentiated is not Head.differentiated
     h, slope = h.to(dtype).transpose(0, -1).contiguous().transpose(0, -1), _slope_of(cut)
@@ -258,7 +263,7 @@ def test_a_head_differentiated_by_hand_gives_the_numbers_of_autograd(
         at_h = differentiated(h, asked, learns)
         found.append([at_h, *(parameter.grad for parameter in head.parameters() if learns is not None)])
     for by_hand, by_autograd in zip(*found, strict=True):
-        assert torch.equal(by_hand, by_autograd)
+        torch.testing.assert_close(by_hand, by_autograd, rtol=bound, atol=bound * float(by_autograd.abs().max()))
 
 
 def test_a_head_normalises_what_the_stage_does_not() -> None:

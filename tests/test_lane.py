@@ -19,6 +19,7 @@ from workers.channels.gpu.cuda_ipc import PeerSender
 from workers.channels.interface import Receiver, Sender
 from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
 from workers.channels.staging import DeviceStaging
+from workers.clock import now_ns
 from workers.telemetry.gpu_span_recorder import GpuSpanRecorder
 from workers.telemetry.status_table import StatusTable
 from workers.wiring.edges import Edge, open_receiver, open_sender
@@ -187,13 +188,15 @@ class _Device:
 
 
 def test_spans_on_a_gpu_have_the_times_of_the_device(tmp_path: Path) -> None:
+    """The board has the host's. Both tests of it once failed on a host that had been up for less than 1,000 s."""
+    begin_ns = now_ns()
     name, device = f"{new_prefix()}-s", _Device()
     board = StatusTable(name, 1, create=True)
     try:
         record = GpuSpanRecorder(0, board, tmp_path / "spans.npy", device)
         for batch in range(20_000):  # more than one piece of memory
             record(Span.FORWARD, batch)
-        assert board.read(0).start_ns > 10**12, "the board has the host's clock"
+        assert board.read(0).start_ns >= begin_ns, "the board has the host's clock"
         record.close()
     finally:
         StatusTable.unlink_name(name)
@@ -210,6 +213,7 @@ def test_a_device_that_failed_leaves_the_times_of_the_host(tmp_path: Path) -> No
         def times_ns(self) -> list[int]:
             raise RuntimeError("CUDA error: unspecified launch failure")
 
+    begin_ns = now_ns()
     name = f"{new_prefix()}-s"
     board = StatusTable(name, 1, create=True)
     try:
@@ -219,4 +223,4 @@ def test_a_device_that_failed_leaves_the_times_of_the_host(tmp_path: Path) -> No
     finally:
         StatusTable.unlink_name(name)
         board.close()
-    assert np.load(tmp_path / "spans.npy", allow_pickle=False)["start_ns"].min() > 10**12
+    assert np.load(tmp_path / "spans.npy", allow_pickle=False)["start_ns"].min() >= begin_ns
