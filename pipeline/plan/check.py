@@ -81,7 +81,6 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
         ("average_every", plan.average_every, 1),
         ("microbatches", plan.microbatches, 1),
         ("steps", plan.steps, 1),
-        ("true_every", plan.true_every, 1),
         ("evaluate_every", plan.evaluate_every, 1),
         ("quality_every", plan.quality_every, 1),
         ("threads", plan.threads, 1),
@@ -149,7 +148,6 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         for name in (
             "targets",
             "mix",
-            "true_every",
             *(["deterministic"] if plan.device in ("auto", CPU) else []),
             "quality_every",
             *_LOCKING,
@@ -157,12 +155,8 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         ):
             if getattr(plan, name) not in (getattr(defaults, name), 0):  # a warm-up of 0 batches is none
                 yield NoEffect(name, f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
-    elif plan.targets == "bootstrap" and plan.true_every != 1:
-        yield NoEffect("true_every", "with targets bootstrap: leave it out, or choose targets true or mixed.")
     if mode is not None and plan.unlocked:
         yield from _locking(plan, defaults)
-    if plan.true_every != 1 and plan.dni.every not in (None, plan.true_every):
-        yield "true_every and dni.every both say how often a target flows: give one of them."
     if mode is not None and plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
         yield NoEffect("mix", f"with targets {plan.targets}: leave it out, or choose targets mixed.")
     if plan.optimizer.momentum and plan.optimizer.rule not in ("sgd", "nadamw"):

@@ -116,8 +116,6 @@ class Plan:
     """What a stage sends down as target for the DNI below: bootstrap, true or mixed."""
     mix: float = 0.5
     """targets mixed: the lambda of BP(lambda), weight of the true gradient."""
-    true_every: int = 1
-    """targets true and mixed: the true gradient of one batch in n flows. The same as dni.every."""
     warmup_steps: int = 0
     """Unlocked: train locked on so many batches first, while the DNIs learn and nothing is updated from them."""
     unlock: Literal["always", "auto"] = "always"
@@ -183,7 +181,7 @@ class Plan:
     @property
     def target_every(self) -> int:
         """Of how many batches one gives a target."""
-        return self.dni.every or self.true_every
+        return self.dni.every or 1
 
     @property
     def emulation(self) -> Emulation | None:
