@@ -163,9 +163,12 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         yield NoEffect("optimizer.momentum", f"with {plan.optimizer.rule}: leave it out, or choose sgd or nadamw.")
     if plan.workers == 1 and plan.channels != defaults.channels:
         yield NoEffect("channels", "with 1 stage, which has no channels: leave it out.")
-    if plan.stages == 1 and plan.channel.wire_dtype is not None:
-        yield NoEffect("channel.wire_dtype", "with 1 stage, which has no channels: leave it out.")
-    if plan.deterministic and plan.channel.gradient_slots is not None:
+    for name in ("wire_dtype", "slots", "gradient_slots"):
+        if plan.stages == 1 and getattr(plan.channel, name) != getattr(defaults.channel, name):
+            yield NoEffect(f"channel.{name}", "with 1 stage, which has no channels: leave it out.")
+    if plan.stages > 1 and plan.mode == "local" and plan.channel.gradient_slots is not None:
+        yield NoEffect("channel.gradient_slots", "with mode local, where no gradient crosses a cut: leave it out.")
+    if plan.deterministic and mode is not None and plan.unlocked and plan.channel.gradient_slots is not None:
         yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
     if plan.deterministic and plan.until is not None:
         yield "until ends a run when word of it gets around, which no deterministic run repeats: leave one of them out."

@@ -73,7 +73,8 @@ class ChannelPlan:
     slots: int = 4
     """Slots of every activation channel, the back-pressure: how many batches may wait at a cut."""
     gradient_slots: int | None = None
-    """Slots of every gradient channel; None: as many as batches can be in flight, so that none is ever dropped."""
+    """Slots of every gradient channel; None: as many as batches can be in flight. With fewer, targets of DNIs that find
+    no room are dropped and counted; a gradient that a stage waits for never is."""
     wire_dtype: Literal["bf16"] | None = None
     """Round float32 activations and gradients to this dtype on their way: half the bytes; locked modes are then no
     longer exact. What replicas average travels as it is."""
