@@ -166,7 +166,7 @@ def _without_effect(plan: Plan) -> Iterator[str]:
     for name in ("wire_dtype", "slots", "gradient_slots"):
         if plan.stages == 1 and getattr(plan.channel, name) != getattr(defaults.channel, name):
             yield NoEffect(f"channel.{name}", "with 1 stage, which has no channels: leave it out.")
-    if plan.stages > 1 and plan.mode == "local" and plan.channel.gradient_slots is not None:
+    if plan.stages != 1 and plan.mode == "local" and plan.channel.gradient_slots is not None:
         yield NoEffect("channel.gradient_slots", "with mode local, where no gradient crosses a cut: leave it out.")
     if plan.deterministic and mode is not None and plan.unlocked and plan.channel.gradient_slots is not None:
         yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
