@@ -100,8 +100,7 @@ def test_what_the_dni_does_counts(dni: DNIPlan, dni_flop: float, above: tuple[fl
 @pytest.mark.parametrize(("targets", "every"), [("true", 1), ("mixed", 1), ("true", 4), ("mixed", 5)])
 def test_a_relay_is_the_input_gradient_of_the_stages_between(targets: str, every: int) -> None:
     """Two layers each; of one batch in ``every`` the gradient flows, and only then is an input gradient taken."""
-    often = {"dni": DNIPlan(every=1)} if every == 1 else {"true_every": every}
-    first, between, last = _count(RECIPE, stages=3, sizes=(1, 2, 2), targets=targets, **often)
+    first, between, last = _count(RECIPE, stages=3, sizes=(1, 2, 2), targets=targets, dni=DNIPlan(every=every))
     _same(first, _of((FULL, FULL), dni=_loss_model(B, WINDOW, 1 / every, softened=False)))
     _same(between, _of((2 * FULL, 3 * FULL), dni=_loss_model(B, WINDOW, 1 / every), relay=2 * FULL / every))
     _same(last, _of((FULL + HEAD, FULL + 2 * HEAD + FULL / every)))

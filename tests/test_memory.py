@@ -56,7 +56,7 @@ def _batch(index: int) -> tuple[Tensor, Tensor]:
 def _stage(index: int, model: Callable[[], nn.Sequential] = six_layers, **plan: Any) -> Stage:
     """A stage of three whose optimizer and DNI have seen a batch already, so that their own states are there."""
     recipe = Recipe(name="memory", model=model, batches=_batch, loss=F.cross_entropy, steps=20)
-    plan.setdefault("dni", DNIPlan(every=plan.get("true_every", 1)))
+    plan.setdefault("dni", DNIPlan(every=1))
     resolved = resolve(recipe, Plan(stages=3, sizes=(1, 1, 1), **plan))
     cut = replace(resolved.cuts[index], loss=recipe.loss)
     stage = Stage(stage_layers(recipe, resolved.plan, index), index, resolved.plan, recipe, cut)
@@ -191,9 +191,9 @@ def test_a_target_gives_back_what_its_batch_kept(targets: str) -> None:
 
 
 def test_a_batch_without_a_target_keeps_nothing() -> None:
-    """``true_every``: batch 2 of 4 brings none."""
+    """``dni.every``: batch 2 of 4 brings none."""
     with Allocated() as allocated:
-        stage = _stage(1, targets="true", true_every=4)
+        stage = _stage(1, targets="true", dni=DNIPlan(every=4))
         before = allocated.alive_bytes()
         _open(stage, 2)
         assert allocated.alive_bytes() == before

@@ -62,7 +62,6 @@ def test_a_name_that_is_no_text_is_unknown_too() -> None:
         ("stages", 1),
         ("microbatches", 1),
         ("steps", 1),
-        ("true_every", 1),
         ("evaluate_every", 1),
         ("threads", 1),
         ("seed", 0),
@@ -140,7 +139,7 @@ def test_sizes_and_cuts_agree_with_the_number_of_stages(plan: Plan, sentence: st
 
 @pytest.mark.parametrize(
     "option",
-    [{"targets": "mixed"}, {"mix": 0.3}, {"true_every": 2}, {"dni": DNIPlan(lr=1e-2)}, {"deterministic": True}],
+    [{"targets": "mixed"}, {"mix": 0.3}, {"dni": DNIPlan(lr=1e-2)}, {"deterministic": True}],
     ids=lambda option: next(iter(option)),
 )
 def test_a_locked_mode_refuses_what_only_unlocking_uses(option: dict[str, Any]) -> None:
@@ -156,10 +155,6 @@ def test_a_locked_mode_refuses_what_only_unlocking_uses(option: dict[str, Any]) 
         (
             Plan(mode="naive", microbatches=4),
             "microbatches has no effect with mode naive: leave it out, or choose mode gpipe or 1f1b.",
-        ),
-        (
-            Plan(targets="bootstrap", true_every=4),
-            "true_every has no effect with targets bootstrap: leave it out, or choose targets true or mixed.",
         ),
         (
             Plan(mode="async-1f1b", in_flight="full"),
@@ -208,7 +203,7 @@ def test_all_mistakes_come_at_once() -> None:
     [
         Plan(),
         Plan(mode="naive", stages=1, steps=3),
-        Plan(targets="mixed", mix=0.9, true_every=3, dni=DNIPlan(form="loss_model", rows=0.5, every=3)),
+        Plan(targets="mixed", mix=0.9, dni=DNIPlan(form="loss_model", rows=0.5, every=3)),
         Plan(optimizer=OptimizerPlan(rule="sgd", momentum=0.9, weight_decay=1e-4), sizes=(1, 3)),
         Plan(stages=3, cuts=("blocks.1", "head"), dni=DNIPlan(factory=nn.Identity)),
     ],

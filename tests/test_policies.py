@@ -148,8 +148,8 @@ def test_every_target_that_flows_is_learned_exactly_once(targets: str, stages: i
         assert order.count(Action.LEARN) == (12 if k < stages - 1 else 0)
 
 
-def test_true_every_lets_one_gradient_in_n_flow() -> None:
-    plan = Plan(stages=3, steps=12, targets="true", true_every=4)
+def test_dni_every_lets_one_gradient_in_n_flow() -> None:
+    plan = Plan(stages=3, steps=12, targets="true", dni=DNIPlan(every=4))
     learned = [order.count(Action.LEARN) for order in schedule(plan, held_out_batches=0)]
     assert learned == [3, 3, 0]
 

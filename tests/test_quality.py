@@ -19,6 +19,7 @@ from pipeline.run.reference import run_reference
 from pipeline.run.resolve import resolve, stage_layers
 from pipeline.stage.dni_quality import compare
 from pipeline.stage.stage import Stage
+from tests import problems
 from workers.telemetry.records import Judged
 
 ROWS = 24
@@ -157,3 +158,12 @@ def test_the_summary_is_the_median_of_the_second_half() -> None:
 def test_refused(plan: Plan, said: str) -> None:
     with pytest.raises(PlanError, match=said):
         check_plan(plan)
+
+
+def test_a_stage_that_trains_nothing_is_judged_at_the_cut() -> None:
+    """Once a story: with a lone ReLU between two cuts, quality_every ended the run: grad() of no inputs."""
+    plan = Plan(stages=3, sizes=(2, 1, 5), steps=8, quality_every=2, unlock="auto")
+    found = run_reference(problems.recipe(), plan).qualities
+    assert [len(found[k]) for k in range(2)] == [4, 4]
+    assert all(abs(quality.cosine) < 1.001 for quality in found[1])
+    assert any(quality.cosine for quality in found[1])

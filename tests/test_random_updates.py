@@ -36,8 +36,9 @@ P = 0.4
 
 
 def _plan(**options: Any) -> Plan:
-    every = DNIPlan(every=options.get("true_every", 1))
-    return Plan(**{"stages": 3, "steps": 40, "update_probability": P, "balance": "layers", "dni": every, **options})
+    return Plan(
+        **{"stages": 3, "steps": 40, "update_probability": P, "balance": "layers", "dni": DNIPlan(every=1), **options}
+    )
 
 
 def _draws(plan: Plan) -> list[list[bool]]:

@@ -82,8 +82,7 @@ def _run(**plan: Any) -> None:
             sizes=SIZES,
             steps=STEPS,
             optimizer=OptimizerPlan(rule="sgd", lr=0.05),
-            dni=DNIPlan(form="linear"),
-            **plan,
+            **{"dni": DNIPlan(form="linear"), **plan},
         ),
     )
 
@@ -118,8 +117,8 @@ def test_mixed_is_the_weighted_sum_of_true_and_synthetic(log: Log) -> None:
             _close(log.targets[stage - 1, b], log.through(stage, b, mixed))
 
 
-def test_true_every_third_batch(log: Log) -> None:
-    _run(targets="true", true_every=3)
+def test_targets_of_every_third_batch(log: Log) -> None:
+    _run(targets="true", dni=DNIPlan(form="linear", every=3))
     assert {b for _, b in log.targets} == set(range(0, STEPS, 3))
 
 

@@ -258,7 +258,6 @@ def _in_mode(plan: Plan, mode: str) -> Plan:
         average_every=plan.average_every if MODES[mode].averages == "weights" else defaults.average_every,
         targets=defaults.targets,
         mix=defaults.mix,
-        true_every=1,
         dni=DNIPlan(hidden=plan.dni.hidden, lr=plan.dni.lr) if keep_dni else DNIPlan(),
         deterministic=False,
         hop_steps=0.0,

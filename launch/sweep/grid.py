@@ -234,7 +234,7 @@ def _as_run(plan: Plan) -> Plan:
     if not exact and (plan.stages > 1 or plan.microbatches > 1 or plan.update_probability < 1):
         return plan
     whole = {"stages": 1, "sizes": (sum(plan.sizes or ()),), "hop_steps": 0.0, "channel": ChannelPlan()}
-    locked = {"mode": "naive", "targets": Plan.targets, "mix": Plan.mix, "true_every": 1, "in_flight": "stages"}
+    locked = {"mode": "naive", "targets": Plan.targets, "mix": Plan.mix, "in_flight": "stages"}
     changes: dict[str, Any] = {**whole, **({**locked, "dni": DNIPlan()} if plan.microbatches == 1 else {})}
     return replace(plan, **changes)
 

@@ -50,6 +50,7 @@ class Kind(enum.IntEnum):
     SHARE = 8  # what a replica gives for an average; `batch` is the number of the round, `stage` the replica
     LAST_SHARE = 9  # as SHARE, and nothing follows
     AWAITED = 10  # as ACTIVATION, from a stage that is locked: it waits for the gradient of the whole batch
+    DROPPED = 11  # goes back: targets were dropped, and none of a batch older than `batch` follows
 
 
 @dataclass(frozen=True, slots=True)

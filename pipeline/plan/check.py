@@ -81,7 +81,6 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
         ("average_every", plan.average_every, 1),
         ("microbatches", plan.microbatches, 1),
         ("steps", plan.steps, 1),
-        ("true_every", plan.true_every, 1),
         ("evaluate_every", plan.evaluate_every, 1),
         ("quality_every", plan.quality_every, 1),
         ("threads", plan.threads, 1),
@@ -149,7 +148,6 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         for name in (
             "targets",
             "mix",
-            "true_every",
             *(["deterministic"] if plan.device in ("auto", CPU) else []),
             "quality_every",
             *_LOCKING,
@@ -157,21 +155,20 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         ):
             if getattr(plan, name) not in (getattr(defaults, name), 0):  # a warm-up of 0 batches is none
                 yield NoEffect(name, f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
-    elif plan.targets == "bootstrap" and plan.true_every != 1:
-        yield NoEffect("true_every", "with targets bootstrap: leave it out, or choose targets true or mixed.")
     if mode is not None and plan.unlocked:
         yield from _locking(plan, defaults)
-    if plan.true_every != 1 and plan.dni.every not in (None, plan.true_every):
-        yield "true_every and dni.every both say how often a target flows: give one of them."
     if mode is not None and plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
         yield NoEffect("mix", f"with targets {plan.targets}: leave it out, or choose targets mixed.")
     if plan.optimizer.momentum and plan.optimizer.rule not in ("sgd", "nadamw"):
         yield NoEffect("optimizer.momentum", f"with {plan.optimizer.rule}: leave it out, or choose sgd or nadamw.")
     if plan.workers == 1 and plan.channels != defaults.channels:
         yield NoEffect("channels", "with 1 stage, which has no channels: leave it out.")
-    if plan.stages == 1 and plan.channel.wire_dtype is not None:
-        yield NoEffect("channel.wire_dtype", "with 1 stage, which has no channels: leave it out.")
-    if plan.deterministic and plan.channel.gradient_slots is not None:
+    for name in ("wire_dtype", "slots", "gradient_slots"):
+        if plan.stages == 1 and getattr(plan.channel, name) != getattr(defaults.channel, name):
+            yield NoEffect(f"channel.{name}", "with 1 stage, which has no channels: leave it out.")
+    if plan.stages != 1 and plan.mode == "local" and plan.channel.gradient_slots is not None:
+        yield NoEffect("channel.gradient_slots", "with mode local, where no gradient crosses a cut: leave it out.")
+    if plan.deterministic and mode is not None and plan.unlocked and plan.channel.gradient_slots is not None:
         yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
     if plan.deterministic and plan.until is not None:
         yield "until ends a run when word of it gets around, which no deterministic run repeats: leave one of them out."

@@ -73,7 +73,8 @@ class ChannelPlan:
     slots: int = 4
     """Slots of every activation channel, the back-pressure: how many batches may wait at a cut."""
     gradient_slots: int | None = None
-    """Slots of every gradient channel; None: as many as batches can be in flight, so that none is ever dropped."""
+    """Slots of every gradient channel; None: as many as batches can be in flight. With fewer, targets of DNIs that find
+    no room are dropped and counted; a gradient that a stage waits for never is."""
     wire_dtype: Literal["bf16"] | None = None
     """Round float32 activations and gradients to this dtype on their way: half the bytes; locked modes are then no
     longer exact. What replicas average travels as it is."""
@@ -116,8 +117,6 @@ class Plan:
     """What a stage sends down as target for the DNI below: bootstrap, true or mixed."""
     mix: float = 0.5
     """targets mixed: the lambda of BP(lambda), weight of the true gradient."""
-    true_every: int = 1
-    """targets true and mixed: the true gradient of one batch in n flows. The same as dni.every."""
     warmup_steps: int = 0
     """Unlocked: train locked on so many batches first, while the DNIs learn and nothing is updated from them."""
     unlock: Literal["always", "auto"] = "always"
@@ -183,7 +182,7 @@ class Plan:
     @property
     def target_every(self) -> int:
         """Of how many batches one gives a target."""
-        return self.dni.every or self.true_every
+        return self.dni.every or 1
 
     @property
     def emulation(self) -> Emulation | None:

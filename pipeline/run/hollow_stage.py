@@ -33,6 +33,17 @@ class HollowStage:
     def locked(self, batch: int) -> bool:
         return self._flow.warms_up(batch) and not self.last
 
+    def awaited(self, batch: int, microbatch: int = 0) -> bool:
+        return self._flow.awaited(self._locks(batch))
+
+    def keeps(self, batch: int, microbatch: int = 0) -> bool:
+        return True
+
+    def relaying(self) -> list[int]:
+        return []
+
+    def forget(self, before: int) -> None: ...
+
     def switched(self) -> None:
         return None
 

@@ -43,11 +43,16 @@ __all__ = ["Costs", "Event", "Reference", "run_reference", "schedule", "timeline
 
 @dataclass(frozen=True)
 class Costs:
-    """Ticks of the virtual clock. One step of an unlocked stage, forward and update, is ``step`` ticks."""
+    """Ticks of the virtual clock. One step of an unlocked stage, forward and update, is ``step`` ticks.
+
+    ``late(channel, batch)`` ticks more than a hop is a message under way; channels are called ``activations 0->1``,
+    ``gradients 1->0``, ``averages 0->1``.
+    """
 
     forward: int = 1
     backward: int = 2
     learn: int = 0
+    late: Callable[[str, int], int] = lambda channel, batch: 0
 
     def of(self, action: Action) -> int:
         """Ticks of one action."""
@@ -236,7 +241,7 @@ def _averagers(
     others = [[other for other in range(plan.replicas) if other != replica] for replica in range(plan.replicas)]
     hop = costs.hop(plan.hop_steps)
     ways = {
-        (k, source, target): VirtualQueue(clock, ROOM, hop, None)
+        (k, source, target): VirtualQueue(clock, ROOM, hop, None, partial(costs.late, f"averages {source}->{target}"))
         for k in range(plan.stages)
         for source, targets in enumerate(others)
         for target in targets
@@ -279,10 +284,15 @@ def _connect(
 ) -> list[Runner]:
     hop = costs.hop(plan.hop_steps)
     on_the_way = -(-hop // (costs.forward + costs.backward))  # what the link itself holds
-    downs = [VirtualQueue(clock, plan.channel.slots + on_the_way, hop, plan.wire_dtype) for _ in stages[1:]]
-    ups = [
-        VirtualQueue(clock, plan.gradient_slots_at(k) + 2 * on_the_way * (plan.stages - k), hop, plan.wire_dtype)
+    queue = partial(VirtualQueue, clock, hop=hop, wire_dtype=plan.wire_dtype)
+    downs = [
+        queue(plan.channel.slots + on_the_way, late=partial(costs.late, f"activations {k}->{k + 1}"))
         for k in range(len(stages) - 1)
+    ]
+    ups = [
+        queue(plan.gradient_slots_at(k) + more, late=partial(costs.late, f"gradients {k + 1}->{k}"))
+        for k in range(len(stages) - 1)
+        for more in [2 * on_the_way * (plan.stages - k)]
     ]
     return [
         Runner(

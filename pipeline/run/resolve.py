@@ -276,8 +276,7 @@ def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
     """The DNI's plan with how often a target flows filled in."""
     if not plan.unlocked:
         return plan.dni
-    every = plan.true_every if plan.true_every != 1 else target_every(cuts, plan.dni)
-    return dataclasses.replace(plan.dni, every=every)
+    return dataclasses.replace(plan.dni, every=target_every(cuts, plan.dni))
 
 
 def _cut(

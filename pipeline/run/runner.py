@@ -40,6 +40,10 @@ class StageLike(Protocol):
 
     def updates(self, batch: int) -> bool: ...
     def locked(self, batch: int) -> bool: ...
+    def awaited(self, batch: int, microbatch: int = 0) -> bool: ...
+    def keeps(self, batch: int, microbatch: int = 0) -> bool: ...
+    def relaying(self) -> list[int]: ...
+    def forget(self, before: int) -> None: ...
     def switched(self) -> Switch | None: ...
     def forward(
         self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0, *, awaited: bool = False
@@ -78,7 +82,7 @@ class Runner:
         microbatches: microbatches per batch.
         forwarded, backwarded: counts of training microbatches.
         updated, learned: counts of training batches; one that is left without an update counts as updated.
-        dropped: targets that were dropped because a gradient channel shallower than the batches in flight was full.
+        dropped: targets, for which nobody waits, that were dropped because the gradient channel was full.
         done: nothing is left to do.
     """
 
@@ -107,17 +111,23 @@ class Runner:
     _activation: Message | None = None
     _gradient: Message | None = None
     _unsent: list[Message] = field(default_factory=list)
+    _target: Message | None = None
+    _ended_above: bool = False
     _ended_below: bool = False
     _trained_below: bool = False
 
     def poll(self) -> None:
-        """Look into the queues: at most one message of each is held."""
+        """Look into the queues: at most one message of each is held.
+
+        Raises:
+            StageError: what came from above has no place: it came twice, or something before it is missing.
+        """
         self._flush()
         self.averager.poll()
-        if self._gradient is None and self.above is not None:
-            self._gradient = self.above.take()
-            if self._gradient is not None and self._gradient.kind is Kind.END:
-                self._end(self._gradient)
+        while self.above is not None and self._gradient is None and not self._ended_above:
+            if (came := self.above.take()) is None:
+                break
+            self._take_in(came)
         if self._activation is None and not self._ended_below:
             self._activation = self.below.take()
 
@@ -216,10 +226,12 @@ class Runner:
     def _update(self, gradient: Tensor | None) -> None:
         """Backpropagate the next microbatch, send up what is to be sent; step after the last one of its batch."""
         batch, part = divmod(self.backwarded, self.microbatches)
+        awaited = self.stage.awaited(batch, part)
         below = self.stage.backward(batch, gradient, microbatch=part)
         self.backwarded += 1
         if below is not None:
-            self._send_up(Message(Kind.GRADIENT, batch, self.stage.index, (below,), microbatch=part))
+            message = Message(Kind.GRADIENT, batch, self.stage.index, (below,), microbatch=part)
+            self._send_up(message, awaited=awaited)
         self._send_sample(batch, self.stage.true_gradient())
         if part < self.microbatches - 1:
             return
@@ -263,7 +275,7 @@ class Runner:
         relayed = self.stage.learn(message.batch, message.tensors[0])
         self.learned += 1
         if relayed is not None:
-            self._send_up(Message(Kind.GRADIENT, message.batch, self.stage.index, (relayed,)))
+            self._send_up(Message(Kind.GRADIENT, message.batch, self.stage.index, (relayed,)), awaited=False)
 
     def _taken_gradient(self, expected: int | None) -> Message:
         message, self._gradient = self._gradient, None
@@ -284,9 +296,28 @@ class Runner:
             )
         return part
 
+    def _take_in(self, message: Message) -> None:
+        """Something came from above: hold a gradient until its turn, take word at once."""
+        batch, index = message.batch, self.stage.index
+        if message.kind is Kind.END:
+            if self.forwarded != self.backwarded:
+                what = f"the END came from stage {message.stage} before the gradient of this batch"
+                raise StageError(what, stage=index, batch=self.updated)
+            self._ended_above = True
+            self._end(message)
+        elif message.kind is Kind.DROPPED:
+            relaying = self.stage.relaying()
+            self.stage.forget(min(batch, self.updated))
+            if self.stage.relaying() != relaying:
+                self._send_word()
+        elif message.kind is Kind.GRADIENT and not self.stage.keeps(batch, message.microbatch):
+            what = f"a gradient came from stage {message.stage} that this stage does not wait for, or no longer"
+            raise StageError(f"{what} (microbatch {message.microbatch})", stage=index, batch=batch)
+        else:
+            self._gradient = message
+
     def _end(self, message: Message) -> None:
         """The END came back from above (or reached the last stage): echo it up; this stage is done."""
-        self._gradient = None
         if self.up is not None:
             self._unsent.append(Message(Kind.END, message.batch, self.stage.index))
             self._flush()
@@ -297,13 +328,27 @@ class Runner:
             self.record(Span.SEND, message.batch)
             self.down.put(message)
 
-    def _send_up(self, message: Message) -> None:
-        """Never blocks: what finds no room waits, and of the gradients that wait only the newest is kept."""
+    def _send_up(self, message: Message, *, awaited: bool) -> None:
+        """Never blocks: what finds no room waits; as many gradients as are awaited, but one target, the newest."""
+        if self.up is None:
+            return
+        self.record(Span.SEND, message.batch)
+        drops = not awaited and self._target is not None
+        if drops:
+            self._unsent = [waiting for waiting in self._unsent if waiting is not self._target]
+            self.dropped += 1
+        self._target = self._target if awaited else message
+        self._unsent.append(message)
+        self._flush()
+        if drops:
+            self._send_word()
+
+    def _send_word(self) -> None:
+        """Tell the stage below that targets were dropped, so that it keeps nothing for them; later word says it all."""
         if self.up is not None:
-            self.record(Span.SEND, message.batch)
-            samples = [waiting for waiting in self._unsent if waiting.kind is Kind.SAMPLE]
-            self.dropped += len(self._unsent) - len(samples)
-            self._unsent = [*samples, message]
+            oldest = min([self.updated, *self.stage.relaying()])  # of what may still be sent behind this word
+            self._unsent = [waiting for waiting in self._unsent if waiting.kind is not Kind.DROPPED]
+            self._unsent.append(Message(Kind.DROPPED, oldest, self.stage.index))
             self._flush()
 
     def _send_sample(self, batch: int, gradient: Tensor | None) -> None:
@@ -316,5 +361,6 @@ class Runner:
     def _flush(self) -> None:
         while self._unsent and self.up is not None and self.up.room():
             message = self._unsent.pop(0)
+            self._target = None if message is self._target else self._target
             self.up.put(message)
             self.done = message.kind is Kind.END

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -36,12 +36,13 @@ class VirtualClock:
 
 @dataclass
 class VirtualQueue:
-    """A queue in virtual time: what is put at the end of an action arrives a hop later."""
+    """A queue in virtual time: what is put at the end of an action arrives a hop, and ``late(batch)`` ticks, later."""
 
     clock: VirtualClock
     capacity: int
     hop: int
     wire_dtype: torch.dtype | None
+    late: Callable[[int], int] = lambda batch: 0
     items: deque[tuple[int, Message]] = field(default_factory=deque)
 
     def room(self) -> bool:
@@ -53,7 +54,9 @@ class VirtualQueue:
         sent = narrowed(message, self.wire_dtype)
         message = message if sent is message else widened(sent)
         copies = tuple(tensor.detach().clone() for tensor in message.tensors)
-        arrival = self.clock.effect + self.hop
+        arrival = self.clock.effect + self.hop + self.late(message.batch)
+        if self.items:  # none overtakes another
+            arrival = max(arrival, self.items[-1][0])
         self.items.append((arrival, replace(message, tensors=copies)))
         self.clock.at(arrival)
 

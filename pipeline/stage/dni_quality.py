@@ -24,7 +24,8 @@ class Quality:
 
     Attributes:
         batch: its id.
-        cosine: between the gradients of the stage's parameters under s and under g; 1 is perfect, 0 is no help.
+        cosine: between the gradients of the stage's parameters under s and under g; 1 is perfect, 0 is no help. Of a
+            stage that trains no parameter: between s and g.
         norm_ratio: norm of the former over norm of the latter.
         error: |s - g|^2 / |g|^2 at the cut; 1 is no better than zeros.
     """
@@ -64,32 +65,35 @@ class Samples:
         """Keep a sampled batch until ``judge``."""
         self._kept[batch] = sample
 
+    def __contains__(self, batch: int) -> bool:
+        return batch in self._kept
+
     def judge(self, batch: int, g: Tensor) -> tuple[Quality, Tensor | None]:
         """Compare the synthetic gradient of a kept batch with the true one.
 
         Args:
-            batch: its batch id; what is kept of older ones (their true gradients were dropped) goes.
+            batch: its batch id.
             g: the true gradient, like ``h``.
 
         Returns:
             The quality, and the true gradient for ``x``; None in the first stage.
         """
-        for older in [key for key in self._kept if key < batch]:
-            del self._kept[older]
         sample = self._kept.pop(batch)
         under_s = sample.gradients
         if under_s is None:
-            under_s = torch.autograd.grad(
-                sample.h, sample.leaves, sample.synthetic, allow_unused=True, retain_graph=True
-            )
+            under_s = _gradients(sample.h, sample.leaves, sample.synthetic, keep=True)
         wanted = [*sample.leaves] if sample.x is None else [*sample.leaves, sample.x]
-        found = torch.autograd.grad(sample.h, wanted, g, allow_unused=True)
+        found = _gradients(sample.h, wanted, g)
         under_g = found[: len(sample.leaves)]
-        quality = compare(batch, sample.synthetic, g, under_s, under_g)
+        quality = compare(batch, sample.synthetic, g, under_s or [sample.synthetic], under_g or [g])
         if sample.x is None:
             return quality, None
         below = found[-1]
         return quality, torch.zeros_like(sample.x) if below is None else below
+
+
+def _gradients(h: Tensor, wanted: Sequence[Tensor], g: Tensor, *, keep: bool = False) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(h, wanted, g, allow_unused=True, retain_graph=keep) if wanted else ()
 
 
 def compare(

@@ -5,7 +5,7 @@
     true        J^T g when g comes
     mixed       J^T (lambda g + (1-lambda) s) when g comes
 
-Targets flow for one batch in `dni.every` (or `true_every`), and only for these is anything computed or sent.
+Targets flow for one batch in `dni.every`, and only for these is anything computed or sent.
 
 The last stage has the true gradient at its update; in modes that work with true gradients every stage has. In the mode
 `local` nothing flows. A stage that makes no update from a batch (``update_probability``) sends down nothing of its own.
@@ -85,6 +85,10 @@ class Flow:
             return self.mode.gradient == "true"
         at_once = self.last or locks.mine or self.plan.targets == "bootstrap"
         return locks.below or (self.updates(batch) and self._in_turn(batch) and at_once)
+
+    def awaited(self, locks: Locks = FREE) -> bool:
+        """Whether the stage below waits for the gradient of a batch; else it gets a target, which may be dropped."""
+        return self.mode.gradient == "true" or locks.below
 
     def relays(self, batch: int, locks: Locks = FREE) -> bool:
         """Whether the true gradient of this batch will be taken through this stage after its update."""

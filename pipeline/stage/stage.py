@@ -151,7 +151,7 @@ class Stage:
         if self.last:
             return None
         self.record(Span.DNI, batch)
-        kept, source = self._kept[batch, 0], self.dni or self.local
+        kept, source = self._kept_of(batch), self.dni or self.local
         assert source is not None, "a stage that updates at once has something to update from"
         try:
             kept.synthetic = source.meet(kept.h.detach(), kept.labels, batch)
@@ -163,6 +163,23 @@ class Stage:
         """Whether a batch that the stage still keeps something of came in while the stage was locked."""
         kept = self._kept.get((batch, 0))
         return kept is not None and kept.locks.mine
+
+    def awaited(self, batch: int, microbatch: int = 0) -> bool:
+        """Whether the stage below waits for the gradient of an open batch."""
+        return self._flow.awaited(self._kept_of(batch, microbatch).locks)
+
+    def keeps(self, batch: int, microbatch: int = 0) -> bool:
+        """Whether the stage still has a use for a gradient of this batch."""
+        return (batch, microbatch) in self._kept
+
+    def relaying(self) -> list[int]:
+        """The batches whose true gradient is still to be taken through this stage."""
+        return [batch for (batch, _), kept in self._kept.items() if self._flow.relays(batch, kept.locks)]
+
+    def forget(self, before: int) -> None:
+        """Keep nothing of batches older than ``before``: the targets that have not come yet were dropped."""
+        for key in [key for key in self._kept if key[0] < before]:
+            del self._kept[key]
 
     def switched(self) -> Switch | None:
         """How the stage has just locked or unlocked, if it has; gives it once."""
@@ -179,7 +196,7 @@ class Stage:
             the last stage; not a batch whose target flows).
         """
         self.record(Span.BACKWARD, batch)
-        kept = self._kept[batch, microbatch]
+        kept = self._kept_of(batch, microbatch)
         try:
             output = kept.h
             if gradient is not None:
@@ -233,7 +250,7 @@ class Stage:
         Recorded like a backward pass and a step, of hardly any length, so that every batch has an end.
         """
         self.record(Span.BACKWARD, batch)
-        kept = self._kept[batch, 0]
+        kept = self._kept_of(batch)
         if self.last:
             with self._computing.autocast():
                 kept.loss = float(self.recipe.loss(kept.h.detach(), kept.labels))
@@ -244,22 +261,24 @@ class Stage:
         self.record(Span.STEP, batch)
 
     def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
-        """Train the DNI on a target, and relay it.
+        """Train the DNI on a target, and relay it. Targets may come in any order.
 
         Args:
-            batch: its batch id; what was kept of older batches (their targets were dropped) goes too.
+            batch: its batch id; what was kept of it goes.
             gradient: like the stage's output, or its samples that ``dni`` trains on where nothing is relayed.
 
         Returns:
             What the stage below is to get: J^T g (``true``), J^T (lambda g + (1 - lambda) s) (``mixed``; BP(lambda),
             Pemberton et al. 2021, section 2), or None when nothing is relayed.
+
+        Raises:
+            StageError: nothing is kept of the batch: its target came twice, or was said to be dropped.
         """
-        assert self.dni is not None, "a gradient came to a stage without a DNI"
+        kept = self._kept_of(batch)
+        del self._kept[batch, 0]
+        assert self.dni is not None, "a stage without a DNI keeps nothing for a target"
         self.record(Span.DNI_TRAIN, batch)
         (gradient,) = self._computing.here(gradient)
-        for older in [key for key in self._kept if key[0] < batch]:
-            del self._kept[older]
-        kept = self._kept.pop((batch, 0))
         try:
             if self._flow.true_targets and not kept.locks.mine:
                 self._guard.true_gradient(batch, gradient)
@@ -289,13 +308,18 @@ class Stage:
         """Compare the synthetic gradient of a sampled batch with the true one.
 
         Args:
-            batch: its batch id; what is kept of older samples (their true gradients were dropped) goes.
+            batch: its batch id.
             gradient: the true gradient, like the stage's output.
 
         Returns:
             The quality, and the true gradient of the stage below; None in the first stage.
+
+        Raises:
+            StageError: the stage keeps no such sample.
         """
         self.record(Span.QUALITY, batch)
+        if batch not in self._samples:
+            raise self._out_of_place(batch, "the true gradient of a sampled batch")
         (gradient,) = self._computing.here(gradient)
         quality, below = self._samples.judge(batch, gradient)
         self._lock.judged(quality)
@@ -435,6 +459,15 @@ class Stage:
         elif not relays_later:
             kept = self._kept[batch, microbatch]
             kept.h, kept.x, kept.leaves, kept.synthetic = kept.h.detach(), kept.h.detach(), [], None
+
+    def _kept_of(self, batch: int, microbatch: int = 0) -> _Kept:
+        if (batch, microbatch) not in self._kept:
+            raise self._out_of_place(batch, f"something for microbatch {microbatch}")
+        return self._kept[batch, microbatch]
+
+    def _out_of_place(self, batch: int, what: str) -> StageError:
+        what = f"{what} came, of which nothing is kept: it came twice, or too late"
+        return StageError(what, stage=self.index, batch=batch)
 
     def _error(self, error: Exception, layer: str | None, batch: int) -> StageError:
         if isinstance(error, StageError):

@@ -51,6 +51,21 @@ class EmulatedStage:
         """Nothing is learned that a lock could be for."""
         return False
 
+    def awaited(self, batch: int, microbatch: int = 0) -> bool:
+        """Whether the stage below waits for the gradient."""
+        return self._flow.awaited()
+
+    def keeps(self, batch: int, microbatch: int = 0) -> bool:
+        """Every gradient is welcome."""
+        return True
+
+    def relaying(self) -> list[int]:
+        """Nothing is kept for a relay."""
+        return []
+
+    def forget(self, before: int) -> None:
+        """Nothing is kept."""
+
     def switched(self) -> None:
         """Nor is there a switch."""
 
