@@ -18,14 +18,15 @@ from pipeline.errors import NoEffect, PlanError
 from pipeline.model.cut import Cut
 from pipeline.model.partition import (
     Layer,
-    balanced_sizes,
-    check_partition,
+    balanced_split,
     chosen_sizes,
     depth_of,
     ends_normalised,
     layers_of,
     split,
+    without_parameters,
 )
+from pipeline.model.proof import check_chain, check_ties
 from pipeline.plan.channel_choice import ChannelChoice, choose_channels
 from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import CPU, DeviceChoice
@@ -126,7 +127,7 @@ def resolve(
 ) -> Resolved:
     """Check recipe and plan against each other and fill in what was left open.
 
-    Runs the model once on batch 0, in evaluation mode.
+    Runs the model on batch 0 in evaluation mode, and where it has a forward of its own, on four rows of it in training.
 
     Args:
         recipe: the problem.
@@ -137,9 +138,9 @@ def resolve(
         devices: where every worker computes (``choose_devices``); None: all on the CPU.
 
     Raises:
-        PlanError: see ``Plan.check``, ``check_batches``, ``check_partition``, and: a loss that does not take the output
-            and the labels, a DNI that does not fit the cut or does not read an option that is given, shared memory
-            between two hosts.
+        PlanError: see ``Plan.check``, ``check_batches``, ``check_chain``, ``check_ties``, and: a loss that does not
+            take the output and the labels, a DNI that does not fit the cut or does not read an option that is given,
+            shared memory between two hosts.
     """
     check_plan(plan)
     hosts = hosts or ["this host"] * plan.workers
@@ -157,15 +158,16 @@ def resolve(
     model = build_model(recipe, plan.seed)
     layers = layers_of(model)
     sizes = chosen_sizes(layers, plan)
-    outputs = check_partition(model, layers, split(layers, sizes or (len(layers),)), inputs)
+    outputs = check_chain(model, layers, inputs)
     seconds: tuple[float, ...] | None = None
     why = "given" if plan.sizes or plan.cuts else "number of layers"
     if sizes is None:
         if measure is not None and plan.stages > 1:
             seconds = tuple(measure(layers, [inputs, *outputs[:-1]]))
             why = "measured time per layer"
-        sizes = balanced_sizes(seconds or [1.0] * len(layers), plan.stages)
-        check_partition(model, layers, split(layers, sizes), inputs)
+        sizes = balanced_split(layers, seconds or [1.0] * len(layers), plan.stages)
+    stages = split(layers, sizes)
+    check_ties(stages)
     _check_loss(recipe, outputs[-1], labels)
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
     _check_cuts(layers, ends, outputs)
@@ -173,7 +175,8 @@ def resolve(
         _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, outputs[-1], recipe, plan)
         for k, end in enumerate(ends)
     )
-    reasons = [("split", " | ".join(map(str, sizes)), why)]
+    reasons = [("split", " | ".join(map(str, sizes)), why + _places_of_cuts(stages))]
+    reasons += _evaluated_in_training(layers)
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
     reasons.append(("device", devices.says, devices.why))
     if plan.autocast is not None:
@@ -226,6 +229,24 @@ def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
     """The layers of one stage, freshly initialised from the seed; the rest of the model is dropped."""
     assert plan.sizes is not None, "the plan is resolved"
     return split(layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
+
+
+def _places_of_cuts(stages: Sequence[Sequence[Layer]]) -> str:
+    """What is said of stages that begin with a layer without parameters, which had better stay below the cut."""
+    first = [f"{layer.name} ({type(layer.module).__name__})" for layer, *_ in stages[1:] if without_parameters(layer)]
+    if not first:
+        return ""
+    return f"; the cut is better behind {', '.join(first)}, without parameters: a DNI should see what comes out there"
+
+
+def _evaluated_in_training(layers: Sequence[Layer]) -> Iterator[tuple[str, str, str]]:
+    """What is said of modules that are in evaluation mode while the rest trains."""
+    modules = [(f"{layer.name}.{name}".strip("."), m) for layer in layers for name, m in layer.module.named_modules()]
+    names = [name for name, module in modules if not module.training]
+    if names:
+        which = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        why = f"as model() and its train() leave them, in training too: {which}"
+        yield "eval mode", f"{len(names)} of {len(modules)} modules", why
 
 
 def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
