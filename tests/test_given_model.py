@@ -167,8 +167,8 @@ class DropsAlways(Net):
 
 def test_an_eval_of_the_models_own_that_leaves_a_layer_in_training_is_refused() -> None:
     assert _refused(DropsAlways, stages=2) == (
-        "DropsAlways.eval() leaves drop in training mode, and a pipeline evaluates every layer as its own eval() leaves "
-        "it: give the layer a train() of its own."
+        "DropsAlways.eval() leaves drop in training mode, and a pipeline evaluates every layer as its own eval() "
+        "leaves it: give the layer a train() of its own."
     )
 
 

@@ -1,4 +1,4 @@
-"""The layers in a row are the model, in training too, and no two stages hold the same memory: proved before the start."""
+"""The layers in a row are the model, in training too, and no two stages hold the same memory."""
 
 from __future__ import annotations
 
@@ -118,12 +118,17 @@ def _patched() -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("model", [DropsOut, Noisy, Branches, Auxiliary, _nested_noise, _patched])
+@pytest.mark.parametrize("model", [DropsOut, Noisy, Branches, Auxiliary, _nested_noise])
 def test_a_forward_that_is_another_in_training_is_refused(model: Callable[[], nn.Module]) -> None:
     """The chain once was proved in evaluation mode alone, and what a forward does in training was dropped."""
     sentence = _refused(model, stages=2)
     assert ".forward in training mode does not compute the chain of its children (" in sentence
     assert "though in evaluation mode it does: make what it does in training only" in sentence
+
+
+def test_a_forward_set_on_the_model_itself_is_refused() -> None:
+    """A function set on one object belongs to that one; its copies would call it, too."""
+    assert _refused(_patched, stages=2).startswith("the forward of this one Sequential was replaced by a function")
 
 
 class TwiceNormalised(Net):
@@ -268,8 +273,31 @@ class Scales(nn.Module):
 
 def test_a_list_of_parameters_is_no_layer() -> None:
     assert _refused(Scales, stages=1) == (
-        "layer scales is a ParameterList, which has no forward: move what it holds into the layers that compute with it."
+        "layer scales is a ParameterList, which has no forward: move what it holds into the layers that compute with "
+        "it."
     )
+
+
+class Borrows(nn.Module):
+    """A head whose weight is that of another layer, hidden from ``parameters()`` by a list."""
+
+    def __init__(self, lender: nn.Linear) -> None:
+        super().__init__()
+        self.lender = [lender]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The other layer's weight, backwards."""
+        return F.linear(x, self.lender[0].weight.t())
+
+
+def test_a_layer_that_reaches_for_the_weight_of_another_is_refused() -> None:
+    """It once computed with the other's initial weight for ever: that layer trains in another process."""
+
+    def model() -> nn.Module:
+        lender = nn.Linear(WIDTH, WIDTH)
+        return nn.Sequential(lender, nn.Tanh(), Borrows(lender), nn.Linear(WIDTH, CLASSES))
+
+    assert _refused(model, stages=2).startswith("layer 2 computes with 0.weight, which it does not hold: a layer")
 
 
 # ---------------------------------------------------------------- memory in common

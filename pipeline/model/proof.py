@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from pipeline.seeding import seeded
 
 __all__ = ["check_chain", "check_partition", "check_ties"]
 
+_T = TypeVar("_T")
 _ROWS = 4  # of the batch, for the proof in training mode; batch normalisation needs two
 
 
@@ -49,7 +51,7 @@ def check_chain(model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer],
     """
     if isinstance(model, nn.Module):
         _nothing_lost(model, layers)
-        _no_hooks(model)
+        _nothing_left_out(model)
     for layer in layers:
         if not overrides(layer.module, "forward"):
             raise PlanError(
@@ -117,11 +119,18 @@ def _nothing_lost(model: nn.Module, layers: Sequence[Layer]) -> None:
         raise PlanError(f"{', '.join(lost)} belong to no layer and would be lost: move them into one of the layers.")
 
 
-def _no_hooks(model: nn.Module) -> None:
+def _nothing_left_out(model: nn.Module) -> None:
+    """The stages call the layers, never the model itself; a proof can neither see nor copy all that hangs on it."""
+    kind, forward = type(model).__name__, vars(model).get("forward")
     if names := [getattr(hook, "__name__", type(hook).__name__) for hook in hooks_of(model)]:
         raise PlanError(
-            f"{type(model).__name__} has hooks on itself ({', '.join(names)}), and a pipeline calls its layers only: "
-            "put them on a layer, or leave them out."
+            f"{kind} has hooks on itself ({', '.join(names)}), and a pipeline calls its layers only: put them on a "
+            "layer, or leave them out."
+        )
+    if forward is not None and getattr(forward, "__self__", None) is not model:
+        raise PlanError(
+            f"the forward of this one {kind} was replaced by a function, and a pipeline calls its layers only: write a "
+            "class whose forward calls them in order."
         )
 
 
@@ -195,9 +204,16 @@ class _Step:
 
 
 def _check_training(model: nn.Module | Sequence[nn.Module], inputs: Tensor) -> None:
+    _, borrowed = _on_few_rows(lambda rows: list(_borrowed(model, rows)), inputs)
+    if borrowed:
+        raise PlanError(
+            f"{'; '.join(borrowed)}, which it does not hold: a layer computes with parameters of its own; put both "
+            "layers into one module, or give this one the parameter as an attribute."
+        )
     if not (isinstance(model, nn.Module) and _has_a_forward_of_its_own(model)):
         return
-    rows, theirs = _on_few_rows(model, inputs)
+    with calling(f"{type(model).__name__}.forward in training mode"):
+        rows, theirs = _on_few_rows(lambda rows: _step(copy_of(model), _as_it_is, rows), inputs)
     mine = _step(copy_of(model), _in_a_row, rows)
     own = f"{type(model).__name__}.forward in training mode"
     if not _equal(theirs.output, mine.output):
@@ -218,13 +234,38 @@ def _check_training(model: nn.Module | Sequence[nn.Module], inputs: Tensor) -> N
         )
 
 
-def _on_few_rows(model: nn.Module, inputs: Tensor) -> tuple[Tensor, _Step]:
-    """A step of the model's own on the first rows; on all of them where it takes nothing but whole batches."""
+def _on_few_rows(run: Callable[[Tensor], _T], inputs: Tensor) -> tuple[Tensor, _T]:
+    """The first rows and what ``run`` gives for them; all of them where it takes nothing but whole batches."""
     try:
-        return inputs[:_ROWS], _step(copy_of(model), _as_it_is, inputs[:_ROWS])
+        return inputs[:_ROWS], run(inputs[:_ROWS])
     except Exception:
-        with calling(f"{type(model).__name__}.forward in training mode"):
-            return inputs, _step(copy_of(model), _as_it_is, inputs)
+        return inputs, run(inputs)
+
+
+def _borrowed(model: nn.Module | Sequence[nn.Module], value: Tensor) -> Iterator[str]:
+    """Layers that learn parameters of another one: reached by a list or a closure, they are not seen as tied."""
+    layers = layers_of(copy_of(model))
+    names = {id(p): f"{layer.name}.{name}" for layer in layers for name, p in layer.module.named_parameters()}
+    for layer in layers:
+        own = {id(parameter) for parameter in layer.module.parameters()}
+        with torch.enable_grad(), seeded(0, "proof"):
+            (value,) = _run_chain([layer], value.detach().clone())
+        for leaf in _leaves(value) - own:
+            if leaf in names:
+                yield f"layer {layer.name} computes with {names[leaf]}"
+
+
+def _leaves(output: Tensor) -> set[int]:
+    """Ids of the tensors that a backward pass would leave a gradient in."""
+    nodes, seen, found = [output.grad_fn], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.add(id(getattr(node, "variable", None)))
+        nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 def _as_it_is(model: nn.Module, x: Tensor) -> object:
