@@ -24,9 +24,10 @@ __all__ = [
     "chosen_sizes",
     "depth_of",
     "ends_normalised",
+    "evaluated_in_training",
     "layers_of",
+    "places_of_cuts",
     "split",
-    "without_parameters",
 ]
 
 _NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -149,8 +150,8 @@ def balanced_split(layers: Sequence[Layer], costs: Sequence[float], stages: int)
     Between a Linear and its ReLU a DNI would learn from what the ReLU is going to cut off. Where fewer layers than
     stages have parameters, any layer may begin a stage.
     """
-    free = [index for index in range(1, len(layers)) if not without_parameters(layers[index])]
-    if free and all(without_parameters(layer) for layer in layers[: free[0]]):
+    free = [index for index in range(1, len(layers)) if not _without_parameters(layers[index])]
+    if free and all(_without_parameters(layer) for layer in layers[: free[0]]):
         del free[0]  # those in front have no layer before them: they stay with the first that learns
     starts = [0, *free] if len(free) >= stages - 1 else list(range(len(layers)))
     ends = [*starts[1:], len(layers)]
@@ -159,7 +160,7 @@ def balanced_split(layers: Sequence[Layer], costs: Sequence[float], stages: int)
     return tuple(edges[end] - edges[end - size] for size, end in zip(grouped, accumulate(grouped), strict=True))
 
 
-def without_parameters(layer: Layer) -> bool:
+def _without_parameters(layer: Layer) -> bool:
     """Whether a layer has no parameters, as activation functions, dropout, pooling and Flatten have none."""
     return not any(True for _ in layer.module.parameters())
 
@@ -192,6 +193,24 @@ def split(layers: Sequence[Layer], sizes: Sequence[int]) -> list[list[Layer]]:
     """The layers of each stage."""
     ends = list(accumulate(sizes))
     return [list(layers[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+
+def places_of_cuts(stages: Sequence[Sequence[Layer]]) -> str:
+    """What is said of stages that begin with a layer without parameters, which had better stay below the cut."""
+    first = [f"{layer.name} ({type(layer.module).__name__})" for layer, *_ in stages[1:] if _without_parameters(layer)]
+    if not first:
+        return ""
+    return f"; the cut is better behind {', '.join(first)}, without parameters: a DNI should see what comes out there"
+
+
+def evaluated_in_training(layers: Sequence[Layer]) -> Iterator[tuple[str, str, str]]:
+    """What is said of modules that are in evaluation mode while the rest trains."""
+    modules = [(f"{layer.name}.{name}".strip("."), m) for layer in layers for name, m in layer.module.named_modules()]
+    names = [name for name, module in modules if not module.training]
+    if names:
+        which = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        why = f"as model() and its train() leave them, in training too: {which}"
+        yield "eval mode", f"{len(names)} of {len(modules)} modules", why
 
 
 def _sizes_from_cuts(layers: Sequence[Layer], cuts: Sequence[str]) -> tuple[int, ...]:

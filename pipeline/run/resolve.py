@@ -22,9 +22,10 @@ from pipeline.model.partition import (
     chosen_sizes,
     depth_of,
     ends_normalised,
+    evaluated_in_training,
     layers_of,
+    places_of_cuts,
     split,
-    without_parameters,
 )
 from pipeline.model.proof import check_chain, check_ties
 from pipeline.plan.channel_choice import ChannelChoice, choose_channels
@@ -175,8 +176,8 @@ def resolve(
         _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, outputs[-1], recipe, plan)
         for k, end in enumerate(ends)
     )
-    reasons = [("split", " | ".join(map(str, sizes)), why + _places_of_cuts(stages))]
-    reasons += _evaluated_in_training(layers)
+    reasons = [("split", " | ".join(map(str, sizes)), why + places_of_cuts(stages))]
+    reasons += evaluated_in_training(layers)
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
     reasons.append(("device", devices.says, devices.why))
     if plan.autocast is not None:
@@ -229,24 +230,6 @@ def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
     """The layers of one stage, freshly initialised from the seed; the rest of the model is dropped."""
     assert plan.sizes is not None, "the plan is resolved"
     return split(layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
-
-
-def _places_of_cuts(stages: Sequence[Sequence[Layer]]) -> str:
-    """What is said of stages that begin with a layer without parameters, which had better stay below the cut."""
-    first = [f"{layer.name} ({type(layer.module).__name__})" for layer, *_ in stages[1:] if without_parameters(layer)]
-    if not first:
-        return ""
-    return f"; the cut is better behind {', '.join(first)}, without parameters: a DNI should see what comes out there"
-
-
-def _evaluated_in_training(layers: Sequence[Layer]) -> Iterator[tuple[str, str, str]]:
-    """What is said of modules that are in evaluation mode while the rest trains."""
-    modules = [(f"{layer.name}.{name}".strip("."), m) for layer in layers for name, m in layer.module.named_modules()]
-    names = [name for name, module in modules if not module.training]
-    if names:
-        which = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        why = f"as model() and its train() leave them, in training too: {which}"
-        yield "eval mode", f"{len(names)} of {len(modules)} modules", why
 
 
 def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
