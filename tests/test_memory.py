@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import DNIPlan, Plan, Recipe
+from pipeline.model.partition import layers_of
 from pipeline.run.resolve import resolve, stage_layers
 from pipeline.stage.stage import Stage
 
@@ -57,7 +59,8 @@ def _stage(index: int, model: Callable[[], nn.Sequential] = six_layers, **plan: 
     """A stage of three whose optimizer and DNI have seen a batch already, so that their own states are there."""
     recipe = Recipe(name="memory", model=model, batches=_batch, loss=F.cross_entropy, steps=20)
     plan.setdefault("dni", DNIPlan(every=1))
-    resolved = resolve(recipe, Plan(stages=3, sizes=(1, 1, 1), **plan))
+    blocks = Counter(layer.name.split(".")[0] for layer in layers_of(model()))
+    resolved = resolve(recipe, Plan(stages=3, sizes=tuple(blocks.values()), **plan))
     cut = replace(resolved.cuts[index], loss=recipe.loss)
     stage = Stage(stage_layers(recipe, resolved.plan, index), index, resolved.plan, recipe, cut)
     _open(stage, 0)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from launch.setup.layer_times import layer_seconds
 from pipeline import Batch, OptimizerPlan, Plan, PlanError, Recipe, run_reference
 from pipeline.data.recipe import build_model
-from pipeline.model.partition import balanced_sizes, depth_of, ends_normalised, layers_of
+from pipeline.model.partition import balanced_sizes, balanced_split, depth_of, ends_normalised, layers_of
 from pipeline.plan.plan import DNIPlan
 from pipeline.run.resolve import Resolved, resolve, stage_layers
 from pipeline.stage.stage import Stage
@@ -97,6 +97,42 @@ def test_balanced_by_hand(costs: list[float], sizes: tuple[int, ...]) -> None:
     assert balanced_sizes(costs, len(sizes)) == sizes
 
 
+def _pairs(count: int) -> list[nn.Module]:
+    return [module for _ in range(count) for module in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+
+
+@pytest.mark.parametrize(
+    ("modules", "costs", "sizes"),
+    [
+        (_pairs(3), [1, 1, 1, 1, 1, 1], (2, 4)),
+        (_pairs(4), [1, 1, 1, 1, 1, 1, 1, 1], (2, 2, 2, 2)),
+        ([nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Dropout(), nn.Linear(WIDTH, CLASSES)], [1, 1, 1, 1], (3, 1)),
+        ([nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES)], [1, 9, 1], (2, 1)),  # an expensive ReLU
+        ([nn.Flatten(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES)], [9, 1, 1, 1], (3, 1)),
+        ([nn.Flatten(), nn.Dropout(), nn.Linear(WIDTH, WIDTH)], [1, 1, 1], (3,)),
+    ],
+    ids=["pairs", "four pairs", "dropout", "expensive", "flatten first", "one stage"],
+)
+def test_a_layer_without_parameters_stays_with_the_layer_before_it(
+    modules: list[nn.Module], costs: list[float], sizes: tuple[int, ...]
+) -> None:
+    """The cut once fell between a Linear and its ReLU: the DNI learned from what the ReLU was going to cut off."""
+    assert balanced_split(layers_of(modules), costs, len(sizes)) == sizes
+
+
+def test_where_too_few_layers_have_parameters_any_may_begin_a_stage_and_it_is_said() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+
+    resolved = _resolve(model, stages=3)
+    assert resolved.sizes == (1, 1, 1)
+    said = "; the cut is better behind 1 (ReLU), without parameters: a DNI should see what comes out there"
+    assert resolved.reasons[1] == ("split", "1 | 1 | 1", "number of layers" + said)
+    assert _resolve(model, stages=2, cuts=("1",)).reasons[1] == ("split", "1 | 2", "given" + said)
+    assert _resolve(model, stages=2).reasons[1] == ("split", "2 | 1", "number of layers")
+    assert _resolve(model, stages=2, balance="layers").reasons[1] == ("split", "2 | 1", "number of layers")
+
+
 # ---------------------------------------------------------------- what a model may be
 
 
@@ -162,9 +198,52 @@ def test_layers_by_name(model: Callable[[], Any], names: list[str]) -> None:
     assert [layer.index for layer in layers_of(model())] == list(range(len(names)))
 
 
+def nested() -> nn.Sequential:
+    """Eight layers in one, and a head."""
+    return nn.Sequential(nn.Sequential(*_pairs(4)), nn.Linear(WIDTH, CLASSES))
+
+
+class Deep(nn.Module):
+    """Lists in lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pair = nn.Sequential(nn.Sequential(*_pairs(2)), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)))
+        self.groups = nn.ModuleList([nn.ModuleList([pair, nn.Tanh()]), nn.ModuleList([nn.Linear(WIDTH, CLASSES)])])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One after the other."""
+        for group in self.groups:
+            for module in group:  # type: ignore[attr-defined]
+                x = module(x)
+        return x
+
+
+def test_what_is_nested_is_opened_to_any_depth() -> None:
+    """``Sequential(Sequential(8 layers), Linear)`` once had two layers: no four stages could be made of it."""
+    names = [*(f"0.{index}" for index in range(8)), "1"]
+    assert [layer.name for layer in layers_of(nested())] == names
+    assert _resolve(nested, stages=4).sizes == (2, 2, 2, 3)
+    deep = ["groups.0.0.0.0", "groups.0.0.0.1", "groups.0.0.0.2", "groups.0.0.0.3", "groups.0.0.1", "groups.0.1"]
+    assert [layer.name for layer in layers_of(Deep())] == [*deep, "groups.1.0"]
+    assert _resolve(Deep, stages=4).layer_names[-1] == "groups.1.0"
+
+
+def test_a_linear_with_its_activation_and_its_normalisation_stays_one_layer() -> None:
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()) for _ in range(2)]
+    assert [layer.name for layer in layers_of(nn.Sequential(*blocks))] == ["0", "1"]
+
+
+def test_a_cut_may_name_what_was_opened() -> None:
+    assert _resolve(Deep, stages=3, cuts=("groups.0.0.1", "groups.1")).sizes == (4, 2, 1)
+    assert _resolve(Chain, stages=2, cuts=("blocks",)).sizes == (1, 4)
+
+
 @pytest.mark.parametrize(
     ("model", "sizes"),
     [
+        (nested, (3, 6)),
+        (Deep, (3, 4)),
         (sequential, (6,)),
         (sequential, (1, 2, 3)),
         (named_sequential, (1, 1, 1)),

@@ -119,7 +119,7 @@ def _main(job: _Job, connection: Connection) -> None:
     prepare_device(job.device, job.plan)
     recipe, computing = job.source(), ComputeContext(job.plan, job.device)
     layers = [layer.module for layer in layers_of(build_model(recipe, job.plan.seed))]
-    modules = computing.placed(torch.nn.Sequential(*layers)).train()
+    modules = computing.placed(torch.nn.Sequential(*layers))
     network = computing.network(modules)
     parameters = [p for p in modules.parameters() if p.requires_grad]
     optimizer = build_optimizer(job.plan.optimizer, parameters, job.plan.steps)

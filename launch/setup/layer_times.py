@@ -6,7 +6,6 @@ cost alike, so the fastest of them counts for all.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.model.compute import ComputeContext
+from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
 from pipeline.plan.plan import Plan
 
@@ -42,7 +42,7 @@ def layer_seconds(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     computing = computing or ComputeContext(Plan())
-    modules = [computing.placed(copy.deepcopy(layer.module)).train() for layer in layers]
+    modules = [computing.placed(copy_of(layer.module)) for layer in layers]
     seconds: list[list[float]] = [[] for _ in layers]
     begin = time.perf_counter()
     try:

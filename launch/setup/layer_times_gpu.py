@@ -13,6 +13,7 @@ from launch.setup.layer_times import layer_seconds
 from pipeline import Plan, PlanError, Recipe
 from pipeline.data.recipe import build_model
 from pipeline.model.compute import ComputeContext
+from pipeline.model.given_model import copy_of
 from pipeline.model.partition import layers_of
 from pipeline.wording import said
 from workers.processes.claim_gpu import prepare_device
@@ -79,5 +80,5 @@ def _measured(recipe: Recipe, plan: Plan, device: str) -> list[float]:
     with torch.no_grad(), computing.autocast():
         for layer in layers:
             inputs.append(x)
-            x = computing.placed(layer.module).eval()(x.clone())
+            x = computing.placed(copy_of(layer.module)).eval()(x.clone())
     return layer_seconds(layers, inputs, plan.threads, computing)

@@ -19,7 +19,8 @@ from launch.setup.recipe_source import check_travels
 from pipeline import Plan, PlanError, Recipe
 from pipeline.data.recipe import build_model, check_scores, label_problem
 from pipeline.data.user_code import RecipeFailed, calling, place_of
-from pipeline.model.partition import Layer, check_partition, layers_of
+from pipeline.model.partition import Layer, layers_of
+from pipeline.model.proof import check_chain
 from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import DeviceChoice, first_gpu
 from pipeline.run.resolve import Measure, Resolved, resolve
@@ -55,7 +56,7 @@ def resolve_source(
         )
     check_travels(source)
     recipe = source()
-    if isinstance(recipe.model, nn.Module):
+    if isinstance(recipe.model, nn.Module) or not callable(recipe.model):
         raise PlanError(
             f"model is a {type(recipe.model).__name__}: give the function that builds it; every worker builds its own."
         )
@@ -84,7 +85,7 @@ def _check_labels(recipe: Recipe, plan: Plan, error: PlanError) -> None:
     inputs, labels = recipe.batch(0)
     model = build_model(recipe, plan.seed)
     layers = layers_of(model)
-    output = check_partition(model, layers, [layers], inputs)[-1]
+    output = check_chain(model, layers, inputs)[-1]
     if (problem := label_problem(labels, output.shape)) is not None:
         raise PlanError(f"batch 0: {problem}.") from error
 

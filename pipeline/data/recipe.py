@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.data.user_code import calling
 from pipeline.errors import PlanError
+from pipeline.model.given_model import check_model, in_training_mode
 from pipeline.plan.plan import Plan
 from pipeline.seeding import derived_seed, seeded
 
@@ -119,11 +120,18 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
 def build_model(recipe: Recipe, seed: int) -> nn.Module:
     """The whole network with the weights that ``seed`` gives: the same in every process, however it is split.
 
+    Every module is in the mode that it trains in (``in_training_mode``).
+
     Raises:
+        PlanError: ``model`` gave no module, or one without values.
         RecipeFailed: ``model`` raised something.
     """
-    with seeded(seed, "weights"), calling("model()"):
-        return recipe.model()
+    with seeded(seed, "weights"):
+        with calling("model()"):
+            model = recipe.model()
+        check_model(model)
+        with calling("model().train()"):
+            return in_training_mode(model)
 
 
 def open_data(recipe: Recipe, plan: Plan) -> None:

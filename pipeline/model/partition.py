@@ -5,27 +5,28 @@ model  ->  layers (name, module) in order  ->  sizes, e.g. (1, 3, 2, 2)  ->  one
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 from pipeline.errors import PlanError, nearest
+from pipeline.model.given_model import hooks_of, overrides
 from pipeline.plan.plan import Plan
-from pipeline.wording import text_of
 
 __all__ = [
     "Layer",
     "balanced_sizes",
-    "check_partition",
+    "balanced_split",
     "chosen_sizes",
     "depth_of",
     "ends_normalised",
+    "evaluated_in_training",
     "layers_of",
+    "places_of_cuts",
     "split",
 ]
 
@@ -53,18 +54,22 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
     """The chain of layers of a model.
 
     An ``nn.Sequential``, an ``nn.ModuleList`` or a list of modules gives its items. Any other module gives its children
-    in the order of their registration, with ModuleList and Sequential children opened one level; ``check_partition``
-    then proves on a batch that this chain computes what the module's own forward computes.
+    in the order of their registration, with Sequential children opened; ``pipeline.model.proof`` then proves on a batch that
+    this chain computes what the module's own forward computes.
+
+    What lies deeper is opened to any depth: every ModuleList, and every Sequential with two layers or more that have a
+    weight matrix or kernel. One with a single such layer, as Linear, BatchNorm, ReLU, stays together. A container with
+    a hook, a forward, a ``train()`` or a parameter of its own is a layer like any other: opened, it would never run.
 
     Raises:
         PlanError: no layer at all.
     """
     if isinstance(model, nn.Sequential | nn.ModuleList):
-        named = _children(model)
-    elif isinstance(model, nn.Module):
         named = [item for name, child in _children(model) for item in _opened(name, child)]
+    elif isinstance(model, nn.Module):
+        named = [item for name, child in _children(model) for item in _opened(name, child, pairs=True)]
     else:
-        named = [(str(index), module) for index, module in enumerate(model)]
+        named = [item for index, module in enumerate(model) for item in _opened(str(index), module)]
     if not named:
         raise PlanError(
             "the model has no layers to split: give an nn.Sequential, a list of modules, or a chain of children."
@@ -80,10 +85,15 @@ def depth_of(layers: Sequence[Layer]) -> int:
     return sum(
         parameter.requires_grad and sum(size > 1 for size in parameter.shape) > 1
         for layer in layers
-        for module in layer.module.modules()
-        if not isinstance(module, _NORMALISATIONS)
-        for parameter in module.parameters(recurse=False)
+        for parameter in _weights(layer.module)
     )
+
+
+def _weights(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Its parameters, without those of normalisations."""
+    for inner in module.modules():
+        if not isinstance(inner, _NORMALISATIONS):
+            yield from inner.parameters(recurse=False)
 
 
 def ends_normalised(layers: Sequence[Layer]) -> bool:
@@ -130,8 +140,29 @@ def chosen_sizes(layers: Sequence[Layer], plan: Plan) -> tuple[int, ...] | None:
     if plan.cuts is not None:
         return _sizes_from_cuts(layers, plan.cuts)
     if plan.balance == "layers":
-        return balanced_sizes([1.0] * len(layers), plan.stages)
+        return balanced_split(layers, [1.0] * len(layers), plan.stages)
     return None
+
+
+def balanced_split(layers: Sequence[Layer], costs: Sequence[float], stages: int) -> tuple[int, ...]:
+    """``balanced_sizes`` without a cut before a layer that has no parameters: it stays with the layer before it.
+
+    Between a Linear and its ReLU a DNI would learn from what the ReLU is going to cut off. Where fewer layers than
+    stages have parameters, any layer may begin a stage.
+    """
+    free = [index for index in range(1, len(layers)) if not _without_parameters(layers[index])]
+    if free and all(_without_parameters(layer) for layer in layers[: free[0]]):
+        del free[0]  # those in front have no layer before them: they stay with the first that learns
+    starts = [0, *free] if len(free) >= stages - 1 else list(range(len(layers)))
+    ends = [*starts[1:], len(layers)]
+    grouped = balanced_sizes([sum(costs[a:b]) for a, b in zip(starts, ends, strict=True)], stages)
+    edges = [*starts, len(layers)]
+    return tuple(edges[end] - edges[end - size] for size, end in zip(grouped, accumulate(grouped), strict=True))
+
+
+def _without_parameters(layer: Layer) -> bool:
+    """Whether a layer has no parameters, as activation functions, dropout, pooling and Flatten have none."""
+    return not any(True for _ in layer.module.parameters())
 
 
 def balanced_sizes(costs: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -164,100 +195,65 @@ def split(layers: Sequence[Layer], sizes: Sequence[int]) -> list[list[Layer]]:
     return [list(layers[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
-def check_partition(
-    model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer], stages: Sequence[Sequence[Layer]], inputs: Tensor
-) -> list[Tensor]:
-    """Prove that the stages are the model, and return every layer's output for ``inputs`` (evaluation mode).
-
-    Args:
-        model: the whole model.
-        layers: its chain.
-        stages: the chain, cut.
-        inputs: [batch, ...], one batch.
-
-    Raises:
-        PlanError: a parameter that two stages share (tied weights), a parameter or buffer outside every layer, a layer
-            that does not give one tensor, or a chain that computes something else than the model's own forward.
-    """
-    _no_ties(stages)
-    if isinstance(model, nn.Module):
-        _nothing_lost(model, layers)
-    outputs = _run_chain(layers, inputs)
-    if isinstance(model, nn.Module) and _has_a_forward_of_its_own(model):
-        whole = copy.deepcopy(model).eval()
-        with torch.no_grad():
-            expected = whole(inputs.clone())
-        if not (isinstance(expected, Tensor) and torch.equal(expected, outputs[-1])):
-            raise PlanError(
-                f"{type(model).__name__}.forward does not compute the chain of its children "
-                f"({', '.join(layer.name for layer in layers)}): put everything its forward does into layers, in order."
-            )
-    return outputs
+def places_of_cuts(stages: Sequence[Sequence[Layer]]) -> str:
+    """What is said of stages that begin with a layer without parameters, which had better stay below the cut."""
+    first = [f"{layer.name} ({type(layer.module).__name__})" for layer, *_ in stages[1:] if _without_parameters(layer)]
+    if not first:
+        return ""
+    return f"; the cut is better behind {', '.join(first)}, without parameters: a DNI should see what comes out there"
 
 
-def _has_a_forward_of_its_own(model: nn.Module) -> bool:
-    """Whether it may compute something else than its children in a row; an nn.ModuleList has no forward at all."""
-    return type(model).forward not in (nn.Sequential.forward, nn.ModuleList.forward)
-
-
-def _run_chain(layers: Sequence[Layer], inputs: Tensor) -> list[Tensor]:
-    outputs, value = [], inputs.clone()  # a layer may work in place
-    for layer in layers:
-        module = copy.deepcopy(layer.module).eval()
-        try:
-            with torch.no_grad():
-                value = module(value)
-        except Exception as error:
-            raise PlanError(
-                f"layer {layer.name} cannot take what the layer before it gives, {list(value.shape)} {value.dtype}: "
-                f"{text_of(error)}"
-            ) from error
-        if not isinstance(value, Tensor):
-            raise PlanError(
-                f"layer {layer.name} gives a {type(value).__name__}: a layer gives one tensor; merge it with the next."
-            )
-        outputs.append(value)
-    return outputs
-
-
-def _no_ties(stages: Sequence[Sequence[Layer]]) -> None:
-    seen: dict[int, tuple[int, str]] = {}
-    for index, stage in enumerate(stages):
-        for layer in stage:
-            tensors = (*layer.module.named_parameters(remove_duplicate=False), *layer.module.named_buffers())
-            for name, tensor in tensors:
-                full = f"{layer.name}.{name}"
-                owner, first = seen.setdefault(id(tensor), (index, full))
-                if owner != index:
-                    raise PlanError(
-                        f"{first} (stage {owner}) and {full} (stage {index}) are the same tensor: tied weights cannot "
-                        "be split over stages; put both into one stage, or untie them."
-                    )
-
-
-def _nothing_lost(model: nn.Module, layers: Sequence[Layer]) -> None:
-    inside = {id(tensor) for layer in layers for tensor in (*layer.module.parameters(), *layer.module.buffers())}
-    lost = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if id(tensor) not in inside]
-    if lost:
-        raise PlanError(f"{', '.join(lost)} belong to no layer and would be lost: move them into one of the layers.")
+def evaluated_in_training(layers: Sequence[Layer]) -> Iterator[tuple[str, str, str]]:
+    """What is said of modules that are in evaluation mode while the rest trains."""
+    modules = [(f"{layer.name}.{name}".strip("."), m) for layer in layers for name, m in layer.module.named_modules()]
+    names = [name for name, module in modules if not module.training]
+    if names:
+        which = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        why = f"as model() and its train() leave them, in training too: {which}"
+        yield "eval mode", f"{len(names)} of {len(modules)} modules", why
 
 
 def _sizes_from_cuts(layers: Sequence[Layer], cuts: Sequence[str]) -> tuple[int, ...]:
     names = [layer.name for layer in layers]
-    for cut in cuts:
-        if cut not in names:
+    firsts = {cut: next((i for i, name in enumerate(names) if f"{name}.".startswith(f"{cut}.")), None) for cut in cuts}
+    for cut, first in firsts.items():
+        if first is None:
             raise PlanError(nearest(cut, names, "layer in cuts"))
-    starts = [0, *(names.index(cut) for cut in cuts), len(names)]
+    starts = [0, *(firsts[cut] or 0 for cut in cuts), len(names)]
     sizes = tuple(b - a for a, b in pairwise(starts))
     if min(sizes) < 1:
         raise PlanError(f"cuts {' '.join(cuts)} leave a stage without layers: name layers in order, not the first one.")
     return sizes
 
 
-def _opened(name: str, child: nn.Module) -> list[tuple[str, nn.Module]]:
-    if isinstance(child, nn.ModuleList | nn.Sequential):
-        return [(f"{name}.{inner}", module) for inner, module in _children(child)]
-    return [(name, child)]
+def _opened(name: str, child: nn.Module, *, pairs: bool = False) -> list[tuple[str, nn.Module]]:
+    """What stands for a child in the chain: itself, or what is inside, to any depth.
+
+    Args:
+        name: its own.
+        child: the module.
+        pairs: open it even if no more than one layer in it has a weight matrix.
+    """
+    if not (_is_open(child) or (isinstance(child, nn.ModuleList) and not overrides(child, "forward"))):
+        return [(name, child)]
+    inside = _children(child)
+    weigh = sum(any(weight.dim() > 1 for weight in _weights(module)) for _, module in inside)
+    if isinstance(child, nn.Sequential) and weigh < 2 and not pairs:
+        return [(name, child)]
+    return [item for inner, module in inside for item in _opened(f"{name}.{inner}", module)]
+
+
+def _is_open(child: nn.Module) -> bool:
+    """Whether calling an nn.Sequential is nothing but calling its items."""
+    return (
+        isinstance(child, nn.Sequential)
+        and type(child).forward is nn.Sequential.forward
+        and "forward" not in vars(child)
+        and not overrides(child, "__call__", "train", "eval")
+        and not hooks_of(child)
+        and not any(True for _ in (*child.parameters(recurse=False), *child.buffers(recurse=False)))
+        and not parametrize.is_parametrized(child)
+    )
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:

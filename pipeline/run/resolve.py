@@ -18,14 +18,16 @@ from pipeline.errors import NoEffect, PlanError
 from pipeline.model.cut import Cut
 from pipeline.model.partition import (
     Layer,
-    balanced_sizes,
-    check_partition,
+    balanced_split,
     chosen_sizes,
     depth_of,
     ends_normalised,
+    evaluated_in_training,
     layers_of,
+    places_of_cuts,
     split,
 )
+from pipeline.model.proof import check_chain, check_ties
 from pipeline.plan.channel_choice import ChannelChoice, choose_channels
 from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import CPU, DeviceChoice
@@ -127,7 +129,7 @@ def resolve(
 ) -> Resolved:
     """Check recipe and plan against each other and fill in what was left open.
 
-    Runs the model once on batch 0, in evaluation mode.
+    Runs the model on batch 0 in evaluation mode, and where it has a forward of its own, on four rows of it in training.
 
     Args:
         recipe: the problem.
@@ -138,9 +140,9 @@ def resolve(
         devices: where every worker computes (``choose_devices``); None: all on the CPU.
 
     Raises:
-        PlanError: see ``Plan.check``, ``check_batches``, ``check_partition``, and: a loss that does not take the output
-            and the labels, a DNI that does not fit the cut or does not read an option that is given, shared memory
-            between two hosts.
+        PlanError: see ``Plan.check``, ``check_batches``, ``check_chain``, ``check_ties``, and: a loss that does not
+            take the output and the labels, a DNI that does not fit the cut or does not read an option that is given,
+            shared memory between two hosts.
     """
     check_plan(plan)
     hosts = hosts or ["this host"] * plan.workers
@@ -159,15 +161,16 @@ def resolve(
     layers = layers_of(model)
     _check_names(layers)
     sizes = chosen_sizes(layers, plan)
-    outputs = check_partition(model, layers, split(layers, sizes or (len(layers),)), inputs)
+    outputs = check_chain(model, layers, inputs)
     seconds: tuple[float, ...] | None = None
     why = "given" if plan.sizes or plan.cuts else "number of layers"
     if sizes is None:
         if measure is not None and plan.stages > 1:
             seconds = tuple(measure(layers, [inputs, *outputs[:-1]]))
             why = "measured time per layer"
-        sizes = balanced_sizes(seconds or [1.0] * len(layers), plan.stages)
-        check_partition(model, layers, split(layers, sizes), inputs)
+        sizes = balanced_split(layers, seconds or [1.0] * len(layers), plan.stages)
+    stages = split(layers, sizes)
+    check_ties(stages)
     _check_loss(recipe, outputs[-1], labels)
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
     _check_cuts(layers, ends, outputs)
@@ -175,7 +178,8 @@ def resolve(
         _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, outputs[-1], recipe, plan)
         for k, end in enumerate(ends)
     )
-    reasons = [("split", " | ".join(map(str, sizes)), why)]
+    reasons = [("split", " | ".join(map(str, sizes)), why + places_of_cuts(stages))]
+    reasons += evaluated_in_training(layers)
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
     reasons.append(("device", devices.says, devices.why))
     if plan.autocast is not None:

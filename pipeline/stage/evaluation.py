@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.data.recipe import Recipe
 from pipeline.model.compute import ComputeContext
+from pipeline.model.given_model import ModuleModes
 from pipeline.plan.plan import Plan
 
 __all__ = ["EvaluationMetrics", "scores_of"]
@@ -47,7 +48,7 @@ class EvaluationMetrics:
 def scores_of(
     recipe: Recipe, network: nn.Module, computing: ComputeContext | None = None, first: int = 0, every: int = 1
 ) -> EvaluationMetrics:
-    """Go through the held-out batches with a whole network, in evaluation mode; it is in training mode afterwards.
+    """Go through the held-out batches with a whole network in evaluation mode; afterwards its modules train as before.
 
     Args:
         recipe: gives the batches (none: scores of no rows), the loss and what is right.
@@ -57,10 +58,11 @@ def scores_of(
         every: take every n-th batch from there on.
     """
     scores, computing = EvaluationMetrics(), computing or ComputeContext(Plan())
-    network.eval()
+    modes = ModuleModes(network)
+    modes.switch(False)
     for batch in islice(recipe.evaluation() if recipe.evaluation else (), first, None, every):
         inputs, labels = computing.here(*batch)
         with computing.autocast():
             scores.add(recipe, network(inputs), labels)
-    network.train()
+    modes.switch(True)
     return scores

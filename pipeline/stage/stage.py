@@ -30,6 +30,7 @@ from pipeline.errors import StageError
 from pipeline.metrics.spans import Recorder, Span, silent
 from pipeline.model.compute import ComputeContext
 from pipeline.model.cut import Cut
+from pipeline.model.given_model import ModuleModes
 from pipeline.model.optimizers import build_optimizer
 from pipeline.model.partition import Layer
 from pipeline.plan.device_choice import CPU
@@ -97,7 +98,7 @@ class Stage:
             self.dni = self._computing.placed(build_dni(self.cut, self.plan.dni, self.plan.seed))
         if self.cut is not None and self._flow.mode.gradient == "local":
             self.local = self._computing.placed(LocalLoss(self.cut, self.plan.dni, self.plan.seed))
-        self._modules.train()
+        self._modes = ModuleModes(self._modules)
         self._window = None
         if self.below is not None and self._flow.window_suffices:
             window = training_window(self.below, self.plan.dni, self.plan.seed)
@@ -132,7 +133,7 @@ class Stage:
             StageError: a layer failed; it is named.
         """
         self.record(Span.FORWARD, batch)
-        self._training(True)
+        self._modes.switch(True)
         x, labels = self._computing.here(x.detach(), labels)
         locks = Locks(self._lock.decide(batch), awaited)
         stash = self._flow.stashes(batch, locks)
@@ -335,7 +336,7 @@ class Stage:
     def evaluate(self, batch: int, x: Tensor, labels: Tensor) -> Tensor:
         """Forward a held-out batch in evaluation mode; the last stage adds to ``scores``."""
         self.record(Span.EVALUATE, batch)
-        self._training(False)
+        self._modes.switch(False)
         x, labels = self._computing.here(x, labels)
         x = x.clone() if self._writes_to_input else x
         with self._computing.autocast():
@@ -421,10 +422,6 @@ class Stage:
     def _calls(self) -> list[tuple[str | None, Callable[[Tensor], Tensor]]]:
         """What a held-out batch goes through, and the layer's name where it is one."""
         return [(None, self._chain)] if self._chain else [(layer.name, layer.module) for layer in self.layers]
-
-    def _training(self, mode: bool) -> None:
-        if self._modules.training is not mode:  # setting it walks through all modules
-            self._modules.train(mode)
 
     def _take_gradients(self, copies: Sequence[Tensor]) -> None:
         """Gradients found on stashed copies of the weights are applied to the weights of today."""

@@ -75,7 +75,7 @@ class DDP(msgspec.Struct, tag=True, frozen=True):
         recipe, plan = training.source(), training.plan
         layers = layers_of(build_model(recipe, plan.seed))
         torch.manual_seed(derived_seed(plan.seed, "rank", rank))  # slices get dropout masks of their own
-        network = torch.nn.Sequential(*(layer.module for layer in layers)).train()
+        network = torch.nn.Sequential(*(layer.module for layer in layers))
         model = DistributedDataParallel(network)
         optimizer = build_optimizer(plan.optimizer, [p for p in model.parameters() if p.requires_grad], plan.steps)
         assert optimizer is not None, "DDP refuses a model without parameters"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from launch.bench.rivals.placement import Placement
 from pipeline.data.recipe import Recipe
+from pipeline.model.given_model import ModuleModes
 from pipeline.stage.evaluation import EvaluationMetrics
 
 __all__ = ["ForwardPass"]
@@ -48,7 +49,7 @@ class ForwardPass:
 
     @torch.no_grad()
     def scores(self, recipe: Recipe) -> EvaluationMetrics:
-        """One pass over the held-out batches in evaluation mode; the modules are in training mode afterwards.
+        """One pass over the held-out batches in evaluation mode; the modules are in their modes of before afterwards.
 
         Returns:
             The scores in the rank of the last virtual stage, scores of no rows in the others.
@@ -59,7 +60,8 @@ class ForwardPass:
         batches = list(recipe.evaluation()) if recipe.evaluation is not None else []
         scores, given = EvaluationMetrics(), [inputs for inputs, _ in batches]
         for index, stage in self.stages.items():
-            stage.eval()
+            modes = ModuleModes(stage)
+            modes.switch(False)
             here: list[Tensor] = []
             for x, (_, labels) in zip(given, batches, strict=True):
                 y = stage(self._received(index - 1, len(labels)) if index - 1 in self._groups else x)
@@ -69,7 +71,7 @@ class ForwardPass:
                     scores.add(recipe, y, labels)
                 here.append(y)
             given = here
-            stage.train()
+            modes.switch(True)
         for work, _ in self._sending:
             work.wait()
         self._sending.clear()

@@ -8,7 +8,7 @@ A rank may have several *virtual stages*. With 2 ranks and 4 virtual stages:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pipeline.data.recipe import Recipe, build_model
 from pipeline.errors import PlanError, nearest
-from pipeline.model.partition import Layer, balanced_sizes, check_partition, layers_of, split
+from pipeline.model.partition import Layer, balanced_split, layers_of, split
+from pipeline.model.proof import check_partition
 from pipeline.run.resolve import Resolved
 
 __all__ = ["TORCH_SCHEDULES", "Boundary", "Placement", "Schedule", "check_microbatches", "place", "schedule_named"]
@@ -139,9 +140,9 @@ def place(
     """
     per_rank = _stages_per_rank(name, stages_per_rank)
     ranks = resolved.plan.stages
-    sizes = resolved.sizes if per_rank == 1 else _virtual_sizes(resolved, name, ranks * per_rank)
     model = build_model(recipe, resolved.plan.seed)
     layers = layers_of(model)
+    sizes = resolved.sizes if per_rank == 1 else _virtual_sizes(resolved, layers, name, ranks * per_rank)
     stages = split(layers, sizes)
     inputs = recipe.batch(0)[0][: resolved.batch_shape[0] // microbatches]
     outputs = check_partition(model, layers, stages, inputs)
@@ -158,14 +159,13 @@ def _stages_per_rank(name: str, wanted: int | None) -> int:
     return wanted or possible[0]
 
 
-def _virtual_sizes(resolved: Resolved, name: str, stages: int) -> tuple[int, ...]:
-    layers = len(resolved.layer_names)
-    if layers < stages:
+def _virtual_sizes(resolved: Resolved, layers: Sequence[Layer], name: str, stages: int) -> tuple[int, ...]:
+    if len(layers) < stages:
         raise PlanError(
-            f"{name} on {resolved.plan.stages} ranks needs {stages} layers, and the model has {layers}: "
+            f"{name} on {resolved.plan.stages} ranks needs {stages} layers, and the model has {len(layers)}: "
             "use fewer stages, or GPipe or 1F1B."
         )
-    return balanced_sizes(resolved.layer_seconds or [1.0] * layers, stages)
+    return balanced_split(layers, resolved.layer_seconds or [1.0] * len(layers), stages)
 
 
 def _ranks(stages: int, ranks: int, v: bool) -> tuple[int, ...]:

@@ -163,4 +163,4 @@ class _Own(nn.Module):
 def _chain(layers: Sequence[Layer], *, is_first: bool) -> nn.Sequential:
     writes_to_input = any(getattr(module, "inplace", False) for module in layers[0].module.modules())
     head = [_Own()] if writes_to_input and not is_first else []
-    return nn.Sequential(*head, *(layer.module for layer in layers)).train()
+    return nn.Sequential(*head, *(layer.module for layer in layers))

@@ -1,0 +1,308 @@
+"""Proof, on batch 0 and before anything starts, that the layers in a row are the model, and the stages its parts.
+
+the model's own forward  ==  layer 0 -> layer 1 -> ...    in evaluation mode: the output
+                                                          in training mode: output, buffers and gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.user_code import calling
+from pipeline.errors import PlanError
+from pipeline.model.given_model import copy_of, hooks_of, overrides
+from pipeline.model.partition import Layer, layers_of
+from pipeline.seeding import seeded
+from pipeline.wording import text_of
+
+__all__ = ["check_chain", "check_partition", "check_ties"]
+
+_T = TypeVar("_T")
+_ROWS = 4  # of the batch, for the proof in training mode; batch normalisation needs two
+
+
+def check_partition(
+    model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer], stages: Sequence[Sequence[Layer]], inputs: Tensor
+) -> list[Tensor]:
+    """``check_ties`` of the stages and ``check_chain`` of the layers, whose outputs are returned."""
+    check_ties(stages)
+    return check_chain(model, layers, inputs)
+
+
+def check_chain(model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer], inputs: Tensor) -> list[Tensor]:
+    """Prove that the layers in a row are the model, and return every layer's output for ``inputs`` (evaluation mode).
+
+    Works on copies. Both sides draw the same random numbers. In training mode a few rows have to do.
+
+    Args:
+        model: the whole model, its modules in the modes that they train in.
+        layers: its chain.
+        inputs: [batch, ...], one batch.
+
+    Raises:
+        PlanError: a parameter or buffer outside every layer, a hook on the model itself, a layer without a forward or
+            that does not give one tensor, or a chain that computes something else than the model's own forward: its
+            output, its buffers or its gradients, in evaluation or in training mode.
+    """
+    if isinstance(model, nn.Module):
+        _nothing_lost(model, layers)
+        _nothing_left_out(model)
+    for layer in layers:
+        if not overrides(layer.module, "forward"):
+            raise PlanError(
+                f"layer {layer.name} is a {type(layer.module).__name__}, which has no forward: move what it holds into "
+                "the layers that compute with it."
+            )
+    outputs = _check_evaluation(model, inputs)
+    _check_training(model, inputs)
+    return outputs
+
+
+def check_ties(stages: Sequence[Sequence[Layer]]) -> None:
+    """Prove that no two stages have a parameter or buffer in common: the same one, or memory that two of them share.
+
+    Raises:
+        PlanError: they have, with the names of both.
+    """
+    found = sorted(_in_memory(stages), key=lambda place: place.start)
+    tied = []
+    for at, place in enumerate(found):
+        for other in islice(found, at + 1, None):
+            if other.start >= place.end:
+                break
+            if other.stage != place.stage:
+                tied.append(sorted((place, other), key=lambda which: which.order))
+    if tied:
+        first, second = min(tied, key=lambda pair: pair[1].order)
+        how = "are the same tensor" if first.identity == second.identity else "share their memory"
+        raise PlanError(
+            f"{first.name} (stage {first.stage}) and {second.name} (stage {second.stage}) {how}: tied weights cannot "
+            "be split over stages; put both into one stage, or untie them."
+        )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: [start, end) in memory, and what it is."""
+
+    start: int
+    end: int
+    order: int
+    stage: int
+    name: str
+    identity: int
+
+
+def _in_memory(stages: Sequence[Sequence[Layer]]) -> Iterator[_Place]:
+    order = 0
+    for index, stage in enumerate(stages):
+        for layer in stage:
+            named = layer.module.named_parameters(remove_duplicate=False)
+            for name, tensor in (*named, *layer.module.named_buffers(remove_duplicate=False)):
+                start, size = id(tensor), 1  # what has no place of its own is compared by identity
+                if tensor.layout is torch.strided and tensor.numel():
+                    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+                    start, size = tensor.data_ptr(), (steps + 1) * tensor.element_size()
+                yield _Place(start, start + size, order, index, f"{layer.name}.{name}", id(tensor))
+                order += 1
+
+
+def _nothing_lost(model: nn.Module, layers: Sequence[Layer]) -> None:
+    inside = {id(tensor) for layer in layers for tensor in (*layer.module.parameters(), *layer.module.buffers())}
+    lost = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if id(tensor) not in inside]
+    if lost:
+        raise PlanError(f"{', '.join(lost)} belong to no layer and would be lost: move them into one of the layers.")
+
+
+def _nothing_left_out(model: nn.Module) -> None:
+    """The stages call the layers, never the model itself; a proof can neither see nor copy all that hangs on it."""
+    kind, forward = type(model).__name__, vars(model).get("forward")
+    if names := [getattr(hook, "__name__", type(hook).__name__) for hook in hooks_of(model)]:
+        raise PlanError(
+            f"{kind} has hooks on itself ({', '.join(names)}), and a pipeline calls its layers only: put them on a "
+            "layer, or leave them out."
+        )
+    if forward is not None and getattr(forward, "__self__", None) is not model:
+        raise PlanError(
+            f"the forward of this one {kind} was replaced by a function, and a pipeline calls its layers only: write a "
+            "class whose forward calls them in order."
+        )
+
+
+# ---------------------------------------------------------------- in evaluation mode
+
+
+def _check_evaluation(model: nn.Module | Sequence[nn.Module], inputs: Tensor) -> list[Tensor]:
+    chain = layers_of(copy_of(model))
+    for layer in chain:
+        layer.module.eval()
+    with torch.no_grad(), seeded(0, "proof"):
+        outputs = _run_chain(chain, inputs.clone())  # a layer may work in place
+    if isinstance(model, nn.Module) and (_has_a_forward_of_its_own(model) or overrides(model, "train", "eval")):
+        whole = copy_of(model)
+        whole.eval()
+        _same_modes(whole, chain)
+        if _has_a_forward_of_its_own(model):
+            with torch.no_grad(), seeded(0, "proof"), calling(f"{type(model).__name__}.forward"):
+                expected = whole(inputs.clone())
+            if not _equal(expected, outputs[-1]):
+                raise PlanError(
+                    f"{type(model).__name__}.forward does not compute the chain of its children "
+                    f"({_names(chain)}): put everything its forward does into layers, in order."
+                )
+    return outputs
+
+
+def _run_chain(layers: Sequence[Layer], value: Tensor) -> list[Tensor]:
+    outputs = []
+    for layer in layers:
+        shape, dtype = list(value.shape), value.dtype
+        try:
+            value = layer.module(value)
+        except Exception as error:
+            raise PlanError(
+                f"layer {layer.name} cannot take what the layer before it gives, {shape} {dtype}: {text_of(error)}"
+            ) from error
+        if not isinstance(value, Tensor):
+            raise PlanError(
+                f"layer {layer.name} gives a {type(value).__name__}: a layer gives one tensor; merge it with the next."
+            )
+        outputs.append(value)
+    return outputs
+
+
+def _same_modes(whole: nn.Module, chain: Sequence[Layer]) -> None:
+    """The model's own ``eval()`` may leave a dropout on; the stages only have what its layers do by themselves."""
+    apart = [
+        ".".join(filter(None, (layer.name, name)))
+        for theirs, layer in zip(layers_of(whole), chain, strict=True)
+        for (name, module), other in zip(layer.module.named_modules(), theirs.module.modules(), strict=True)
+        if module.training is not other.training
+    ]
+    if apart:
+        raise PlanError(
+            f"{type(whole).__name__}.eval() leaves {', '.join(apart)} in training mode, and a pipeline evaluates every "
+            "layer as its own eval() leaves it: give the layer a train() of its own."
+        )
+
+
+# ---------------------------------------------------------------- in training mode
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a forward and a backward pass in training mode leave: the output, buffers and gradients by name."""
+
+    output: object
+    buffers: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+def _check_training(model: nn.Module | Sequence[nn.Module], inputs: Tensor) -> None:
+    _, borrowed = _on_few_rows(lambda rows: list(_borrowed(model, rows)), inputs)
+    if borrowed:
+        raise PlanError(
+            f"{'; '.join(borrowed)}, which it does not hold: a layer computes with parameters of its own; put both "
+            "layers into one module, or give this one the parameter as an attribute."
+        )
+    if not (isinstance(model, nn.Module) and _has_a_forward_of_its_own(model)):
+        return
+    with calling(f"{type(model).__name__}.forward in training mode"):
+        rows, theirs = _on_few_rows(lambda rows: _step(copy_of(model), _as_it_is, rows), inputs)
+    mine = _step(copy_of(model), _in_a_row, rows)
+    own = f"{type(model).__name__}.forward in training mode"
+    if not _equal(theirs.output, mine.output):
+        raise PlanError(
+            f"{own} does not compute the chain of its children ({_names(layers_of(model))}), though in evaluation mode "
+            "it does: make what it does in training only, such as dropout or noise, a layer (nn.Dropout), in order."
+        )
+    if apart := [name for name, buffer in theirs.buffers.items() if not _equal(buffer, mine.buffers[name])]:
+        raise PlanError(
+            f"{own} does not leave the values in {', '.join(apart)} that the chain of its children leaves: let no "
+            "forward but that of the layer itself set them."
+        )
+    if apart := [name for name, gradient in theirs.gradients.items() if not _close(gradient, mine.gradients[name])]:
+        raise PlanError(
+            f"{own} does not give {', '.join(apart)} the gradients that the chain of its children gives: put what it "
+            "does to them between its children, such as detach() or no_grad(), into layers; freeze what is not to "
+            "learn by requires_grad_(False)."
+        )
+
+
+def _on_few_rows(run: Callable[[Tensor], _T], inputs: Tensor) -> tuple[Tensor, _T]:
+    """The first rows and what ``run`` gives for them; all of them where it takes nothing but whole batches."""
+    try:
+        return inputs[:_ROWS], run(inputs[:_ROWS])
+    except Exception:
+        return inputs, run(inputs)
+
+
+def _borrowed(model: nn.Module | Sequence[nn.Module], value: Tensor) -> Iterator[str]:
+    """Layers that learn parameters of another one: reached by a list or a closure, they are not seen as tied."""
+    layers = layers_of(copy_of(model))
+    names = {id(p): f"{layer.name}.{name}" for layer in layers for name, p in layer.module.named_parameters()}
+    for layer in layers:
+        own = {id(parameter) for parameter in layer.module.parameters()}
+        with torch.enable_grad(), seeded(0, "proof"):
+            (value,) = _run_chain([layer], value.detach().clone())
+        for leaf in _leaves(value) - own:
+            if leaf in names:
+                yield f"layer {layer.name} computes with {names[leaf]}"
+
+
+def _leaves(output: Tensor) -> set[int]:
+    """Ids of the tensors that a backward pass would leave a gradient in."""
+    nodes, seen, found = [output.grad_fn], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.add(id(getattr(node, "variable", None)))
+        nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+def _as_it_is(model: nn.Module, x: Tensor) -> object:
+    return model(x)
+
+
+def _in_a_row(model: nn.Module, x: Tensor) -> object:
+    return _run_chain(layers_of(model), x)[-1]
+
+
+def _step(model: nn.Module, run: Callable[[nn.Module, Tensor], object], x: Tensor) -> _Step:
+    with torch.enable_grad(), seeded(0, "proof"):
+        output = run(model, x.clone())
+    if isinstance(output, Tensor) and output.requires_grad:
+        with seeded(0, "gradient"):  # a sum would hide what a softmax or a normalisation cancels
+            output.backward(torch.randn_like(output))
+    return _Step(output, dict(model.named_buffers()), {name: p.grad for name, p in model.named_parameters()})
+
+
+def _has_a_forward_of_its_own(model: nn.Module) -> bool:
+    """Whether it may compute something else than its children in a row; an nn.ModuleList has no forward at all."""
+    own = type(model).forward not in (nn.Sequential.forward, nn.ModuleList.forward)
+    return own or "forward" in vars(model) or overrides(model, "__call__")
+
+
+def _equal(theirs: object, mine: object) -> bool:
+    if not (isinstance(theirs, Tensor) and isinstance(mine, Tensor)):
+        return theirs is mine
+    return theirs.dtype == mine.dtype and torch.equal(theirs, mine)
+
+
+def _close(theirs: Tensor | None, mine: Tensor | None) -> bool:
+    if theirs is None or mine is None:
+        return theirs is mine
+    return not bool((theirs - mine).norm() > 1e-3 * theirs.norm())
+
+
+def _names(layers: Sequence[Layer]) -> str:
+    return ", ".join(layer.name for layer in layers)
