@@ -222,17 +222,6 @@ def test_mean_squared_error_that_would_broadcast() -> None:
     assert sentence.startswith("the loss does not take output [8, 1] torch.float32 and labels [8] torch.float32: ")
 
 
-@pytest.mark.parametrize(
-    ("loss", "given"),
-    [(partial(F.cross_entropy, reduction="none"), "torch.Size([8])"), (lambda output, labels: 3.0, "float")],
-    ids=["one per row", "a number"],
-)
-def test_a_loss_that_is_not_one_number(loss: Callable[..., Any], given: str) -> None:
-    assert _refused(loss=loss) == (
-        f"the loss gives {given} for output [8, 3] torch.float32 and labels [8] torch.int64: reduce it to one number."
-    )
-
-
 def test_regression_with_labels_of_the_right_shape_trains() -> None:
     def batch(index: int) -> Batch:
         inputs, _ = _batch(index)
