@@ -635,6 +635,12 @@ def test_mnist_of_another_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
     )
 
 
+def test_mnist_labels_of_no_dimension(tmp_path: Path) -> None:
+    """It was an IndexError: a single label has no number of labels."""
+    sentence = _broken(_small_mnist(tmp_path, train_labels=_idx(np.zeros((), np.uint8))))
+    assert sentence == f"{tmp_path}/train-labels-idx1-ubyte has the shape [], not ['number']: it is no such MNIST file."
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>", b"\x89PNG\r\n"], ids=["empty", "html", "png"])
 def test_mnist_that_is_something_else(content: bytes, tmp_path: Path) -> None:
     sentence = _broken(_small_mnist(tmp_path, train_labels=content))
