@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_is_reported_where_it_appears(tmp_path: Path) 
     failure, _ = _seconds(
         lambda: train(
             model=problems.dropout_and_batch_norm,
-            batches=problems.batch,
+            batches=problems.batches_of_one_class_at_7,
             loss=problems.loss_that_explodes,
             plan=Plan(stages=2, sizes=(4, 4), steps=50, dni=DNIPlan(form="label_residual")),
             runs=tmp_path,

@@ -8,10 +8,12 @@ import math
 from functools import partial
 from typing import Any
 
+import problems
 import pytest
 from torch import nn
 
 from pipeline import ChannelPlan, DNIPlan, OptimizerPlan, Plan, PlanError, check_plan, nearest
+from pipeline.run.resolve import resolve
 
 
 def _problems(plan: Plan) -> tuple[str, ...]:
@@ -112,6 +114,54 @@ def test_the_mix_lies_in_0_to_1(bad: Any) -> None:
     assert _problem(Plan(targets="mixed", mix=bad)) == sentence
     for good in (0.0, 1.0):
         check_plan(Plan(targets="mixed", mix=good))
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("stages", 10_000), ("threads", 1024), ("steps", 10**12), ("seed", 2**63 - 1), ("channel.slots", 2**16)],
+)
+def test_counts_are_not_beyond_what_a_machine_can_count(name: str, most: int) -> None:
+    """--stages 9223372036854775808 was an OverflowError, --threads 99999999999999999999 was taken."""
+    for value in (most + 1, 9223372036854775808, 10**30):
+        assert f"{name} is {value}: it must be a whole number, at most {most:,}." in _problems(_with(name, value))
+    assert f"{name} is a number of thousands of digits: it must be" in str(_problems(_with(name, 10**5000)))
+    check_plan(_with(name, most))
+
+
+@pytest.mark.parametrize("name", ["optimizer.lr", "dni.lr", "hop_steps", "stall_after_s", "optimizer.clip"])
+def test_numbers_are_not_beyond_what_a_tensor_takes(name: str) -> None:
+    """torch's own error in the middle of a run: value cannot be converted to type float without overflow."""
+    for value in (1e300, 10**400):
+        assert "it must be at most 1,000,000" in _problem(_with(name, value))
+
+
+_ABSURD = [
+    *(10**30, 2**63, 10**5000, -1, -(10**30), 0, True, 1e300, 1e-300, -1e300, math.nan, math.inf, -math.inf),
+    *("x", "", "1", b"1", None, (), (0,), (1.5, 2), (10**30, 1), ("x",), [], {}, object(), 1j, "nan", "stage_ms=1e300"),
+    *("latency_ms=1e-300", "bandwidth_mbps=1e-300", "loss=nan", "accuracy=1e400", "cuda:99999999999999999999"),
+]
+
+
+def _options() -> list[str]:
+    """Every option of a plan; ``a.b`` is one of a part of it."""
+    parts = {f.name: getattr(Plan(), f.name) for f in dataclasses.fields(Plan)}
+    nested = {name: part for name, part in parts.items() if dataclasses.is_dataclass(part)}
+    return [*parts, *(f"{name}.{f.name}" for name, part in nested.items() for f in dataclasses.fields(part))]
+
+
+@pytest.mark.parametrize("mode", ["unlocked", "naive"])
+@pytest.mark.parametrize("name", _options())
+def test_an_absurd_value_is_refused_in_a_sentence_or_can_be_resolved(name: str, mode: str) -> None:
+    """Whatever is given for whatever option: never an exception of Python's or of torch's."""
+    for value in _ABSURD:
+        plan = _with(name, value)
+        plan = plan if name == "mode" else dataclasses.replace(plan, mode=mode)
+        try:
+            resolve(problems.two_linear_recipe(), plan)
+        except PlanError as error:
+            for problem in error.problems:
+                assert "\n" not in problem.strip(), problem
+                assert len(problem) < 400, problem
 
 
 # ---------------------------------------------------------------- where to split

@@ -222,17 +222,6 @@ def test_mean_squared_error_that_would_broadcast() -> None:
     assert sentence.startswith("the loss does not take output [8, 1] torch.float32 and labels [8] torch.float32: ")
 
 
-@pytest.mark.parametrize(
-    ("loss", "given"),
-    [(partial(F.cross_entropy, reduction="none"), "torch.Size([8])"), (lambda output, labels: 3.0, "float")],
-    ids=["one per row", "a number"],
-)
-def test_a_loss_that_is_not_one_number(loss: Callable[..., Any], given: str) -> None:
-    assert _refused(loss=loss) == (
-        f"the loss gives {given} for output [8, 3] torch.float32 and labels [8] torch.int64: reduce it to one number."
-    )
-
-
 def test_regression_with_labels_of_the_right_shape_trains() -> None:
     def batch(index: int) -> Batch:
         inputs, _ = _batch(index)
@@ -644,6 +633,12 @@ def test_mnist_of_another_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
         f"{tmp_path}/train-images-idx3-ubyte has the shape {list(shape)}, not ['number', 28, 28]: "
         "it is no such MNIST file."
     )
+
+
+def test_mnist_labels_of_no_dimension(tmp_path: Path) -> None:
+    """It was an IndexError: a single label has no number of labels."""
+    sentence = _broken(_small_mnist(tmp_path, train_labels=_idx(np.zeros((), np.uint8))))
+    assert sentence == f"{tmp_path}/train-labels-idx1-ubyte has the shape [], not ['number']: it is no such MNIST file."
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"\x89PNG\r\n"], ids=["empty", "html", "png"])

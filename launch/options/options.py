@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,12 +28,14 @@ __all__ = [
     "ChannelOptions",
     "Parsed",
     "RunOptions",
+    "count_problems",
     "option_name",
     "parse",
     "parse_channel",
     "recipe_options",
 ]
 
+_MOST = 10_000  # rounds, slots, runs at a time
 _SEED = "seed"  # a recipe's parameter of this name gets the plan's seed
 _VALID: dict[type, dict[str, Sequence[str]]] = {
     Plan: {"mode": tuple(MODES), "targets": TARGETS},
@@ -90,10 +91,10 @@ class BenchOptions(RunOptions):
     def problems(self) -> Iterator[str]:
         """What cannot work, one sentence each."""
         yield from super().problems()
-        yield from _count_problems(rounds=self.rounds)
+        yield from count_problems(rounds=self.rounds)
         yield from _over_problems(self)
         if self.pairs is not None:
-            yield from _count_problems(pairs=self.pairs)
+            yield from count_problems(pairs=self.pairs)
             for name in ("rows", "rounds"):
                 if getattr(self, name) != getattr(BenchOptions(), name):
                     yield f"{name} has no effect with pairs: leave one of them out."
@@ -114,7 +115,7 @@ class ChannelOptions:
 
     def problems(self) -> Iterator[str]:
         """What cannot work, one sentence each."""
-        yield from _count_problems(rounds=self.rounds, slots=self.slots)
+        yield from count_problems(rounds=self.rounds, slots=self.slots)
         yield from device_problems(self.device)
         yield from _json_problems(self.json)
 
@@ -222,19 +223,26 @@ def _json_problems(path: Path | None) -> Iterator[str]:
         yield f"json {path} may not be written: give another path."
 
 
-def _count_problems(**options: int) -> Iterator[str]:
+def count_problems(**options: int) -> Iterator[str]:
+    """Of options that are whole numbers, at least 1: what is wrong with them, one sentence each."""
     for name, value in options.items():
         if value < 1:
-            yield f"{name} is {value}: it must be at least 1."
+            yield f"{name} is {str(value)[:40]}: it must be at least 1."
+        elif value > _MOST:
+            yield f"{name} is {str(value)[:40]}: it must be at most {_MOST:,}."
 
 
 def _over_problems(options: BenchOptions) -> Iterator[str]:
     if options.over_stages and options.over_latency_ms:
         yield "over_stages and over_latency_ms are both given: compare over one of them at a time."
-    for name, values, least in (("stages", options.over_stages, 1), ("latency_ms", options.over_latency_ms, 0)):
-        wrong = [value for value in values if not (math.isfinite(value) and value >= least)]
-        if wrong:
+    for name, values, least, most in (
+        ("stages", options.over_stages, 1, _MOST),
+        ("latency_ms", options.over_latency_ms, 0, 3.6e6),
+    ):
+        if wrong := [value for value in values if not value >= least]:
             yield f"over_{name} has {wrong[0]:g}: every one must be at least {least}."
+        if wrong := [value for value in values if value > most]:
+            yield f"over_{name} has {str(wrong[0])[:40]}: every one must be at most {most:,.0f}."
 
 
 def _rules(run_type: type[RunOptions]) -> ConstructorRegistry:

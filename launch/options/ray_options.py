@@ -15,6 +15,7 @@ __all__ = ["LAUNCHER_OPTIONS", "BenchRunOptions", "RayOptions", "TrainOptions", 
 LAUNCHER_OPTIONS = ("--launcher", "--address", "--ray.")
 """The options that say who starts the workers; the last one is the beginning of several."""
 _OWN_OPTIONS = ("CPU", "GPU", "memory", "object_store_memory")
+_MOST = 10**6
 _LEAST_GPU = 1e-4  # Ray counts in ten thousandths
 
 
@@ -37,8 +38,10 @@ class RayOptions:
     def problems(self) -> Iterator[str]:
         """What cannot work, one sentence each."""
         for name, value in (("cpus", self.cpus), ("wait_s", self.wait_s)):
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and not value > 0:
                 yield f"ray.{name} is {value:g}: it must be more than 0."
+            if value is not None and value > _MOST:
+                yield f"ray.{name} is {value:g}: it must be at most {_MOST:,}."
         if self.gpus is not None and not (self.gpus == 0 or _LEAST_GPU <= self.gpus <= 1):
             yield (
                 f"ray.gpus is {self.gpus:g}: a stage computes on one GPU: give 1, or a part of one of at least "

@@ -98,7 +98,7 @@ def _idx(folder: Path, name: str, each: tuple[int, ...]) -> np.ndarray:
     if len(content) < begin:
         raise PlanError(f"{path} is cut short: {len(content)} bytes, its header alone has {begin}.")
     sizes = np.frombuffer(content, ">i4", count=content[3], offset=4).tolist()
-    if sizes[1:] != list(each) or sizes[0] < 1:
+    if not sizes or sizes[1:] != list(each) or sizes[0] < 1:
         raise PlanError(f"{path} has the shape {sizes}, not {['number', *each]}: it is no such MNIST file.")
     values = np.frombuffer(content, np.uint8, offset=begin)
     if values.size != math.prod(sizes):

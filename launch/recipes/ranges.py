@@ -8,9 +8,11 @@ from pipeline import PlanError
 
 __all__ = ["check_counts"]
 
+_MOST = 1_000_000
+
 
 def check_counts(**options: int) -> None:
-    """Refuse options that are not whole numbers, at least 1.
+    """Refuse options that are not whole numbers, at least 1 and at most 1,000,000.
 
     Raises:
         PlanError: with one sentence per mistake.
@@ -19,6 +21,11 @@ def check_counts(**options: int) -> None:
         f"{name} is {value}: it must be a whole number, at least 1."
         for name, value in options.items()
         if not (isinstance(value, Integral) and value >= 1)
+    ]
+    problems += [
+        f"{name} is {str(value)[:40]}: it must be at most {_MOST:,}."
+        for name, value in options.items()
+        if isinstance(value, Integral) and value > _MOST
     ]
     if problems:
         raise PlanError(*problems)

@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
-from launch.options.options import RunOptions
+from launch.options.options import RunOptions, count_problems
 
 __all__ = ["SweepOptions", "seeds_of"]
+
+_MOST_S = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +57,10 @@ class SweepOptions(RunOptions):
     def problems(self) -> Iterator[str]:
         """What cannot work, one sentence each."""
         yield from super().problems()
-        if self.jobs is not None and self.jobs < 1:
-            yield f"jobs is {self.jobs}: it must be at least 1."
-        if not self.within_s > 0:
-            yield f"within_s is {self.within_s}: it must be a positive number."
+        if self.jobs is not None:
+            yield from count_problems(jobs=self.jobs)
+        if not 0 < self.within_s <= _MOST_S:
+            yield f"within_s is {self.within_s}: it must be a positive number of at most {_MOST_S:,}."
         if seeds_of(self.seeds) is None:
             yield f"seeds is {self.seeds!r}: give different whole numbers, at least 0, with commas, e.g. 0,1,2."
 

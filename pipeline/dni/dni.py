@@ -258,13 +258,15 @@ def build_dni(cut: Cut, plan: DNIPlan, seed: int) -> DNI:
 def training_window(cut: Cut, plan: DNIPlan, seed: int) -> RowSubsample:
     """The samples of a batch whose true gradient the DNI of ``cut`` trains on.
 
-    The plan's fraction (``rows``), no more rows than the form wants, at least one sample.
+    The plan's fraction (``rows``), no more rows than the form wants, at least one sample; all where a form that asks
+    the loss has one of whole batches only.
 
     Raises:
         PlanError: the form is unknown or does not fit the cut.
     """
     form, _ = describe_form(cut, plan)
-    most_rows = _FORMS[form].most_rows
+    whole = cut.whole_batches and _FORMS[form] is LossModel
+    most_rows = None if whole else _FORMS[form].most_rows
     batch_size = cut.activation_shape[0]
     size = math.ceil(plan.rows * batch_size)
     if most_rows is not None:

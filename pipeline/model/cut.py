@@ -33,6 +33,7 @@ class Cut:
         depth: how many weight matrices or kernels the stage learns (``depth_of``).
         uppermost: whether the stage above it is the last one.
         conditioned: whether a direct DNI here may see the labels.
+        whole_batches: whether ``loss`` is of whole batches only: of fewer rows it is another one, or fails.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Cut:
     depth: int = 1
     uppermost: bool = False
     conditioned: bool = True
+    whole_batches: bool = False
 
     @property
     def classes(self) -> int | None:

@@ -54,8 +54,8 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
     """The chain of layers of a model.
 
     An ``nn.Sequential``, an ``nn.ModuleList`` or a list of modules gives its items. Any other module gives its children
-    in the order of their registration, with Sequential children opened; ``pipeline.model.proof`` then proves on a batch that
-    this chain computes what the module's own forward computes.
+    in the order of their registration, with Sequential children opened; ``pipeline.model.proof`` then proves on a batch
+    that this chain computes what the module's own forward computes.
 
     What lies deeper is opened to any depth: every ModuleList, and every Sequential with two layers or more that have a
     weight matrix or kernel. One with a single such layer, as Linear, BatchNorm, ReLU, stays together. A container with

@@ -5,9 +5,11 @@ unknown names -> numbers out of range -> what contradicts itself -> what would h
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from numbers import Integral, Real
+from operator import attrgetter
 
 from pipeline.errors import NoEffect, PlanError, nearest
 from pipeline.plan.channel_choice import CHANNELS, WIRE_DTYPES
@@ -15,11 +17,42 @@ from pipeline.plan.device_choice import AUTOCAST_DTYPES, CPU, device_problems
 from pipeline.plan.emulation import Emulation, Link
 from pipeline.plan.goal import Goal
 from pipeline.plan.names import DNI_FORMS, OPTIMIZERS, SCHEDULES, TARGETS
-from pipeline.plan.plan import Plan
+from pipeline.plan.plan import ChannelPlan, DNIPlan, OptimizerPlan, Plan
 from pipeline.schedule.modes import MODES
 
 __all__ = ["check_plan"]
 
+_MANY, _MOST_WORKERS, _LONG, _LARGE = 2**31 - 1, 10_000, 10**6, 10**9
+_COUNTS = {
+    "stages": (1, _MOST_WORKERS),
+    "replicas": (1, _MOST_WORKERS),
+    "average_every": (1, _MANY),
+    "microbatches": (1, _MANY),
+    "steps": (1, 10**12),
+    "evaluate_every": (1, _MANY),
+    "quality_every": (1, _MANY),
+    "threads": (1, 1024),
+    "dni.hidden": (1, 2**20),
+    "dni.every": (1, _MANY),
+    "channel.slots": (1, 2**16),
+    "channel.gradient_slots": (1, 2**16),
+    "warmup_steps": (0, _MANY),
+    "optimizer.warmup_steps": (0, _MANY),
+    "seed": (0, 2**63 - 1),
+}
+"""Least and most of every count: beyond, something in torch or the system overflows, or takes all memory."""
+_MOST = {
+    "hop_steps": _LONG,
+    "stall_after_s": _LONG,
+    "optimizer.lr": _LARGE,
+    "optimizer.momentum": _LARGE,
+    "optimizer.weight_decay": _LARGE,
+    "optimizer.clip": _LARGE,
+    "dni.lr": _LARGE,
+    "dni.temperature": _LARGE,
+}
+"""Most of every other number."""
+_SHOWN = 40  # characters of a wrong value
 _LOCKING = ("warmup_steps", "unlock", "unlock_cosine")
 
 
@@ -29,7 +62,7 @@ def check_plan(plan: Plan) -> Plan:
     Raises:
         PlanError: with one sentence per mistake, which says what to do.
     """
-    if problems := list(_problems(plan)):
+    if problems := list(_wrong_kinds(plan)) or list(_problems(plan)):
         raise PlanError(*problems)
     return plan
 
@@ -47,13 +80,20 @@ def _problems(plan: Plan) -> Iterator[str]:
     yield from device_problems(plan.device)
     if plan.sizes is not None and plan.cuts is not None:
         yield "sizes and cuts both say where to split: give one of them."
+    each: type
+    for name, each, what in (("sizes", Integral, "whole numbers"), ("cuts", str, "names of layers")):
+        given = getattr(plan, name)
+        if given is not None and not (isinstance(given, tuple | list) and all(isinstance(one, each) for one in given)):
+            yield f"{name} is {_shown(given)}: give {what}, one after the other in a tuple."
+            return
     if plan.sizes is not None and len(plan.sizes) != plan.stages:
         yield f"sizes has {len(plan.sizes)} numbers for {plan.stages} stages: give one number of layers per stage."
     if plan.sizes is not None and any(size < 1 for size in plan.sizes):
-        yield f"sizes {_spaced(plan.sizes)}: every stage needs at least one layer."
+        yield f"sizes {_shown(_spaced(plan.sizes))}: every stage needs at least one layer."
     if plan.cuts is not None and len(plan.cuts) + 1 != plan.stages:
         yield f"{len(plan.cuts)} cuts for {plan.stages} stages: give the first layer of each stage but the first."
-    yield from _without_effect(plan)
+    if all(isinstance(number, Integral) for number in (plan.stages, plan.replicas)):
+        yield from _without_effect(plan)
 
 
 def _unknown_names(plan: Plan) -> Iterator[str]:
@@ -67,73 +107,90 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
         (plan.in_flight, ("stages", "full"), "in_flight"),
         (plan.unlock, ("always", "auto"), "unlock"),
         (plan.channels, ("auto", *CHANNELS), "channels"),
-        (plan.channel.wire_dtype or "bf16", tuple(WIRE_DTYPES), "wire dtype"),
-        (plan.autocast or "bf16", AUTOCAST_DTYPES, "autocast dtype"),
+        ("bf16" if plan.channel.wire_dtype is None else plan.channel.wire_dtype, tuple(WIRE_DTYPES), "wire dtype"),
+        ("bf16" if plan.autocast is None else plan.autocast, AUTOCAST_DTYPES, "autocast dtype"),
     ):
-        if value not in valid:
-            yield nearest(str(value), valid, what)
+        if not (isinstance(value, str) and value in valid):
+            yield nearest(_shown(value), valid, what)
+
+
+def _wrong_kinds(plan: Plan) -> Iterator[str]:
+    """Parts of the plan that are none, whose options cannot be looked at; switches that are neither on nor off."""
+    for name, kind in (("optimizer", OptimizerPlan), ("dni", DNIPlan), ("channel", ChannelPlan)):
+        if not isinstance(part := getattr(plan, name), kind):
+            yield f"{name} is {_shown(part)}: give a {kind.__name__}(...)."
+    for field in dataclasses.fields(plan):
+        if isinstance(field.default, bool) and not isinstance(value := getattr(plan, field.name), bool):
+            yield f"{field.name} is {_shown(value)}: it must be True or False."
+    for name in ("emulate", "link", "until"):
+        if not isinstance(value := getattr(plan, name), str | None):
+            yield f"{name} is {_shown(value)}: it must be a text, or None."
 
 
 def _out_of_range(plan: Plan) -> Iterator[str]:
-    for name, value, least in (
-        ("stages", plan.stages, 1),
-        ("replicas", plan.replicas, 1),
-        ("average_every", plan.average_every, 1),
-        ("microbatches", plan.microbatches, 1),
-        ("steps", plan.steps, 1),
-        ("evaluate_every", plan.evaluate_every, 1),
-        ("quality_every", plan.quality_every, 1),
-        ("threads", plan.threads, 1),
-        ("dni.hidden", plan.dni.hidden, 1),
-        ("dni.every", plan.dni.every, 1),
-        ("channel.slots", plan.channel.slots, 1),
-        ("channel.gradient_slots", plan.channel.gradient_slots, 1),
-        ("warmup_steps", plan.warmup_steps, 0),
-        ("optimizer.warmup_steps", plan.optimizer.warmup_steps, 0),
-        ("seed", plan.seed, 0),
-    ):
-        if value is not None and not (isinstance(value, Integral) and value >= least):
-            yield f"{name} is {value}: it must be a whole number, at least {least}."
-    for name, number in (
-        ("hop_steps", plan.hop_steps),
-        ("optimizer.momentum", plan.optimizer.momentum or 0),
-        ("optimizer.weight_decay", plan.optimizer.weight_decay),
-    ):
+    defaults = Plan()
+    for name, (least, most) in _COUNTS.items():
+        value = attrgetter(name)(plan)
+        if value is None and attrgetter(name)(defaults) is None:
+            continue
+        if not (isinstance(value, Integral) and int(value) >= least):
+            yield f"{name} is {_shown(value)}: it must be a whole number, at least {least}."
+        elif int(value) > most:
+            yield f"{name} is {_shown(value)}: it must be a whole number, at most {most:,}."
+    counts = plan.stages, plan.replicas
+    if all(isinstance(n, Integral) and 1 <= n <= _MOST_WORKERS for n in counts) and plan.workers > _MOST_WORKERS:
+        yield f"{plan.replicas} replicas of {plan.stages} stages: {_MOST_WORKERS:,} workers at most."
+    for name in ("hop_steps", "optimizer.momentum", "optimizer.weight_decay"):
+        number = attrgetter(name)(plan)
+        if number is None and name == "optimizer.momentum":
+            continue
         if not (_is_number(number) and number >= 0):
-            yield f"{name} is {number}: it must be a number, at least 0."
-    for name, number in (
-        ("optimizer.lr", plan.optimizer.lr),
-        ("dni.lr", plan.dni.lr),
-        ("stall_after_s", plan.stall_after_s),
-    ):
-        if not (_is_number(number) and number > 0):
-            yield f"{name} is {number}: it must be a positive number."
+            yield f"{name} is {_shown(number)}: it must be a number, at least 0."
+    for name in ("optimizer.lr", "dni.lr", "stall_after_s"):
+        if not (_is_number(number := attrgetter(name)(plan)) and number > 0):
+            yield f"{name} is {_shown(number)}: it must be a positive number."
+    for name, most in _MOST.items():
+        if _is_number(number := attrgetter(name)(plan)) and number > most:
+            yield f"{name} is {_shown(number)}: it must be at most {most:,}."
     momentum = plan.optimizer.momentum
     if plan.optimizer.rule == "nadamw" and isinstance(momentum, Real) and momentum >= 1:
-        yield f"optimizer.momentum is {momentum}: with nadamw it must lie in [0, 1)."
+        yield f"optimizer.momentum is {_shown(momentum)}: with nadamw it must lie in [0, 1)."
     if plan.optimizer.clip is not None and not (_is_number(plan.optimizer.clip) and plan.optimizer.clip > 0):
-        yield f"optimizer.clip is {plan.optimizer.clip}: it must be a positive number, or None."
+        yield f"optimizer.clip is {_shown(plan.optimizer.clip)}: it must be a positive number, or None."
     temperature = plan.dni.temperature
-    if temperature is not None and not (_is_number(temperature) and 1 <= temperature < math.inf):
-        yield f"dni.temperature is {temperature}: give a number of at least 1."
+    if temperature is not None and not (_is_number(temperature) and temperature >= 1):
+        yield f"dni.temperature is {_shown(temperature)}: give a number of at least 1."
     if not (_is_number(plan.dni.rows) and 0 < plan.dni.rows <= 1):
-        yield f"dni.rows is {plan.dni.rows}: give the fraction of the rows to train on, in (0, 1]."
-    if not (_is_number(plan.update_probability) and 0 < plan.update_probability <= 1):
-        yield f"update_probability is {plan.update_probability}: give the share of batches to update from, in (0, 1]."
+        yield f"dni.rows is {_shown(plan.dni.rows)}: give the fraction of the rows to train on, in (0, 1]."
+    if not (_is_number(chance := plan.update_probability) and 0 < chance <= 1):
+        yield f"update_probability is {_shown(chance)}: give the share of batches to update from, in (0, 1]."
     if not (_is_number(plan.unlock_cosine) and 0 < plan.unlock_cosine <= 1):
-        yield f"unlock_cosine is {plan.unlock_cosine}: it must lie in (0, 1]."
+        yield f"unlock_cosine is {_shown(plan.unlock_cosine)}: it must lie in (0, 1]."
     if not (_is_number(plan.mix) and 0 <= plan.mix <= 1):
-        yield f"mix is {plan.mix}: it weighs the true gradient and must lie in [0, 1]."
+        yield f"mix is {_shown(plan.mix)}: it weighs the true gradient and must lie in [0, 1]."
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    """Whether it is a finite number that a tensor can be multiplied with."""
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:
+        return isinstance(value, Integral)  # too large for a float: finite, and larger than any limit
+
+
+def _shown(value: object) -> str:
+    """The value, cut short where it is long."""
+    try:
+        text = str(value)
+    except ValueError:  # of a whole number with thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _without_effect(plan: Plan) -> Iterator[str]:
     """Nothing that is accepted is ignored."""
     defaults = Plan()
-    mode = MODES.get(plan.mode)
+    mode = MODES.get(plan.mode) if isinstance(plan.mode, str) else None
     if mode is not None and not mode.cuts_batches and plan.microbatches != 1:
         yield NoEffect("microbatches", f"with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b.")
     if plan.in_flight != defaults.in_flight and (plan.mode != "async-1f1b" or not plan.hop_steps):

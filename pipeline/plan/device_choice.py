@@ -60,7 +60,9 @@ def first_gpu(devices: Sequence[str]) -> str | None:
 
 def device_problems(wanted: str) -> Iterator[str]:
     """What is wrong with the wish itself, as one sentence."""
-    if wanted not in ("auto", CPU, "cuda") and not _LIST.fullmatch(wanted):
+    if not isinstance(wanted, str):
+        yield f"device is a {type(wanted).__name__}: give a text, auto, cpu, cuda, or cuda:0,cuda:1."
+    elif wanted not in ("auto", CPU, "cuda") and not _LIST.fullmatch(wanted):
         yield f"device is {wanted!r}: give auto, cpu, cuda, or devices with commas between them, like cuda:0,cuda:1."
 
 

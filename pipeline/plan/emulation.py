@@ -15,6 +15,8 @@ from pipeline.errors import PlanError, nearest
 
 __all__ = ["Emulation", "Link"]
 
+_LEAST, _MOST = 1e-6, 3.6e6  # an hour, in ms: beyond, times overflow
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Lengths:
@@ -35,8 +37,11 @@ class _Lengths:
                 values[name] = float(number)
             except ValueError:
                 values[name] = math.nan
-            if not 0 <= values[name] < math.inf:
-                raise PlanError(f"{option} {part}: give a number of at least 0, as in {name}=10.")
+            if not (values[name] == 0 or _LEAST <= values[name] <= _MOST):
+                raise PlanError(
+                    f"{option} {part}: give a number of at least 0, as in {name}=10, and if it is more than 0, from "
+                    f"{_LEAST:g} to {_MOST:,.0f}."
+                )
         return cls(**values)
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pipeline.data.recipe import Batch, Recipe, build_model, check_batches
@@ -33,8 +31,9 @@ from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import CPU, DeviceChoice
 from pipeline.plan.goal import look_every
 from pipeline.plan.plan import DNIPlan, Plan
+from pipeline.run.loss_trial import OnCopies, Trial, check_learns, try_loss, with_loss
 from pipeline.schedule.modes import MODES
-from pipeline.wording import escaped, text_of
+from pipeline.wording import escaped
 
 __all__ = ["Measure", "Resolved", "resolve", "stage_layers"]
 
@@ -68,6 +67,7 @@ class Resolved:
         batch_shape: shape of the inputs of a batch.
         output_shape: shape of the network's output for it.
         held_out_batches: batches of one evaluation pass.
+        loss_in_place: whether the loss works in place on what it is given (``for_stages``).
         channels: what carries each cut, those of replica 0 first.
         hosts: name of the host of every worker, those of replica 0 first.
         devices: where every worker computes, in the same order.
@@ -84,6 +84,7 @@ class Resolved:
     batch_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     held_out_batches: int
+    loss_in_place: bool
     channels: tuple[ChannelChoice, ...]
     hosts: tuple[str, ...]
     devices: tuple[str, ...]
@@ -101,6 +102,10 @@ class Resolved:
         """Layers per stage."""
         assert self.plan.sizes is not None
         return self.plan.sizes
+
+    def for_stages(self, recipe: Recipe) -> Recipe:
+        """The recipe as stages use it: a loss that works in place gets copies."""
+        return dataclasses.replace(recipe, loss=OnCopies(recipe.loss)) if self.loss_in_place else recipe
 
     @property
     def state_bytes(self) -> tuple[int, ...]:
@@ -140,9 +145,9 @@ def resolve(
         devices: where every worker computes (``choose_devices``); None: all on the CPU.
 
     Raises:
-        PlanError: see ``Plan.check``, ``check_batches``, ``check_chain``, ``check_ties``, and: a loss that does not
-            take the output and the labels, a DNI that does not fit the cut or does not read an option that is given,
-            shared memory between two hosts.
+        PlanError: see ``check_plan``, ``check_batches``, ``check_chain``, ``check_ties``, ``check_learns``,
+            ``try_loss``, and: a loss that does not take the rows of a microbatch or of a held-out batch, a DNI that
+            does not fit the cut or does not read an option that is given, shared memory between two hosts.
     """
     check_plan(plan)
     hosts = hosts or ["this host"] * plan.workers
@@ -171,13 +176,16 @@ def resolve(
         sizes = balanced_split(layers, seconds or [1.0] * len(layers), plan.stages)
     stages = split(layers, sizes)
     check_ties(stages)
-    _check_loss(recipe, outputs[-1], labels)
+    check_learns(layers, inputs, outputs)
+    trial = try_loss(recipe.loss, outputs[-1], labels)
+    recipe = dataclasses.replace(recipe, loss=OnCopies(recipe.loss)) if trial.in_place else recipe
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
     _check_cuts(layers, ends, outputs)
     cuts = tuple(
         _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, outputs[-1], recipe, plan)
         for k, end in enumerate(ends)
     )
+    cuts, about_loss = with_loss(cuts, plan, trial)
     reasons = [("split", " | ".join(map(str, sizes)), why + places_of_cuts(stages))]
     reasons += evaluated_in_training(layers)
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
@@ -206,10 +214,10 @@ def resolve(
         raise PlanError(*problems)
     if plan.channel.wire_dtype is not None:
         reasons.append(("wire", plan.channel.wire_dtype, "float32 is rounded on its way: half the bytes, not exact"))
-    held_out_batches = _count_held_out(recipe, (inputs, labels))
+    held_out_batches = _count_held_out(recipe, (inputs, labels), trial)
     if plan.unlock == "auto":
         plan = dataclasses.replace(plan, quality_every=plan.quality_every or _QUALITY_EVERY)
-    reasons += _locking(plan)
+    reasons += [*about_loss, *_locking(plan)]
     return Resolved(
         plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None, dni=_with_every(plan, cuts)),
         layer_names=tuple(layer.name for layer in layers),
@@ -220,6 +228,7 @@ def resolve(
         batch_shape=tuple(inputs.shape),
         output_shape=tuple(outputs[-1].shape),
         held_out_batches=held_out_batches,
+        loss_in_place=trial.in_place,
         channels=channels,
         hosts=tuple(hosts),
         devices=devices.devices,
@@ -339,29 +348,19 @@ def _check_names(layers: Sequence[Layer]) -> None:
         raise PlanError(f"a layer, or a parameter of one, is called {wrong!r}, which no file can hold: rename it.")
 
 
-def _check_loss(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
-    shapes = f"output {list(output.shape)} {output.dtype} and labels {list(labels.shape)} {labels.dtype}"
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("error")  # mse_loss only warns when it broadcasts
-            loss = recipe.loss(output, labels)
-    except Exception as error:
-        raise PlanError(
-            f"the loss does not take {shapes}: give labels of the shape it needs ({text_of(error)})."
-        ) from error
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise PlanError(
-            f"the loss gives {getattr(loss, 'shape', type(loss).__name__)} for {shapes}: reduce it to one number."
-        )
-
-
-def _count_held_out(recipe: Recipe, first: Batch) -> int:
+def _count_held_out(recipe: Recipe, first: Batch, trial: Trial) -> int:
     if recipe.evaluation is None:
         return 0
     with calling("evaluation()"):
-        count = 0
+        count, sizes = 0, {len(trial.labels)}
         for count, (inputs, labels) in enumerate(recipe.evaluation(), start=1):
             _check_held_out(count - 1, inputs, labels, first)
+            if (rows := len(labels)) not in sizes and (error := trial.error(rows)) is not None:
+                raise PlanError(
+                    f"evaluation batch {count - 1} has {rows} rows, which the loss does not take ({error}): leave it "
+                    "out, or take a loss of any number of rows."
+                ) from error
+            sizes.add(len(labels))
     if not count:
         raise PlanError("evaluation() gives no batch: give held-out batches (inputs, labels), or leave evaluation out.")
     return count

@@ -28,12 +28,12 @@ class EvaluationMetrics:
 
     def add(self, recipe: Recipe, output: Tensor, labels: Tensor) -> None:
         """Take in the output of one batch."""
-        self.loss_sum += float(recipe.loss(output, labels)) * len(labels)
-        self.rows += len(labels)
-        if recipe.correct is not None:
+        if recipe.correct is not None:  # before the loss, which may work in place
             correct, answers = recipe.correct(output, labels)
             self.correct += float(correct)
             self.answers += answers
+        self.loss_sum += float(recipe.loss(output, labels)) * len(labels)
+        self.rows += len(labels)
 
     def loss(self) -> float:
         """Mean loss per row; NaN of no rows, which meets no goal."""

@@ -1,0 +1,269 @@
+"""The user's loss, tried on batch 0 before anything starts: what it gives, what it learns, and how many rows it needs.
+
+the model's last layers --gradient?--> output --loss--> one number with a gradient      else: refused, one sentence
+loss: trainable tensors, state of its own                                               refused, by name
+loss: in place on its arguments                                                         stages give it copies
+loss: of fewer rows the same                                                            else: of whole batches only
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.dni.dni import describe_form, training_window
+from pipeline.errors import PlanError
+from pipeline.model.cut import Cut
+from pipeline.model.partition import Layer
+from pipeline.plan.plan import Plan
+from pipeline.run.holdings import leaves_of, tensors_of
+from pipeline.wording import text_of
+
+__all__ = ["OnCopies", "Trial", "check_learns", "try_loss", "with_loss"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+_SAME_DIRECTION = 0.99  # cosine; weighted means over the rows differ in their scale alone
+_ALONE = "give it back alone, and count right answers in correct()."
+
+
+@dataclass(frozen=True)
+class OnCopies:
+    """A loss that works in place on its arguments, given copies: layers, DNIs and scores use them too."""
+
+    loss: Loss
+
+    def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
+        """The loss; the arguments stay as they are."""
+        return self.loss(output.clone(), labels.clone())
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A loss that was tried.
+
+    Args:
+        loss: (output, labels) -> scalar.
+        output: [rows, ...] of the network, for batch 0.
+        labels: [rows, ...] of that batch.
+        in_place: whether it works in place on one of them.
+    """
+
+    loss: Loss
+    output: Tensor
+    labels: Tensor
+    in_place: bool
+
+    def error(self, rows: int) -> Exception | None:
+        """What it raises for the first ``rows`` rows; None: nothing, or the output has other rows than the labels."""
+        if len(self.output) != len(self.labels):
+            return None
+        try:
+            with torch.no_grad():
+                self.loss(self.output[:rows].clone(), self.labels[:rows].clone())
+        except Exception as error:
+            return error
+        return None
+
+    def needs_more(self, rows: int) -> str | None:
+        """Why the gradient of ``rows`` rows is not that of the same rows in the whole batch; None: it is, but for size.
+
+        None too where the output has other rows than the labels.
+        """
+        if rows >= len(self.labels) or len(self.output) != len(self.labels):
+            return None
+        if (error := self.error(rows)) is not None:
+            return f"it does not take {rows} rows ({str(error).partition(chr(10))[0]})"
+        whole, alone = self._gradient(len(self.labels))[:rows].flatten(), self._gradient(rows).flatten()
+        sizes = torch.linalg.vector_norm(whole) * torch.linalg.vector_norm(alone)
+        if (whole * alone.conj()).sum().real < _SAME_DIRECTION * sizes:
+            return "what it says of a row depends on the other rows"
+        return None
+
+    def _gradient(self, rows: int) -> Tensor:
+        leaf = self.output[:rows].detach().clone().requires_grad_()
+        with torch.enable_grad():
+            loss = self.loss(leaf.clone(), self.labels[:rows].clone())
+        (gradient,) = torch.autograd.grad(loss, [leaf], allow_unused=True)
+        return torch.zeros_like(leaf) if gradient is None else gradient.detach()
+
+
+def check_learns(layers: Sequence[Layer], inputs: Tensor, outputs: Sequence[Tensor]) -> None:
+    """Refuse a model that no loss can teach. Runs the topmost layers, down to one that learns, in training mode.
+
+    Args:
+        layers: the whole model's.
+        inputs: [rows, ...] of batch 0.
+        outputs: of every layer.
+
+    Raises:
+        PlanError: no parameter requires a gradient, or the output does not depend on any that does.
+    """
+    if not any(parameter.requires_grad for layer in layers for parameter in layer.module.parameters()):
+        raise PlanError(
+            "the model has no parameter that requires a gradient, so nothing would be learned: leave some layers "
+            "unfrozen (requires_grad_(True))."
+        )
+    for index in reversed(range(len(layers))):
+        module, x = copy.deepcopy(layers[index].module).train(), outputs[index - 1] if index else inputs
+        if _has_gradient(module, x, at_x=False):
+            return
+        if not (index and x.is_floating_point() and _has_gradient(module, x, at_x=True)):
+            raise PlanError(
+                f"no gradient comes through layer {layers[index].name} to a parameter that requires one, so nothing "
+                "would be learned: look for detach(), no_grad() or whole numbers in its forward, or unfreeze layers."
+            )
+
+
+def try_loss(loss: Loss, output: Tensor, labels: Tensor) -> Trial:
+    """Try the loss with gradients, on copies: neither the tensors nor a loss that has a state are changed.
+
+    Args:
+        loss: (output, labels) -> scalar.
+        output: [rows, ...] of the network, for batch 0.
+        labels: [rows, ...] of that batch.
+
+    Raises:
+        PlanError: it does not take them, gives no number, one that is not finite, or one without a gradient; it has
+            parameters of its own, or a state that every call changes.
+    """
+    shapes = f"output {list(output.shape)} {output.dtype} and labels {list(labels.shape)} {labels.dtype}"
+    if not (output.is_floating_point() or output.is_complex()):
+        raise PlanError(f"the network gives {shapes}: only floating-point outputs have a gradient.")
+    loss = _own_copy(loss)
+    held = {name: (tensor, _version(tensor)) for name, tensor in tensors_of(loss, deep=True)}
+    leaf, given_labels = output.detach().clone().requires_grad_(), labels.clone()
+    given = leaf.clone()
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message="Using a target size")  # it would broadcast, and only warns
+            found: Any = loss(given, given_labels)
+    except Exception as error:
+        raise PlanError(
+            f"the loss does not take {shapes}: give labels of the shape it needs ({text_of(error)})."
+        ) from error
+    if (problem := _no_number(found)) is not None:
+        raise PlanError(f"the loss gives {problem.format(shapes=shapes)}")
+    _check_own(loss, found, leaf, held)
+    _check_gradient(found, leaf)
+    in_place = not (_same(given.detach(), leaf.detach()) and _same(given_labels, labels))
+    return Trial(loss, output, labels, in_place)
+
+
+def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cut, ...], list[tuple[str, str, str]]]:
+    """The cuts, told whether the loss means whole batches only; and what is said of it.
+
+    Raises:
+        PlanError: microbatches that it does not take, or part of the rows for a DNI that needs it.
+    """
+    says = [("loss", "on copies", "it works in place on what it is given")] if trial.in_place else []
+    rows = len(trial.labels) // plan.microbatches
+    if plan.microbatches > 1 and (error := trial.error(rows)) is not None:
+        raise PlanError(
+            f"the loss does not take the {rows} rows of a microbatch ({text_of(error)}): choose mode naive, or a loss of any "
+            "number of rows."
+        ) from error
+    if plan.microbatches > 1 and (why := trial.needs_more(rows)) is not None:
+        says.append(("loss", "by microbatch", f"{why}, so this is not the loss of whole batches"))
+    models = [cut for cut in cuts if plan.unlocked and describe_form(cut, plan.dni)[0] == "loss_model"]
+    least = min((training_window(cut, plan.dni, plan.seed).size for cut in models), default=len(trial.labels))
+    if (why := trial.needs_more(least)) is None:
+        return cuts, says
+    if plan.dni.rows != 1:
+        raise PlanError(f"dni.rows is {plan.dni.rows}, and the loss needs whole batches: {why}; leave dni.rows out.")
+    says.append(("loss", "whole batches", f"the DNIs train on all rows: {why}"))
+    return tuple(dataclasses.replace(cut, whole_batches=True) for cut in cuts), says
+
+
+# ------------------------------------------------------------------ what it gives
+
+
+def _no_number(found: Any) -> str | None:
+    """What is wrong with what a loss gave, with room for the shapes; None: it is one finite number."""
+    if found is None:
+        return "None for {shapes}: return the loss."
+    if isinstance(found, tuple | list | dict):
+        return f"a {type(found).__name__} of {len(found)} for {{shapes}}: {_ALONE}"
+    if not isinstance(found, Tensor):
+        return f"a {type(found).__name__} for {{shapes}}: return the tensor itself (without .item()), or no gradient."
+    if found.dim() != 0:
+        return f"a tensor of shape {list(found.shape)} for {{shapes}}: reduce it to one number, as .mean() does."
+    if not found.is_floating_point():
+        return f"a number of {found.dtype} for {{shapes}}: only floating-point numbers can be made small by gradients."
+    if not math.isfinite(float(found.detach())):
+        return f"{float(found.detach())} for batch 0, {{shapes}}: look at the inputs and labels of this batch."
+    return None
+
+
+def _check_gradient(loss: Tensor, leaf: Tensor) -> None:
+    if not loss.requires_grad:
+        raise PlanError(
+            "the loss has no gradient, so nothing would be learned: leave out detach(), no_grad() and .data in it."
+        )
+    try:
+        (gradient,) = torch.autograd.grad(loss, [leaf], allow_unused=True)
+    except RuntimeError as error:
+        raise PlanError(f"the backward pass of the loss fails ({text_of(error)}): mend it there.") from error
+    if gradient is None:
+        raise PlanError("the loss does not depend on the network's output, so nothing would be learned: mend it there.")
+
+
+def _has_gradient(module: nn.Module, x: Tensor, *, at_x: bool) -> bool:
+    """Whether the module's output has a gradient: at its parameters, or ``at_x`` too. Where it fails, others say so."""
+    x = x.detach().clone().requires_grad_(at_x)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            output: object = module(x.clone())
+    except Exception:
+        return True
+    return not isinstance(output, Tensor) or output.requires_grad
+
+
+# ------------------------------------------------------------------ what it has of its own
+
+
+def _check_own(loss: Loss, found: Tensor, leaf: Tensor, held: dict[str, tuple[Tensor, int]]) -> None:
+    names = {id(tensor): name for name, (tensor, _) in reversed(held.items())}
+    trained = {id(t): t for _, t in tensors_of(loss, deep=False) if t.requires_grad and t.is_leaf}
+    trained.update((id(tensor), tensor) for tensor in leaves_of(found) if tensor is not leaf)
+    if trained:
+        said = ", ".join(f"{names.get(key, 'a tensor')} {list(tensor.shape)}" for key, tensor in trained.items())
+        raise PlanError(
+            f"the loss has something to learn of its own, {said}, which no stage trains or saves: make it part of the "
+            "model's last layer, or freeze it (requires_grad_(False))."
+        )
+    after = dict(tensors_of(loss, deep=True))
+    changed = [name for name, (tensor, version) in held.items() if _changed(tensor, version, after.get(name))]
+    if changed:
+        raise PlanError(
+            f"the loss changes a state of its own at every call, {', '.join(changed)}, which no stage keeps: make it "
+            "part of the model, or compute it from the batch."
+        )
+
+
+def _own_copy(loss: Loss) -> Loss:
+    try:
+        return copy.deepcopy(loss)
+    except Exception:  # not everything can be copied; it is then tried as it is
+        return loss
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _changed(before: Tensor, version: int, after: Tensor | None) -> bool:
+    return after is not None and (after is not before or _version(after) != version)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether all values are the same; what is no number is like itself."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
