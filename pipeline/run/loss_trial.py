@@ -168,8 +168,8 @@ def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cu
     rows = len(trial.labels) // plan.microbatches
     if plan.microbatches > 1 and (error := trial.error(rows)) is not None:
         raise PlanError(
-            f"the loss does not take the {rows} rows of a microbatch ({text_of(error)}): choose mode naive, or a loss of any "
-            "number of rows."
+            f"the loss does not take the {rows} rows of a microbatch ({text_of(error)}): choose mode naive, or a loss of "
+            "any number of rows."
         ) from error
     if plan.microbatches > 1 and (why := trial.needs_more(rows)) is not None:
         says.append(("loss", "by microbatch", f"{why}, so this is not the loss of whole batches"))
