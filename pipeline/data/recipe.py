@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.data.user_code import calling
 from pipeline.errors import PlanError
+from pipeline.model.unwritten import Unwritten
 from pipeline.plan.plan import Plan
 from pipeline.seeding import derived_seed, seeded
 
@@ -55,6 +56,16 @@ class Recipe:
     evaluation: Callable[[], Iterable[Batch]] | None = None
     correct: Callable[[Tensor, Tensor], tuple[Tensor, int]] | None = None
     steps: int = 1000
+
+    @cached_property
+    def careful_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss; it leaves output and labels as they are, should the user's write into them."""
+        return Unwritten(self.loss)
+
+    @cached_property
+    def careful_correct(self) -> Callable[[Tensor, Tensor], tuple[Tensor, int]] | None:
+        """``correct``; as ``careful_loss``."""
+        return None if self.correct is None else Unwritten(self.correct)
 
     def batch(self, index: int) -> Batch:
         """Training batch ``index``.

@@ -15,6 +15,7 @@ from pipeline.data.user_code import calling
 from pipeline.dni.dni import describe_form, target_every
 from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
+from pipeline.model.checkpointing import check_checkpointing
 from pipeline.model.cut import Cut
 from pipeline.model.partition import (
     Layer,
@@ -166,6 +167,7 @@ def resolve(
             why = "measured time per layer"
         sizes = balanced_sizes(seconds or [1.0] * len(layers), plan.stages)
         check_partition(model, layers, split(layers, sizes), inputs)
+    check_checkpointing(split(layers, sizes), plan, inputs)
     _check_loss(recipe, outputs[-1], labels)
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
     _check_cuts(layers, ends, outputs)

@@ -9,7 +9,7 @@ badly, since the weights see sums over the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,10 @@ class Quality:
     error: float
 
 
+_Gradients = Callable[[Tensor, Sequence[Tensor], Tensor, bool], tuple[Tensor | None, ...]]
+"""(h, wanted, gradient of h, whether the graph is kept) -> gradients of what is wanted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """What a stage keeps of a sampled batch until its true gradient comes.
@@ -45,6 +49,7 @@ class Sample:
         leaves: the parameters as they were in the forward pass.
         synthetic: like ``h``, the synthetic gradient.
         gradients: of the leaves under the synthetic gradient; None: not taken yet.
+        grad: takes gradients through the graph of ``h``.
     """
 
     x: Tensor | None
@@ -52,6 +57,7 @@ class Sample:
     leaves: Sequence[Tensor]
     synthetic: Tensor
     gradients: Sequence[Tensor | None] | None
+    grad: _Gradients
 
 
 class Samples:
@@ -79,11 +85,9 @@ class Samples:
         sample = self._kept.pop(batch)
         under_s = sample.gradients
         if under_s is None:
-            under_s = torch.autograd.grad(
-                sample.h, sample.leaves, sample.synthetic, allow_unused=True, retain_graph=True
-            )
+            under_s = sample.grad(sample.h, sample.leaves, sample.synthetic, True)
         wanted = [*sample.leaves] if sample.x is None else [*sample.leaves, sample.x]
-        found = torch.autograd.grad(sample.h, wanted, g, allow_unused=True)
+        found = sample.grad(sample.h, wanted, g, False)
         under_g = found[: len(sample.leaves)]
         quality = compare(batch, sample.synthetic, g, under_s, under_g)
         if sample.x is None:

@@ -27,10 +27,10 @@ class EvaluationMetrics:
 
     def add(self, recipe: Recipe, output: Tensor, labels: Tensor) -> None:
         """Take in the output of one batch."""
-        self.loss_sum += float(recipe.loss(output, labels)) * len(labels)
+        self.loss_sum += float(recipe.careful_loss(output, labels)) * len(labels)
         self.rows += len(labels)
-        if recipe.correct is not None:
-            correct, answers = recipe.correct(output, labels)
+        if recipe.careful_correct is not None:
+            correct, answers = recipe.careful_correct(output, labels)
             self.correct += float(correct)
             self.answers += answers
 
