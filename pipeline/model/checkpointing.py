@@ -2,10 +2,11 @@
 
     use_reentrant=False   computed anew when the backward pass asks for what was not saved; any kind of backward pass
     use_reentrant=True    a backward pass within the backward pass: ``Tensor.backward`` of everything at once only, and
-                          nothing is learned from an input that needs no gradient
+                          its weights learn only if its input needs a gradient
 
-A stage keeps the weights of the forward pass in place while it goes backward, so both give what the layers without
-checkpointing give. What a reentrant one cannot do is refused before anything starts.
+A stage keeps the weights of the forward pass in place while it goes backward, and has its input need a gradient where
+there is a reentrant one, so both give what the layers without checkpointing give (in a plain loop the weights of a
+reentrant first layer learn nothing). What a reentrant one cannot do is refused before anything starts.
 """
 
 from __future__ import annotations
@@ -45,21 +46,19 @@ def checkpoints_reentrantly(h: Tensor) -> bool:
 def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: Tensor) -> None:
     """Refuse reentrant checkpointing where it would compute something else than the layers without it.
 
-    Runs copies of the layers once in training mode where that could be: where gradients are taken through a stage in
-    parts (targets true and mixed, sampled batches), and where nothing is trained in the first stage.
+    Only where that could be, copies of the layers run once in training mode: where gradients are taken through a stage
+    in parts (targets true and mixed, sampled batches), and where the inputs are integers, which have no gradient.
 
     Raises:
         PlanError: a layer is checkpointed so where that cannot be; it is named.
     """
     parts = plan.unlocked and (plan.targets != "bootstrap" or plan.quality_every is not None or plan.unlock == "auto")
-    frozen = not any(p.requires_grad for layer in stages[0] for p in layer.module.parameters())
-    if not (parts or frozen) or plan.stages == 1:
+    if not (parts and plan.stages > 1) and inputs.is_floating_point():
         return
-    h = inputs.clone()
+    h = inputs
     with seeded(plan.seed, "checkpointing"), torch.enable_grad():
         for layer in (layer for stage in stages for layer in stage):
-            trained = h.requires_grad
-            h = h.detach().clone().requires_grad_(trained).clone()  # no leaf: a layer may work in place
+            h = h.detach().requires_grad_(h.is_floating_point()).clone()  # no leaf: a layer may work in place
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
@@ -67,9 +66,8 @@ def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: T
                 except Exception:  # the run will say it, with the batch
                     return
             if any(_LEARNS_NOTHING in str(warning.message) for warning in caught):
-                why = "what comes in needs no gradient, and torch then gives its weights none"
-                raise PlanError(_refusal(layer, why))
-            if parts and checkpoints_reentrantly(h):
+                raise PlanError(_refusal(layer, "integers come in: torch then gives its weights no gradient"))
+            if parts and plan.stages > 1 and checkpoints_reentrantly(h):
                 why = "targets true and mixed, quality_every and unlock auto take gradients through a stage in parts"
                 raise PlanError(_refusal(layer, why))
 
