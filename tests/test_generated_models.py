@@ -7,7 +7,6 @@ more of them than a run of all tests has time for.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,8 +24,9 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import Plan, PlanError, Recipe, run_reference
-from pipeline.data.recipe import Batch
+from pipeline.data.recipe import Batch, build_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # in evaluation
 SIZE, ROWS, STEPS = 6, 4, 3  # every layer takes and gives [rows, SIZE, SIZE]
 FEATURES = (
     "linear",
@@ -327,20 +327,17 @@ def _check_exact(case: Drawn, plan: Plan) -> None:
 
 
 def _check_moves(case: Drawn, plan: Plan) -> None:
-    """Every parameter that the plain loop moves."""
-    if (mine := _trained(case, plan)) is None:
+    """Every parameter that the plain loop moves; a DNI below others predicts nothing before its first targets."""
+    if (mine := _trained(case, replace(plan, steps=4 * STEPS))) is None:
         return
-    torch.manual_seed(0)
-    begun = {
-        name: t.clone() for name, t in run_reference(case.recipe(), replace(plan, steps=1)).state_tensors().items()
-    }
+    begun, after = dict(build_model(case.recipe(), plan.seed).named_parameters()), mine.state_tensors()
     model, _, _ = train_alone(case.recipe(recomputes=False), plan)
-    one, _, _ = train_alone(case.recipe(recomputes=False), replace(plan, steps=1))
-    after = mine.state_tensors()
-    first = dict(one.named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.equal(parameter, first[name]):
-            assert not torch.equal(after[name], begun[name]), f"{name} does not move in mode {plan.mode}"
+    still = [
+        name
+        for name, trained in model.named_parameters()
+        if torch.equal(after[name], begun[name]) and not torch.equal(trained, begun[name])
+    ]
+    assert not still, f"mode {plan.mode} leaves {', '.join(still)} as they were"
 
 
 EXAMPLES = settings(
@@ -354,14 +351,10 @@ EXAMPLES = settings(
 
 
 @EXAMPLES
-@given(case=drawn())
-def test_locked_training_of_any_network_is_exact(case: Drawn) -> None:
+@given(case=drawn(), mode=st.sampled_from(["naive", "gpipe", "1f1b"]))
+def test_locked_training_of_any_network_is_exact(case: Drawn, mode: str) -> None:
     """Parameters, buffers, optimizer states and losses after three steps, to the last bit."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
-        _check_exact(case, case.plan("naive"))
-        for mode in ("gpipe", "1f1b"):
-            _check_exact(case, case.plan(mode, microbatches=2))
+    _check_exact(case, case.plan(mode, microbatches=1 if mode == "naive" else 2))
 
 
 @EXAMPLES
@@ -380,5 +373,5 @@ def test_every_feature_is_exact_on_both_sides_of_a_cut(feature: str) -> None:
     """In the first stage, above a cut and below one; each alone, where the search might not look."""
     features = (feature, "linear", feature, "linear", "linear") if feature != "same module twice" else (feature,) * 2
     case = Drawn(features, (1, 1, len(features) - 1))
-    for mode, parts in (("naive", 1), ("gpipe", 2), ("1f1b", 2)):
-        _check_exact(case, case.plan(mode, microbatches=parts))
+    _check_exact(case, case.plan("naive"))
+    _check_exact(case, case.plan("gpipe", microbatches=2))

@@ -15,6 +15,7 @@ from pipeline.data.user_code import calling
 from pipeline.dni.dni import describe_form, target_every
 from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
+from pipeline.messages.message import dense
 from pipeline.model.checkpointing import check_checkpointing
 from pipeline.model.cut import Cut
 from pipeline.model.partition import (
@@ -178,6 +179,8 @@ def resolve(
     reasons = [("split", " | ".join(map(str, sizes)), why)]
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
     reasons.append(("device", devices.says, devices.why))
+    if MODES[plan.mode].exact:
+        reasons += _rounded(layers, ends, outputs)
     if plan.autocast is not None:
         reasons.append(
             ("autocast", plan.autocast, "layers compute in it where torch.autocast does; weights are float32")
@@ -228,6 +231,14 @@ def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
     """The layers of one stage, freshly initialised from the seed; the rest of the model is dropped."""
     assert plan.sizes is not None, "the plan is resolved"
     return split(layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
+
+
+def _rounded(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Tensor]) -> Iterator[tuple[str, str, str]]:
+    """What is said of cuts behind which a locked stage computes on other strides than one process does."""
+    for k, end in enumerate(ends):
+        if dense(outputs[end - 1]).stride() != outputs[end - 1].stride():
+            what = f"layer {layers[end - 1].name} gives a slice or an expanded tensor, which travels dense"
+            yield f"cut {k}", "but for rounding", f"{what}: equal to one process up to the last bits"
 
 
 def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
@@ -334,7 +345,7 @@ def _check_loss(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error")  # mse_loss only warns when it broadcasts
-            loss = recipe.loss(output, labels)
+            loss = recipe.careful_loss(output, labels)
     except Exception as error:
         raise PlanError(f"the loss does not take {shapes}: give labels of the shape it needs ({error}).") from error
     if not isinstance(loss, Tensor) or loss.dim() != 0:

@@ -193,6 +193,7 @@ class Stage:
             the last stage; not a batch whose target flows).
         """
         self.record(Span.BACKWARD, batch)
+        self._training(True)  # held-out batches may have come since: what is computed anew is computed as in training
         kept = self._kept[batch, microbatch]
         try:
             output = kept.h
@@ -287,6 +288,7 @@ class Stage:
         if not self._flow.relays(batch, kept.locks):
             return None
         self.record(Span.RELAY, batch)
+        self._training(True)
         if self.plan.targets == "mixed":
             assert kept.synthetic is not None
             gradient = torch.lerp(kept.synthetic, gradient, self.plan.mix)
@@ -311,6 +313,7 @@ class Stage:
             The quality, and the true gradient of the stage below; None in the first stage.
         """
         self.record(Span.QUALITY, batch)
+        self._training(True)
         (gradient,) = self._computing.here(gradient)
         quality, below = self._samples.judge(batch, gradient)
         self._lock.judged(quality)
