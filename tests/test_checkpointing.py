@@ -51,7 +51,8 @@ class Block(nn.Module):
 
 
 def _model(reentrant: bool | None) -> nn.Sequential:
-    return nn.Sequential(*(Block(reentrant) for _ in range(3)), nn.Linear(problems.WIDTH, problems.CLASSES))
+    first = nn.Linear(problems.WIDTH, problems.WIDTH)
+    return nn.Sequential(first, *(Block(reentrant) for _ in range(3)), nn.Linear(problems.WIDTH, problems.CLASSES))
 
 
 def _run(reentrant: bool | None, plan: dict[str, Any]) -> Any:
@@ -87,7 +88,7 @@ def test_checkpointing_that_is_not_reentrant_may_be_gone_through_in_parts(plan: 
 def test_reentrant_checkpointing_is_refused_where_gradients_are_taken_in_parts(plan: dict[str, Any]) -> None:
     """torch raises in the middle of a run."""
     with pytest.raises(
-        PlanError, match=r"layer 0 is checkpointed with use_reentrant=True, .*: choose use_reentrant=False"
+        PlanError, match=r"layer 1 is checkpointed with use_reentrant=True, .*: choose use_reentrant=False"
     ):
         _run(True, plan)
 
@@ -104,11 +105,27 @@ def _embeds() -> nn.Sequential:
     return nn.Sequential(Embeds(), nn.Flatten(), nn.Linear(24, 5))
 
 
+def _begins() -> nn.Sequential:
+    return nn.Sequential(Block(True), nn.Linear(problems.WIDTH, problems.CLASSES))
+
+
+def _is_frozen_below() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(problems.WIDTH, problems.WIDTH).requires_grad_(False), *_begins())
+
+
+@pytest.mark.parametrize(("model", "layer"), [(_begins, 0), (_is_frozen_below, 1)])
+def test_reentrant_checkpointing_where_nothing_below_learns_is_refused(model: Any, layer: int) -> None:
+    """What comes in needs no gradient, so torch trains nothing in the layer, and only warns."""
+    recipe = Recipe(name="begins", model=model, batches=problems.batch, loss=F.cross_entropy)
+    with pytest.raises(PlanError, match=f"layer {layer} is checkpointed with use_reentrant=True, and what comes in"):
+        run_reference(recipe, Plan(stages=2, steps=2))
+
+
 def test_reentrant_checkpointing_of_integers_is_refused() -> None:
-    """Nothing below it has a gradient, so torch trains nothing in it, and only warns."""
+    """The same."""
     batch = torch.randint(5, (4, 3)), torch.randint(5, (4,))
     recipe = Recipe(name="tokens", model=_embeds, batches=[batch], loss=F.cross_entropy)
-    with pytest.raises(PlanError, match="layer 0 is checkpointed with use_reentrant=True, and integers come in"):
+    with pytest.raises(PlanError, match="layer 0 is checkpointed with use_reentrant=True, and what comes in"):
         run_reference(recipe, Plan(stages=2, steps=2))
 
 

@@ -317,10 +317,20 @@ def _trained(case: Drawn, plan: Plan) -> Any:
         return None
 
 
+def _alone(case: Drawn, plan: Plan) -> Any:
+    """None where torch cannot go backward through the network: two functions in place, one on the other's result."""
+    try:
+        return train_alone(case.recipe(recomputes=False), plan)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        return None
+
+
 def _check_exact(case: Drawn, plan: Plan) -> None:
-    if (mine := _trained(case, plan)) is None:
+    if (truth := _alone(case, plan)) is None or (mine := _trained(case, plan)) is None:
         return
-    model, optimizer, losses = train_alone(case.recipe(recomputes=False), plan)
+    model, optimizer, losses = truth
     assert_same(mine.state_tensors(), dict(model.state_dict()))
     assert_same(mine.optimizer_tensors(), optimizer_tensors(model, optimizer))
     assert mine.losses == losses
@@ -328,13 +338,12 @@ def _check_exact(case: Drawn, plan: Plan) -> None:
 
 def _check_moves(case: Drawn, plan: Plan) -> None:
     """Every parameter that the plain loop moves; a DNI below others predicts nothing before its first targets."""
-    if (mine := _trained(case, replace(plan, steps=4 * STEPS))) is None:
+    if (truth := _alone(case, plan)) is None or (mine := _trained(case, replace(plan, steps=4 * STEPS))) is None:
         return
     begun, after = dict(build_model(case.recipe(), plan.seed).named_parameters()), mine.state_tensors()
-    model, _, _ = train_alone(case.recipe(recomputes=False), plan)
     still = [
         name
-        for name, trained in model.named_parameters()
+        for name, trained in truth[0].named_parameters()
         if torch.equal(after[name], begun[name]) and not torch.equal(trained, begun[name])
     ]
     assert not still, f"mode {plan.mode} leaves {', '.join(still)} as they were"
@@ -371,7 +380,6 @@ def test_every_feature_can_be_drawn() -> None:
 @pytest.mark.parametrize("feature", FEATURES)
 def test_every_feature_is_exact_on_both_sides_of_a_cut(feature: str) -> None:
     """In the first stage, above a cut and below one; each alone, where the search might not look."""
-    features = (feature, "linear", feature, "linear", "linear") if feature != "same module twice" else (feature,) * 2
-    case = Drawn(features, (1, 1, len(features) - 1))
+    case = Drawn(("linear", feature, "linear", feature), (2, 1, 2))
     _check_exact(case, case.plan("naive"))
     _check_exact(case, case.plan("gpipe", microbatches=2))

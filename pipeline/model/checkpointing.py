@@ -5,18 +5,19 @@
                           its weights learn only if its input needs a gradient
 
 A stage keeps the weights of the forward pass in place while it goes backward, and has its input need a gradient where
-there is a reentrant one, so both give what the layers without checkpointing give (in a plain loop the weights of a
-reentrant first layer learn nothing). What a reentrant one cannot do is refused before anything starts.
+there is a reentrant one, so both give what the layers without checkpointing give. What a reentrant one cannot do is
+refused before anything starts.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import PlanError
 from pipeline.model.partition import Layer
@@ -25,6 +26,7 @@ from pipeline.seeding import seeded
 
 __all__ = ["check_checkpointing", "checkpoints_reentrantly"]
 
+_TORCH = os.path.dirname(torch.nn.__file__)
 _NODE = "CheckpointFunctionBackward"
 _LEARNS_NOTHING = "None of the inputs have requires_grad=True"  # torch only warns
 
@@ -46,19 +48,22 @@ def checkpoints_reentrantly(h: Tensor) -> bool:
 def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: Tensor) -> None:
     """Refuse reentrant checkpointing where it would compute something else than the layers without it.
 
-    Only where that could be, copies of the layers run once in training mode: where gradients are taken through a stage
-    in parts (targets true and mixed, sampled batches), and where the inputs are integers, which have no gradient.
+    Where that could be, copies of the layers run once in training mode: where a layer's code speaks of checkpoints, and
+    where gradients are taken through a stage in parts (targets true and mixed, sampled batches).
 
     Raises:
         PlanError: a layer is checkpointed so where that cannot be; it is named.
     """
     parts = plan.unlocked and (plan.targets != "bootstrap" or plan.quality_every is not None or plan.unlock == "auto")
-    if not (parts and plan.stages > 1) and inputs.is_floating_point():
+    parts = parts and plan.stages > 1
+    layers = [layer for stage in stages for layer in stage]
+    if not parts and not any(_speaks_of_checkpoints(module) for layer in layers for module in layer.module.modules()):
         return
     h = inputs
     with seeded(plan.seed, "checkpointing"), torch.enable_grad():
-        for layer in (layer for stage in stages for layer in stage):
-            h = h.detach().requires_grad_(h.is_floating_point()).clone()  # no leaf: a layer may work in place
+        for layer in layers:
+            needs_gradient = h.requires_grad
+            h = h.detach().requires_grad_(needs_gradient).clone()  # no leaf: a layer may work in place
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
@@ -66,10 +71,17 @@ def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: T
                 except Exception:  # the run will say it, with the batch
                     return
             if any(_LEARNS_NOTHING in str(warning.message) for warning in caught):
-                raise PlanError(_refusal(layer, "integers come in: torch then gives its weights no gradient"))
-            if parts and plan.stages > 1 and checkpoints_reentrantly(h):
+                raise PlanError(_refusal(layer, "what comes in needs no gradient: torch then gives its weights none"))
+            if parts and checkpoints_reentrantly(h):
                 why = "targets true and mixed, quality_every and unlock auto take gradients through a stage in parts"
                 raise PlanError(_refusal(layer, why))
+
+
+def _speaks_of_checkpoints(module: nn.Module) -> bool:
+    """Whether a method of its class names anything like ``checkpoint``."""
+    codes = (getattr(member, "__code__", None) for kind in type(module).__mro__ for member in vars(kind).values())
+    own = (code for code in codes if code is not None and not code.co_filename.startswith(_TORCH))
+    return any("checkpoint" in name for code in own for name in (*code.co_names, *code.co_freevars))
 
 
 def _refusal(layer: Layer, why: str) -> str:

@@ -146,7 +146,8 @@ class Stage:
         leaf, samples, enter = self._entrance(batch, x, whole=awaited, plain=stash)
         sampled = self._flow.samples(batch) and self.index > 0
         wanted = sampled or self._flow.at_update(batch, locks) or self._flow.relays(batch, locks)
-        if x.is_floating_point() and (wanted or self._needs_input_gradient is not False):
+        needed = self.index > 0 and self._needs_input_gradient is not False
+        if x.is_floating_point() and (wanted or needed):
             leaf.requires_grad_()
         seeded = batch * self.plan.microbatches + microbatch
         copies = self._copies() if stash else {}
