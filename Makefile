@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test soak lint clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -17,6 +17,10 @@ demo: setup
 # Two files at a time, the slowest first: their programs import and wait more than they compute.
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# More generated networks and plans than a run of all tests has time for.
+soak: setup
+	FREEWHEEL_EXAMPLES=1000 $(BIN)/python -m pytest $(wildcard tests/test_generated_models.py tests/test_generated_plans.py)
 
 lint: setup
 	$(BIN)/ruff check .

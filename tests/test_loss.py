@@ -302,8 +302,6 @@ def test_a_loss_that_works_in_place_gets_copies(mode: str, loss: Callable[..., T
     plan = Plan(steps=6, mode=mode, targets="true" if mode == "unlocked" else "bootstrap")
     rest: dict[str, Any] = {"evaluation": lambda: iter(_HELD_OUT), "correct": correct_predictions}
     mine, truth = (run_reference(_recipe(loss=each, **rest), plan) for each in (loss, plainly))
-    assert _said(mine.resolved, "loss") == [("on copies", "it works in place on what it is given")]
-    assert not _said(truth.resolved, "loss")
     assert mine.losses == truth.losses
     assert_same(mine.state_tensors(), truth.state_tensors())
     assert mine.scores[-1][1] == truth.scores[-1][1]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.messages.message import Kind, Message, decode, layout_of, write_into
+from pipeline.messages.message import Kind, Message, decode, dense, layout_of, write_into
 
 DTYPES = (
     torch.float32,
@@ -31,13 +31,14 @@ CUT_SHORT = r"not a message, or cut short \(\d+ bytes\): "
 
 
 def _tensor(dtype: torch.dtype, shape: list[int], seed: int) -> Tensor:
-    """Random bits, so infinities and NaNs come along."""
+    """Random bits, so infinities and NaNs come along, in any order of dimensions."""
     generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(shape), generator=generator).tolist()
     if dtype == torch.bool:
-        return torch.randint(2, shape, generator=generator).bool()
+        return torch.randint(2, shape, generator=generator).bool().permute(order)
     size = torch.Size(shape).numel() * dtype.itemsize
     bits = torch.randint(256, (size,), dtype=torch.uint8, generator=generator)
-    return bits.view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+    return (bits.view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)).permute(order)
 
 
 def _bits(tensor: Tensor) -> bytes:
@@ -80,6 +81,7 @@ def test_a_message_arrives_as_it_was_sent(message: Message, spare: int) -> None:
     assert isinstance(arrived.kind, Kind)
     for mine, sent in zip(arrived.tensors, message.tensors, strict=True):
         assert (mine.dtype, mine.shape) == (sent.dtype, sent.shape)
+        assert not mine.numel() or mine.stride() == dense(sent).stride()
         assert _bits(mine) == _bits(sent)
 
 
@@ -105,22 +107,48 @@ def test_a_message_is_read_in_place() -> None:
 
 
 @pytest.mark.parametrize(
-    "tensor",
+    ("tensor", "strides"),
     [
-        torch.arange(12.0).view(3, 4).t(),
-        torch.arange(12.0)[::3],
-        torch.ones(1).expand(3, 4),
-        torch.nn.Parameter(torch.ones(3)),
-        torch.tensor(7),
-        torch.empty(0, 3),
+        (torch.arange(12.0).view(3, 4).t(), (1, 4)),
+        (torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1), (1, 12, 4)),
+        (torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last), (60, 1, 15, 3)),
+        (torch.ones(2, 1, 4, 5).to(memory_format=torch.channels_last), (20, 1, 5, 1)),
+        (torch.ones(2, 1, 4, 5), (20, 20, 5, 1)),
+        (torch.ones(1, 7).t(), (1, 7)),
+        (torch.arange(12.0)[::3], (1,)),
+        (torch.arange(12.0).view(3, 4)[:, 1:3], (2, 1)),
+        (torch.arange(12.0).view(3, 4)[:, 1:3].t(), (1, 2)),
+        (torch.ones(1).expand(3, 4), (4, 1)),
+        (torch.nn.Parameter(torch.ones(3)), (1,)),
+        (torch.tensor(7), ()),
+        (torch.empty(0, 3), (3, 1)),
     ],
-    ids=["transposed", "every third", "expanded", "with gradient", "0-dim", "empty"],
+    ids=[
+        "transposed",
+        "permuted",
+        "channels last",
+        "one channel last",
+        "one channel",
+        "transposed row",
+        "every third",
+        "slice",
+        "transposed slice",
+        "expanded",
+        "with gradient",
+        "0-dim",
+        "empty",
+    ],
 )
-def test_a_tensor_may_lie_in_memory_as_it_likes(tensor: Tensor) -> None:
+def test_a_tensor_may_lie_in_memory_as_it_likes(tensor: Tensor, strides: tuple[int, ...]) -> None:
+    """Behind a transposition the stage above once computed on other strides than one process, so it rounded otherwise.
+
+    What is dense arrives with its strides, the rest dense, in the same order; in the reference driver too.
+    """
     (arrived,) = _decoded(_encoded(Message(Kind.ACTIVATION, 0, 0, (tensor,)))).tensors
     assert not arrived.requires_grad
-    assert arrived.is_contiguous()
+    assert (arrived.stride(), dense(tensor).stride()) == (strides, strides)
     assert torch.equal(arrived, tensor.detach())
+    assert torch.equal(dense(tensor), tensor.detach())
 
 
 def test_writing_touches_nothing_behind_the_message() -> None:
@@ -176,12 +204,13 @@ def test_a_damaged_header_is_refused_or_harmless(data: st.DataObject) -> None:
     assert _bytes_of_tensors(content) <= len(content)
 
 
-def _with_shape(*shape: int, dtype_code: int = 0, kind: int = Kind.GRADIENT) -> bytes:
+def _with_shape(*shape: int, dtype_code: int = 0, kind: int = Kind.GRADIENT, order: tuple[int, ...] = ()) -> bytes:
     """A message of one tensor that claims this shape, followed by a kilobyte."""
     record = bytearray(layout_of(Message(Kind.GRADIENT, 0, 0)).header)
     record[:2] = kind, 1
     dims = b"".join(struct.pack("<q", size) for size in shape)
-    return bytes(record) + struct.pack("<BB", dtype_code, len(shape)) + dims + bytes(1024)
+    spec = struct.pack("<BB", dtype_code, len(shape)) + dims + bytes(order or range(len(shape)))
+    return bytes(record) + spec + bytes(1024)
 
 
 def test_a_header_made_by_hand_is_like_a_real_one() -> None:
@@ -200,6 +229,8 @@ def test_a_header_made_by_hand_is_like_a_real_one() -> None:
         _with_shape(-1),
         _with_shape(-2, -3),
         _with_shape(-1, 0),
+        _with_shape(2, 3, order=(1, 1)),
+        _with_shape(2, 3, order=(1, 2)),
         _with_shape(2, dtype_code=len(DTYPES)),
         _with_shape(2, kind=0),
         _with_shape(2, kind=len(Kind) + 1),
@@ -213,6 +244,8 @@ def test_a_header_made_by_hand_is_like_a_real_one() -> None:
         "negative",
         "negative twice",
         "negative and empty",
+        "dimension twice",
+        "unknown dimension",
         "dtype",
         "kind 0",
         "kind 6",

@@ -115,7 +115,7 @@ def _counted(source: RecipeSource, resolved: Resolved, plan: Plan) -> dict[str, 
     if plan.emulation is not None:
         return {}
     try:
-        stages = count_flops(resolved.for_stages(source()), plan, resolved.cuts)
+        stages = count_flops(source(), plan, resolved.cuts)
     except Exception as error:  # the run meets it too and says where; a count is not worth a benchmark
         return {"note": said(error)}
     return {"flop": Work.of_flops(stages, resolved.batch_shape[0])}

@@ -74,7 +74,7 @@ def run_point(source: NamedRecipe, plan: Plan) -> Outcome:
     train_loss = sum(tail) / len(tail)
     evaluations = tuple((updates, finite(scores.loss()), scores.accuracy()) for updates, scores in result.scores)
     _, loss, accuracy = evaluations[-1] if evaluations else (0, finite(train_loss), None)
-    flops = count_flops(resolved.for_stages(recipe), resolved.plan, resolved.cuts)
+    flops = count_flops(recipe, resolved.plan, resolved.cuts)
     return Outcome(
         loss=loss,
         accuracy=accuracy,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.data.user_code import calling
 from pipeline.errors import PlanError
 from pipeline.model.given_model import check_model, in_training_mode
+from pipeline.model.unwritten import Unwritten
 from pipeline.plan.plan import Plan
 from pipeline.seeding import derived_seed, seeded
 
@@ -56,6 +57,16 @@ class Recipe:
     evaluation: Callable[[], Iterable[Batch]] | None = None
     correct: Callable[[Tensor, Tensor], tuple[Tensor, int]] | None = None
     steps: int = 1000
+
+    @cached_property
+    def careful_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss; it leaves output and labels as they are, should the user's write into them."""
+        return Unwritten(self.loss)
+
+    @cached_property
+    def careful_correct(self) -> Callable[[Tensor, Tensor], tuple[Tensor, int]] | None:
+        """``correct``; as ``careful_loss``."""
+        return None if self.correct is None else Unwritten(self.correct)
 
     def batch(self, index: int) -> Batch:
         """Training batch ``index``.
@@ -194,8 +205,9 @@ def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
         rows = len(labels) // 2
         first, second = (output[:rows], labels[:rows]), (output[rows : 2 * rows], labels[rows : 2 * rows])
         try:
-            whole = float(recipe.loss(output[: 2 * rows], labels[: 2 * rows]))
-            parts = float(recipe.loss(*first)) + float(recipe.loss(*second))
+            loss = recipe.careful_loss
+            whole = float(loss(output[: 2 * rows], labels[: 2 * rows]))
+            parts = float(loss(*first)) + float(loss(*second))
         except Exception:  # it only takes whole batches, or other values: nothing is known then
             return
     if math.isfinite(whole) and whole and math.isclose(whole, parts, rel_tol=1e-4):
@@ -227,10 +239,10 @@ def label_problem(labels: Tensor, output_shape: Sequence[int]) -> str | None:
 
 
 def _check_correct(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
-    if recipe.correct is None:
+    if recipe.careful_correct is None:
         return
     with calling("correct()"):
-        given: Any = recipe.correct(output, labels)
+        given: Any = recipe.careful_correct(output, labels)
     try:
         right, answers = given
         float(right), float(answers)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.dni.heads import head_for
 from pipeline.model.cut import Cut
+from pipeline.model.unwritten import Unwritten
 from pipeline.plan.plan import DNIPlan
 from pipeline.seeding import seeded
 
@@ -29,7 +30,7 @@ class LocalLoss(nn.Module):
 
     def __init__(self, cut: Cut, plan: DNIPlan, seed: int) -> None:
         super().__init__()
-        self._loss = cut.loss
+        self._loss = Unwritten(cut.loss)
         with seeded(seed, "local", cut.index):
             self.head = head_for(cut, plan.hidden)
         self._trained = list(self.head.parameters())

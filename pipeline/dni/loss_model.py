@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.dni.forms import Form, clip
 from pipeline.dni.heads import head_for
 from pipeline.model.cut import Cut
+from pipeline.model.unwritten import Unwritten
 
 __all__ = ["LossModel", "temperature_for"]
 
@@ -131,9 +132,11 @@ def _slope_of(cut: Cut) -> Callable[[Tensor, Tensor], Tensor]:
     if one_class_per_row and _is_plain_cross_entropy(cut.loss):
         return _cross_entropy_slope
 
+    loss = Unwritten(cut.loss)
+
     def slope(output: Tensor, labels: Tensor) -> Tensor:
         with torch.enable_grad():
-            (at_output,) = torch.autograd.grad(cut.loss(output.requires_grad_(), labels), [output])
+            (at_output,) = torch.autograd.grad(loss(output.requires_grad_(), labels), [output])
         return at_output
 
     return slope

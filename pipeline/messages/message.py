@@ -1,7 +1,10 @@
 """What travels between stages: a typed record followed by raw tensor bytes. No pickle.
 
-    | header: kind count stage ... sent | per tensor: dtype ndim dims | pad | bytes | pad | bytes |
-                                                                            ^ every tensor starts on 64 bytes
+    | header: kind count stage ... sent | per tensor: dtype ndim dims order | pad | bytes | pad | bytes |
+                                                                                  ^ every tensor starts on 64 bytes
+
+A tensor arrives with the order its dimensions have in memory (transposed, channels last), since kernels round by it.
+Gaps (a slice of columns) and repetitions (an expanded tensor) do not travel: it arrives dense.
 
 An activation carries (h, y): the output of the stage below and the labels. A gradient carries (g,).
 """
@@ -9,13 +12,15 @@ An activation carries (h, y): the output of the stage below and the labels. A gr
 from __future__ import annotations
 
 import enum
+import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["ALIGNMENT_BYTES", "Kind", "Layout", "Message", "decode", "layout_of", "tensors_over", "write_into"]
+__all__ = ["ALIGNMENT_BYTES", "Kind", "Layout", "Message", "decode", "dense", "layout_of", "tensors_over", "write_into"]
 
 ALIGNMENT_BYTES = 64
 _HEADER = struct.Struct("<BBHIqHq")  # kind, number of tensors, stage, generation, batch id, microbatch, sent
@@ -105,6 +110,7 @@ def layout_of(message: Message) -> Layout:
             raise TypeError(f"cannot send dtype {tensor.dtype}: one of {', '.join(map(str, _DTYPES))} can travel")
         parts.append(_TENSOR.pack(code, tensor.dim()))
         parts.extend(_DIMENSION.pack(size) for size in tensor.shape)
+        parts.append(bytes(_order(tensor)))
     header = b"".join(parts)
     offsets, end = [], len(header)
     for tensor in message.tensors:
@@ -119,7 +125,13 @@ def write_into(buffer: memoryview, message: Message, layout: Layout) -> None:
     buffer[: len(layout.header)] = layout.header
     for tensor, offset in zip(message.tensors, layout.offsets, strict=True):
         if tensor.numel():
-            _view(buffer, offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor.detach())
+            _view(buffer, offset, tensor.dtype, tensor.shape, _order(tensor)).copy_(tensor.detach())
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """A copy of a tensor as it arrives: the order of its dimensions in memory is kept, gaps and repetitions are not."""
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return _laid(flat, tensor.shape, _order(tensor)).copy_(tensor.detach())
 
 
 def decode(buffer: memoryview) -> Message:
@@ -132,9 +144,9 @@ def decode(buffer: memoryview) -> Message:
         kind, count, stage, generation, batch, microbatch, sent_ns = _HEADER.unpack_from(buffer, 0)
         specs, end = _specs(buffer, count)
         tensors = []
-        for dtype, shape in specs:
+        for dtype, shape, order in specs:
             start = _aligned(end)
-            tensors.append(_view(buffer, start, dtype, shape))
+            tensors.append(_view(buffer, start, dtype, shape, order))
             end = start + tensors[-1].numel() * dtype.itemsize
         return Message(Kind(kind), batch, stage, tuple(tensors), generation, microbatch, sent_ns)
     except (struct.error, IndexError, ValueError, RuntimeError) as error:
@@ -153,28 +165,44 @@ def tensors_over(header: memoryview, memory: Tensor) -> tuple[Tensor, ...]:
     """
     specs, end = _specs(header, _HEADER.unpack_from(header, 0)[1])
     tensors = []
-    for dtype, shape in specs:
+    for dtype, shape, order in specs:
         start = _aligned(end)
-        end = start + torch.Size(shape).numel() * dtype.itemsize
+        end = start + math.prod(shape) * dtype.itemsize
         if end > len(memory):
             raise ValueError(f"{list(shape)} {dtype} at byte {start} does not fit {len(memory):,} bytes")
-        tensors.append(memory[start:end].view(dtype).view(shape))
+        tensors.append(_laid(memory[start:end].view(dtype), shape, order))
     return tuple(tensors)
 
 
-def _specs(buffer: memoryview, count: int) -> tuple[list[tuple[torch.dtype, tuple[int, ...]]], int]:
-    """Dtypes and shapes of a message's tensors, and where its header ends."""
+def _specs(buffer: memoryview, count: int) -> tuple[list[tuple[torch.dtype, tuple[int, ...], bytes]], int]:
+    """Dtypes, shapes and orders of a message's tensors, and where its header ends."""
     position, specs = _HEADER.size, []
     for _ in range(count):
         code, num_dims = _TENSOR.unpack_from(buffer, position)
         position += _TENSOR.size
         shape = tuple(_DIMENSION.unpack_from(buffer, position + i * _DIMENSION.size)[0] for i in range(num_dims))
         position += num_dims * _DIMENSION.size
-        specs.append((_DTYPES[code], shape))
+        order = bytes(buffer[position : position + num_dims])
+        position += num_dims
+        if sorted(order) != list(range(num_dims)):
+            raise ValueError(f"{list(order)} is no order of {num_dims} dimensions")
+        specs.append((_DTYPES[code], shape, order))
     return specs, position
 
 
-def _view(buffer: memoryview, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _order(tensor: Tensor) -> Sequence[int]:
+    """The dimensions of a tensor from the one with the largest stride to that with the smallest."""
+    sizes, strides = tensor.shape, tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda i: (-strides[i], sizes[i] == 1))
+
+
+def _laid(flat: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    """A dense tensor over ``flat`` [numel], its dimensions in memory in this order."""
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view([shape[dimension] for dimension in order]).permute(places)
+
+
+def _view(buffer: memoryview, offset: int, dtype: torch.dtype, shape: Sequence[int], order: Sequence[int]) -> Tensor:
     count = 1
     for size in shape:
         if size < 0:
@@ -184,7 +212,7 @@ def _view(buffer: memoryview, offset: int, dtype: torch.dtype, shape: tuple[int,
         return torch.empty(shape, dtype=dtype)
     if count * dtype.itemsize > len(buffer) - offset:  # torch's own check overflows with absurd sizes
         raise ValueError(f"{list(shape)} {dtype} at byte {offset} does not fit")
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
+    return _laid(torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset), shape, order)
 
 
 def _aligned(position: int) -> int:

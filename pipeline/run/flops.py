@@ -102,14 +102,13 @@ def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageF
 def _counted(stage: Stage, plan: Plan, x: Tensor, labels: Tensor) -> tuple[StageFlops, Tensor]:
     """What a stage does for a batch, and its output.
 
-    A DNI predicts zeros until its first target came: batch 0 brings it and does not count.
+    Batch 0 does not count: a DNI predicts zeros until its first target came, and a stage finds out about its layers.
     """
     every, flow = plan.target_every, Flow(plan, stage.index)
     weights = {every: 1 / every}
     if every > 1:
         weights[every + 1] = 1 - 1 / every  # a batch whose target does not flow
-    if stage.dni is not None:
-        _train(stage, flow, 0, x, labels)
+    _train(stage, flow, 0, x, labels)
     spans: defaultdict[Span, float] = defaultdict(float)
     for batch, weight in weights.items():
         meter = _Meter()

@@ -27,22 +27,11 @@ from pipeline.plan.plan import Plan
 from pipeline.run.holdings import leaves_of, tensors_of
 from pipeline.wording import text_of
 
-__all__ = ["OnCopies", "Trial", "check_learns", "try_loss", "with_loss"]
+__all__ = ["Trial", "check_learns", "try_loss", "with_loss"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 _SAME_DIRECTION = 0.99  # cosine; weighted means over the rows differ in their scale alone
 _ALONE = "give it back alone, and count right answers in correct()."
-
-
-@dataclass(frozen=True)
-class OnCopies:
-    """A loss that works in place on its arguments, given copies: layers, DNIs and scores use them too."""
-
-    loss: Loss
-
-    def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
-        """The loss; the arguments stay as they are."""
-        return self.loss(output.clone(), labels.clone())
 
 
 @dataclass(frozen=True)
@@ -53,13 +42,11 @@ class Trial:
         loss: (output, labels) -> scalar.
         output: [rows, ...] of the network, for batch 0.
         labels: [rows, ...] of that batch.
-        in_place: whether it works in place on one of them.
     """
 
     loss: Loss
     output: Tensor
     labels: Tensor
-    in_place: bool
 
     def error(self, rows: int) -> Exception | None:
         """What it raises for the first ``rows`` rows; None: nothing, or the output has other rows than the labels."""
@@ -154,8 +141,7 @@ def try_loss(loss: Loss, output: Tensor, labels: Tensor) -> Trial:
         raise PlanError(f"the loss gives {problem.format(shapes=shapes)}")
     _check_own(loss, found, leaf, held)
     _check_gradient(found, leaf)
-    in_place = not (_same(given.detach(), leaf.detach()) and _same(given_labels, labels))
-    return Trial(loss, output, labels, in_place)
+    return Trial(loss, output, labels)
 
 
 def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cut, ...], list[tuple[str, str, str]]]:
@@ -164,12 +150,12 @@ def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cu
     Raises:
         PlanError: microbatches that it does not take, or part of the rows for a DNI that needs it.
     """
-    says = [("loss", "on copies", "it works in place on what it is given")] if trial.in_place else []
+    says = []
     rows = len(trial.labels) // plan.microbatches
     if plan.microbatches > 1 and (error := trial.error(rows)) is not None:
         raise PlanError(
-            f"the loss does not take the {rows} rows of a microbatch ({text_of(error)}): choose mode naive, or a loss of "
-            "any number of rows."
+            f"the loss does not take the {rows} rows of a microbatch ({text_of(error)}): choose mode naive, or a loss "
+            "of any number of rows."
         ) from error
     if plan.microbatches > 1 and (why := trial.needs_more(rows)) is not None:
         says.append(("loss", "by microbatch", f"{why}, so this is not the loss of whole batches"))
@@ -262,8 +248,3 @@ def _version(tensor: Tensor) -> int:
 
 def _changed(before: Tensor, version: int, after: Tensor | None) -> bool:
     return after is not None and (after is not before or _version(after) != version)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether all values are the same; what is no number is like itself."""
-    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())

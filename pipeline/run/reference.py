@@ -136,7 +136,7 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
     wanted, hosts = CPU if plan.device == "auto" else plan.device, ["this host"] * plan.workers
     devices = choose_devices(wanted, hosts, {"this host": torch.cuda.device_count()}, torch.backends.cuda.is_built())
     resolved = resolve(recipe, plan, devices=devices)
-    plan, recipe = resolved.plan, resolved.for_stages(recipe)
+    plan = resolved.plan
     stages, *others = (
         [
             Stage(

@@ -13,6 +13,8 @@ from pipeline.data.user_code import calling
 from pipeline.dni.dni import describe_form, target_every
 from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
+from pipeline.messages.message import dense
+from pipeline.model.checkpointing import check_checkpointing
 from pipeline.model.cut import Cut
 from pipeline.model.partition import (
     Layer,
@@ -31,7 +33,7 @@ from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import CPU, DeviceChoice
 from pipeline.plan.goal import look_every
 from pipeline.plan.plan import DNIPlan, Plan
-from pipeline.run.loss_trial import OnCopies, Trial, check_learns, try_loss, with_loss
+from pipeline.run.loss_trial import Trial, check_learns, try_loss, with_loss
 from pipeline.schedule.modes import MODES
 from pipeline.wording import escaped
 
@@ -67,7 +69,6 @@ class Resolved:
         batch_shape: shape of the inputs of a batch.
         output_shape: shape of the network's output for it.
         held_out_batches: batches of one evaluation pass.
-        loss_in_place: whether the loss works in place on what it is given (``for_stages``).
         channels: what carries each cut, those of replica 0 first.
         hosts: name of the host of every worker, those of replica 0 first.
         devices: where every worker computes, in the same order.
@@ -84,7 +85,6 @@ class Resolved:
     batch_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     held_out_batches: int
-    loss_in_place: bool
     channels: tuple[ChannelChoice, ...]
     hosts: tuple[str, ...]
     devices: tuple[str, ...]
@@ -102,10 +102,6 @@ class Resolved:
         """Layers per stage."""
         assert self.plan.sizes is not None
         return self.plan.sizes
-
-    def for_stages(self, recipe: Recipe) -> Recipe:
-        """The recipe as stages use it: a loss that works in place gets copies."""
-        return dataclasses.replace(recipe, loss=OnCopies(recipe.loss)) if self.loss_in_place else recipe
 
     @property
     def state_bytes(self) -> tuple[int, ...]:
@@ -176,9 +172,9 @@ def resolve(
         sizes = balanced_split(layers, seconds or [1.0] * len(layers), plan.stages)
     stages = split(layers, sizes)
     check_ties(stages)
+    check_checkpointing(stages, plan, inputs)
     check_learns(layers, inputs, outputs)
     trial = try_loss(recipe.loss, outputs[-1], labels)
-    recipe = dataclasses.replace(recipe, loss=OnCopies(recipe.loss)) if trial.in_place else recipe
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
     _check_cuts(layers, ends, outputs)
     cuts = tuple(
@@ -190,6 +186,8 @@ def resolve(
     reasons += evaluated_in_training(layers)
     reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
     reasons.append(("device", devices.says, devices.why))
+    if MODES[plan.mode].exact:
+        reasons += _rounded(layers, ends, outputs)
     if plan.autocast is not None:
         reasons.append(
             ("autocast", plan.autocast, "layers compute in it where torch.autocast does; weights are float32")
@@ -228,7 +226,6 @@ def resolve(
         batch_shape=tuple(inputs.shape),
         output_shape=tuple(outputs[-1].shape),
         held_out_batches=held_out_batches,
-        loss_in_place=trial.in_place,
         channels=channels,
         hosts=tuple(hosts),
         devices=devices.devices,
@@ -241,6 +238,14 @@ def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
     """The layers of one stage, freshly initialised from the seed; the rest of the model is dropped."""
     assert plan.sizes is not None, "the plan is resolved"
     return split(layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
+
+
+def _rounded(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Tensor]) -> Iterator[tuple[str, str, str]]:
+    """What is said of cuts behind which a locked stage computes on other strides than one process does."""
+    for k, end in enumerate(ends):
+        if dense(outputs[end - 1]).stride() != outputs[end - 1].stride():
+            what = f"layer {layers[end - 1].name} gives a slice or an expanded tensor, which travels dense"
+            yield f"cut {k}", "but for rounding", f"{what}: equal to one process up to the last bits"
 
 
 def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pipeline.messages.message import Message
+from pipeline.messages.message import Message, dense
 from pipeline.plan.channel_choice import narrowed, widened
 
 __all__ = ["VirtualClock", "VirtualQueue", "VirtualSource"]
@@ -53,7 +53,7 @@ class VirtualQueue:
         """Send a copy."""
         sent = narrowed(message, self.wire_dtype)
         message = message if sent is message else widened(sent)
-        copies = tuple(tensor.detach().clone() for tensor in message.tensors)
+        copies = tuple(map(dense, message.tensors))
         arrival = self.clock.effect + self.hop + self.late(message.batch)
         if self.items:  # none overtakes another
             arrival = max(arrival, self.items[-1][0])

@@ -9,7 +9,7 @@ badly, since the weights see sums over the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,10 @@ class Quality:
     error: float
 
 
+_Gradients = Callable[[Tensor, Sequence[Tensor], Tensor, bool], tuple[Tensor | None, ...]]
+"""(h, wanted, gradient of h, whether the graph is kept) -> gradients of what is wanted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """What a stage keeps of a sampled batch until its true gradient comes.
@@ -46,6 +50,7 @@ class Sample:
         leaves: the parameters as they were in the forward pass.
         synthetic: like ``h``, the synthetic gradient.
         gradients: of the leaves under the synthetic gradient; None: not taken yet.
+        grad: takes gradients through the graph of ``h``.
     """
 
     x: Tensor | None
@@ -53,6 +58,7 @@ class Sample:
     leaves: Sequence[Tensor]
     synthetic: Tensor
     gradients: Sequence[Tensor | None] | None
+    grad: _Gradients
 
 
 class Samples:
@@ -81,19 +87,15 @@ class Samples:
         sample = self._kept.pop(batch)
         under_s = sample.gradients
         if under_s is None:
-            under_s = _gradients(sample.h, sample.leaves, sample.synthetic, keep=True)
+            under_s = sample.grad(sample.h, sample.leaves, sample.synthetic, True)
         wanted = [*sample.leaves] if sample.x is None else [*sample.leaves, sample.x]
-        found = _gradients(sample.h, wanted, g)
+        found = sample.grad(sample.h, wanted, g, False)
         under_g = found[: len(sample.leaves)]
         quality = compare(batch, sample.synthetic, g, under_s or [sample.synthetic], under_g or [g])
         if sample.x is None:
             return quality, None
         below = found[-1]
         return quality, torch.zeros_like(sample.x) if below is None else below
-
-
-def _gradients(h: Tensor, wanted: Sequence[Tensor], g: Tensor, *, keep: bool = False) -> Sequence[Tensor | None]:
-    return torch.autograd.grad(h, wanted, g, allow_unused=True, retain_graph=keep) if wanted else ()
 
 
 def compare(

@@ -28,11 +28,11 @@ class EvaluationMetrics:
 
     def add(self, recipe: Recipe, output: Tensor, labels: Tensor) -> None:
         """Take in the output of one batch."""
-        if recipe.correct is not None:  # before the loss, which may work in place
-            correct, answers = recipe.correct(output, labels)
+        if recipe.careful_correct is not None:
+            correct, answers = recipe.careful_correct(output, labels)
             self.correct += float(correct)
             self.answers += answers
-        self.loss_sum += float(recipe.loss(output, labels)) * len(labels)
+        self.loss_sum += float(recipe.careful_loss(output, labels)) * len(labels)
         self.rows += len(labels)
 
     def loss(self) -> float:

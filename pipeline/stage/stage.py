@@ -9,14 +9,17 @@ What happens to one batch, unlocked, in a stage that is neither first nor last:
 
 The relay J^T g comes after the weights have been stepped in place, which autograd rightly refuses. A stage that will
 relay therefore runs the forward pass on a copy of its weights and buffers (they are *stashed*, one copy per batch in
-flight) and keeps that graph; the gradients found there are applied to the real weights.
+flight) and keeps that graph; the gradients found there are applied to the real weights. The copies are in the place of
+the weights during its backward passes too: a layer that is computed anew there (activation checkpointing) is computed
+on them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +31,13 @@ from pipeline.dni.local_loss import LocalLoss
 from pipeline.dni.row_window import on_rows
 from pipeline.errors import StageError
 from pipeline.metrics.spans import Recorder, Span, silent
+from pipeline.model.checkpointing import checkpoints_reentrantly
 from pipeline.model.compute import ComputeContext
 from pipeline.model.cut import Cut
 from pipeline.model.given_model import ModuleModes
 from pipeline.model.optimizers import build_optimizer
 from pipeline.model.partition import Layer
+from pipeline.model.unwritten import Unwritten
 from pipeline.plan.device_choice import CPU
 from pipeline.plan.plan import Plan
 from pipeline.seeding import seed_layer
@@ -55,6 +60,8 @@ class _Kept:
     labels: Tensor
     samples: slice  # of x.grad: what the stage below wants
     leaves: list[Tensor]  # what the gradients are taken for: the parameters, or their stashed copies
+    stash: dict[str, Tensor] = field(default_factory=dict)  # parameters and buffers of the forward pass, if not today's
+    below: list[Tensor] = field(default_factory=list)  # the gradient of x, with the strides that autograd gave it
     synthetic: Tensor | None = None
     loss: float = float("nan")
     locks: Locks = FREE
@@ -90,7 +97,7 @@ class Stage:
         self._flow = Flow(self.plan, self.index)
         self.last = self._flow.last
         self._computing = ComputeContext(self.plan, self.device)
-        self._modules = self._computing.placed(nn.ModuleList(layer.module for layer in self.layers))
+        self._modules = self._computing.placed(_Modules(layer.module for layer in self.layers))
         self._chain = self._computing.chain([layer.module for layer in self.layers])
         self._parameters = [p for p in self._modules.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.plan.optimizer, self._parameters, self.plan.steps)
@@ -103,8 +110,9 @@ class Stage:
         if self.below is not None and self._flow.window_suffices:
             window = training_window(self.below, self.plan.dni, self.plan.seed)
             self._window = None if window.whole else window
-        first = self.layers[0].module
-        self._writes_to_input = any(getattr(module, "inplace", False) for module in first.modules())
+        self._layers_forward, self._layers_evaluate = Unwritten(self._run_layers), Unwritten(self._evaluate_layers)
+        self._needs_input_gradient: bool | None = None  # what is checkpointed reentrantly learns nothing without it
+        self._restrides_gradient: bool | None = None  # autograd gives it other strides than it gets in x.grad
         self._kept: dict[tuple[int, int], _Kept] = {}
         self._samples = Samples()
         self._true_gradient: Tensor | None = None
@@ -139,12 +147,20 @@ class Stage:
         stash = self._flow.stashes(batch, locks)
         leaf, samples, enter = self._entrance(batch, x, whole=awaited, plain=stash)
         sampled = self._flow.samples(batch) and self.index > 0
-        if x.is_floating_point() and (sampled or self._flow.at_update(batch, locks) or self._flow.relays(batch, locks)):
+        wanted = sampled or self._flow.at_update(batch, locks) or self._flow.relays(batch, locks)
+        needed = self.index > 0 and self._needs_input_gradient is not False
+        if x.is_floating_point() and (wanted or needed):
             leaf.requires_grad_()
         seeded = batch * self.plan.microbatches + microbatch
-        h, leaves = self._run(seeded, x, stash, enter)
+        copies = self._copies() if stash else {}
+        h = self._run(seeded, x, copies, enter)
+        if self._needs_input_gradient is None:
+            self._needs_input_gradient = checkpoints_reentrantly(h)
         self._guard.activation(batch, seeded, x, h.detach())
-        self._kept[batch, microbatch] = _Kept(leaf, h, labels, samples, leaves, locks=locks)
+        leaves = self._leaves(copies)
+        self._kept[batch, microbatch] = kept = _Kept(leaf, h, labels, samples, leaves, copies, locks=locks)
+        if leaf.requires_grad and self._restrides_gradient is not False:
+            leaf.register_hook(kept.below.append)
         return h.detach()
 
     def predict(self, batch: int) -> Tensor | None:
@@ -197,6 +213,7 @@ class Stage:
             the last stage; not a batch whose target flows).
         """
         self.record(Span.BACKWARD, batch)
+        self._modes.switch(True)  # held-out batches may have come since: computed anew means as in training
         kept = self._kept_of(batch, microbatch)
         try:
             output = kept.h
@@ -204,7 +221,7 @@ class Stage:
                 (gradient,) = self._computing.here(gradient)
             if self.last:
                 with self._computing.autocast():
-                    output = self.recipe.loss(kept.h, kept.labels) / self.plan.microbatches
+                    output = self.recipe.careful_loss(kept.h, kept.labels) / self.plan.microbatches
                 kept.loss = float(output.detach())
                 self._guard.loss(batch, kept.loss * self.plan.microbatches)
             elif gradient is not None and self._flow.updates_from_true(kept.locks):
@@ -215,13 +232,14 @@ class Stage:
                 self.optimizer.zero_grad(set_to_none=True)
             inputs = kept.leaves if relays_later else None  # the gradient of x comes later, in learn
             if output.requires_grad and inputs != []:
-                torch.autograd.backward(output, gradient, retain_graph=relays_later or sampled, inputs=inputs)
+                again = relays_later or sampled
+                self._with(kept.stash, torch.autograd.backward, output, gradient, retain_graph=again, inputs=inputs)
         except StageError:
             raise
         except Exception as error:
             raise self._error(error, None, batch) from error
-        below, kept.x.grad = kept.x.grad, None
-        if self._flow.stashes(batch, kept.locks):
+        below = self._input_gradient(kept)
+        if kept.stash:
             self._take_gradients(kept.leaves)
         self._guard.gradients(batch, below)
         if sampled:
@@ -254,7 +272,7 @@ class Stage:
         kept = self._kept_of(batch)
         if self.last:
             with self._computing.autocast():
-                kept.loss = float(self.recipe.loss(kept.h.detach(), kept.labels))
+                kept.loss = float(self.recipe.careful_loss(kept.h.detach(), kept.labels))
             self._guard.loss(batch, kept.loss)
         elif self._flow.relays(batch) and self.plan.targets == "mixed":
             kept.synthetic = self.predict(batch)
@@ -292,11 +310,12 @@ class Stage:
         if not self._flow.relays(batch, kept.locks):
             return None
         self.record(Span.RELAY, batch)
+        self._modes.switch(True)
         if self.plan.targets == "mixed":
             assert kept.synthetic is not None
             gradient = torch.lerp(kept.synthetic, gradient, self.plan.mix)
         keep = self._flow.samples(batch)
-        (relayed,) = torch.autograd.grad(kept.h, [kept.x], gradient, allow_unused=True, retain_graph=keep)
+        (relayed,) = self._gradients(kept.stash, kept.h, [kept.x], gradient, keep)
         self._guard.gradient_below(batch, relayed)
         return (relayed if relayed is not None else torch.zeros_like(kept.x))[kept.samples]
 
@@ -321,6 +340,7 @@ class Stage:
         self.record(Span.QUALITY, batch)
         if batch not in self._samples:
             raise self._out_of_place(batch, "the true gradient of a sampled batch")
+        self._modes.switch(True)
         (gradient,) = self._computing.here(gradient)
         quality, below = self._samples.judge(batch, gradient)
         self._lock.judged(quality)
@@ -338,16 +358,11 @@ class Stage:
         self.record(Span.EVALUATE, batch)
         self._modes.switch(False)
         x, labels = self._computing.here(x, labels)
-        x = x.clone() if self._writes_to_input else x
         with self._computing.autocast():
-            for name, call in self._calls():
-                try:
-                    x = call(x)
-                except Exception as error:
-                    raise self._error(error, name, batch) from error
+            h = self._layers_evaluate(x, batch)
             if self.last:
-                self.scores.add(self.recipe, x, labels)
-        return x
+                self.scores.add(self.recipe, h, labels)
+        return h
 
     # ------------------------------------------------------------------ state
 
@@ -386,23 +401,18 @@ class Stage:
         return (x, samples, None) if enter is None else (leaf, slice(None), enter)
 
     def _run(
-        self, batch: int, x: Tensor, stash: bool, enter: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The layers in order, ``enter`` standing for the first one."""
-        h = x.clone() if self._writes_to_input else x
-        copies = self._copies() if stash else {}
-        with self._computing.autocast():
-            h = self._run_layers(batch, h, copies, enter)
-        if not stash:
-            return h, list(self._parameters)
-        with torch.no_grad():
-            for buffer in self._modules.buffers():
-                buffer.copy_(copies[id(buffer)])
-        return h, [copies[id(parameter)] for parameter in self._parameters]
-
-    def _run_layers(
-        self, batch: int, h: Tensor, copies: dict[int, Tensor], enter: Callable[[Tensor], Tensor] | None
+        self, batch: int, x: Tensor, copies: dict[str, Tensor], enter: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
+        """The layers in order, ``enter`` standing for the first one, on ``copies`` of their weights where there are."""
+        with self._computing.autocast():
+            h: Tensor = self._with(copies, self._layers_forward, x, batch, enter)
+        if copies:
+            with torch.no_grad():
+                for name, buffer in self._modules.named_buffers():
+                    buffer.copy_(copies[name])
+        return h
+
+    def _run_layers(self, h: Tensor, batch: int, enter: Callable[[Tensor], Tensor] | None) -> Tensor:
         """One by one; in one call where they are compiled, which is seeded like the first of them."""
         if self._chain is not None:
             seed_layer(self.plan.seed, self.layers[0].index, batch)
@@ -414,10 +424,47 @@ class Stage:
             seed_layer(self.plan.seed, layer.index, batch)
             call, enter = enter or layer.module, None
             try:
-                h = _on_copies(layer.module, h, copies) if copies else call(h)
+                h = call(h)
             except Exception as error:
                 raise self._error(error, layer.name, batch) from error
         return h
+
+    def _evaluate_layers(self, h: Tensor, batch: int) -> Tensor:
+        for name, call in self._calls():
+            try:
+                h = call(h)
+            except Exception as error:
+                raise self._error(error, name, batch) from error
+        return h
+
+    def _with(self, stash: dict[str, Tensor], call: Callable[..., Any], *given: object, **named: object) -> Any:
+        """Call something with the stash in the place of parameters and buffers; whatever replaces one there goes in."""
+        if not stash:
+            return call(*given, **named)
+        return functional_call(self._modules, stash, (partial(call, *given, **named),), tie_weights=False)
+
+    def _gradients(
+        self, stash: dict[str, Tensor], h: Tensor, wanted: Sequence[Tensor], g: Tensor, keep: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Of ``h`` under ``g``, for ``wanted``; the graph is kept on demand."""
+        if not wanted:
+            return ()
+        found: tuple[Tensor | None, ...] = self._with(
+            stash, torch.autograd.grad, h, wanted, g, allow_unused=True, retain_graph=keep
+        )
+        return found
+
+    def _input_gradient(self, kept: _Kept) -> Tensor | None:
+        """What a backward pass found for x, as autograd gave it: ``x.grad`` is laid out as x is, and kernels round by
+        strides. Only the first batch, and those of a stage where it matters, are looked at.
+        """
+        below, kept.x.grad = kept.x.grad, None
+        if below is not None and kept.below:
+            natural = kept.below.pop()
+            if self._restrides_gradient is None:
+                self._restrides_gradient = natural.stride() != below.stride()
+            below = natural
+        return below
 
     def _calls(self) -> list[tuple[str | None, Callable[[Tensor], Tensor]]]:
         """What a held-out batch goes through, and the layer's name where it is one."""
@@ -428,13 +475,23 @@ class Stage:
         for parameter, copied in zip(self._parameters, copies, strict=True):
             parameter.grad, copied.grad = copied.grad, None
 
-    def _copies(self) -> dict[int, Tensor]:
-        """A copy of every parameter and buffer, by the id of the original: tied ones within a stage stay tied."""
-        copies: dict[int, Tensor] = {
-            id(p): p.detach().clone().requires_grad_(p.requires_grad) for p in self._modules.parameters()
-        }
-        copies.update((id(b), b.clone()) for b in self._modules.buffers())
-        return copies
+    def _copies(self) -> dict[str, Tensor]:
+        """A copy of every parameter and buffer by its name, once for each module: tied ones stay tied."""
+        copies: dict[int, Tensor] = {}
+        named = [
+            (f"{prefix}.{name}", tensor)
+            for prefix, module in self._modules.named_modules()
+            for tensors in (module.named_parameters, module.named_buffers)
+            for name, tensor in tensors(recurse=False, remove_duplicate=False)
+        ]
+        return {name: copies.setdefault(id(tensor), _stashed(tensor)) for name, tensor in named}
+
+    def _leaves(self, copies: dict[str, Tensor]) -> list[Tensor]:
+        """What the gradients are taken for, like ``_parameters``."""
+        if not copies:
+            return list(self._parameters)
+        names = dict(self._modules.named_parameters())
+        return [copies[name] for name, parameter in names.items() if parameter.requires_grad]
 
     def _keep_for_judgement(self, batch: int, kept: _Kept, below: Tensor | None) -> None:
         if self.last:
@@ -445,7 +502,8 @@ class Stage:
         gradients = [p.grad.clone() if clips and p.grad is not None else p.grad for p in self._parameters]
         under_s = None if kept.locks.mine else gradients  # a locked stage has those under the gradient from above
         x = kept.x if self.index > 0 else None
-        self._samples.keep(batch, Sample(x, kept.h, kept.leaves, kept.synthetic, under_s))
+        grad = partial(self._gradients, kept.stash)
+        self._samples.keep(batch, Sample(x, kept.h, kept.leaves, kept.synthetic, under_s, grad))
 
     def _keep_for_target(self, batch: int, microbatch: int, relays_later: bool) -> None:
         """Keep of a batch only what is still needed: the loss, h and the labels, the graph too, or nothing."""
@@ -456,6 +514,7 @@ class Stage:
         elif not relays_later:
             kept = self._kept[batch, microbatch]
             kept.h, kept.x, kept.leaves, kept.synthetic = kept.h.detach(), kept.h.detach(), [], None
+            kept.stash = {}
 
     def _kept_of(self, batch: int, microbatch: int = 0) -> _Kept:
         if (batch, microbatch) not in self._kept:
@@ -472,10 +531,19 @@ class Stage:
         return StageError(said(error), stage=self.index, layer=layer, batch=batch)
 
 
-def _on_copies(module: nn.Module, x: Tensor, copies: dict[int, Tensor]) -> Tensor:
-    """Run a module with its parameters and buffers replaced by their copies."""
-    named = (
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    )
-    return cast(Tensor, functional_call(module, {name: copies[id(tensor)] for name, tensor in named}, (x,)))
+class _Modules(nn.ModuleList):
+    """The layers of a stage as one module, within which anything can be called (``functional_call`` calls modules)."""
+
+    def forward(self, call: Callable[[], Any]) -> Any:
+        """Call it."""
+        return call()
+
+
+def _stashed(tensor: Tensor) -> Tensor:
+    """A copy that stands for a parameter or buffer in one batch, with the hooks on its gradient."""
+    copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    for hook in (tensor._backward_hooks or {}).values():
+        copy.register_hook(hook)
+    for hook in (tensor._post_accumulate_grad_hooks or {}).values():
+        copy.register_post_accumulate_grad_hook(hook)
+    return copy

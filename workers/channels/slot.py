@@ -48,7 +48,7 @@ class Slot:
     def __init__(self, memory: memoryview, wire_dtype: torch.dtype | None = None) -> None:
         self._record, self._body = memory[:ALIGNMENT_BYTES], memory[ALIGNMENT_BYTES:]
         self._serial = 0  # no message has it: the first write makes it 1
-        self._specs: list[tuple[torch.dtype, torch.Size]] | None = None
+        self._specs: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]] | None = None
         self._tensors: tuple[Tensor, ...] = ()
         self._rooms: tuple[_Room | None, ...] = ()
         self._wire_dtype, self._narrow = wire_dtype, False
@@ -62,7 +62,7 @@ class Slot:
             ValueError: it is larger than the slot.
             TypeError: a tensor's dtype cannot travel.
         """
-        specs = [(tensor.dtype, tensor.shape) for tensor in message.tensors]
+        specs = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in message.tensors]
         if specs == self._specs:
             self._copy_in(message)
         else:
@@ -108,7 +108,7 @@ class Slot:
     def _copy_in(self, message: Message) -> None:
         """Copy the tensors of a message like the last one."""
         for mine, room, tensor in zip(self._tensors, self._rooms, message.tensors, strict=True):
-            if room is not None and tensor.is_contiguous():
+            if room is not None:
                 ctypes.memmove(room.address, tensor.data_ptr(), room.size)
             else:
                 mine.copy_(tensor.detach())
@@ -149,7 +149,8 @@ class _Room(NamedTuple):
 
 
 def _room(mine: Tensor, sent: Tensor) -> _Room | None:
-    """None where the bytes are not copied as they are: narrowed, or not in this process's memory."""
-    if mine.dtype != sent.dtype or sent.device.type != "cpu" or not mine.numel():
+    """None where the bytes are not copied as they are: narrowed, with gaps, or not in this process's memory."""
+    as_they_are = (mine.dtype, mine.stride()) == (sent.dtype, sent.stride())
+    if not as_they_are or sent.device.type != "cpu" or not mine.numel():
         return None
     return _Room(mine.data_ptr(), mine.numel() * mine.element_size())

@@ -92,7 +92,7 @@ def worker_main(assignment: Assignment, connection: Connection, listener: Path |
 def _work(assignment: Assignment, connection: Connection, stack: contextlib.ExitStack) -> None:
     plan, device = assignment.plan, assignment.device
     prepare_device(device, plan)
-    recipe = assignment.resolved.for_stages(assignment.source())
+    recipe = assignment.source()
     board = stack.enter_context(StatusTable(assignment.names.board, assignment.plan.workers))
     spans = _recorder(assignment, board) if plan.spans else None
     record = spans or Pulse(assignment.worker, board)

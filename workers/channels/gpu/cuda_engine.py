@@ -76,9 +76,7 @@ class CudaEngine:
     def fetch(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """See ``Engine``."""
         with torch.cuda.stream(self._stream):
-            fetched = tuple(
-                torch.empty(t.shape, dtype=t.dtype, device=self._device).copy_(t, non_blocking=True) for t in tensors
-            )
+            fetched = tuple(torch.empty_like(t, device=self._device).copy_(t, non_blocking=True) for t in tensors)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
         for tensor in fetched:

@@ -1,0 +1,64 @@
+"""Calls of layers and losses that may write in place into the tensors they are given, which are not theirs to write in.
+
+    x --copy--> layers     the first call, with gradients and without: did the copy's version move on?
+    x --------> layers     every later one, unless it did
+
+The inputs of a batch belong to the user's data set, and those of a stage are the leaf whose gradient the stage below
+gets: autograd refuses to have that one written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Unwritten"]
+
+_Result = TypeVar("_Result")
+
+
+class Unwritten(Generic[_Result]):
+    """A function whose tensor arguments keep their values, whatever it does with them.
+
+    It gets copies the first time, and from then on only if it wrote into one then, or gave back a view of one. Calls
+    with and without gradients are told apart.
+
+    Args:
+        function: what is called; other arguments than tensors are passed on as they are.
+    """
+
+    def __init__(self, function: Callable[..., _Result]) -> None:
+        self._function = function
+        self._needs_copies: dict[bool, bool] = {}
+
+    def __call__(self, *given: object) -> _Result:
+        """What the function gives."""
+        needed = self._needs_copies.get(torch.is_grad_enabled())
+        if needed is False:
+            return self._function(*given)
+        arguments = [_copy(each) if isinstance(each, Tensor) else each for each in given]
+        copies = [each for each in arguments if isinstance(each, Tensor)]
+        versions = [copy._version for copy in copies]
+        result = self._function(*arguments)
+        if needed is None:
+            written = versions != [copy._version for copy in copies]
+            self._needs_copies[torch.is_grad_enabled()] = written or _lies_in(result, copies)
+        return result
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy with the same strides: kernels round by them. ``clone`` closes the gaps of a slice."""
+    if tensor.is_contiguous() or 0 in tensor.stride():
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _lies_in(result: object, tensors: list[Tensor]) -> bool:
+    """Whether writing into the result would write into one of the tensors."""
+    if not isinstance(result, Tensor):
+        return False
+    memory = result.untyped_storage().data_ptr()
+    return any(tensor.untyped_storage().data_ptr() == memory for tensor in tensors)
