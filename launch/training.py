@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from launch.results import run_folder
 from launch.results.result import Result
 from launch.results.step_losses import StepLosses
+from launch.setup.matching import Matching
 from launch.setup.rank import Rank
 from launch.setup.recipe_source import GivenRecipe
 from launch.setup.resolve_source import resolve_source
@@ -180,11 +181,12 @@ def _follow(
     reported: Iterator[records.Record], end_early: Callable[[], None], result: Result, console: Console
 ) -> None:
     """Take in what the workers report; end the run once its goal is met."""
-    goal = result.resolved.plan.goal
+    goal, matching = result.resolved.plan.goal, Matching(result.resolved)
     rows, losses = result.resolved.step_rows, StepLosses(result.resolved.plan.replicas)
     with run_folder.Metrics(result.run_dir) as metrics:
         for record in reported:
             if isinstance(record, records.Ready):
+                matching.take(record)
                 console.ready(record)
             elif isinstance(record, records.Loss):
                 new = losses.take(record)
@@ -222,8 +224,10 @@ def _follow(
 
 
 def without_loss(resolved: Resolved) -> Resolved:
-    """As it travels to a worker process: the user's loss may not travel, and the worker's recipe gives it."""
-    return replace(resolved, cuts=tuple(replace(cut, loss=_no_loss) for cut in resolved.cuts))
+    """As it travels to a worker process: the user's loss may not travel, and the worker's recipe gives it. What the
+    worker builds is compared here.
+    """
+    return replace(resolved, cuts=tuple(replace(cut, loss=_no_loss) for cut in resolved.cuts), fingerprints=())
 
 
 def _no_loss(output: Tensor, labels: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pipeline.data.fingerprint import Sketch, fingerprint, first_two
 from pipeline.data.recipe import Batch, Recipe, build_model, check_batches
 from pipeline.data.user_code import calling
 from pipeline.dni.dni import describe_form, target_every
@@ -70,6 +71,8 @@ class Resolved:
         devices: where every worker computes, in the same order.
         nccl: whether torch has NCCL.
         reasons: (what was decided, value, why), for the first screen.
+        two_labels: those of the first rows of batch 0, for ``fingerprint``.
+        fingerprints: of every stage as this process builds it.
     """
 
     plan: Plan
@@ -86,6 +89,8 @@ class Resolved:
     devices: tuple[str, ...]
     nccl: bool
     reasons: tuple[tuple[str, str, str], ...]
+    two_labels: bytes = b""
+    fingerprints: tuple[Mapping[str, Sketch], ...] = ()
 
     @property
     def steps(self) -> int:
@@ -204,7 +209,7 @@ def resolve(
     if plan.unlock == "auto":
         plan = dataclasses.replace(plan, quality_every=plan.quality_every or _QUALITY_EVERY)
     reasons += _locking(plan)
-    return Resolved(
+    resolved = Resolved(
         plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None, dni=_with_every(plan, cuts)),
         layer_names=tuple(layer.name for layer in layers),
         layer_parameters=tuple(sum(p.numel() for p in layer.module.parameters()) for layer in layers),
@@ -219,7 +224,11 @@ def resolve(
         devices=devices.devices,
         nccl=devices.nccl,
         reasons=tuple(reasons),
+        two_labels=first_two(labels),
     )
+    stages = enumerate(split(layers, sizes))
+    built = tuple(fingerprint(recipe, resolved, index, stage) for index, stage in stages)
+    return dataclasses.replace(resolved, fingerprints=built)
 
 
 def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
@@ -346,7 +355,7 @@ def _count_held_out(recipe: Recipe, first: Batch) -> int:
         return 0
     with calling("evaluation()"):
         count = 0
-        for count, (inputs, labels) in enumerate(recipe.evaluation(), start=1):
+        for count, (inputs, labels) in enumerate(recipe.held_out(), start=1):
             _check_held_out(count - 1, inputs, labels, first)
     if not count:
         raise PlanError("evaluation() gives no batch: give held-out batches (inputs, labels), or leave evaluation out.")
