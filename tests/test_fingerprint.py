@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import problems
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from pipeline import Batch, Plan, Recipe
 from pipeline.data.fingerprint import Sketch, differences
 from pipeline.data.recipe import build_model
 from pipeline.run.resolve import Resolved, resolve
-from tests import problems
 
 PLAN = Plan(mode="naive", stages=2, steps=2, sizes=(2, 2))
 

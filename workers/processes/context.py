@@ -1,15 +1,17 @@
 """How processes are made: from a fork server that has imported the slow packages once.
 
 A fresh interpreter per worker spends seconds on ``import torch``; the fork server spends them once per program. It has
-one thread, has computed nothing and holds nothing of the driver's, so its children are as clean as spawned ones. Like
-with spawn, the functions a worker runs are imported by name.
+one thread, has computed nothing and holds nothing of the driver's, so its children are as clean as spawned ones. Unlike
+with spawn, they do not run the program's main module again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from multiprocessing import forkserver, resource_tracker, util
+import threading
+from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker, spawn, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess, current_process
 from pathlib import Path
@@ -34,13 +36,30 @@ class _Process(ForkServerProcess):
     def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802  # multiprocessing's name
         listener()
         try:
-            return ForkServerProcess._Popen(process_obj)
+            with _main_left_alone():
+                return ForkServerProcess._Popen(process_obj)
         except (EOFError, ConnectionError) as error:
             raise RunFailed(
                 f"{process_obj.name} could not be started: the process that all workers come from has ended "
                 f"({type(error).__name__}). Somebody ended it, or it says above what went wrong; start again.",
                 stage=None,
             ) from error
+
+
+@contextlib.contextmanager
+def _main_left_alone() -> Iterator[None]:
+    """What multiprocessing tells a child meanwhile has the paths of the program, but not its main module to run."""
+    with _telling:
+        whole = spawn.get_preparation_data
+        bare = {"init_main_from_name", "init_main_from_path"}
+        spawn.get_preparation_data = lambda name: {k: v for k, v in whole(name).items() if k not in bare}
+        try:
+            yield
+        finally:
+            spawn.get_preparation_data = whole
+
+
+_telling = threading.Lock()
 
 
 class _Context(ForkServerContext):
@@ -55,8 +74,11 @@ def process_context(*modules: str) -> ForkServerContext:
             processes.
     """
     context = _Context()
+    # freewheel comes first: the server begins in the user's folder, where files may have the names of our packages.
     # torch imports _dynamo when the first optimizer is built, which takes seconds and would be paid by every worker.
-    context.set_forkserver_preload(["workers.processes.fork_server", "torch._dynamo", "workers.worker.main", *modules])
+    context.set_forkserver_preload(
+        ["freewheel", "workers.processes.fork_server", "torch._dynamo", "workers.worker.main", *modules]
+    )
     return context
 
 

@@ -201,8 +201,8 @@ def _check_names(assignment: Assignment, layers: Sequence[Layer]) -> None:
     expected = resolved.layer_names[start : start + resolved.sizes[assignment.index]]
     if (names := tuple(layer.name for layer in layers)) != expected:
         raise PlanError(
-            f"model() gives this stage the layers {', '.join(names) or 'none'} in the worker, and {', '.join(expected)} "
-            "in the program that started it: it must build the same network whenever it is called."
+            f"model() gives this stage the layers {', '.join(names) or 'none'} in the worker, {', '.join(expected)} in "
+            "the program that started it: it must build the same network whenever it is called."
         )
 
 
