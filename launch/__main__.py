@@ -1,4 +1,4 @@
-"""The command: ``freewheel``, or ``python -m launch``. What takes seconds to import comes last.
+"""The command: ``freewheel``, or ``python -m freewheel``. What takes seconds to import comes last.
 
 before and while it is imported    Ctrl-C and SIGTERM end the program at once: nothing was started
 from then on                       they are KeyboardInterrupt; ``launch.cli`` stops all workers
@@ -23,6 +23,11 @@ def main() -> None:
     for number in held:
         signal.signal(number, _leave)
     # An exception raised between any two lines of an import may be swallowed there, or come out as another one.
+    try:
+        import freewheel  # noqa: F401  # from here on our packages are found before a user's files of their names
+    except ImportError as error:
+        print(f"freewheel: {error}", file=sys.stderr)
+        sys.exit(2)
     from launch.cli import run_command as command
 
     try:

@@ -49,7 +49,7 @@ _USAGE = f"""usage: freewheel COMMAND RECIPE [options]
   freewheel bench channel   shared memory, gloo, GPU memory: latency and bandwidth of a hop
   freewheel sweep RECIPE    what is learned over modes, delays, DNIs: a grid in the reference driver
 
-  torchrun --nproc-per-node K -m launch train RECIPE    one stage per rank, on one host or several; bench likewise
+  torchrun --nproc-per-node K -m freewheel train RECIPE one stage per rank, on one host or several; bench likewise
 
 RECIPE: {", ".join(BUILT_IN)}, or the path of a Python file.
 Options of a command with a recipe: freewheel COMMAND RECIPE --help

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import current_process
 from pathlib import Path
 
 import msgspec
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 from launch.results import run_folder
 from launch.results.result import Result
 from launch.results.step_losses import StepLosses
+from launch.setup.matching import Matching
 from launch.setup.rank import Rank
-from launch.setup.recipe_source import GivenRecipe
+from launch.setup.recipe_source import GivenRecipe, being_loaded
 from launch.setup.resolve_source import resolve_source
 from launch.show.console import Console
 from pipeline import Batch, Plan, PlanError, Recipe
@@ -25,7 +24,7 @@ from pipeline.plan.replica_layout import worker_of
 from pipeline.run.resolve import Resolved
 from workers.channels.names import Names
 from workers.channels.shm.ring import new_prefix
-from workers.errors import CALLED_AGAIN, RunFailed
+from workers.errors import RunFailed
 from workers.files import NotWritten, write_text
 from workers.supervision.local_workers import LocalWorkers
 from workers.telemetry import records
@@ -66,8 +65,9 @@ def train(
 ) -> Result:
     """Train a network as a pipeline of processes on this host.
 
-    Call it under ``if __name__ == "__main__":`` and give functions defined at the top level of a module: every worker
-    process imports them.
+    The workers get the functions with the values that these read at the time of the call: those of the program itself
+    (lambdas, inner functions, a notebook's) are copied, those of other modules are imported by name. What a worker
+    builds from them is compared with what this process builds, and a difference is refused.
 
     Args:
         model: builds the whole network (``nn.Sequential``, a list of modules, or a module whose children are a chain).
@@ -84,17 +84,21 @@ def train(
         The result; its files lie in ``runs/<name>``.
 
     Raises:
-        PlanError: something cannot run; nothing was started.
+        PlanError: something cannot run, or a worker builds something else; nothing was trained.
         RunFailed: a worker failed; everything was stopped and cleaned up.
         NotWritten: as on a full disk; where the training was over by then, its ``result`` is there all the same.
 
     Blocks:
         until the training is over. A run without progress ends after ``plan.stall_after_s``.
     """
-    if getattr(current_process(), "_inheriting", False):
-        os._exit(CALLED_AGAIN)  # the worker whose import this is has no other way to say so
+    if being_loaded():
+        module = sys._getframe(1).f_globals.get("__name__")
+        raise PlanError(
+            f"train() is called whenever the module {module} is imported, and every worker imports it: put the call "
+            'into a function, or under if __name__ == "__main__":'
+        )
     if Rank.current() is not None:
-        raise PlanError("train() is not there under torchrun yet: use its command line, torchrun ... -m launch train.")
+        raise PlanError("train() is not there under torchrun yet: use the command, torchrun ... -m freewheel train.")
     if plan.steps is None:
         raise PlanError("steps is not given: say how many batches to train on, Plan(steps=...).")
     if problems := list(run_folder.name_problems(name)):
@@ -180,11 +184,12 @@ def _follow(
     reported: Iterator[records.Record], end_early: Callable[[], None], result: Result, console: Console
 ) -> None:
     """Take in what the workers report; end the run once its goal is met."""
-    goal = result.resolved.plan.goal
+    goal, matching = result.resolved.plan.goal, Matching(result.resolved)
     rows, losses = result.resolved.step_rows, StepLosses(result.resolved.plan.replicas)
     with run_folder.Metrics(result.run_dir) as metrics:
         for record in reported:
             if isinstance(record, records.Ready):
+                matching.take(record)
                 console.ready(record)
             elif isinstance(record, records.Loss):
                 new = losses.take(record)
@@ -222,8 +227,10 @@ def _follow(
 
 
 def without_loss(resolved: Resolved) -> Resolved:
-    """As it travels to a worker process: the user's loss may not travel, and the worker's recipe gives it."""
-    return replace(resolved, cuts=tuple(replace(cut, loss=_no_loss) for cut in resolved.cuts))
+    """As it travels to a worker process: the user's loss may not travel, and the worker's recipe gives it. What the
+    worker builds is compared here.
+    """
+    return replace(resolved, cuts=tuple(replace(cut, loss=_no_loss) for cut in resolved.cuts), fingerprints=())
 
 
 def _no_loss(output: Tensor, labels: Tensor) -> Tensor:

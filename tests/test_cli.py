@@ -474,8 +474,8 @@ def test_the_next_command_leaves_out_what_bench_refuses(typed: str, left: str) -
     ("typed", "rank", "command"),
     [
         ("--launcher ray --address auto --name a", None, "freewheel bench digits --launcher ray --address auto"),
-        ("--steps 9", Rank(0, 2, 1, "h", 1, ""), "torchrun --nproc-per-node 2 -m launch bench digits --steps 9"),
-        ("", Rank(0, 4, 2, "h", 1, ""), "torchrun --nnodes 2 --nproc-per-node 2 -m launch bench digits"),
+        ("--steps 9", Rank(0, 2, 1, "h", 1, ""), "torchrun --nproc-per-node 2 -m freewheel bench digits --steps 9"),
+        ("", Rank(0, 4, 2, "h", 1, ""), "torchrun --nnodes 2 --nproc-per-node 2 -m freewheel bench digits"),
     ],
 )
 def test_the_next_command_is_started_as_the_run_was(typed: str, rank: Rank | None, command: str) -> None:

@@ -384,54 +384,6 @@ def test_a_label_out_of_range_is_told_as_that(mode: str, tmp_path: Path) -> None
     assert failure.shown == ""
 
 
-# ---------------------------------------------------------------- programs that cannot be imported
-
-_PROGRAM = """
-import torch
-from launch import train
-from pipeline import Plan
-def model(): return [torch.nn.Linear(2, 2)]
-def batches(i): return torch.ones(4, 2), torch.ones(4, 2)
-train(model=model, batches=batches, loss=torch.nn.functional.mse_loss, plan=Plan(steps=2, stages=1), quiet=True)
-"""
-
-
-def _refusing(*arguments: str, stdin: str = "", folder: Path) -> list[str]:
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(
-        command, input=stdin, env=environment, cwd=folder, capture_output=True, text=True, timeout=250
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.count("Traceback") == 1, done.stderr
-    return done.stderr.splitlines()
-
-
-def test_a_call_of_train_that_every_import_repeats_is_told_as_that(tmp_path: Path) -> None:
-    """Every worker printed a traceback, and the run spoke of an out-of-memory kill."""
-    (tmp_path / "program.py").write_text(_PROGRAM)
-    assert _refusing("program.py", folder=tmp_path)[-1] == (
-        f"workers.errors.RunFailed: train() is called whenever {tmp_path}/program.py is imported, and every worker "
-        'imports it: put the call under if __name__ == "__main__":'
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("-",), "the program comes from <stdin>, and every worker imports it: save it as a .py file, run that."),
-        (("-c", _PROGRAM), "model, batches or loss is defined in a program that has no file (python -c, or an "),
-    ],
-    ids=["stdin", "-c"],
-)
-def test_a_program_without_a_file_is_refused_before_anything_starts(
-    arguments: tuple[str, ...], sentence: str, tmp_path: Path
-) -> None:
-    last = _refusing(*arguments, stdin=_PROGRAM, folder=tmp_path)[-1]
-    assert last.startswith(f"pipeline.errors.PlanError: {sentence}")
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.parametrize(
     ("exit_code", "told"),
     [

@@ -21,6 +21,10 @@ MAY_IMPORT = {
     "launch": {"pipeline", "workers", "launch"},
 }
 NO_SYSTEM = {"multiprocessing", "socket", "subprocess", "time", "threading", "posix_ipc", "torch.multiprocessing"}
+MAY_UNPICKLE = {
+    "launch/setup/recipe_source.py": "the functions given to train(), which a child gets from its own parent"
+}
+"""Over the private pipe that a process starts its children with: never from a socket, nor from a file."""
 POINT_TO_POINT = {"send", "recv", "isend", "irecv", "batch_isend_irecv", "P2POp"}
 UNPICKLING = {
     f"{module}.{name}"
@@ -179,9 +183,9 @@ def test_point_to_point_messages_of_torch_distributed_are_sent_from_one_file_at_
     assert set(knowing) <= {"workers/channels/net/gloo.py", "workers/channels/gpu/nccl.py"}, knowing
 
 
-def test_nothing_is_unpickled() -> None:
+def test_nothing_is_unpickled_but_in_one_place() -> None:
     calls = {name: list(_unpickles(tree)) for name, tree in TREES.items()}
-    assert {name: found for name, found in calls.items() if found} == {}
+    assert {name: len(found) for name, found in calls.items() if found} == dict.fromkeys(MAY_UNPICKLE, 1)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.split("/")[-1].startswith("_")])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,44 @@ def test_blocks_may_stand_in_each_other() -> None:
         with seeded(0, "inner"):
             torch.rand(5)
         assert torch.equal(torch.rand(2), alone)
+
+
+def _drawn() -> list[float]:
+    """One number from every global generator."""
+    return [float(torch.rand(())), float(np.random.rand()), random.random()]
+
+
+def test_numpy_and_random_are_seeded_like_torch() -> None:
+    """Batches that drew from numpy were the same in all replicas: every worker is forked with one state of it."""
+    with seeded(0, "batch", 3):
+        first = _drawn()
+    with seeded(0, "batch", 4):
+        assert not set(first) & set(_drawn())
+    np.random.seed(9)
+    random.seed(9)
+    torch.manual_seed(9)
+    expected = [_drawn(), _drawn()]
+    np.random.seed(9)
+    random.seed(9)
+    torch.manual_seed(9)
+    assert _drawn() == expected[0]
+    with seeded(0, "batch", 3):
+        assert _drawn() == first
+        with seeded(0, "batch", 4), pytest.raises(KeyError), seeded(0, "batch", 5):
+            raise KeyError
+    assert _drawn() == expected[1]
+
+
+def test_numpy_and_random_give_the_same_in_every_process() -> None:
+    code = (
+        "import random, numpy; from pipeline.seeding import seeded\n"
+        "with seeded(7, 'batch', 1): print(numpy.random.randint(10**9), random.randrange(10**9))"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    with seeded(7, "batch", 1):
+        assert list(map(int, process.stdout.split())) == [np.random.randint(10**9), random.randrange(10**9)]
 
 
 def test_building_and_resolving_leave_it_as_it_was() -> None:

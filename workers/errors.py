@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,10 +13,8 @@ from pipeline.plan.replica_layout import called
 from workers.telemetry.records import Failure
 from workers.telemetry.status_table import Status
 
-__all__ = ["CALLED_AGAIN", "RunFailed", "Statuses", "killed", "nobody_moves", "process_state", "stalled"]
+__all__ = ["RunFailed", "Statuses", "killed", "nobody_moves", "process_state", "stalled"]
 
-CALLED_AGAIN = 86
-"""Exit code of a worker that, importing the program, came to ``train`` again."""
 _WHERE_TO_LOOK = {-signal.SIGKILL: "look at the system's log for an out-of-memory kill"}
 _WAITING = (*WAITING, Span.OTHER)
 
@@ -64,13 +61,6 @@ class RunFailed(RuntimeError):
 
 def killed(stage: int, pid: int, exit_code: int, status: Status, host: str = "", name: str | None = None) -> RunFailed:
     """A worker ended without a word; ``host`` where there is more than this one, ``name`` where there are replicas."""
-    if exit_code == CALLED_AGAIN:
-        main = getattr(sys.modules["__main__"], "__file__", None) or "the program"
-        return RunFailed(
-            f"train() is called whenever {main} is imported, and every worker imports it: put the call under "
-            'if __name__ == "__main__":',
-            stage=None,
-        )
     how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exited with {exit_code}"
     doing = f", {status.span.name.lower()} of batch {status.batch}" if status.batch >= 0 else ""
     who = f"{name or f'stage {stage}'} (pid {pid}{_on(host)})"

@@ -165,8 +165,6 @@ def _settle(told: Call) -> None:
         os.environ[name] = str(told.threads)
     with contextlib.suppress(OSError):
         os.chdir(told.folder)
-    # multiprocessing would run this file, which is Ray's default_worker.py, in the worker: a second of imports.
-    sys.modules["__main__"].__file__ = None
 
 
 def _understood(told: Call) -> tuple[Parsed | None, list[str]]:

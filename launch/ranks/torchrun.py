@@ -1,6 +1,6 @@
 """``train`` and ``bench`` under torchrun: one stage per rank, on one host or several. Rank 0 is the driver as well.
 
-    torchrun --nproc-per-node 2 -m launch train digits
+    torchrun --nproc-per-node 2 -m freewheel train digits
 
     rank 0    driver: console, run folder, verdict       agent -> worker of stage 0
     rank 1                                               agent -> worker of stage 1

@@ -102,7 +102,7 @@ class Rank:
     def program(self) -> list[str]:
         """How the command is started again with as many ranks."""
         nodes = ["--nnodes", str(self.nodes)] if self.nodes > 1 else []
-        return ["torchrun", *nodes, "--nproc-per-node", str(self.world // self.nodes), "-m", "launch"]
+        return ["torchrun", *nodes, "--nproc-per-node", str(self.world // self.nodes), "-m", "freewheel"]
 
     def hello(self, problems: list[str] | None = None) -> Hello:
         """How this rank introduces itself to the driver."""

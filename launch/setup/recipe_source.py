@@ -1,29 +1,35 @@
 """Where a recipe comes from: a built-in name, a user's file, or the functions given to ``train``.
 
-A source is a small value that travels to the workers, and every worker makes the recipe from it for itself.
+A source is a value that travels to the workers, and every worker makes the recipe from it for itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
 import pickle
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import ChainMap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
+import cloudpickle
 import torch
 from safetensors.torch import load, save
 
+from freewheel import clash
 from launch.recipes import BUILT_IN, Entry
-from pipeline import Batch, Plan, PlanError, Recipe, nearest
+from pipeline import Plan, PlanError, Recipe, nearest
 from pipeline.data.user_code import calling, place_of
 from pipeline.wording import said
 
-__all__ = ["GivenRecipe", "NamedRecipe", "check_travels", "entry_of"]
+__all__ = ["GivenRecipe", "NamedRecipe", "PackedRecipe", "being_loaded", "check_travels", "entry_of"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class NamedRecipe:
 
 @dataclass(frozen=True)
 class GivenRecipe:
-    """A recipe that was put together in Python. A list of batches travels by value."""
+    """A recipe that was put together in Python. On its way to another process it is a ``PackedRecipe``."""
 
     recipe: Recipe
 
@@ -65,10 +71,74 @@ class GivenRecipe:
         return self.recipe
 
     def __reduce__(self) -> tuple[Any, ...]:
+        return PackedRecipe, (self.functions, self.batches)
+
+    @cached_property
+    def functions(self) -> bytes:
+        """All but a list of batches, as it was when this was first asked for.
+
+        Raises:
+            PlanError: something that the functions read cannot be copied.
+        """
+        recipe = self.recipe if callable(self.recipe.batches) else replace(self.recipe, batches=())
+        try:
+            return _pickled(recipe)
+        except Exception as error:
+            parts = [field.name for field in fields(recipe) if not _can_be_pickled(getattr(recipe, field.name))]
+            raise PlanError(
+                f"{' and '.join(parts) or 'the recipe'} cannot be handed to the workers, which get a copy of each "
+                f"function with the values that it reads ({error}): make what cannot be copied, such as an open file, "
+                "a lock or a generator, inside of the function."
+            ) from error
+
+    @cached_property
+    def batches(self) -> bytes | None:
+        """A list of batches in safetensors bytes, or None.
+
+        torch would share every tensor, two open files per batch: 128 batches are more than a fork server takes.
+        """
         batches: Any = self.recipe.batches
-        if isinstance(batches, list | tuple):
-            batches = _ByValue(batches)
-        return GivenRecipe, (replace(self.recipe, batches=batches),)
+        if not isinstance(batches, list | tuple):
+            return None
+        tensors = {f"{index}.{part}": t for index, batch in enumerate(batches) for part, t in enumerate(batch)}
+        # Copies, as batches may be views of one another, or the labels the inputs; safetensors refuses those.
+        return save({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()})
+
+
+@dataclass(frozen=True)
+class PackedRecipe:
+    """A ``GivenRecipe`` in a child of the process that it was given to, from whom it came over a private pipe.
+
+    Attributes:
+        functions: pickled. What is defined in ``__main__``, or in no module, is in it by value, with the values that it
+            reads; all else is imported by name.
+        batches: a list of them in safetensors bytes; None: ``functions`` has what gives them.
+    """
+
+    functions: bytes
+    batches: bytes | None
+
+    def __call__(self) -> Recipe:
+        """Make the recipe.
+
+        Raises:
+            PlanError: what belongs to it cannot be imported or made in this process.
+        """
+        try:
+            with _loading():
+                recipe: Recipe = pickle.loads(self.functions)
+        except PlanError:
+            raise
+        except Exception as error:
+            raise PlanError(
+                f"what train() was given cannot be made in a worker ({type(error).__name__}: {error}"
+                f"{place_of(error)}): workers import modules by their names, from where this program finds them."
+            ) from error
+        if self.batches is None:
+            return recipe
+        tensors = load(self.batches)
+        pairs = [(tensors[f"{index}.0"], tensors[f"{index}.1"]) for index in range(len(tensors) // 2)]
+        return replace(recipe, batches=pairs)
 
 
 def entry_of(name: str) -> Entry:
@@ -85,50 +155,65 @@ def entry_of(name: str) -> Entry:
 
 
 def check_travels(source: Callable[[], Recipe]) -> None:
-    """Refuse a source that a worker process could not make again.
+    """Refuse a source that a worker process could not make again; what it reads travels as it is now.
 
     Raises:
-        PlanError: a function that cannot be imported by name, or a program that cannot be imported at all.
+        PlanError: something that its functions read cannot be copied.
     """
-    main = sys.modules["__main__"]
-    file, named = getattr(main, "__file__", None), getattr(main, "__spec__", None) is not None
-    if file is not None and not named and not Path(file).is_file():
-        raise PlanError(f"the program comes from {file}, and every worker imports it: save it as a .py file, run that.")
-    if isinstance(source, GivenRecipe) and isinstance(source.recipe.batches, list | tuple):
-        source = GivenRecipe(replace(source.recipe, batches=()))  # tensors always travel; they are not packed twice
+    if isinstance(source, GivenRecipe):
+        _ = source.functions
+
+
+def being_loaded() -> bool:
+    """Whether this process is importing modules to make a recipe of them."""
+    return _loads > 0
+
+
+_loads = 0
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    global _loads
+    _loads += 1
     try:
-        content = pickle.dumps(source)
-    except Exception as error:
-        raise PlanError(
-            f"model, batches and loss must be functions at the top level of a module, so that each worker can "
-            f"import them ({error})."
-        ) from error
-    if file is None and not named and b"__main__" in content:
-        raise PlanError(
-            "model, batches or loss is defined in a program that has no file (python -c, or an interactive session), "
-            "and no worker can import it from there: put it into a .py file, and import it."
-        )
+        yield
+    finally:
+        _loads -= 1
 
 
-class _ByValue:
-    """A list of batches on its way to another process: safetensors bytes, a list again on arrival.
-
-    torch would share every tensor instead, two open files per batch: 128 batches are more than a fork server takes.
-    """
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self._batches = batches
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        tensors = {f"{index}.{part}": t for index, batch in enumerate(self._batches) for part, t in enumerate(batch)}
-        # Copies, as batches may be views of one another, or the labels the inputs; safetensors refuses those.
-        bare = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        return _batches_from, (save(bare), len(self._batches))
+def _pickled(value: object) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return buffer.getvalue()
 
 
-def _batches_from(content: bytes, num_batches: int) -> list[Batch]:
-    tensors = load(content)
-    return [(tensors[f"{index}.0"], tensors[f"{index}.1"]) for index in range(num_batches)]
+def _taken_apart(cached: Any) -> str | tuple[Any, ...]:
+    """A function under ``functools.cache``, which pickle only knows by name: by value, without what it has cached."""
+    found: Any = sys.modules.get(cached.__module__) if cached.__module__ != "__main__" else None
+    for name in cached.__qualname__.split("."):
+        found = getattr(found, name, None)
+    if found is cached:
+        return str(cached.__qualname__)
+    return _cached, (cached.__wrapped__, cached.cache_parameters())
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+    dispatch_table: ClassVar = ChainMap(
+        {functools._lru_cache_wrapper: _taken_apart}, cloudpickle.Pickler.dispatch_table
+    )
+
+
+def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
+
+
+def _can_be_pickled(value: object) -> bool:
+    try:
+        _pickled(value)
+    except Exception:
+        return False
+    return True
 
 
 @functools.cache
@@ -166,6 +251,8 @@ def _file_entry(path: Path) -> Entry:
 
 
 def _imported(path: Path) -> ModuleType:
+    if (why := clash(path)) is not None:
+        raise PlanError(why)
     name = f"freewheel_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, "a .py file has a spec"
@@ -175,7 +262,8 @@ def _imported(path: Path) -> ModuleType:
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))  # a recipe may import what lies beside it, later too
     try:
-        spec.loader.exec_module(module)
+        with _loading():
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         what = f"{said(error)}{place_of(error)}"
         raise PlanError(f"{path} cannot be imported: {what}") from error

@@ -72,7 +72,7 @@ def resolve_source(
                 raise
             raise PlanError(f"{str(error).removesuffix('.')}{place}.") from error
         likely = torch.rand(resolved.output_shape, generator=torch.Generator().manual_seed(plan.seed))
-        check_scores(recipe, likely, recipe.batch(0)[1])
+        check_scores(recipe, likely, recipe.seeded_batch(plan.seed, 0)[1])
     here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[worker]]
     check_shared_memory(needed_bytes(resolved, here))
     return resolved
@@ -82,7 +82,7 @@ def _check_labels(recipe: Recipe, plan: Plan, error: PlanError) -> None:
     """Where a loss met an index out of bounds in batch 0: say so if it is a label, which the loss does not."""
     if "out of bounds" not in str(error):
         return
-    inputs, labels = recipe.batch(0)
+    inputs, labels = recipe.seeded_batch(plan.seed, 0)
     model = build_model(recipe, plan.seed)
     layers = layers_of(model)
     output = check_chain(model, layers, inputs)[-1]

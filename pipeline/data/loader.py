@@ -88,7 +88,7 @@ def phantom_inputs(plan: Plan, steps: int, held_out_batches: int, replica: int =
 def _held_out(recipe: Recipe, updates: int) -> Iterator[Message]:
     """One pass over the held-out batches, after so many training batches."""
     if recipe.evaluation is not None:
-        for index, batch in enumerate(recipe.evaluation()):
+        for index, batch in enumerate(recipe.held_out()):
             yield Message(Kind.EVALUATION, index, SOURCE, tuple(batch))
         yield Message(Kind.REPORT, updates, SOURCE)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -86,6 +87,17 @@ class Recipe:
         with seeded(seed, "batch", index):
             return self.batch(index)
 
+    def held_out(self) -> Iterator[Batch]:
+        """The held-out batches, none without ``evaluation``; what is random in them is the same for every seed."""
+        with seeded(0, "held out"):
+            batches = iter(self.evaluation() if self.evaluation else ())
+        for index in itertools.count():
+            with seeded(0, "held out", index):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
 
 @dataclass(frozen=True)
 class ArrayBatches:
@@ -152,7 +164,7 @@ def open_data(recipe: Recipe, plan: Plan) -> None:
     """
     if plan.goal is not None:
         recipe.seeded_batch(plan.seed, 0)
-        next(iter(recipe.evaluation() if recipe.evaluation else ()), None)
+        next(recipe.held_out(), None)
 
 
 def correct_predictions(output: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -183,9 +195,9 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
     else:
         last = steps * plan.replicas - 1
         indices = sorted({0, min(1, last), last})
-    first = _checked(recipe.batch(0), 0)
+    first = _checked(recipe.seeded_batch(plan.seed, 0), 0)
     for index in indices:
-        same_shape(index, _checked(recipe.batch(index), index), first)
+        same_shape(index, _checked(recipe.seeded_batch(plan.seed, index), index), first)
     return first
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from pipeline.data.fingerprint import Sketch, fingerprint, first_two
 from pipeline.data.recipe import Batch, Recipe, build_model, check_batches
 from pipeline.data.user_code import calling
 from pipeline.dni.dni import describe_form, target_every
@@ -74,6 +75,8 @@ class Resolved:
         devices: where every worker computes, in the same order.
         nccl: whether torch has NCCL.
         reasons: (what was decided, value, why), for the first screen.
+        two_labels: those of the first rows of batch 0, for ``fingerprint``.
+        fingerprints: of every stage as this process builds it.
     """
 
     plan: Plan
@@ -90,6 +93,8 @@ class Resolved:
     devices: tuple[str, ...]
     nccl: bool
     reasons: tuple[tuple[str, str, str], ...]
+    two_labels: bytes = b""
+    fingerprints: tuple[Mapping[str, Sketch], ...] = ()
 
     @property
     def steps(self) -> int:
@@ -216,7 +221,7 @@ def resolve(
     if plan.unlock == "auto":
         plan = dataclasses.replace(plan, quality_every=plan.quality_every or _QUALITY_EVERY)
     reasons += [*about_loss, *_locking(plan)]
-    return Resolved(
+    resolved = Resolved(
         plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None, dni=_with_every(plan, cuts)),
         layer_names=tuple(layer.name for layer in layers),
         layer_parameters=tuple(sum(p.numel() for p in layer.module.parameters()) for layer in layers),
@@ -231,7 +236,10 @@ def resolve(
         devices=devices.devices,
         nccl=devices.nccl,
         reasons=tuple(reasons),
+        two_labels=first_two(labels),
     )
+    built = tuple(fingerprint(recipe, resolved, index, stage) for index, stage in enumerate(stages))
+    return dataclasses.replace(resolved, fingerprints=built)
 
 
 def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
@@ -358,7 +366,7 @@ def _count_held_out(recipe: Recipe, first: Batch, trial: Trial) -> int:
         return 0
     with calling("evaluation()"):
         count, sizes = 0, {len(trial.labels)}
-        for count, (inputs, labels) in enumerate(recipe.evaluation(), start=1):
+        for count, (inputs, labels) in enumerate(recipe.held_out(), start=1):
             _check_held_out(count - 1, inputs, labels, first)
             if (rows := len(labels)) not in sizes and (error := trial.error(rows)) is not None:
                 raise PlanError(

@@ -60,7 +60,7 @@ def scores_of(
     scores, computing = EvaluationMetrics(), computing or ComputeContext(Plan())
     modes = ModuleModes(network)
     modes.switch(False)
-    for batch in islice(recipe.evaluation() if recipe.evaluation else (), first, None, every):
+    for batch in islice(recipe.held_out(), first, None, every):
         inputs, labels = computing.here(*batch)
         with computing.autocast():
             scores.add(recipe, network(inputs), labels)

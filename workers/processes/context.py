@@ -1,8 +1,8 @@
 """How processes are made: from a fork server that has imported the slow packages once.
 
 A fresh interpreter per worker spends seconds on ``import torch``; the fork server spends them once per program. It has
-one thread, has computed nothing and holds nothing of the driver's, so its children are as clean as spawned ones. Like
-with spawn, the functions a worker runs are imported by name.
+one thread, has computed nothing and holds nothing of the driver's, so its children are as clean as spawned ones. Unlike
+with spawn, they do not run the program's main module again.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import contextlib
 import os
 import signal
 import tempfile
+import threading
 import time
-from multiprocessing import forkserver, resource_tracker, util
+from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker, spawn, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess, current_process
 from pathlib import Path
@@ -49,10 +51,27 @@ class _Process(ForkServerProcess):
     def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802  # multiprocessing's name
         listener()
         try:
-            return ForkServerProcess._Popen(process_obj)
+            with _main_left_alone():
+                return ForkServerProcess._Popen(process_obj)
         except (EOFError, ConnectionError) as error:
             why = end_of_fork_server() or "the process that all workers come from has ended; start again"
             raise RunFailed(f"{process_obj.name} could not be started: {why}", stage=None) from error
+
+
+@contextlib.contextmanager
+def _main_left_alone() -> Iterator[None]:
+    """What multiprocessing tells a child meanwhile has the paths of the program, but not its main module to run."""
+    with _telling:
+        whole = spawn.get_preparation_data
+        bare = {"init_main_from_name", "init_main_from_path"}
+        spawn.get_preparation_data = lambda name: {k: v for k, v in whole(name).items() if k not in bare}
+        try:
+            yield
+        finally:
+            spawn.get_preparation_data = whole
+
+
+_telling = threading.Lock()
 
 
 class _Context(ForkServerContext):
@@ -67,8 +86,11 @@ def process_context(*modules: str) -> ForkServerContext:
             processes.
     """
     context = _Context()
+    # freewheel comes first: the server begins in the user's folder, where files may have the names of our packages.
     # torch imports _dynamo when the first optimizer is built, which takes seconds and would be paid by every worker.
-    context.set_forkserver_preload(["workers.processes.fork_server", "torch._dynamo", "workers.worker.main", *modules])
+    context.set_forkserver_preload(
+        ["freewheel", "workers.processes.fork_server", "torch._dynamo", "workers.worker.main", *modules]
+    )
     return context
 
 

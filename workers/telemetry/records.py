@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from pipeline.data.fingerprint import Sketch
 from pipeline.wording import escaped
 
 __all__ = [
@@ -27,12 +28,13 @@ __all__ = [
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The worker has its stage and both ends of its channels."""
+    """The worker has its stage, which is ``built`` (``pipeline.data.fingerprint``), and both ends of its channels."""
 
     stage: int
     pid: int
     threads: int
     replica: int = 0
+    built: dict[str, Sketch] = {}
 
 
 class Go(msgspec.Struct, tag=True, frozen=True):

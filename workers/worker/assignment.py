@@ -32,7 +32,7 @@ class Assignment:
     Attributes:
         index: the stage.
         resolved: the run; its cuts carry no loss here, the recipe gives it.
-        source: makes the recipe; importable by name, since every worker calls it for itself.
+        source: makes the recipe; every worker calls it for itself.
         names: of the shared memory.
         run_dir: the folder of the run.
         rendezvous: where workers without common memory meet; None where every channel is in shared memory.

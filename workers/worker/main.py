@@ -13,7 +13,7 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -23,8 +23,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from pipeline.data.fingerprint import Sketch, fingerprint
 from pipeline.data.recipe import Recipe
+from pipeline.errors import PlanError
 from pipeline.metrics.spans import Recorder, Span
+from pipeline.model.partition import Layer
 from pipeline.plan.device_choice import on_gpu
 from pipeline.plan.replica_layout import plan_of, policy_of
 from pipeline.replicas.all_gather import AllGather
@@ -99,12 +102,12 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     ports = stack.enter_context(attached(assignment, recipe, record, lambda step: runner.averager.enough(step)))
     if spans is not None:
         spans.depth = ports.below.depth
-    stage = _build(assignment, recipe, record)
+    stage, built = _build(assignment, recipe, record)
     runner = _runner(assignment, stage, ports, record, board)
     report = _Reporter(connection, assignment.resolved.warmup, assignment.replica)
     runner.on_loss, runner.on_scores = report.loss, report.scores
     runner.on_quality, runner.on_switch = partial(report.quality, assignment.index), report.switch
-    ready = records.Ready(assignment.index, os.getpid(), torch.get_num_threads(), assignment.replica)
+    ready = records.Ready(assignment.index, os.getpid(), torch.get_num_threads(), assignment.replica, built)
     records.send(connection, ready)
     if not connection.poll(assignment.attach_within_s):
         raise TimeoutError(f"no Go from the driver after {assignment.attach_within_s:.0f} s")
@@ -177,16 +180,30 @@ def _leave_word_to_the_cause(board: StatusTable) -> None:
         time.sleep(LOOK_FOR_CAUSE_EVERY_S)
 
 
-def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> Stage | EmulatedStage:
+def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> tuple[Stage | EmulatedStage, dict[str, Sketch]]:
+    """The stage, and what it begins with, for the driver to compare."""
     plan = assignment.plan
     if plan.emulation is not None:
         shape = assignment.resolved.output_shape
         shape = shape if assignment.last else assignment.resolved.cuts[assignment.index].activation_shape
-        return EmulatedStage(assignment.index, plan, plan.emulation, shape, record)
+        return EmulatedStage(assignment.index, plan, plan.emulation, shape, record), {}
     cut = None if assignment.last else replace(assignment.resolved.cuts[assignment.index], loss=recipe.loss)
     below = None if assignment.index == 0 else assignment.resolved.cuts[assignment.index - 1]
     layers, mine = stage_layers(recipe, plan, assignment.index), plan_of(plan, assignment.replica)
-    return Stage(layers, assignment.index, mine, recipe, cut, below, record, assignment.device)
+    _check_names(assignment, layers)
+    built = fingerprint(recipe, assignment.resolved, assignment.index, layers, assignment.replica)
+    return Stage(layers, assignment.index, mine, recipe, cut, below, record, assignment.device), built
+
+
+def _check_names(assignment: Assignment, layers: Sequence[Layer]) -> None:
+    """A stage of other layers cannot even be built; the driver finds all other differences."""
+    resolved, start = assignment.resolved, sum(assignment.resolved.sizes[: assignment.index])
+    expected = resolved.layer_names[start : start + resolved.sizes[assignment.index]]
+    if (names := tuple(layer.name for layer in layers)) != expected:
+        raise PlanError(
+            f"model() gives this stage the layers {', '.join(names) or 'none'} in the worker, {', '.join(expected)} in "
+            "the program that started it: it must build the same network whenever it is called."
+        )
 
 
 def _runner(

@@ -57,7 +57,7 @@ class ForwardPass:
         Blocks:
             until this rank's part is done; at most the time limit of the process group per message.
         """
-        batches = list(recipe.evaluation()) if recipe.evaluation is not None else []
+        batches = list(recipe.held_out())
         scores, given = EvaluationMetrics(), [inputs for inputs, _ in batches]
         for index, stage in self.stages.items():
             modes = ModuleModes(stage)
