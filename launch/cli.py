@@ -35,8 +35,8 @@ from launch.show.console import Console
 from launch.sweep.command import sweep
 from launch.training import Launcher, run
 from pipeline import Plan, PlanError, nearest
-from pipeline.data.user_code import RecipeFailed
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
+from pipeline.user_code import RecipeFailed
 from workers.errors import RunFailed
 from workers.files import NotWritten, write_json
 

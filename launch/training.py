@@ -21,7 +21,7 @@ from launch.setup.resolve_source import resolve_source
 from launch.show.console import Console
 from pipeline import Batch, Plan, PlanError, Recipe
 from pipeline.plan.replica_layout import worker_of
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from workers.channels.names import Names
 from workers.channels.shm.ring import new_prefix
 from workers.errors import RunFailed

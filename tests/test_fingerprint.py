@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import Batch, Plan, Recipe
-from pipeline.data.fingerprint import Sketch, differences
 from pipeline.data.recipe import build_model
-from pipeline.run.resolve import Resolved, resolve
+from pipeline.run.resolve import resolve
+from pipeline.run.resolved import Resolved
+from pipeline.run.sketch import Sketch, differences
 
 PLAN = Plan(mode="naive", stages=2, steps=2, sizes=(2, 2))
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from launch import train
 from pipeline import Batch, DNIPlan, Plan, PlanError, Recipe, correct_predictions, run_reference
-from pipeline.run.resolve import Resolved, resolve
+from pipeline.run.resolve import resolve
+from pipeline.run.resolved import Resolved
 
 WIDTH, CLASSES, ROWS = 6, 3, 8
 EVERY_MODE = ("naive", "gpipe", "1f1b", "async-1f1b", "local", "unlocked")

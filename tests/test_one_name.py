@@ -73,7 +73,7 @@ def test_importing_it_imports_nothing_slow(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packages", [("workers",), ("pipeline", "launch")], ids=["files", "packages"])
 @pytest.mark.parametrize("how", ["python -m", "script", "torchrun", "train()"])
 def test_files_of_the_users_by_our_names_do_not_matter(how: str, packages: tuple[str, ...], tmp_path: Path) -> None:
-    """A worker said "No module named 'pipeline.plan'; 'pipeline' is not a package"; torchrun ran the user's launch.py."""
+    """A worker said "No module named 'pipeline.plan'; 'pipeline' is no package"; torchrun ran the user's launch.py."""
     folder = _with_names(tmp_path, packages)
     (folder / "bin").mkdir()
     (folder / "bin" / "freewheel").write_text("import sys\nfrom freewheel import main\nsys.exit(main())\n")

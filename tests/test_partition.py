@@ -21,7 +21,8 @@ from pipeline import Batch, OptimizerPlan, Plan, PlanError, Recipe, run_referenc
 from pipeline.data.recipe import build_model
 from pipeline.model.partition import balanced_sizes, balanced_split, depth_of, ends_normalised, layers_of
 from pipeline.plan.plan import DNIPlan
-from pipeline.run.resolve import Resolved, resolve, stage_layers
+from pipeline.run.resolve import resolve, stage_layers
+from pipeline.run.resolved import Resolved
 from pipeline.stage.stage import Stage
 
 WIDTH, CLASSES, ROWS = 6, 3, 8

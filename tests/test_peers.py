@@ -20,7 +20,7 @@ from launch.bench.rivals import TORCH_SCHEDULES, RivalRun, best_microbatches, ru
 from launch.bench.rivals.placement import place
 from launch.setup.resolve_source import resolve_source
 from pipeline import Plan, PlanError, Recipe, correct_predictions
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from workers.errors import RunFailed
 
 STEPS, WITHIN_S = 5, 60.0

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pipeline import Batch, Plan, PlanError, Recipe, run_reference
 from pipeline.data.recipe import build_model
-from pipeline.run.resolve import Resolved, resolve
+from pipeline.run.resolve import resolve
+from pipeline.run.resolved import Resolved
 
 WIDTH, CLASSES, ROWS = 6, 3, 8
 

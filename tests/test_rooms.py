@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("pipeline", "workers", "launch")
 ROOMS = (
     "pipeline.errors",
+    "pipeline.wording",
+    "pipeline.user_code",
     "pipeline.seeding",
     "pipeline.messages",
     "pipeline.schedule",
@@ -59,7 +61,7 @@ MOST_MODULES, MOST_LINES, MEDIAN_LINES = 15, 350, 130
 LONGER = {
     "launch/on_ray/cluster.py",
     "pipeline/dni/forms.py",
-    "pipeline/run/resolve.py",
+    "pipeline/run/runner.py",
     "pipeline/stage/stage.py",
     "workers/supervision/protocol.py",
     "workers/supervision/remote_workers.py",

@@ -22,8 +22,8 @@ from launch.setup.resolve_source import resolve_source
 from launch.show.console import Console
 from launch.training import run
 from pipeline import Plan, PlanError, Recipe
-from pipeline.data.user_code import place_of
 from pipeline.run.resolve import resolve
+from pipeline.user_code import place_of
 from pipeline.wording import escaped, said, shortened, text_of, traceback_of
 from workers.supervision import protocol
 from workers.supervision.protocol import ControlSocket

@@ -23,7 +23,8 @@ from launch.results.result import Result
 from launch.show.console import Console
 from launch.training import Launcher, Working, run
 from pipeline import Plan, Recipe
-from pipeline.run.resolve import Resolved, resolve
+from pipeline.run.resolve import resolve
+from pipeline.run.resolved import Resolved
 from workers.files import NotWritten, replacing, write_json, write_text, writing
 from workers.telemetry import records
 from workers.worker.unnamed_file import UnnamedFile

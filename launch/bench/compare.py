@@ -21,7 +21,7 @@ from launch.results.environment import environment
 from launch.show.console import Console
 from launch.training import run
 from pipeline import Plan, PlanError, Recipe, nearest
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 
 __all__ = ["Comparison", "chosen_rows", "prepare_rows", "run_bench"]
 

@@ -17,7 +17,7 @@ import torch
 from launch.setup.resolve_source import resolve_source
 from pipeline import Batch, Plan, Recipe
 from pipeline.plan.replica_layout import batch_of
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 
 __all__ = ["GlobalBatchRecipe", "RecipeSource", "global_batches"]
 

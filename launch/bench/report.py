@@ -23,7 +23,7 @@ from launch.show.console import Console, stage_table
 from launch.show.tables import print_table
 from pipeline import Plan
 from pipeline.metrics.measurements import Measured
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from pipeline.schedule.modes import MODES
 
 __all__ = ["BenchRow", "Report", "bench_verdict", "cost_of", "emulated_by", "show"]

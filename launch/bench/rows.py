@@ -26,7 +26,7 @@ from pipeline.plan.device_choice import CPU, first_gpu
 from pipeline.plan.goal import Reached
 from pipeline.run.cost_model import predicted_batches_per_s
 from pipeline.run.flops import count_flops
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from pipeline.schedule.modes import MODES
 from pipeline.wording import said
 

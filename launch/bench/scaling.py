@@ -22,7 +22,7 @@ from launch.show.console import Console
 from launch.show.tables import print_table
 from pipeline import Plan, PlanError, Recipe
 from pipeline.plan.emulation import Link
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 
 __all__ = ["AXES", "ScalingAxis", "ScalingReport", "axis_of", "bench_over", "mode_name"]
 

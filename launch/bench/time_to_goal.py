@@ -14,7 +14,7 @@ from rich.table import Table
 
 from launch.bench.spread import Spread
 from pipeline.plan.goal import Goal, Reached
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 
 __all__ = ["EXACT", "OTHERS", "PEERS", "UNLOCKED", "Line", "Race", "break_even", "rivals"]
 

@@ -9,7 +9,7 @@ from launch.bench.rivals import HERE, Places
 from launch.setup.resolve_source import resolve_source
 from launch.training import Launcher
 from pipeline import Plan, Recipe
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 
 __all__ = ["LOCAL", "Site"]
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from pipeline import Plan, PlanError
 from pipeline.plan.device_choice import CPU, DeviceChoice, first_gpu
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 
 __all__ = ["SEE_ALL", "assigned_device", "check_own_room", "gpus_wanted", "with_devices", "without_places"]
 

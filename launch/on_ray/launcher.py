@@ -30,7 +30,7 @@ from pipeline import Plan, PlanError, Recipe
 from pipeline.metrics.spans import WAITING, Span
 from pipeline.plan.channel_choice import choose_channels
 from pipeline.plan.device_choice import first_gpu
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from pipeline.wording import escaped
 from workers.errors import RunFailed
 from workers.supervision.protocol import Reception

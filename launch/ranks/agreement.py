@@ -21,7 +21,7 @@ from launch.setup.resolve_source import resolve_source
 from launch.training import without_loss
 from pipeline import Plan, PlanError, Recipe
 from pipeline.plan.device_choice import DeviceChoice
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from pipeline.wording import escaped
 from workers.channels.gpu.nccl import nccl_here
 from workers.channels.names import Names

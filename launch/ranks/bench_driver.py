@@ -36,7 +36,7 @@ from launch.ranks.bench_messages import (
 from launch.setup.rank import MEET_WITHIN_S
 from launch.training import Launcher, Working
 from pipeline import Plan, PlanError, Recipe
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from workers.channels.net.gloo import Rendezvous
 from workers.errors import RunFailed
 from workers.supervision.protocol import ControlSocket, Reception, Task

@@ -33,7 +33,7 @@ from launch.ranks.bench_rank import take_part
 from launch.setup.rank import MEET_WITHIN_S, Asked, Rank
 from launch.training import Launcher, Working
 from pipeline import PlanError, Recipe
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from workers.supervision.protocol import ControlSocket, Hello
 from workers.supervision.rank_agent import DriverGone, serve
 from workers.supervision.remote_workers import RemoteWorkers

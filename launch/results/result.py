@@ -17,7 +17,7 @@ from launch.results.run_folder import read_spans
 from pipeline.metrics.measurements import Measured, measure
 from pipeline.metrics.spans import Spans
 from pipeline.plan.goal import Reached
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from workers.files import write_json, write_tensors
 from workers.telemetry.records import Finished, Judged, Scored, Switched
 

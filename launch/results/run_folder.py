@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pipeline import PlanError
 from pipeline.metrics.spans import Spans
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from pipeline.wording import escaped
 from workers.files import NotWritten, write_json, write_tensors, writing
 

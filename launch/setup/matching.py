@@ -7,9 +7,9 @@ training begins once all of these are there, so nothing was trained when this re
 from __future__ import annotations
 
 from pipeline import PlanError
-from pipeline.data.fingerprint import differences
 from pipeline.plan.replica_layout import called, worker_of
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
+from pipeline.run.sketch import differences
 from workers.telemetry.records import Ready
 
 __all__ = ["Matching"]

@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 from freewheel import clash
 from launch.recipes import BUILT_IN, Entry
 from pipeline import Plan, PlanError, Recipe, nearest
-from pipeline.data.user_code import calling, place_of
+from pipeline.user_code import calling, place_of
 from pipeline.wording import said
 
 __all__ = ["GivenRecipe", "NamedRecipe", "PackedRecipe", "being_loaded", "check_travels", "entry_of"]

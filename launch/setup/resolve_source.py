@@ -18,12 +18,13 @@ from launch.setup.local_gpus import chosen_here
 from launch.setup.recipe_source import check_travels
 from pipeline import Plan, PlanError, Recipe
 from pipeline.data.recipe import build_model, check_scores, label_problem
-from pipeline.data.user_code import RecipeFailed, calling, place_of
 from pipeline.model.partition import Layer, layers_of
 from pipeline.model.proof import check_chain
 from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import DeviceChoice, first_gpu
-from pipeline.run.resolve import Measure, Resolved, resolve
+from pipeline.run.resolve import Measure, resolve
+from pipeline.run.resolved import Resolved
+from pipeline.user_code import RecipeFailed, calling, place_of
 from workers.channels.shm.ring import check_shared_memory
 from workers.wiring.run_memory import needed_bytes
 

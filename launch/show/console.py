@@ -19,7 +19,7 @@ from launch.show.unlock_lines import switch_line, switch_summary
 from pipeline.metrics.measurements import Measured
 from pipeline.model.optimizers import described
 from pipeline.plan.channel_choice import CHANNELS, kind_between
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from pipeline.wording import escaped
 from workers.telemetry import records
 from workers.wiring.run_memory import needed_bytes

@@ -25,7 +25,8 @@ from launch.sweep.options import SweepOptions, seeds_of
 from pipeline import ChannelPlan, DNIPlan, Plan, PlanError, Recipe
 from pipeline.errors import NoEffect
 from pipeline.plan.check import check_plan
-from pipeline.run.resolve import Resolved, resolve
+from pipeline.run.resolve import resolve
+from pipeline.run.resolved import Resolved
 from pipeline.schedule.modes import MODES
 
 __all__ = ["Grid", "Point", "Setting", "grid_of"]

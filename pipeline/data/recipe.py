@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.user_code import calling
 from pipeline.errors import PlanError
 from pipeline.model.given_model import check_model, in_training_mode
 from pipeline.model.unwritten import Unwritten
 from pipeline.plan.plan import Plan
 from pipeline.seeding import derived_seed, seeded
+from pipeline.user_code import calling
 
 __all__ = [
     "ArrayBatches",

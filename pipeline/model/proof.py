@@ -14,11 +14,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.user_code import calling
 from pipeline.errors import PlanError
 from pipeline.model.given_model import copy_of, hooks_of, overrides
 from pipeline.model.partition import Layer, layers_of
 from pipeline.seeding import seeded
+from pipeline.user_code import calling
 from pipeline.wording import text_of
 
 __all__ = ["check_chain", "check_partition", "check_ties"]

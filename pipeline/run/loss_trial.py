@@ -29,7 +29,7 @@ from pipeline.wording import text_of
 
 __all__ = ["Trial", "check_learns", "try_loss", "with_loss"]
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+_Loss = Callable[[Tensor, Tensor], Tensor]
 _SAME_DIRECTION = 0.99  # cosine; weighted means over the rows differ in their scale alone
 _ALONE = "give it back alone, and count right answers in correct()."
 
@@ -44,7 +44,7 @@ class Trial:
         labels: [rows, ...] of that batch.
     """
 
-    loss: Loss
+    loss: _Loss
     output: Tensor
     labels: Tensor
 
@@ -109,7 +109,7 @@ def check_learns(layers: Sequence[Layer], inputs: Tensor, outputs: Sequence[Tens
             )
 
 
-def try_loss(loss: Loss, output: Tensor, labels: Tensor) -> Trial:
+def try_loss(loss: _Loss, output: Tensor, labels: Tensor) -> Trial:
     """Try the loss with gradients, on copies: neither the tensors nor a loss that has a state are changed.
 
     Args:
@@ -216,7 +216,7 @@ def _has_gradient(module: nn.Module, x: Tensor, *, at_x: bool) -> bool:
 # ------------------------------------------------------------------ what it has of its own
 
 
-def _check_own(loss: Loss, found: Tensor, leaf: Tensor, held: dict[str, tuple[Tensor, int]]) -> None:
+def _check_own(loss: _Loss, found: Tensor, leaf: Tensor, held: dict[str, tuple[Tensor, int]]) -> None:
     names = {id(tensor): name for name, (tensor, _) in reversed(held.items())}
     trained = {id(t): t for _, t in tensors_of(loss, deep=False) if t.requires_grad and t.is_leaf}
     trained.update((id(tensor), tensor) for tensor in leaves_of(found) if tensor is not leaf)
@@ -235,7 +235,7 @@ def _check_own(loss: Loss, found: Tensor, leaf: Tensor, held: dict[str, tuple[Te
         )
 
 
-def _own_copy(loss: Loss) -> Loss:
+def _own_copy(loss: _Loss) -> _Loss:
     try:
         return copy.deepcopy(loss)
     except Exception:  # not everything can be copied; it is then tried as it is

@@ -24,7 +24,8 @@ from pipeline.plan.replica_layout import plan_of, policy_of, worker_of
 from pipeline.replicas.all_gather import ROOM, AllGather
 from pipeline.replicas.averaging import Averager, averager_of
 from pipeline.run.hollow_stage import HollowStage
-from pipeline.run.resolve import Resolved, resolve, stage_layers
+from pipeline.run.resolve import resolve, stage_layers
+from pipeline.run.resolved import Resolved
 from pipeline.run.runner import Runner, StageLike
 from pipeline.run.virtual_time import VirtualClock, VirtualQueue, VirtualSource
 from pipeline.schedule.policies import Action

@@ -19,7 +19,7 @@ from typing import Any, Self, cast
 
 from pipeline.errors import PlanError
 from pipeline.plan.replica_layout import called
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from workers import errors
 from workers.channels.names import Names
 from workers.supervision import protocol

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.data.fingerprint import Sketch
+from pipeline.run.sketch import Sketch
 from pipeline.wording import escaped
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The worker has its stage, which is ``built`` (``pipeline.data.fingerprint``), and both ends of its channels."""
+    """The worker has its stage, which is ``built`` (``pipeline.run.fingerprint``), and both ends of its channels."""
 
     stage: int
     pid: int

@@ -25,7 +25,7 @@ from pipeline.plan.channel_choice import kind_between, narrowed
 from pipeline.plan.device_choice import CPU, on_gpu
 from pipeline.plan.replica_layout import worker_of
 from pipeline.replicas.averaging import share_bytes
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from workers.channels.gpu.cuda_engine import CudaEngine
 from workers.channels.gpu.cuda_ipc import HEADER_SLOT_BYTES, PeerEngine, PeerReceiver, PeerSender
 from workers.channels.gpu.nccl_ends import LinkEngine, NcclReceiver, NcclSender

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from workers.channels.names import Names
 from workers.channels.shm.ring import check_shared_memory, create_ring, ring_bytes, sweep_stale, unlink_ring
 from workers.channels.wakeup import WakeUp, unlink_semaphore

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.data.recipe import Recipe
 from pipeline.plan.plan import Plan
 from pipeline.plan.replica_layout import called, worker_of
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from workers.channels.names import Names
 from workers.channels.net.gloo import Rendezvous
 from workers.worker.unnamed_file import UnnamedFile

@@ -6,9 +6,9 @@ import contextlib
 import os
 
 from pipeline.data.recipe import label_problem
-from pipeline.data.user_code import RecipeFailed, place_of, users_part
 from pipeline.errors import PlanError, StageError
 from pipeline.plan.replica_layout import batch_of
+from pipeline.user_code import RecipeFailed, place_of, users_part
 from pipeline.wording import said, shortened, traceback_of
 from workers.clock import now_ns
 from workers.files import NotWritten

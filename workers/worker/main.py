@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.data.fingerprint import Sketch, fingerprint
 from pipeline.data.recipe import Recipe
 from pipeline.errors import PlanError
 from pipeline.metrics.spans import Recorder, Span
@@ -32,9 +31,11 @@ from pipeline.plan.device_choice import on_gpu
 from pipeline.plan.replica_layout import plan_of, policy_of
 from pipeline.replicas.all_gather import AllGather
 from pipeline.replicas.averaging import averager_of
+from pipeline.run.fingerprint import fingerprint
 from pipeline.run.reference import schedule
 from pipeline.run.resolve import stage_layers
 from pipeline.run.runner import Runner
+from pipeline.run.sketch import Sketch
 from pipeline.schedule.policies import Action, scripted
 from pipeline.stage.dni_quality import Quality
 from pipeline.stage.evaluation import EvaluationMetrics

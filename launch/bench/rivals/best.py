@@ -10,7 +10,7 @@ from launch.bench.rivals.ranks import HERE, Places
 from launch.bench.rivals.torch_schedule import run_torch_schedule
 from pipeline.data.recipe import Recipe
 from pipeline.errors import PlanError
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 
 __all__ = ["MicrobatchChoice", "best_microbatches"]
 

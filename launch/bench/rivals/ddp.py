@@ -16,7 +16,7 @@ from pipeline.data.recipe import Recipe, build_model
 from pipeline.errors import PlanError
 from pipeline.model.optimizers import build_optimizer
 from pipeline.model.partition import layers_of
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from pipeline.seeding import derived_seed
 from pipeline.stage.evaluation import EvaluationMetrics, scores_of
 

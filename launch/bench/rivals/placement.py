@@ -18,7 +18,7 @@ from pipeline.data.recipe import Recipe, build_model
 from pipeline.errors import PlanError, nearest
 from pipeline.model.partition import Layer, balanced_split, layers_of, split
 from pipeline.model.proof import check_partition
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 
 __all__ = ["TORCH_SCHEDULES", "Boundary", "Placement", "Schedule", "check_microbatches", "place", "schedule_named"]
 

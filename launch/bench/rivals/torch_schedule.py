@@ -28,7 +28,7 @@ from launch.bench.rivals.record import RankRun, RivalRun, merged
 from pipeline.data.recipe import Recipe, build_model
 from pipeline.model.optimizers import build_optimizer
 from pipeline.model.partition import Layer, layers_of, split
-from pipeline.run.resolve import Resolved
+from pipeline.run.resolved import Resolved
 from pipeline.seeding import derived_seed
 
 if TYPE_CHECKING:

@@ -1,0 +1,88 @@
+"""What a stage begins with, as a few numbers per tensor, so that two processes can compare what they have built.
+
+recipe --> layers, weights, first batches, what layers and loss give for a fixed input --> name: Sketch
+
+Every process makes the recipe for itself. Values that the program has set since, random numbers that the seed does not
+give, or other data make another model of it, which trains without an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from pipeline.data.recipe import Batch, Recipe
+from pipeline.model.partition import Layer
+from pipeline.run.resolved import Resolved
+from pipeline.run.sketch import Sketch, sketch_of
+from pipeline.seeding import derived_seed, seeded
+
+__all__ = ["fingerprint", "first_two"]
+
+_ROWS = 2
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def fingerprint(
+    recipe: Recipe, resolved: Resolved, index: int, layers: Sequence[Layer], replica: int = 0
+) -> dict[str, Sketch]:
+    """Sketches of one stage as it is before training. Works on copies: the layers stay as they are.
+
+    Args:
+        recipe: what this process has made of it.
+        resolved: the run.
+        index: the stage.
+        layers: its layers, freshly built.
+        replica: only the first one looks at the held-out batches.
+    """
+    seed, last = resolved.plan.seed, index == resolved.plan.stages - 1
+    found = dict(_layers(layers))
+    if index == 0:
+        first = recipe.seeded_batch(seed, 0)
+        found |= _batch("batch 0", first)
+        if replica == 0:
+            found |= _batch("held-out batch 0", next(recipe.held_out(), ()))
+        rows = first[0][:_ROWS].clone()
+    else:
+        below = resolved.cuts[index - 1]
+        rows = _fixed(seed, below.activation_shape).to(below.activation_dtype)
+    # What takes no two rows is left out, in every process alike.
+    with contextlib.suppress(Exception), seeded(seed, "fingerprint"), torch.no_grad():
+        for layer in copy.deepcopy(list(layers)):
+            rows = layer.module(rows)
+            found[f"what layer {layer.name} gives"] = sketch_of(rows, computed=True)
+    if last:
+        with contextlib.suppress(Exception), seeded(seed, "fingerprint"), torch.no_grad():
+            loss = recipe.loss(_fixed(seed, resolved.output_shape).abs(), load(resolved.two_labels)["labels"])
+            found["the loss of a fixed output"] = sketch_of(loss, computed=True)
+    return found
+
+
+def first_two(labels: Tensor) -> bytes:
+    """The labels of two rows, as bytes; none where they cannot be that."""
+    with contextlib.suppress(Exception):
+        return save({"labels": labels[:_ROWS].detach().clone(memory_format=torch.contiguous_format)})
+    return b""
+
+
+def _layers(layers: Sequence[Layer]) -> Iterator[tuple[str, Sketch]]:
+    for layer in layers:
+        yield f"layer {layer.name}", Sketch(" ".join(_ADDRESS.sub("", repr(layer.module)).split()))
+        for name, tensor in (*layer.module.named_parameters(), *layer.module.named_buffers()):
+            yield f"{layer.name}.{name}", sketch_of(tensor)
+
+
+def _batch(name: str, batch: Batch | tuple[()]) -> dict[str, Sketch]:
+    return {f"{part} of {name}": sketch_of(tensor) for part, tensor in zip(("inputs", "labels"), batch, strict=False)}
+
+
+def _fixed(seed: int, shape: Sequence[int]) -> Tensor:
+    """Two rows, the same in every process."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, "fingerprint"))
+    return torch.rand(min(_ROWS, shape[0]), *shape[1:], generator=generator) * 2 - 1
