@@ -23,7 +23,7 @@ from launch.training import run
 from pipeline import Plan, PlanError, Recipe, nearest
 from pipeline.run.resolved import Resolved
 
-__all__ = ["Comparison", "chosen_rows", "prepare_rows", "bench"]
+__all__ = ["Comparison", "chosen_rows", "prepare_rows", "run_bench"]
 
 
 @dataclass(frozen=True, kw_only=True)
