@@ -15,6 +15,7 @@ LAYERS = ("pipeline", "workers", "launch")
 ROOMS = (
     "pipeline.errors",
     "pipeline.seeding",
+    "pipeline.state",
     "pipeline.messages",
     "pipeline.schedule",
     "pipeline.plan",

@@ -15,6 +15,7 @@ from pipeline.data.user_code import calling
 from pipeline.dni.dni import describe_form, target_every
 from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
+from pipeline.messages.bundle import specs_of
 from pipeline.model.cut import Cut
 from pipeline.model.partition import (
     Layer,
@@ -290,11 +291,9 @@ def _cut(
 ) -> Cut:
     return Cut(
         index=index,
-        activation_shape=tuple(activation.shape),
-        activation_dtype=activation.dtype,
-        label_shape=tuple(labels.shape),
-        label_dtype=labels.dtype,
-        output_shape=tuple(output.shape),
+        specs=specs_of((activation,), ("activation",), differentiable=True),
+        context=specs_of((labels,), ("labels",), differentiable=False),
+        output=specs_of((output,), ("output",), differentiable=True)[0],
         loss=recipe.loss,
         normalised=ends_normalised(below),
         depth=depth_of(stage),

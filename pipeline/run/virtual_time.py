@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -52,9 +52,8 @@ class VirtualQueue:
         """Send a copy."""
         sent = narrowed(message, self.wire_dtype)
         message = message if sent is message else widened(sent)
-        copies = tuple(tensor.detach().clone() for tensor in message.tensors)
         arrival = self.clock.effect + self.hop
-        self.items.append((arrival, replace(message, tensors=copies)))
+        self.items.append((arrival, message.holding(tensor.detach().clone() for tensor in message.tensors)))
         self.clock.at(arrival)
 
     def take(self) -> Message | None:

@@ -36,6 +36,7 @@ from pipeline.model.cut import Cut
 from pipeline.model.partition import Layer
 from pipeline.plan.plan import Plan
 from pipeline.seeding import seed_layer
+from pipeline.state import State, attributes, set_attributes
 
 __all__ = ["Guard"]
 
@@ -44,6 +45,10 @@ _TIMES_THE_LOSS, _TIMES_AT_ONCE, _TIMES_THE_GRADIENT = 10.0, 1000.0, 1e4
 _ONE_IN, _SILENT, _SAMPLES = 16, 8, 16  # targets: every 16th is looked at; 8 of these without a word; the last 16
 _WORST_ERROR = 4.0
 _NEXT_TO_NOTHING = 1e-4
+_REMEMBERED = (
+    *("_losses", "_first_losses", "_rising_since", "_first_sizes"),
+    *("_num_targets", "_silent", "_errors", "_largest"),
+)
 _REGARDLESS = "--no-guard goes on regardless"
 _SLOWER = "lower the learning rate, or clip (--optimizer.clip 1)"
 
@@ -202,6 +207,14 @@ class Guard:
         size = float(gradient.square().sum())
         self._check_silence(batch, silent=size > 0 and not bool(predicted.any()))
         self._check_error(batch, float((predicted - gradient).square().sum()), size)
+
+    def state(self) -> State:
+        """What the run began with and has been like of late."""
+        return attributes(self, _REMEMBERED)
+
+    def load_state(self, state: State) -> None:
+        """Take up ``state``."""
+        set_attributes(self, _REMEMBERED, state)
 
     # ------------------------------------------------------------------ private
 

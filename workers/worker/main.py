@@ -27,7 +27,7 @@ from pipeline.data.recipe import Recipe
 from pipeline.metrics.spans import Recorder, Span
 from pipeline.plan.device_choice import on_gpu
 from pipeline.plan.replica_layout import plan_of, policy_of
-from pipeline.replicas.all_gather import AllGather
+from pipeline.replicas.all_gather import gathering
 from pipeline.replicas.averaging import averager_of
 from pipeline.run.reference import schedule
 from pipeline.run.resolve import stage_layers
@@ -98,7 +98,7 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     record = spans or Pulse(assignment.worker, board)
     ports = stack.enter_context(attached(assignment, recipe, record, lambda step: runner.averager.enough(step)))
     if spans is not None:
-        spans.depth = ports.below.depth
+        spans.depth = ports.depth
     stage = _build(assignment, recipe, record)
     runner = _runner(assignment, stage, ports, record, board)
     report = _Reporter(connection, assignment.resolved.warmup, assignment.replica)
@@ -126,7 +126,15 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     peak_bytes = peak_memory_bytes(device)
     counts = runner.updated, runner.learned, runner.dropped
     times = begin_ns, end_ns, report.window_ns
-    last_words = assignment.index, *counts, peak_bytes, *times, *ports.sent_bytes, assignment.replica
+    last_words = (
+        assignment.index,
+        *counts,
+        peak_bytes,
+        *times,
+        ports.sent_bytes("activations"),
+        ports.sent_bytes("gradients"),
+        assignment.replica,
+    )
     records.send(connection, records.Finished(*last_words))
 
 
@@ -181,7 +189,7 @@ def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> Stage | 
     plan = assignment.plan
     if plan.emulation is not None:
         shape = assignment.resolved.output_shape
-        shape = shape if assignment.last else assignment.resolved.cuts[assignment.index].activation_shape
+        shape = shape if assignment.last else assignment.resolved.cuts[assignment.index].activation.shape
         return EmulatedStage(assignment.index, plan, plan.emulation, shape, record)
     cut = None if assignment.last else replace(assignment.resolved.cuts[assignment.index], loss=recipe.loss)
     below = None if assignment.index == 0 else assignment.resolved.cuts[assignment.index - 1]
@@ -196,16 +204,14 @@ def _runner(
     policy = policy_of(plan)
     if plan.deterministic:
         policy = scripted(schedule(plan, assignment.resolved.held_out_batches)[assignment.worker])
-    exchange = AllGather(assignment.index, assignment.replica, ports.to_peers, ports.from_peers)
+    exchange = gathering(plan, assignment.index, assignment.replica, ports.inlets, ports.outlets)
     return Runner(
         stage=stage,
         policy=policy,
         stages=plan.stages,
         microbatches=plan.microbatches,
-        below=ports.below,
-        above=ports.above,
-        down=ports.down,
-        up=ports.up,
+        inlets=ports.inlets,
+        outlets=ports.outlets,
         averager=averager_of(plan, stage.state_tensors(), exchange, lambda: board.enough, record),
         record=record,
     )
