@@ -58,7 +58,6 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _lies_in(result: object, tensors: list[Tensor]) -> bool:
     """Whether writing into the result would write into one of the tensors."""
-    if not isinstance(result, Tensor):
-        return False
-    memory = result.untyped_storage().data_ptr()
-    return any(tensor.untyped_storage().data_ptr() == memory for tensor in tensors)
+    given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    results = result if isinstance(result, list | tuple) else [result]
+    return any(each.untyped_storage().data_ptr() in given for each in results if isinstance(each, Tensor))

@@ -51,7 +51,7 @@ def fingerprint(
         rows = first[0][:_ROWS].clone()
     else:
         below = resolved.cuts[index - 1]
-        rows = _fixed(seed, below.activation_shape).to(below.activation_dtype)
+        rows = _fixed(seed, below.activation.shape).to(below.activation.dtype)
     # What takes no two rows is left out, in every process alike.
     with contextlib.suppress(Exception), seeded(seed, "fingerprint"), torch.no_grad():
         for layer in copy.deepcopy(list(layers)):

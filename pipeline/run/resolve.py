@@ -11,6 +11,7 @@ from pipeline.data.recipe import Batch, Recipe, build_model, check_batches
 from pipeline.dni.dni import describe_form, target_every
 from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
+from pipeline.messages.bundle import specs_of
 from pipeline.messages.message import dense
 from pipeline.model.checkpointing import check_checkpointing
 from pipeline.model.cut import Cut
@@ -246,11 +247,9 @@ def _cut(
 ) -> Cut:
     return Cut(
         index=index,
-        activation_shape=tuple(activation.shape),
-        activation_dtype=activation.dtype,
-        label_shape=tuple(labels.shape),
-        label_dtype=labels.dtype,
-        output_shape=tuple(output.shape),
+        specs=specs_of((activation,), ("activation",), differentiable=True),
+        context=specs_of((labels,), ("labels",), differentiable=False),
+        output=specs_of((output,), ("output",), differentiable=True)[0],
         loss=recipe.loss,
         normalised=ends_normalised(below),
         depth=depth_of(stage),
