@@ -10,7 +10,6 @@ None where a tensor is not differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor
 __all__ = [
     "Bundle",
     "Item",
+    "Specs",
     "TensorSpec",
     "as_bundle",
     "as_value",
@@ -76,18 +76,28 @@ class TensorSpec:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-def specs_of(value: Bundle, names: Sequence[str], *, differentiable: bool) -> tuple[TensorSpec, ...]:
-    """The specs of a bundle without gaps.
+Specs = tuple[TensorSpec | None, ...]
+"""What a bundle is described by; None where it has nothing."""
+
+
+def specs_of(bundle: Bundle, name: str, *, differentiable: bool = False) -> Specs:
+    """The specs of a bundle.
 
     Args:
-        value: the bundle.
-        names: of its tensors.
+        bundle: of a whole batch.
+        name: of its tensor; of several with their number behind it.
         differentiable: whether gradients come back for those that hold floating-point numbers.
     """
     return tuple(
-        TensorSpec(name, tuple(tensor.shape), tensor.dtype, differentiable and tensor.is_floating_point())
-        for name, tensor in zip(names, value, strict=True)
-        if tensor is not None
+        None
+        if tensor is None
+        else TensorSpec(
+            name if len(bundle) == 1 else f"{name} {place}",
+            tuple(tensor.shape),
+            tensor.dtype,
+            differentiable and tensor.is_floating_point(),
+        )
+        for place, tensor in enumerate(bundle)
     )
 
 

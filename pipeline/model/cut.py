@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.messages.bundle import TensorSpec
+from pipeline.messages.bundle import Specs, TensorSpec
 
 __all__ = ["Cut"]
 
@@ -37,8 +37,8 @@ class Cut:
     """
 
     index: int
-    specs: tuple[TensorSpec, ...]
-    context: tuple[TensorSpec, ...]
+    specs: Specs
+    context: Specs
     output: TensorSpec
     loss: Callable[[Tensor, Tensor], Tensor]
     normalised: bool = False
@@ -50,12 +50,15 @@ class Cut:
     @property
     def activation(self) -> TensorSpec:
         """The tensor that a DNI predicts the gradient of: the first differentiable one, or the first of all."""
-        return next((spec for spec in self.specs if spec.differentiable), self.specs[0])
+        there = [spec for spec in self.specs if spec is not None]
+        return next((spec for spec in there if spec.differentiable), there[0])
 
     @property
     def labels(self) -> TensorSpec:
         """The labels."""
-        return self.context[0]
+        labels = self.context[0]
+        assert labels is not None, "every batch has labels"
+        return labels
 
     @property
     def classes(self) -> int | None:

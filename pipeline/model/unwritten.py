@@ -28,11 +28,12 @@ class Unwritten(Generic[_Result]):
 
     Args:
         function: what is called; other arguments than tensors are passed on as they are.
+        writes: whether it writes; None: found out.
     """
 
-    def __init__(self, function: Callable[..., _Result]) -> None:
+    def __init__(self, function: Callable[..., _Result], writes: bool | None = None) -> None:
         self._function = function
-        self._needs_copies: dict[bool, bool] = {}
+        self._needs_copies: dict[bool, bool] = {} if writes is None else {False: writes, True: writes}
 
     def __call__(self, *given: object) -> _Result:
         """What the function gives."""

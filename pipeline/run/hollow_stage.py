@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.messages.bundle import Bundle, Item, TensorSpec, gradients_like
+from pipeline.messages.bundle import Bundle, Item, Specs, TensorSpec, gradients_like
 from pipeline.metrics.spans import Recorder, Span, silent
 from pipeline.plan.emulation import Emulation
 from pipeline.plan.plan import Plan
@@ -44,7 +44,7 @@ class HollowStage:
         self,
         index: int,
         plan: Plan,
-        output: tuple[TensorSpec, ...] = _NOTHING,
+        output: Specs = _NOTHING,
         record: Recorder = silent,
         lasting: Lasting | None = None,
     ) -> None:
@@ -139,7 +139,9 @@ class HollowStage:
 
     def _zeros(self, context: Bundle) -> Bundle:
         rows = len(next((tensor for tensor in context if tensor is not None), ()))
-        return tuple(torch.zeros(rows, *spec.shape[1:], dtype=spec.dtype) for spec in self._output)
+        return tuple(
+            None if spec is None else torch.zeros(rows, *spec.shape[1:], dtype=spec.dtype) for spec in self._output
+        )
 
     def _end(self, item: Item) -> None:
         """Keep what is still needed of a batch after its update, as a stage does."""

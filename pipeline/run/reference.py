@@ -28,7 +28,8 @@ from pipeline.replicas.averaging import averager_of
 from pipeline.run.hollow_stage import HollowStage
 from pipeline.run.resolve import resolve, stage_layers
 from pipeline.run.resolved import Resolved
-from pipeline.run.runner import Runner, StageLike
+from pipeline.run.runner import Runner
+from pipeline.run.stage_like import StageLike
 from pipeline.run.virtual_time import VirtualClock, VirtualQueue, VirtualSource
 from pipeline.schedule.policies import Action
 from pipeline.stage.dni_quality import Quality

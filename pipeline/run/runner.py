@@ -15,9 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
-
-from torch import Tensor
+from typing import TypeVar
 
 from pipeline.errors import StageError
 from pipeline.messages.bundle import Bundle, Item
@@ -26,39 +24,17 @@ from pipeline.messages.queue_ends import Inlet, Outlet
 from pipeline.metrics.spans import Recorder, Span, silent
 from pipeline.plan.topology import Edge, What
 from pipeline.replicas.averaging import ALONE, Averager
+from pipeline.run.stage_like import StageLike
 from pipeline.run.uplink import Uplink
 from pipeline.schedule.policies import Action, Policy, View
 from pipeline.stage.dni_quality import Quality
 from pipeline.stage.evaluation import EvaluationMetrics
 from pipeline.stage.gradient_flow import Route
-from pipeline.stage.in_flight import InFlight
 from pipeline.stage.unlock import Switch
 
-__all__ = ["Runner", "StageLike"]
+__all__ = ["Runner"]
 
 _End = TypeVar("_End")
-
-
-class StageLike(Protocol):
-    """What a Runner needs of a stage; ``Stage`` computes, a hollow one only counts."""
-
-    index: int
-    last: bool
-    scores: EvaluationMetrics
-    in_flight: InFlight
-
-    def switched(self) -> Switch | None: ...
-    def forward(self, item: Item, x: Bundle, context: Bundle, *, awaited: bool = False) -> Bundle: ...
-    def predict(self, item: Item) -> Bundle | None: ...
-    def backward(self, item: Item, gradient: Bundle | None) -> Bundle | None: ...
-    def step(self, batch: int) -> None: ...
-    def skip(self, item: Item) -> None: ...
-    def learn(self, item: Item, gradient: Bundle) -> Bundle | None: ...
-    def true_gradient(self) -> Bundle | None: ...
-    def judge(self, batch: int, gradient: Bundle) -> tuple[Quality | None, Bundle | None]: ...
-    def evaluate(self, batch: int, x: Bundle, context: Bundle) -> Bundle: ...
-    def loss_of(self, batch: int) -> float: ...
-    def state_tensors(self) -> dict[str, Tensor]: ...
 
 
 @dataclass

@@ -10,7 +10,8 @@ computed on them; the gradients found on them are applied to the weights of toda
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,10 @@ class StageLayers:
         self.compiled = computing.chain([layer.module for layer in layers])
         self.parameters = [p for p in self._modules.parameters() if p.requires_grad]
         self._modes = ModuleModes(self._modules)
-        self._forward, self._evaluate = Unwritten(self._run_training), Unwritten(self._run_evaluation)
+        writes = None  # a compiled chain is asked: it would be compiled once more for the copies of a first call
+        if self.compiled is not None:
+            writes = any(getattr(module, "inplace", False) for module in layers[0].module.modules())
+        self._forward, self._evaluate = (Unwritten(run, writes) for run in (self._run_training, self._run_evaluation))
         self._needs_input_gradient: bool | None = None
 
     @property
@@ -151,11 +155,15 @@ class StageLayers:
         """Take up ``state``."""
         load_module(self._modules, state)
 
-    def failed(self, error: Exception, layer: str | None, batch: int) -> StageError:
-        """What is raised for an error: it names stage, layer and batch."""
-        if isinstance(error, StageError):
-            return error
-        return StageError(said(error), stage=self._index, layer=layer, batch=batch)
+    @contextlib.contextmanager
+    def naming(self, layer: str | None, batch: int) -> Iterator[None]:
+        """Around work on a batch: whatever it raises becomes a ``StageError`` that names stage, layer and batch."""
+        try:
+            yield
+        except StageError:
+            raise
+        except Exception as error:
+            raise StageError(said(error), stage=self._index, layer=layer, batch=batch) from error
 
     # ------------------------------------------------------------------ private
 
@@ -180,10 +188,8 @@ class StageLayers:
         return value
 
     def _called(self, call: Callable[[Any], Any], value: Any, layer: str | None, batch: int) -> Any:
-        try:
+        with self.naming(layer, batch):
             return call(value)
-        except Exception as error:
-            raise self.failed(error, layer, batch) from error
 
 
 class _Modules(nn.ModuleList):

@@ -135,10 +135,8 @@ class Stage:
             return None
         self.record(Span.DNI, item.batch)
         kept = self.in_flight.of(item)
-        try:
+        with self._layers.naming("DNI" if self.dni else None, item.batch):
             return self._predictor.meet(kept, item.batch)
-        except Exception as error:
-            raise self._layers.failed(error, "DNI" if self.dni else None, item.batch) from error
 
     def switched(self) -> Switch | None:
         """How the stage has just locked or unlocked, if it has; gives it once."""
@@ -158,7 +156,7 @@ class Stage:
         route = kept.route
         self.record(Span.BACKWARD, batch)
         self._layers.training(True)
-        try:
+        with self._layers.naming(None, batch):
             outputs, under = self._outputs(item, kept, gradient)
             if item.microbatch == 0 and self.optimizer is not None:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -167,8 +165,6 @@ class Stage:
                 again = route.relays or route.samples
                 backward = torch.autograd.backward
                 self._layers.within(kept.stash, backward, outputs, under, retain_graph=again, inputs=inputs)
-        except Exception as error:
-            raise self._layers.failed(error, None, batch) from error
         below = self._entrance.gradient(kept)
         if kept.stash:
             self._layers.take_gradients(kept.leaves)
@@ -227,10 +223,8 @@ class Stage:
         del self.in_flight[item]
         self.record(Span.DNI_TRAIN, batch)
         g = self._predictor.of(self._computing.brought(gradient))
-        try:
+        with self._layers.naming("DNI", batch):
             self._predictor.learn(kept, g, batch, is_true=self._flow.true_targets and not kept.route.locked)
-        except Exception as error:
-            raise self._layers.failed(error, "DNI", batch) from error
         if not kept.route.relays:
             return None
         self.record(Span.RELAY, batch)

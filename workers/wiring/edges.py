@@ -104,8 +104,8 @@ def _channel_of(edge: Edge, resolved: Resolved, names: Names) -> ChannelSpec:
 
 def slot_bytes(cut: Cut, wire_dtype: torch.dtype | None = None) -> tuple[int, int]:
     """Bytes of one slot of the activation channel and of the gradient channel of a cut."""
-    h, context = (tuple(spec.empty() for spec in specs) for specs in (cut.specs, cut.context))
-    back = tuple(spec.empty() if spec.differentiable else None for spec in cut.specs)
+    h, context = (tuple(None if spec is None else spec.empty() for spec in specs) for specs in (cut.specs, cut.context))
+    back = tuple(spec.empty() if spec is not None and spec.differentiable else None for spec in cut.specs)
     down, up = Message(Kind.ACTIVATION, Item(0), 0, h, context), Message(Kind.GRADIENT, Item(0), 0, back)
     return layout_of(narrowed(down, wire_dtype)).total_bytes, layout_of(narrowed(up, wire_dtype)).total_bytes
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipeline.data.recipe import Recipe
 from pipeline.errors import PlanError
-from pipeline.messages.bundle import TensorSpec
+from pipeline.messages.bundle import Specs, TensorSpec
 from pipeline.metrics.spans import Recorder, Span
 from pipeline.model.partition import Layer
 from pipeline.plan.device_choice import on_gpu
@@ -196,7 +196,7 @@ def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> tuple[St
     plan = assignment.plan
     if plan.emulation is not None:
         resolved = assignment.resolved
-        last = (TensorSpec("output", resolved.output_shape, torch.float32, differentiable=True),)
+        last: Specs = (TensorSpec("output", resolved.output_shape, torch.float32, differentiable=True),)
         output = last if assignment.last else resolved.cuts[assignment.index].specs
         return HollowStage(assignment.index, plan, output, record, Sleeper().lasting), {}
     cut = None if assignment.last else replace(assignment.resolved.cuts[assignment.index], loss=recipe.loss)
