@@ -23,13 +23,14 @@ from torch import Tensor
 
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.device_choice import CPU
+from pipeline.plan.topology import Edge
 from workers.channels.errors import ChannelBroken, ChannelClosed, ChannelTimeout
 from workers.channels.interface import Receiver, Sender
 from workers.channels.net.gloo import Meeting, Rendezvous
 from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
 from workers.channels.wakeup import WakeUp
 from workers.processes.context import process_context
-from workers.wiring.edges import Edge, open_receiver, open_sender
+from workers.wiring.edges import ChannelSpec, open_receiver, open_sender
 
 SOON_S = 0.05  # a wait that is meant to end in a timeout
 DEADLINE_S = 20.0  # a wait that is meant to succeed
@@ -54,7 +55,7 @@ NO_BELLS = Bells()
 class Ground:
     """One directed edge from stage 0 to stage 1: can be pickled, and opened in any process of this host."""
 
-    edge: Edge
+    edge: ChannelSpec
     rendezvous: Rendezvous | None = None
 
     def sender(self, bells: Bells = NO_BELLS) -> Sender:
@@ -70,7 +71,7 @@ class Ground:
 
 
 @contextmanager
-def over_shared_memory(edge: Edge) -> Iterator[Ground]:
+def over_shared_memory(edge: ChannelSpec) -> Iterator[Ground]:
     assert edge.ring_slot_bytes is not None
     create_ring(edge.name, edge.slots, edge.ring_slot_bytes)
     try:
@@ -80,7 +81,7 @@ def over_shared_memory(edge: Edge) -> Iterator[Ground]:
 
 
 @contextmanager
-def over_gloo(edge: Edge) -> Iterator[Ground]:
+def over_gloo(edge: ChannelSpec) -> Iterator[Ground]:
     with Rendezvous.hosted() as rendezvous:
         yield Ground(edge, rendezvous)
 
@@ -97,7 +98,7 @@ class Implementation:
         other: where the receiver has; None: there too.
     """
 
-    ground: Callable[[Edge], AbstractContextManager[Ground]]
+    ground: Callable[[ChannelSpec], AbstractContextManager[Ground]]
     sees_death: type[Exception]
     kind: str
     device: str = CPU
@@ -138,7 +139,7 @@ class Workbench:
     ) -> Ground:
         how, name = CHANNELS[self.kind], f"{new_prefix()}-a0"
         devices = how.device, how.other or how.device
-        edge = Edge(how.kind, "activations", name, label, 0, 1, slots, slot_bytes, wire_dtype, *devices)
+        edge = ChannelSpec(Edge(0, 1, "activations", 0), how.kind, name, label, slots, slot_bytes, wire_dtype, *devices)
         return self.stack.enter_context(how.ground(edge))
 
     def ends(

@@ -35,6 +35,7 @@ from pipeline import ChannelPlan, Plan, Recipe, run_reference
 from pipeline.data.recipe import build_model
 from pipeline.messages.message import Kind, Message
 from pipeline.metrics.spans import Span, Spans
+from pipeline.plan.topology import Edge
 from pipeline.seeding import seed_layer
 from workers.channels.interface import Receiver, Sender
 from workers.channels.net.gloo import Rendezvous
@@ -42,7 +43,7 @@ from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
 from workers.errors import RunFailed
 from workers.telemetry.gpu_span_recorder import CudaMarks, GpuSpanRecorder
 from workers.telemetry.status_table import StatusTable
-from workers.wiring.edges import Edge, open_receiver, open_sender
+from workers.wiring.edges import ChannelSpec, open_receiver, open_sender
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product of this process
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # torch warns of what has no deterministic form
@@ -245,7 +246,9 @@ def test_a_hop_between_processes_is_measured_over_every_channel() -> None:
 
 @contextmanager
 def ends(kind: str, slot_bytes: int, wire_dtype: torch.dtype | None = None) -> Iterator[tuple[Sender, Receiver]]:
-    edge = Edge(kind, "activations", f"{new_prefix()}-a", "a 0->1", 0, 1, 2, slot_bytes, wire_dtype, GPU, GPU)
+    edge = ChannelSpec(
+        Edge(0, 1, "activations", 0), kind, f"{new_prefix()}-a", "a 0->1", 2, slot_bytes, wire_dtype, GPU, GPU
+    )
     with ExitStack() as stack:
         assert edge.ring_slot_bytes is not None
         create_ring(edge.name, edge.slots, edge.ring_slot_bytes)
@@ -288,7 +291,7 @@ def test_the_memory_of_the_ring_is_pinned() -> None:
 
 
 def test_gloo_carries_tensors_of_the_gpu_through_pinned_memory() -> None:
-    edge = Edge("gloo", "activations", "x", "a 0->1", 0, 1, 2, 1 << 20, None, GPU, GPU)
+    edge = ChannelSpec(Edge(0, 1, "activations", 0), "gloo", "x", "a 0->1", 2, 1 << 20, None, GPU, GPU)
     with Rendezvous.hosted() as rendezvous, ThreadPoolExecutor(1) as pool, ExitStack() as stack:
         other = pool.submit(open_receiver, edge, lambda stage: None, rendezvous.join(DEADLINE_S), DEADLINE_S)
         sender = open_sender(edge, lambda stage: None, rendezvous.join(DEADLINE_S), DEADLINE_S)
@@ -424,7 +427,7 @@ def test_a_worker_killed_under_nccl_ends_the_run_with_our_error(mode: str, tmp_p
 
 @pytest.mark.gpu(2)
 def test_messages_over_nccl_arrive_in_order_and_what_was_sent_may_be_changed_at_once() -> None:
-    edge = Edge("nccl", "activations", "", "a 0->1", 0, 1, 2, 1 << 26, None, GPU, "cuda:1")
+    edge = ChannelSpec(Edge(0, 1, "activations", 0), "nccl", "", "a 0->1", 2, 1 << 26, None, GPU, "cuda:1")
     with Rendezvous.hosted() as rendezvous, ThreadPoolExecutor(2) as pool, ExitStack() as stack:
         other = pool.submit(open_receiver, edge, lambda stage: None, rendezvous.join(DEADLINE_S), DEADLINE_S)
         sender = open_sender(edge, lambda stage: None, rendezvous.join(DEADLINE_S), DEADLINE_S)

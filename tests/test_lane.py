@@ -14,6 +14,7 @@ import torch
 
 from pipeline.messages.message import Kind, Message
 from pipeline.metrics.spans import SPAN_DTYPE, Span, Spans
+from pipeline.plan.topology import Edge
 from workers.channels.errors import ChannelBroken, ChannelTimeout
 from workers.channels.gpu.cuda_ipc import PeerSender
 from workers.channels.interface import Receiver, Sender
@@ -22,7 +23,7 @@ from workers.channels.staging import DeviceStaging
 from workers.clock import now_ns
 from workers.telemetry.gpu_span_recorder import GpuSpanRecorder
 from workers.telemetry.status_table import StatusTable
-from workers.wiring.edges import Edge, open_receiver, open_sender
+from workers.wiring.edges import ChannelSpec, open_receiver, open_sender
 
 DEADLINE_S = 20.0
 
@@ -40,7 +41,9 @@ def standstill() -> Iterator[None]:
 def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Sender, Receiver]]:
     late_device.register()
     device = late_device.DEVICE
-    edge = Edge(request.param, "activations", f"{new_prefix()}-a", "a 0->1", 0, 1, 2, 4096, None, device, device)
+    edge = ChannelSpec(
+        Edge(0, 1, "activations", 0), request.param, f"{new_prefix()}-a", "a 0->1", 2, 4096, None, device, device
+    )
     assert edge.ring_slot_bytes is not None
     create_ring(edge.name, edge.slots, edge.ring_slot_bytes)
     with ExitStack() as stack:

@@ -17,6 +17,7 @@ ROOMS = (
     "pipeline.wording",
     "pipeline.user_code",
     "pipeline.seeding",
+    "pipeline.state",
     "pipeline.messages",
     "pipeline.schedule",
     "pipeline.plan",
@@ -61,8 +62,6 @@ MOST_MODULES, MOST_LINES, MEDIAN_LINES = 15, 350, 130
 LONGER = {
     "launch/on_ray/cluster.py",
     "pipeline/dni/forms.py",
-    "pipeline/run/runner.py",
-    "pipeline/stage/stage.py",
     "workers/supervision/protocol.py",
     "workers/supervision/remote_workers.py",
 }

@@ -26,28 +26,31 @@ from launch.training import run
 from pipeline import ChannelPlan, Plan, Recipe, run_reference
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.channel_choice import ChannelChoice
+from pipeline.plan.topology import Edge
 from workers.channels.errors import ChannelBroken, ChannelClosed, ChannelTimeout
 from workers.channels.gpu.nccl_ends import NcclReceiver, NcclSender
 from workers.channels.net import credit_end
 from workers.channels.net.gloo import PairBroken, Rendezvous
 from workers.processes.context import process_context
-from workers.wiring.edges import Edge, open_receiver, open_sender
+from workers.wiring.edges import ChannelSpec, open_receiver, open_sender
 
 SOON_S = 0.05  # a wait that is meant to end in a timeout
 DEADLINE_S = 20.0  # a wait that is meant to succeed
 UNSEEN_S = 50.0
 """Before a failure that nobody saw would end as a stall, after 60 s."""
-EDGE = Edge("nccl", "activations", "", "a 0->1", 0, 1, 2, 4096, None, late_device.DEVICE, late_device.DEVICE)
+EDGE = ChannelSpec(
+    Edge(0, 1, "activations", 0), "nccl", "", "a 0->1", 2, 4096, None, late_device.DEVICE, late_device.DEVICE
+)
 
 
-def sender_at(rendezvous: Rendezvous, edge: Edge = EDGE) -> NcclSender:
+def sender_at(rendezvous: Rendezvous, edge: ChannelSpec = EDGE) -> NcclSender:
     late_device.register()
     end = open_sender(edge, lambda worker: None, rendezvous.join(DEADLINE_S), DEADLINE_S)
     assert isinstance(end, NcclSender)
     return end
 
 
-def receiver_at(rendezvous: Rendezvous, edge: Edge = EDGE) -> NcclReceiver:
+def receiver_at(rendezvous: Rendezvous, edge: ChannelSpec = EDGE) -> NcclReceiver:
     late_device.register()
     end = open_receiver(edge, lambda worker: None, rendezvous.join(DEADLINE_S), DEADLINE_S)
     assert isinstance(end, NcclReceiver)
@@ -73,7 +76,7 @@ def ends(rendezvous: Rendezvous) -> Iterator[tuple[NcclSender, NcclReceiver]]:
 class both(ExitStack):  # noqa: N801 a context manager is called like a function
     """Two ends, that may see the edge differently; closed at once, as each waits for the other."""
 
-    def __init__(self, rendezvous: Rendezvous, sends: Edge, receives: Edge) -> None:
+    def __init__(self, rendezvous: Rendezvous, sends: ChannelSpec, receives: ChannelSpec) -> None:
         super().__init__()
         self._opened = rendezvous, sends, receives
 

@@ -28,16 +28,18 @@ from rich.table import Table
 
 from launch.bench.spread import Spread
 from pipeline.errors import PlanError
+from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message, layout_of
 from pipeline.plan.channel_choice import CHANNELS, choose_channels
 from pipeline.plan.device_choice import CPU
+from pipeline.plan.topology import Edge
 from workers.channels.gpu.nccl import nccl_here
 from workers.channels.interface import Receiver, Sender
 from workers.channels.net.gloo import Meeting, Rendezvous
 from workers.channels.shm.ring import check_shared_memory, create_ring, new_prefix, ring_bytes, sweep_stale, unlink_ring
 from workers.processes.claim_gpu import claim, finish
 from workers.processes.context import process_context
-from workers.wiring.edges import Edge, open_receiver, open_sender
+from workers.wiring.edges import ChannelSpec, open_receiver, open_sender
 
 __all__ = ["SIZES", "ChannelRow", "bench_channel", "print_rows"]
 
@@ -144,23 +146,23 @@ def _measured(
 
 @dataclass(frozen=True)
 class _Track:
-    """A size of message on a kind of channel, and the edges it takes."""
+    """A size of message on a kind of channel, and the channels it takes."""
 
     kind: str
     size: int
-    there: Edge
-    back: Edge
+    there: ChannelSpec
+    back: ChannelSpec
 
 
 def _tracks(prefix: str, sizes: Sequence[int], slots: int, devices: tuple[str, str]) -> tuple[_Track, ...]:
-    def edge(kind: str, way: str, i: int, size: int) -> Edge:
+    def channel(kind: str, way: str, i: int, size: int) -> ChannelSpec:
         name, (source, target) = f"{prefix}-{kind[0]}{i}{way[0]}", _WAYS[way]
         label = f"{way} ({kind}, {size} bytes)"  # ends over gloo find each other by it
         ends, size = (devices[source], devices[target]), layout_of(_message(size)).total_bytes
-        return Edge(kind, way, name, label, source, target, slots, size, None, *ends)
+        return ChannelSpec(Edge(source, target, "activations", 0), kind, name, label, slots, size, None, *ends)
 
     return tuple(
-        _Track(kind, size, edge(kind, "there", i, size), edge(kind, "back", i, size))
+        _Track(kind, size, channel(kind, "there", i, size), channel(kind, "back", i, size))
         for kind in CHANNELS
         if _reaches(kind, devices)
         for i, size in enumerate(sizes)
@@ -178,17 +180,17 @@ def _reaches(kind: str, devices: tuple[str, str]) -> bool:
 @contextlib.contextmanager
 def _rings(tracks: Sequence[_Track]) -> Iterator[Callable[[], None]]:
     sweep_stale()
-    edges = [edge for track in tracks for edge in (track.there, track.back)]
-    rings = [(edge, size) for edge in edges if (size := edge.ring_slot_bytes) is not None]
-    check_shared_memory(sum(ring_bytes(edge.slots, size) for edge, size in rings))
+    channels = [channel for track in tracks for channel in (track.there, track.back)]
+    rings = [(channel, size) for channel in channels if (size := channel.ring_slot_bytes) is not None]
+    check_shared_memory(sum(ring_bytes(channel.slots, size) for channel, size in rings))
 
     def unlink() -> None:
-        for edge, _ in rings:
-            unlink_ring(edge.name)
+        for channel, _ in rings:
+            unlink_ring(channel.name)
 
     try:
-        for edge, size in rings:
-            create_ring(edge.name, edge.slots, size)
+        for channel, size in rings:
+            create_ring(channel.name, channel.slots, size)
         yield unlink
     finally:
         unlink()
@@ -282,12 +284,12 @@ def _stream_s(there: Sender, back: Receiver, message: Message, count: int) -> fl
     return time.perf_counter() - start
 
 
-def _sender(edge: Edge, meeting: Meeting) -> Sender:
-    return open_sender(edge, _no_bell, meeting, _STEP_DEADLINE_S)
+def _sender(channel: ChannelSpec, meeting: Meeting) -> Sender:
+    return open_sender(channel, _no_bell, meeting, _STEP_DEADLINE_S)
 
 
-def _receiver(edge: Edge, meeting: Meeting) -> Receiver:
-    return open_receiver(edge, _no_bell, meeting, _STEP_DEADLINE_S)
+def _receiver(channel: ChannelSpec, meeting: Meeting) -> Receiver:
+    return open_receiver(channel, _no_bell, meeting, _STEP_DEADLINE_S)
 
 
 def _no_bell(stage: int) -> None:
@@ -295,7 +297,7 @@ def _no_bell(stage: int) -> None:
 
 
 def _message(size: int, device: str = CPU) -> Message:
-    return Message(Kind.ACTIVATION, batch=0, stage=0, tensors=(torch.zeros(size // 4, device=device),))
+    return Message(Kind.ACTIVATION, Item(0), stage=0, payload=(torch.zeros(size // 4, device=device),))
 
 
 def _num_streamed(size: int) -> int:

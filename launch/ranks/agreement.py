@@ -84,7 +84,7 @@ def resolved_on(
 def profile(resolved: Resolved) -> dict[str, str]:
     """What all ranks have to agree on, as texts that can be compared and shown."""
     layers = zip(resolved.layer_names, resolved.layer_parameters, strict=True)
-    cuts = [(cut.activation_shape, cut.activation_dtype, cut.label_shape, cut.label_dtype) for cut in resolved.cuts]
+    cuts = [[str(spec) for spec in (*cut.specs, *cut.context)] for cut in resolved.cuts]
     plan = {what: json.dumps(value, default=str) for what, value in resolved.plan.as_dict().items()}
     texts = {
         "torch": torch.__version__.partition("+")[0],  # one host may have a build for CUDA, another for the CPU

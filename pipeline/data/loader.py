@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pipeline.data.recipe import Batch, Recipe, same_shape
+from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.plan import Plan
 from pipeline.plan.replica_layout import batch_of
@@ -59,38 +60,40 @@ def inputs(
         first = first or batch
         same_shape(batch_of(plan, replica, step), batch, first)
         for index, part in enumerate(_cut(batch, plan.microbatches)):
-            yield Message(Kind.ACTIVATION, step, SOURCE, part, microbatch=index)
+            yield Message(Kind.ACTIVATION, Item(step, index), SOURCE, part[:1], part[1:])
         if step + 1 in passes and step + 1 < steps:
             yield from _held_out(recipe, step + 1)
             seen = step + 1
     if _says_trained(plan):
-        yield Message(Kind.TRAINED, steps, SOURCE)
+        yield Message(Kind.TRAINED, Item(steps), SOURCE)
     if evaluates and (seen < steps or _says_trained(plan)):
         yield from _held_out(recipe, steps)
-    yield Message(Kind.END, steps, SOURCE)
+    yield Message(Kind.END, Item(steps), SOURCE)
 
 
 def phantom_inputs(plan: Plan, steps: int, held_out_batches: int, replica: int = 0) -> Iterator[Message]:
     """The same order of messages without any data: for planning."""
     passes = evaluation_steps(plan, steps) if held_out_batches and replica == 0 else set()
-    nothing = (torch.empty(0), torch.empty(0))
+    nothing = (torch.empty(0),)
     for step in range(steps):
         for index in range(plan.microbatches):
-            yield Message(Kind.ACTIVATION, step, SOURCE, nothing, microbatch=index)
+            yield Message(Kind.ACTIVATION, Item(step, index), SOURCE, nothing, nothing)
         if step + 1 == steps and _says_trained(plan):
-            yield Message(Kind.TRAINED, steps, SOURCE)
+            yield Message(Kind.TRAINED, Item(steps), SOURCE)
         if step + 1 in passes:
-            yield from (Message(Kind.EVALUATION, index, SOURCE, nothing) for index in range(held_out_batches))
-            yield Message(Kind.REPORT, step + 1, SOURCE)
-    yield Message(Kind.END, steps, SOURCE)
+            yield from (
+                Message(Kind.EVALUATION, Item(index), SOURCE, nothing, nothing) for index in range(held_out_batches)
+            )
+            yield Message(Kind.REPORT, Item(step + 1), SOURCE)
+    yield Message(Kind.END, Item(steps), SOURCE)
 
 
 def _held_out(recipe: Recipe, updates: int) -> Iterator[Message]:
     """One pass over the held-out batches, after so many training batches."""
     if recipe.evaluation is not None:
         for index, batch in enumerate(recipe.held_out()):
-            yield Message(Kind.EVALUATION, index, SOURCE, tuple(batch))
-        yield Message(Kind.REPORT, updates, SOURCE)
+            yield Message(Kind.EVALUATION, Item(index), SOURCE, tuple(batch)[:1], tuple(batch)[1:])
+        yield Message(Kind.REPORT, Item(updates), SOURCE)
 
 
 def _says_trained(plan: Plan) -> bool:

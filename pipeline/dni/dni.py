@@ -10,6 +10,7 @@ sigma, their running root mean square. Without that and the clip, unlocked train
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from pipeline.model.cut import Cut
 from pipeline.plan.names import DNI_FORMS
 from pipeline.plan.plan import DNIPlan
 from pipeline.seeding import seeded
+from pipeline.state import State, load_module, module_state
 
 __all__ = ["DNI", "build_dni", "describe_form", "target_every", "training_window"]
 
@@ -44,8 +46,8 @@ _TINY = 1e-30
 class DNI(nn.Module):
     """One form with what all forms share: the unit sigma, the clip, the window of samples, the optimizer.
 
-    What it remembers is in its ``state_dict`` (weights, sigma, number of targets) and in ``optimizers``. The
-    only random numbers it draws after construction, the samples to train on, are a hash of (seed, cut, batch).
+    What it remembers is in ``state``. The only random numbers it draws after construction, the samples to train on, are
+    a hash of (seed, cut, batch).
     Works in float32, or in float64 where the activation is float64.
 
     Args:
@@ -61,7 +63,7 @@ class DNI(nn.Module):
 
     def __init__(self, form: Form, cut: Cut, plan: DNIPlan, seed: int) -> None:
         super().__init__()
-        self._dtype = torch.float64 if cut.activation_dtype == torch.float64 else torch.float32
+        self._dtype = torch.float64 if cut.activation.dtype == torch.float64 else torch.float32
         self.form = form.to(self._dtype)
         self._index = cut.index
         self._window = training_window(cut, plan, seed)
@@ -179,13 +181,17 @@ class DNI(nn.Module):
             self._optimizer.step()
         return True
 
-    def get_extra_state(self) -> Tensor:
-        """The number of targets so far, for ``state_dict``."""
-        return torch.tensor(self._num_targets)
+    def state(self) -> State:
+        """Weights, sigma, number of targets, and the states of the optimizers."""
+        optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers]
+        return {"module": module_state(self), "num_targets": self._num_targets, "optimizers": optimizers}
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take the number of targets from a ``state_dict``."""
-        self._num_targets = int(state)
+    def load_state(self, state: State) -> None:
+        """Take up ``state``, of a DNI of the same form at the same cut."""
+        load_module(self, state["module"])
+        self._num_targets = state["num_targets"]
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(copy.deepcopy(kept))
 
     def _checked(self, prediction: Tensor, size: Tensor, h: Tensor) -> Tensor:
         if not math.isfinite(float(size)):
@@ -267,7 +273,7 @@ def training_window(cut: Cut, plan: DNIPlan, seed: int) -> RowSubsample:
     form, _ = describe_form(cut, plan)
     whole = cut.whole_batches and _FORMS[form] is LossModel
     most_rows = None if whole else _FORMS[form].most_rows
-    batch_size = cut.activation_shape[0]
+    batch_size = cut.activation.shape[0]
     size = math.ceil(plan.rows * batch_size)
     if most_rows is not None:
         size = min(size, most_rows // cut.rows_per_sample)
@@ -289,9 +295,9 @@ def describe_form(cut: Cut, plan: DNIPlan) -> tuple[str, str]:
     Raises:
         PlanError: the form is unknown or does not fit the cut; the sentence says which to take.
     """
-    if not cut.activation_dtype.is_floating_point:
+    if not cut.activation.dtype.is_floating_point:
         raise PlanError(
-            f"the activation at cut {cut.index} is {cut.activation_dtype}: only floating-point numbers "
+            f"the activation at cut {cut.index} is {cut.activation.dtype}: only floating-point numbers "
             "have a gradient; cut the network after a later layer."
         )
     if plan.factory is not None:
@@ -308,14 +314,14 @@ def describe_form(cut: Cut, plan: DNIPlan) -> tuple[str, str]:
 
 def _misfit(cut: Cut, form: str) -> str | None:
     """Why a known form cannot work at this cut, with the remedy; None: it can."""
-    labels, shape = f"{list(cut.label_shape)} {cut.label_dtype}", list(cut.activation_shape)
+    labels, shape = f"{list(cut.labels.shape)} {cut.labels.dtype}", list(cut.activation.shape)
     if form == "label_residual" and cut.classes is None:
-        return f"labels {labels} are no classes of an output {list(cut.output_shape)}; choose loss_model."
-    if form == "label_residual" and len(cut.label_shape) > 1 and not cut.per_token:
+        return f"labels {labels} are no classes of an output {list(cut.output.shape)}; choose loss_model."
+    if form == "label_residual" and len(cut.labels.shape) > 1 and not cut.per_token:
         return f"labels {labels} are not one class per row of the activation {shape}; choose loss_model."
     if form == "conv" and len(shape) != 4:
         return f"the activation is {shape}, not [batch, channels, height, width]; choose loss_model or mlp."
-    if form == "conv" and cut.classes is not None and len(cut.label_shape) > 1:
+    if form == "conv" and cut.classes is not None and len(cut.labels.shape) > 1:
         return f"labels {labels} are not one class per sample; choose loss_model."
     return None
 

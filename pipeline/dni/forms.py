@@ -183,7 +183,7 @@ class Conv(Form):
 
     def __init__(self, cut: Cut, hidden: int) -> None:
         super().__init__()
-        channels = cut.activation_shape[1]
+        channels = cut.activation.shape[1]
         self.code = _LabelCode(cut)
         self.first = nn.Conv2d(channels, hidden, 3, padding=1)
         self.planes = nn.Linear(self.code.size, hidden, bias=False)
@@ -364,7 +364,7 @@ class _LabelCode(nn.Module):
     def __init__(self, cut: Cut) -> None:
         super().__init__()
         self.classes, self.conditioned = cut.classes, cut.conditioned
-        num_labels = 1 if cut.per_token else torch.Size(cut.label_shape[1:]).numel()
+        num_labels = 1 if cut.per_token else torch.Size(cut.labels.shape[1:]).numel()
         self.size = num_labels * (cut.classes or 1) if cut.conditioned else 1
 
     def forward(

@@ -35,7 +35,7 @@ def head_for(cut: Cut, hidden: int | None) -> Head:
     normalisation of its own, and nothing is pooled behind it, a second one would only hide from the head what the
     layers above see, and there is none.
     """
-    shape, output = cut.activation_shape, cut.output_shape
+    shape, output = cut.activation.shape, cut.output.shape
     if len(shape) == len(output) == 4:
         return _ImageHead(shape[1], hidden or HIDDEN, output)
     by_position = len(shape) > 1 and shape[:-1] == output[:-1]

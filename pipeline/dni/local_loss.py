@@ -7,6 +7,8 @@ Greedy training of layers with local losses: Belilovsky et al. 2020; Nøkland an
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from pipeline.model.cut import Cut
 from pipeline.model.unwritten import Unwritten
 from pipeline.plan.plan import DNIPlan
 from pipeline.seeding import seeded
+from pipeline.state import State, load_module, module_state
 
 __all__ = ["LocalLoss"]
 
@@ -44,3 +47,12 @@ class LocalLoss(nn.Module):
             parameter.grad = grad
         self.optimizer.step()
         return gradient.to(h.dtype)
+
+    def state(self) -> State:
+        """The head and the state of its optimizer."""
+        return {"module": module_state(self), "optimizer": copy.deepcopy(self.optimizer.state_dict())}
+
+    def load_state(self, state: State) -> None:
+        """Take up ``state``."""
+        load_module(self, state["module"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))

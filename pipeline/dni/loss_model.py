@@ -51,7 +51,7 @@ class LossModel(Form):
 
     def __init__(self, cut: Cut, hidden: int | None, temperature: float | None = None) -> None:
         super().__init__()
-        self.batch_size = cut.activation_shape[0]
+        self.batch_size = cut.activation.shape[0]
         self.head = head_for(cut, hidden)
         self._slope = _slope_of(cut)
         self._temperature = temperature_for(cut, temperature)
@@ -128,7 +128,7 @@ def temperature_for(cut: Cut, temperature: float | None) -> float:
 
 def _slope_of(cut: Cut) -> Callable[[Tensor, Tensor], Tensor]:
     """(output, labels) -> dL/d(output), in closed form for the one loss that nearly everybody has, else by autograd."""
-    one_class_per_row = cut.classes is not None and len(cut.output_shape) == 2 and cut.label_dtype == torch.int64
+    one_class_per_row = cut.classes is not None and len(cut.output.shape) == 2 and cut.labels.dtype == torch.int64
     if one_class_per_row and _is_plain_cross_entropy(cut.loss):
         return _cross_entropy_slope
 

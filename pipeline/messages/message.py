@@ -1,12 +1,13 @@
 """What travels between stages: a typed record followed by raw tensor bytes. No pickle.
 
-    | header: kind count stage ... sent | per tensor: dtype ndim dims order | pad | bytes | pad | bytes |
-                                                                                  ^ every tensor starts on 64 bytes
+    | header: kind counts stage ... sent | per tensor: dtype ndim dims order | pad | bytes | pad | bytes |
+                                                                                   ^ every tensor starts on 64 bytes
 
 A tensor arrives with the order its dimensions have in memory (transposed, channels last), since kernels round by it.
 Gaps (a slice of columns) and repetitions (an expanded tensor) do not travel: it arrives dense.
 
-An activation carries (h, y): the output of the stage below and the labels. A gradient carries (g,).
+An activation carries the output of the stage below, and the labels as its context. A gradient carries one tensor for
+each differentiable one of the activation.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from __future__ import annotations
 import enum
 import math
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["ALIGNMENT_BYTES", "Kind", "Layout", "Message", "decode", "dense", "layout_of", "tensors_over", "write_into"]
+from pipeline.messages.bundle import Bundle, Item
+
+__all__ = ["ALIGNMENT_BYTES", "Kind", "Layout", "Message", "decode", "decode_over", "dense", "layout_of", "write_into"]
 
 ALIGNMENT_BYTES = 64
-_HEADER = struct.Struct("<BBHIqHq")  # kind, number of tensors, stage, generation, batch id, microbatch, sent
+_HEADER = struct.Struct("<BBBHIqHHq")  # kind, tensors of payload and context, stage, generation, item, sent
 _TENSOR = struct.Struct("<BB")  # dtype code, number of dimensions
 _DIMENSION = struct.Struct("<q")
 
@@ -40,6 +43,8 @@ _DTYPES = (
     torch.bool,
 )
 _CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_NOTHING = 255
+"""Stands for the dtype of a place without a tensor."""
 
 
 class Kind(enum.IntEnum):
@@ -64,21 +69,38 @@ class Message:
 
     Attributes:
         kind: what it is.
-        batch: the batch id it belongs to.
+        item: the piece of work it belongs to.
         stage: index of the sender.
-        tensors: payload, any shapes; (h, y) or (g,) or nothing.
-        generation: counts restarts, so that a message from before a restart is recognised.
-        microbatch: which part of the batch, in modes that cut batches.
+        payload: tensors of any shapes.
+        context: tensors that ride along.
+        generation: counts restarts; the sending end of a channel sets it, the receiving one checks it.
         sent_ns: when it was sent, on the common clock; 0 where nobody needs to know.
     """
 
     kind: Kind
-    batch: int
+    item: Item
     stage: int
-    tensors: tuple[Tensor, ...] = ()
+    payload: Bundle = ()
+    context: Bundle = ()
     generation: int = 0
-    microbatch: int = 0
     sent_ns: int = 0
+
+    @property
+    def batch(self) -> int:
+        """The batch id of its item."""
+        return self.item.batch
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that are there: of the payload, then of the context."""
+        return tuple([tensor for tensor in (*self.payload, *self.context) if tensor is not None])
+
+    def holding(self, tensors: Iterable[Tensor]) -> Message:
+        """The same message with others in the places of ``tensors``, in their order."""
+        rest = iter(tensors)
+        payload = tuple([None if tensor is None else next(rest) for tensor in self.payload])
+        context = tuple([None if tensor is None else next(rest) for tensor in self.context])
+        return replace(self, payload=payload, context=context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +125,12 @@ def layout_of(message: Message) -> Layout:
         TypeError: a tensor's dtype is not one that travels.
     """
     m = message
-    parts = [_HEADER.pack(m.kind, len(m.tensors), m.stage, m.generation, m.batch, m.microbatch, m.sent_ns)]
-    for tensor in message.tensors:
+    counts = len(m.payload), len(m.context)
+    parts = [_HEADER.pack(m.kind, *counts, m.stage, m.generation, *m.item, m.sent_ns)]
+    for tensor in (*m.payload, *m.context):
+        if tensor is None:
+            parts.append(_TENSOR.pack(_NOTHING, 0))
+            continue
         code = _CODE.get(tensor.dtype)
         if code is None:
             raise TypeError(f"cannot send dtype {tensor.dtype}: one of {', '.join(map(str, _DTYPES))} can travel")
@@ -141,20 +167,13 @@ def decode(buffer: memoryview) -> Message:
         ValueError: the bytes are no message of ours, or are cut short.
     """
     try:
-        kind, count, stage, generation, batch, microbatch, sent_ns = _HEADER.unpack_from(buffer, 0)
-        specs, end = _specs(buffer, count)
-        tensors = []
-        for dtype, shape, order in specs:
-            start = _aligned(end)
-            tensors.append(_view(buffer, start, dtype, shape, order))
-            end = start + tensors[-1].numel() * dtype.itemsize
-        return Message(Kind(kind), batch, stage, tuple(tensors), generation, microbatch, sent_ns)
+        return _read(buffer, lambda start, dtype, shape, order: _view(buffer, start, dtype, shape, order))
     except (struct.error, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"not a message, or cut short ({len(buffer)} bytes): {error}") from error
 
 
-def tensors_over(header: memoryview, memory: Tensor) -> tuple[Tensor, ...]:
-    """The tensors of a message whose header lies in one place and whose bytes in another, in place.
+def decode_over(header: memoryview, memory: Tensor) -> Message:
+    """A message whose header lies in one place and whose bytes in another; its tensors are in place.
 
     Args:
         header: begins with the header of an encoded message.
@@ -163,20 +182,37 @@ def tensors_over(header: memoryview, memory: Tensor) -> tuple[Tensor, ...]:
     Raises:
         ValueError: the message does not fit the memory.
     """
-    specs, end = _specs(header, _HEADER.unpack_from(header, 0)[1])
-    tensors = []
-    for dtype, shape, order in specs:
-        start = _aligned(end)
+
+    def view(start: int, dtype: torch.dtype, shape: tuple[int, ...], order: bytes) -> Tensor:
         end = start + math.prod(shape) * dtype.itemsize
         if end > len(memory):
             raise ValueError(f"{list(shape)} {dtype} at byte {start} does not fit {len(memory):,} bytes")
-        tensors.append(_laid(memory[start:end].view(dtype), shape, order))
-    return tuple(tensors)
+        return _laid(memory[start:end].view(dtype), shape, order)
+
+    return _read(header, view)
 
 
-def _specs(buffer: memoryview, count: int) -> tuple[list[tuple[torch.dtype, tuple[int, ...], bytes]], int]:
+_Spec = tuple[torch.dtype, tuple[int, ...], bytes]
+
+
+def _read(header: memoryview, view: Callable[[int, torch.dtype, tuple[int, ...], bytes], Tensor]) -> Message:
+    """The message of a header; ``view`` gives the tensor that begins at a byte."""
+    kind, num_payload, num_context, stage, generation, *item, sent_ns = _HEADER.unpack_from(header, 0)
+    specs, end = _specs(header, num_payload + num_context)
+    places: list[Tensor | None] = []
+    for spec in specs:
+        if spec is not None:
+            start = _aligned(end)
+            tensor = view(start, *spec)
+            end = start + tensor.numel() * tensor.element_size()
+        places.append(None if spec is None else tensor)
+    payload, context = tuple(places[:num_payload]), tuple(places[num_payload:])
+    return Message(Kind(kind), Item(*item), stage, payload, context, generation, sent_ns)
+
+
+def _specs(buffer: memoryview, count: int) -> tuple[list[_Spec | None], int]:
     """Dtypes, shapes and orders of a message's tensors, and where its header ends."""
-    position, specs = _HEADER.size, []
+    position, specs = _HEADER.size, list[_Spec | None]()
     for _ in range(count):
         code, num_dims = _TENSOR.unpack_from(buffer, position)
         position += _TENSOR.size
@@ -186,7 +222,7 @@ def _specs(buffer: memoryview, count: int) -> tuple[list[tuple[torch.dtype, tupl
         position += num_dims
         if sorted(order) != list(range(num_dims)):
             raise ValueError(f"{list(order)} is no order of {num_dims} dimensions")
-        specs.append((_DTYPES[code], shape, order))
+        specs.append(None if code == _NOTHING else (_DTYPES[code], shape, order))
     return specs, position
 
 

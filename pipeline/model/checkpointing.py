@@ -11,7 +11,6 @@ refused before anything starts.
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PlanError
+from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
 from pipeline.plan.plan import Plan
 from pipeline.seeding import seeded
@@ -63,11 +63,13 @@ def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: T
     with seeded(plan.seed, "checkpointing"), torch.enable_grad():
         for layer in layers:
             needs_gradient = h.requires_grad
+            if not isinstance(h, Tensor):  # what is checkpointed behind a tuple the run finds out
+                return
             h = h.detach().requires_grad_(needs_gradient).clone()  # no leaf: a layer may work in place
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    h = copy.deepcopy(layer.module).train()(h)
+                    h = copy_of(layer.module).train()(h)
                 except Exception:  # the run will say it, with the batch
                     return
             if any(_LEARNS_NOTHING in str(warning.message) for warning in caught):

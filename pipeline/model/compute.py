@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.messages.bundle import Bundle
 from pipeline.plan.device_choice import CPU
 from pipeline.plan.plan import Plan
 
@@ -49,6 +50,12 @@ class ComputeContext:
     def here(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors on the device; those that are there already are given back as they are."""
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+    def brought(self, bundle: Bundle) -> Bundle:
+        """The bundle on the device, without any graph."""
+        return tuple(
+            [None if tensor is None else tensor.detach().to(self.device, non_blocking=True) for tensor in bundle]
+        )
 
     def network(self, modules: nn.Sequential) -> Callable[[Tensor], Tensor]:
         """The whole network as it is called in training: compiled, where that is asked for."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.messages.bundle import Specs, TensorSpec
+
 __all__ = ["Cut"]
 
 
@@ -22,11 +24,9 @@ class Cut:
 
     Attributes:
         index: index of the stage below the cut; its activation passes here.
-        activation_shape: shape of that activation, [batch, *features].
-        activation_dtype: dtype of that activation.
-        label_shape: shape of the labels, [batch, ...].
-        label_dtype: dtype of the labels.
-        output_shape: shape of the whole network's output for such a batch.
+        specs: of the bundle that crosses.
+        context: of the bundle that rides along: the labels first.
+        output: of the whole network's output for such a batch.
         loss: (output, labels) -> scalar, the mean over the rows: the user's own.
         normalised: whether the stage ends in a normalisation, so that the activation has a size that no update changes
             much.
@@ -37,11 +37,9 @@ class Cut:
     """
 
     index: int
-    activation_shape: tuple[int, ...]
-    activation_dtype: torch.dtype
-    label_shape: tuple[int, ...]
-    label_dtype: torch.dtype
-    output_shape: tuple[int, ...]
+    specs: Specs
+    context: Specs
+    output: TensorSpec
     loss: Callable[[Tensor, Tensor], Tensor]
     normalised: bool = False
     depth: int = 1
@@ -50,15 +48,28 @@ class Cut:
     whole_batches: bool = False
 
     @property
+    def activation(self) -> TensorSpec:
+        """The tensor that a DNI predicts the gradient of: the first differentiable one, or the first of all."""
+        there = [spec for spec in self.specs if spec is not None]
+        return next((spec for spec in there if spec.differentiable), there[0])
+
+    @property
+    def labels(self) -> TensorSpec:
+        """The labels."""
+        labels = self.context[0]
+        assert labels is not None, "every batch has labels"
+        return labels
+
+    @property
     def classes(self) -> int | None:
         """Number of classes of integer labels, read off the output; None: the labels are no class indices.
 
         The output is [*labels, classes] (rows or tokens) or, as in image segmentation, [batch, classes, ...].
         """
-        dtype = self.label_dtype
+        dtype = self.labels.dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
             return None
-        labels, output = self.label_shape, self.output_shape
+        labels, output = self.labels.shape, self.output.shape
         if len(output) != len(labels) + 1:
             return None
         if output[:-1] == labels:
@@ -73,17 +84,17 @@ class Cut:
 
         The rows of a DNI are then the batch * time positions; else the samples, all features in a line.
         """
-        return len(self.label_shape) > 1 and self.activation_shape[:-1] == self.label_shape
+        return len(self.labels.shape) > 1 and self.activation.shape[:-1] == self.labels.shape
 
     @property
     def features(self) -> int:
         """Numbers in one row of the activation."""
-        return _product(self.activation_shape[-1:] if self.per_token else self.activation_shape[1:])
+        return _product(self.activation.shape[-1:] if self.per_token else self.activation.shape[1:])
 
     @property
     def rows_per_sample(self) -> int:
         """Rows of the DNI in one sample of the batch: its positions, or 1."""
-        return _product(self.label_shape[1:]) if self.per_token else 1
+        return _product(self.labels.shape[1:]) if self.per_token else 1
 
 
 def _product(sizes: tuple[int, ...]) -> int:

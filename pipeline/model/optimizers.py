@@ -1,6 +1,6 @@
 """The optimizer of one stage, with its learning-rate schedule and its clip.
 
-    gradients --> clip (before every step) --> rule --> schedule (after every step)
+    gradients --> clip, learning rate of this step --> rule
 
 All three hang on the optimizer, so that a stage, the single process and the rivals of a benchmark train alike.
 """
@@ -8,14 +8,14 @@ All three hang on the optimizer, so that a stage, the single process and the riv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.plan.plan import OptimizerPlan
 
-__all__ = ["build_optimizer", "described", "lr_factor"]
+__all__ = ["build_optimizer", "described", "lr_factor", "optimizer_tensors"]
 
 _NESTEROV = 0.99  # Ajanthan et al. 2025
 
@@ -32,8 +32,9 @@ def build_optimizer(
     root mean square of its targets: s <- s min(1, sigma / rms(s)) (``pipeline.dni.dni``). Nothing makes a gradient
     larger: under Adam and its kin a vanishing one needs no help, as the step does not depend on its scale.
 
-    With ``warmup_steps`` or ``schedule`` the learning rate of step t is ``lr * lr_factor(plan, steps)(t)``, by a
-    ``torch.optim.lr_scheduler`` that follows the steps of this optimizer. The DNIs' own learning rate stays as it is.
+    With ``warmup_steps`` or ``schedule`` the learning rate of step t is ``lr * lr_factor(plan, steps)(t)``, set before
+    the step. t is ``num_steps`` of the parameter group, so the optimizer's ``state_dict`` holds the whole schedule. The
+    DNIs' own learning rate stays as it is.
 
     Rule ``nadamw``, asynchronous training's best known remedy for late gradients (Ajanthan et al. 2025, Nesterov Method
     for Asynchronous Pipeline Parallel Optimization, arXiv 2505.01099), is torch's NAdam with decoupled weight decay:
@@ -59,13 +60,35 @@ def build_optimizer(
 
         optimizer.register_step_pre_hook(scale_down)
     if plan.warmup_steps or plan.schedule != "constant":
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(plan, steps))
+        factor = lr_factor(plan, steps)
+        (group,) = optimizer.param_groups
+        group["num_steps"] = 0
 
-        def go_on(*arguments: object) -> None:
-            scheduler.step()
+        def set_learning_rate(stepped: torch.optim.Optimizer, *arguments: object) -> None:
+            (group,) = stepped.param_groups
+            group["lr"] = plan.lr * factor(group["num_steps"])
+            group["num_steps"] += 1
 
-        optimizer.register_step_post_hook(go_on)
+        optimizer.register_step_pre_hook(set_learning_rate)
     return optimizer
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of an optimizer, ``<parameter name>.<key>``, e.g. ``0.weight.exp_avg``.
+
+    Args:
+        optimizer: None: nothing is trained.
+        tensors: the parameters by their names; one that is tied has the first of its names.
+    """
+    if optimizer is None:
+        return {}
+    names = {id(tensor): name for name, tensor in reversed([*tensors.items()])}
+    return {
+        f"{names[id(parameter)]}.{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if value is not None
+    }
 
 
 def lr_factor(plan: OptimizerPlan, steps: int | None) -> Callable[[int], float]:

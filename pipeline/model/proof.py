@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PlanError
+from pipeline.messages.bundle import as_bundle, as_value, detached, differentiable
 from pipeline.model.given_model import copy_of, hooks_of, overrides
 from pipeline.model.partition import Layer, layers_of
 from pipeline.seeding import seeded
@@ -29,13 +30,13 @@ _ROWS = 4  # of the batch, for the proof in training mode; batch normalisation n
 
 def check_partition(
     model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer], stages: Sequence[Sequence[Layer]], inputs: Tensor
-) -> list[Tensor]:
+) -> list[Any]:
     """``check_ties`` of the stages and ``check_chain`` of the layers, whose outputs are returned."""
     check_ties(stages)
     return check_chain(model, layers, inputs)
 
 
-def check_chain(model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer], inputs: Tensor) -> list[Tensor]:
+def check_chain(model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer], inputs: Tensor) -> list[Any]:
     """Prove that the layers in a row are the model, and return every layer's output for ``inputs`` (evaluation mode).
 
     Works on copies. Both sides draw the same random numbers. In training mode a few rows have to do.
@@ -47,8 +48,8 @@ def check_chain(model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer],
 
     Raises:
         PlanError: a parameter or buffer outside every layer, a hook on the model itself, a layer without a forward or
-            that does not give one tensor, or a chain that computes something else than the model's own forward: its
-            output, its buffers or its gradients, in evaluation or in training mode.
+            that gives neither a tensor nor a tuple of them, or a chain that computes something else than the model's
+            own forward: its output, its buffers or its gradients, in evaluation or in training mode.
     """
     if isinstance(model, nn.Module):
         _nothing_lost(model, layers)
@@ -60,6 +61,8 @@ def check_chain(model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer],
                 "the layers that compute with it."
             )
     outputs = _check_evaluation(model, inputs)
+    if not isinstance(outputs[-1], Tensor):
+        raise _wrong(layers[-1], outputs[-1], "one tensor where it is the last, for the loss")
     _check_training(model, inputs)
     return outputs
 
@@ -138,7 +141,7 @@ def _nothing_left_out(model: nn.Module) -> None:
 # ---------------------------------------------------------------- in evaluation mode
 
 
-def _check_evaluation(model: nn.Module | Sequence[nn.Module], inputs: Tensor) -> list[Tensor]:
+def _check_evaluation(model: nn.Module | Sequence[nn.Module], inputs: Tensor) -> list[Any]:
     chain = layers_of(copy_of(model))
     for layer in chain:
         layer.module.eval()
@@ -159,22 +162,30 @@ def _check_evaluation(model: nn.Module | Sequence[nn.Module], inputs: Tensor) ->
     return outputs
 
 
-def _run_chain(layers: Sequence[Layer], value: Tensor) -> list[Tensor]:
+def _run_chain(layers: Sequence[Layer], value: Any) -> list[Any]:
     outputs = []
     for layer in layers:
-        shape, dtype = list(value.shape), value.dtype
+        given = ", ".join("None" if each is None else f"{list(each.shape)} {each.dtype}" for each in as_bundle(value))
         try:
             value = layer.module(value)
         except Exception as error:
             raise PlanError(
-                f"layer {layer.name} cannot take what the layer before it gives, {shape} {dtype}: {text_of(error)}"
+                f"layer {layer.name} cannot take what the layer before it gives, {given}: {text_of(error)}"
             ) from error
-        if not isinstance(value, Tensor):
-            raise PlanError(
-                f"layer {layer.name} gives a {type(value).__name__}: a layer gives one tensor; merge it with the next."
-            )
+        if not _is_bundle(value):
+            raise _wrong(layer, value, "a tensor, or a tuple of tensors; merge it with the next")
         outputs.append(value)
     return outputs
+
+
+def _is_bundle(value: object) -> bool:
+    places = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(each, Tensor | None) for each in places) and any(isinstance(each, Tensor) for each in places)
+
+
+def _wrong(layer: Layer, value: object, wanted: str) -> PlanError:
+    kinds = f" of {', '.join(type(each).__name__ for each in value)}" if isinstance(value, tuple) else ""
+    return PlanError(f"layer {layer.name} gives a {type(value).__name__}{kinds}: a layer gives {wanted}.")
 
 
 def _same_modes(whole: nn.Module, chain: Sequence[Layer]) -> None:
@@ -243,15 +254,16 @@ def _on_few_rows(run: Callable[[Tensor], _T], inputs: Tensor) -> tuple[Tensor, _
         return inputs, run(inputs)
 
 
-def _borrowed(model: nn.Module | Sequence[nn.Module], value: Tensor) -> Iterator[str]:
+def _borrowed(model: nn.Module | Sequence[nn.Module], value: Any) -> Iterator[str]:
     """Layers that learn parameters of another one: reached by a list or a closure, they are not seen as tied."""
     layers = layers_of(copy_of(model))
     names = {id(p): f"{layer.name}.{name}" for layer in layers for name, p in layer.module.named_parameters()}
     for layer in layers:
         own = {id(parameter) for parameter in layer.module.parameters()}
         with torch.enable_grad(), seeded(0, "proof"):
-            (value,) = _run_chain([layer], value.detach().clone())
-        for leaf in _leaves(value) - own:
+            given = tuple(each if each is None else each.clone() for each in detached(as_bundle(value)))
+            (value,) = _run_chain([layer], as_value(given))
+        for leaf in set().union(*map(_leaves, differentiable(as_bundle(value)))) - own:
             if leaf in names:
                 yield f"layer {layer.name} computes with {names[leaf]}"
 

@@ -28,11 +28,12 @@ class Unwritten(Generic[_Result]):
 
     Args:
         function: what is called; other arguments than tensors are passed on as they are.
+        writes: whether it writes; None: found out.
     """
 
-    def __init__(self, function: Callable[..., _Result]) -> None:
+    def __init__(self, function: Callable[..., _Result], writes: bool | None = None) -> None:
         self._function = function
-        self._needs_copies: dict[bool, bool] = {}
+        self._needs_copies: dict[bool, bool] = {} if writes is None else {False: writes, True: writes}
 
     def __call__(self, *given: object) -> _Result:
         """What the function gives."""
@@ -58,7 +59,6 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _lies_in(result: object, tensors: list[Tensor]) -> bool:
     """Whether writing into the result would write into one of the tensors."""
-    if not isinstance(result, Tensor):
-        return False
-    memory = result.untyped_storage().data_ptr()
-    return any(tensor.untyped_storage().data_ptr() == memory for tensor in tensors)
+    given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    results = result if isinstance(result, list | tuple) else [result]
+    return any(each.untyped_storage().data_ptr() in given for each in results if isinstance(each, Tensor))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pipeline.errors import PlanError
+from pipeline.messages.bundle import Bundle
 from pipeline.messages.message import Message
 from pipeline.plan.device_choice import CPU, on_gpu
 
@@ -132,14 +133,23 @@ def _check_reach(wanted: str, one: tuple[str, str], other: tuple[str, str], who:
 
 
 def narrowed(message: Message, wire_dtype: torch.dtype | None) -> Message:
-    """The message as it travels: its first tensor in ``wire_dtype`` if it is float32; the very message else."""
-    if wire_dtype is None or not message.tensors or message.tensors[0].dtype != torch.float32:
+    """The message as it travels: float32 in its payload in ``wire_dtype``; the very message where there is none.
+
+    A payload that has tensors of that dtype already travels as it is: on arrival nobody could tell them apart.
+    """
+    dtypes = {tensor.dtype for tensor in message.payload if tensor is not None}
+    if wire_dtype is None or torch.float32 not in dtypes or wire_dtype in dtypes:
         return message
-    first, *rest = message.tensors
-    return replace(message, tensors=(first.detach().to(wire_dtype), *rest))
+    return replace(message, payload=_in_place_of(torch.float32, wire_dtype, message.payload))
 
 
 def widened(message: Message) -> Message:
-    """A narrowed message as it is received: its first tensor in float32 again, rounded to what travelled."""
-    first, *rest = message.tensors
-    return replace(message, tensors=(first.float(), *rest))
+    """A narrowed message as it is received: its payload in float32 again, rounded to what travelled."""
+    payload = message.payload
+    for dtype in WIRE_DTYPES.values():
+        payload = _in_place_of(dtype, torch.float32, payload)
+    return replace(message, payload=payload)
+
+
+def _in_place_of(one: torch.dtype, other: torch.dtype, payload: Bundle) -> Bundle:
+    return tuple([t.detach().to(other) if t is not None and t.dtype == one else t for t in payload])

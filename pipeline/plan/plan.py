@@ -180,11 +180,6 @@ class Plan:
         return MODES[self.mode].gradient == "synthetic"
 
     @property
-    def target_every(self) -> int:
-        """Of how many batches one gives a target."""
-        return self.dni.every or 1
-
-    @property
     def emulation(self) -> Emulation | None:
         """What replaces the compute, if anything."""
         return Emulation.parse(self.emulate, "emulate") if self.emulate is not None else None

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import StageError
+from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message
 from pipeline.messages.queue_ends import Inlet, Outlet
+from pipeline.plan.plan import Plan
+from pipeline.plan.topology import Edge
 
-__all__ = ["ROOM", "AllGather", "Packing"]
+__all__ = ["ROOM", "AllGather", "Packing", "gathering"]
 
 ROOM = 3
 """Messages from one replica to another that can wait at any time: of the round before, of this one, and the last."""
@@ -33,6 +36,9 @@ class AllGather:
         replica: this one.
         outlets: to each of the others, by replica.
         inlets: from each of the others.
+
+    Attributes:
+        round: number of the round that is open or comes next.
     """
 
     def __init__(self, stage: int, replica: int, outlets: Mapping[int, Outlet], inlets: Mapping[int, Inlet]) -> None:
@@ -41,7 +47,7 @@ class AllGather:
         self._unsent: list[tuple[Outlet, Message]] = []
         self._come: dict[int, Message] = {}  # the others' shares of this round
         self._last: dict[int, Message] = {}
-        self._round = 0
+        self.round = 0
 
     @property
     def open(self) -> bool:
@@ -61,7 +67,7 @@ class AllGather:
             last: whether nothing follows.
         """
         assert last or self._own is None, "a round is open"
-        self._own = Message(Kind.LAST_SHARE if last else Kind.SHARE, self._round, self._replica, tensors)
+        self._own = Message(Kind.LAST_SHARE if last else Kind.SHARE, Item(self.round), self._replica, tensors)
         self._come.clear()
         self._unsent += [(outlet, self._own) for outlet in self._outlets.values()]
         self.poll()
@@ -84,7 +90,7 @@ class AllGather:
         assert self._own is not None
         all_of_them = {self._replica: self._own, **self._theirs()}
         self._own, self._come = None, {}
-        self._round += 1
+        self.round += 1
         return [all_of_them[replica].tensors for replica in sorted(all_of_them)]
 
     # ------------------------------------------------------------------ private
@@ -103,14 +109,23 @@ class AllGather:
             self._last[replica] = message
         elif self._own.kind is Kind.LAST_SHARE:
             return  # of a round that is given up
-        elif (message.batch, theirs) != (self._round, mine):
+        elif (message.batch, theirs) != (self.round, mine):
             raise StageError(
-                f"replica {self._replica} expected share {self._round} of the tensors {mine} from replica {replica}, "
+                f"replica {self._replica} expected share {self.round} of the tensors {mine} from replica {replica}, "
                 f"got share {message.batch} of {theirs}: does the recipe build the same model in every process?",
                 stage=self._stage,
             )
         else:
             self._come[replica] = message
+
+
+def gathering(
+    plan: Plan, stage: int, replica: int, inlets: Mapping[Edge, Inlet], outlets: Mapping[Edge, Outlet]
+) -> AllGather:
+    """The end of a stage of a replica, on those of its edges that carry averages."""
+    to = {edge.target // plan.stages: outlet for edge, outlet in outlets.items() if edge.what == "averages"}
+    come = {edge.source // plan.stages: inlet for edge, inlet in inlets.items() if edge.what == "averages"}
+    return AllGather(stage, replica, to, come)
 
 
 class Packing:

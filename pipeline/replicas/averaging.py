@@ -31,13 +31,14 @@ from pipeline.metrics.spans import Recorder, Span, silent
 from pipeline.plan.plan import Plan
 from pipeline.replicas.all_gather import AllGather, Packing
 from pipeline.schedule.modes import MODES
+from pipeline.state import State, Stateful, attributes, set_attributes
 
 __all__ = ["ALONE", "Alone", "Averager", "GradientAverager", "WeightAverager", "averager_of", "share_bytes"]
 
 _SLACK_BYTES = 2048  # of a message: header, alignment of one vector per dtype
 
 
-class Averager(Protocol):
+class Averager(Stateful, Protocol):
     """What a runner asks of the averaging of its stage. Nothing blocks.
 
     Attributes:
@@ -101,6 +102,13 @@ class Alone:
     def enough(self, step: int) -> bool:
         """As soon as somebody asked."""
         return self._asked()
+
+    def state(self) -> State:
+        """Nothing."""
+        return {}
+
+    def load_state(self, state: State) -> None:
+        """Nothing to take up."""
 
 
 ALONE = Alone()
@@ -177,6 +185,15 @@ class GradientAverager:
     def enough(self, step: int) -> bool:
         """From the step on that all agreed on."""
         return self._end is not None and step >= self._end
+
+    def state(self) -> State:
+        """Steps made, the round, and the step that all agreed to end at."""
+        return attributes(self, ("_steps", "_end")) | {"round": self._exchange.round}
+
+    def load_state(self, state: State) -> None:
+        """Take up ``state``."""
+        set_attributes(self, ("_steps", "_end"), state)
+        self._exchange.round = state["round"]
 
 
 class WeightAverager:
@@ -256,6 +273,15 @@ class WeightAverager:
     def enough(self, step: int) -> bool:
         """As soon as somebody asked, each replica by itself."""
         return self._asked()
+
+    def state(self) -> State:
+        """Steps made, and since the last snapshot; a round that is open is given up, and its snapshot due again."""
+        due = max(self._since, self._every) if self._exchange.open else self._since
+        return {"steps": self._steps, "since": due, "round": self._exchange.round}
+
+    def load_state(self, state: State) -> None:
+        """Take up ``state``."""
+        self._steps, self._since, self._exchange.round = state["steps"], state["since"], state["round"]
 
 
 def averager_of(

@@ -9,7 +9,6 @@ give, or other data make another model of it, which trains without an error.
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.data.recipe import Batch, Recipe
+from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
 from pipeline.run.resolved import Resolved
 from pipeline.run.sketch import Sketch, sketch_of
@@ -51,11 +51,11 @@ def fingerprint(
         rows = first[0][:_ROWS].clone()
     else:
         below = resolved.cuts[index - 1]
-        rows = _fixed(seed, below.activation_shape).to(below.activation_dtype)
+        rows = _fixed(seed, below.activation.shape).to(below.activation.dtype)
     # What takes no two rows is left out, in every process alike.
     with contextlib.suppress(Exception), seeded(seed, "fingerprint"), torch.no_grad():
-        for layer in copy.deepcopy(list(layers)):
-            rows = layer.module(rows)
+        for layer in layers:
+            rows = copy_of(layer.module)(rows)
             found[f"what layer {layer.name} gives"] = sketch_of(rows, computed=True)
     if last:
         with contextlib.suppress(Exception), seeded(seed, "fingerprint"), torch.no_grad():

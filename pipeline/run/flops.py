@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from torch.utils.module_tracker import ModuleTracker
 
 from pipeline.data.recipe import Recipe, build_model
+from pipeline.messages.bundle import Bundle, Item, is_differentiable
 from pipeline.metrics.measurements import GROUPS
 from pipeline.metrics.spans import Span
 from pipeline.model.cut import Cut
 from pipeline.model.partition import layers_of, split
 from pipeline.plan.plan import Plan
+from pipeline.schedule.modes import MODES
 from pipeline.seeding import seeded
-from pipeline.stage.gradient_flow import Flow
 from pipeline.stage.stage import Stage
 
 __all__ = ["StageFlops", "count_flops"]
@@ -85,7 +86,8 @@ def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageF
     """
     assert plan.sizes is not None, "the plan is resolved"
     assert plan.emulation is None, "a stage that sleeps computes nothing"
-    x, labels = recipe.seeded_batch(plan.seed, 0)
+    inputs, labels = recipe.seeded_batch(plan.seed, 0)
+    x: Bundle = (inputs,)
     counted = []
     with seeded(plan.seed, "flops"):  # stages seed the global generator for their layers
         for index, layers in enumerate(split(layers_of(build_model(recipe, plan.seed)), plan.sizes)):
@@ -94,50 +96,57 @@ def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageF
                 plan, quality_every=None, update_probability=1.0, warmup_steps=0, unlock="always", compile=False
             )
             stage = Stage(layers, index, counting, recipe, cut, cuts[index - 1] if index else None)
-            flops, x = _counted(stage, counting, x, labels)
+            flops, x = _counted(stage, counting, x, (labels,))
             counted.append(flops.at_random(plan.update_probability))
     return tuple(counted)
 
 
-def _counted(stage: Stage, plan: Plan, x: Tensor, labels: Tensor) -> tuple[StageFlops, Tensor]:
+def _counted(stage: Stage, plan: Plan, x: Bundle, context: Bundle) -> tuple[StageFlops, Bundle]:
     """What a stage does for a batch, and its output.
 
     Batch 0 does not count: a DNI predicts zeros until its first target came, and a stage finds out about its layers.
     """
-    every, flow = plan.target_every, Flow(plan, stage.index)
+    every = plan.dni.every or 1
     weights = {every: 1 / every}
     if every > 1:
         weights[every + 1] = 1 - 1 / every  # a batch whose target does not flow
-    _train(stage, flow, 0, x, labels)
+    _train(stage, plan, 0, x, context)
     spans: defaultdict[Span, float] = defaultdict(float)
     for batch, weight in weights.items():
         meter = _Meter()
         stage.record = meter
         with meter.counter:
-            output = _train(stage, flow, batch, x, labels)
+            output = _train(stage, plan, batch, x, context)
         meter(Span.OTHER, batch)
         for span, flops in meter.flops.items():
             spans[span] += flops * weight
     return StageFlops(**{f.name: sum(spans[s] for s in GROUPS[f.name]) for f in dataclasses.fields(StageFlops)}), output
 
 
-def _train(stage: Stage, flow: Flow, batch: int, x: Tensor, labels: Tensor) -> Tensor:
+def _train(stage: Stage, plan: Plan, batch: int, x: Bundle, context: Bundle) -> Bundle:
     """Everything a stage does with one batch; a constant stands in for the gradient that the stage above sends."""
-    num_parts = flow.plan.microbatches
-    outputs = [
-        stage.forward(batch, *part, microbatch=index)
-        for index, part in enumerate(zip(x.chunk(num_parts), labels.chunk(num_parts), strict=True))
-    ]
-    for index, h in enumerate(outputs):
-        from_above = None if stage.last else torch.full_like(h, 1 / h.numel())
-        gradient = from_above if flow.mode.gradient == "true" else stage.predict(batch)
-        stage.backward(batch, gradient, microbatch=index)
+    parts = zip(_chunks(x, plan.microbatches), _chunks(context, plan.microbatches), strict=True)
+    outputs = [stage.forward(Item(batch, part), *bundles) for part, bundles in enumerate(parts)]
+    learns = stage.in_flight.of(Item(batch)).route.wants_target
+    for part, h in enumerate(outputs):
+        item = Item(batch, part)
+        from_above = None if stage.last else tuple(map(_constant, h))
+        stage.backward(item, from_above if MODES[plan.mode].gradient == "true" else stage.predict(item))
     stage.step(batch)
     if stage.last:
         stage.loss_of(batch)
-    elif flow.wants_target(batch) and from_above is not None:
-        stage.learn(batch, from_above)
-    return torch.cat(outputs)
+    elif learns and from_above is not None:
+        stage.learn(Item(batch), from_above)
+    return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+
+def _chunks(bundle: Bundle, count: int) -> Iterator[Bundle]:
+    """A bundle cut into microbatches."""
+    return zip(*([None] * count if tensor is None else tensor.chunk(count) for tensor in bundle), strict=True)
+
+
+def _constant(h: Tensor | None) -> Tensor | None:
+    return torch.full_like(h, 1 / h.numel()) if is_differentiable(h) and h is not None else None
 
 
 class _Meter:

@@ -1,83 +1,149 @@
-"""A stage without tensors: for the order of actions of a run, and for how long it would take."""
+"""A stage without layers: for the order of actions of a run, for how long it would take, and for emulated runs.
+
+It says which gradients flow, as ``Stage`` would, and passes on zeros of the shapes that it was told, or of no rows. It
+knows of a warm-up, but not of what ``unlock auto`` decides.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from pipeline.messages.bundle import Bundle, Item, Specs, TensorSpec, gradients_like
+from pipeline.metrics.spans import Recorder, Span, silent
+from pipeline.plan.emulation import Emulation
 from pipeline.plan.plan import Plan
 from pipeline.stage.evaluation import EvaluationMetrics
-from pipeline.stage.gradient_flow import Flow, Locks
+from pipeline.stage.gradient_flow import Flow
+from pipeline.stage.in_flight import InFlight, Kept
+from pipeline.state import State
 
-__all__ = ["HollowStage"]
+__all__ = ["HollowStage", "Lasting"]
+
+Lasting = Callable[[float], contextlib.AbstractContextManager[object]]
+"""milliseconds -> a block that lasts that long."""
+
+_NOTHING = (TensorSpec("nothing", (0,), torch.float32, differentiable=True),)
 
 
 class HollowStage:
-    """A stage that only says which gradients flow, as ``Stage`` would; its tensors are empty.
+    """See ``StageLike``.
 
-    It knows of a warm-up, but not of what ``unlock auto`` decides.
+    Args:
+        index: the stage.
+        plan: its plan; with ``emulate`` it says how long the stage's work takes.
+        output: what the stage gives for a batch.
+        record: told what the stage turns to.
+        lasting: makes a block last; None: nothing takes any time.
     """
 
-    _EMPTY = torch.empty(0)
-
-    def __init__(self, index: int, plan: Plan) -> None:
-        self._flow = Flow(plan, index)
+    def __init__(
+        self,
+        index: int,
+        plan: Plan,
+        output: Specs = _NOTHING,
+        record: Recorder = silent,
+        lasting: Lasting | None = None,
+    ) -> None:
+        self._flow, self._output, self._record = Flow(plan, index), output, record
         self.index, self.last, self.scores = index, self._flow.last, EvaluationMetrics()
-        self._updated = -1
-
-    def updates(self, batch: int) -> bool:
-        return self._flow.updates(batch)
-
-    def locked(self, batch: int) -> bool:
-        return self._flow.warms_up(batch) and not self.last
-
-    def awaited(self, batch: int, microbatch: int = 0) -> bool:
-        return self._flow.awaited(self._locks(batch))
-
-    def keeps(self, batch: int, microbatch: int = 0) -> bool:
-        return True
-
-    def relaying(self) -> list[int]:
-        return []
-
-    def forget(self, before: int) -> None: ...
+        self.in_flight = InFlight(index)
+        lengths = plan.emulation or Emulation(stage_ms=0.0)
+        self._part_ms, self._dni_ms = lengths.stage_ms / plan.microbatches, lengths.dni_ms
+        self._lasting = lasting or (lambda milliseconds: contextlib.nullcontext())
+        self._parts, self._sampled = plan.microbatches, False
 
     def switched(self) -> None:
+        """Nothing is measured that would lock or unlock it."""
+
+    def forward(self, item: Item, x: Bundle, context: Bundle, *, awaited: bool = False) -> Bundle:
+        """A third of the stage's time."""
+        self._record(Span.FORWARD, item.batch)
+        with self._lasting(self._part_ms / 3):
+            route = self._flow.route(item.batch, self._flow.warm_up(item.batch))
+            h = self._zeros(context)
+            self.in_flight[item] = Kept(route, x, h, context, slice(None), [], {})
+            return h
+
+    def predict(self, item: Item) -> Bundle | None:
+        """Half of the DNI's time; nothing in the last stage."""
+        if not self.last:
+            self._record(Span.DNI, item.batch)
+            with self._lasting(self._dni_ms / 2):
+                return None
         return None
 
-    def forward(self, batch: int, x: Any, labels: Any, microbatch: int = 0, *, awaited: bool = False) -> Tensor:
-        return self._EMPTY
+    def backward(self, item: Item, gradient: Bundle | None) -> Bundle | None:
+        """Two thirds of the stage's time."""
+        self._record(Span.BACKWARD, item.batch)
+        with self._lasting(self._part_ms * 2 / 3):
+            kept = self.in_flight.of(item)
+            self._sampled = kept.route.samples
+            self._end(item)
+            return gradients_like((None,) * len(kept.x), kept.x) if kept.route.sends_now else None
 
-    def evaluate(self, batch: int, x: Any, labels: Any) -> Tensor:
-        return self._EMPTY
+    def step(self, batch: int) -> None:
+        """Part of the stage's time already."""
+        self._record(Span.STEP, batch)
 
-    def predict(self, batch: int) -> Tensor | None:
-        return None
+    def skip(self, item: Item) -> None:
+        """No time at all."""
+        self._end(item)
+        self._record(Span.STEP, item.batch)
 
-    def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None:
-        self._updated = batch
-        return self._EMPTY if self._flow.at_update(batch, self._locks(batch)) else None
+    def learn(self, item: Item, gradient: Bundle) -> Bundle | None:
+        """Half of the DNI's time, and a third of the stage's for a relay."""
+        self._record(Span.DNI_TRAIN, item.batch)
+        kept = self.in_flight.pop(item)
+        with self._lasting(self._dni_ms / 2):
+            if not kept.route.relays:
+                return None
+        self._record(Span.RELAY, item.batch)
+        with self._lasting(self._part_ms / 3):
+            return gradients_like((None,) * len(kept.x), kept.x)
 
-    def step(self, batch: int) -> None: ...
+    def evaluate(self, batch: int, x: Bundle, context: Bundle) -> Bundle:
+        """Nothing is learned, so nothing is measured: passes on at once."""
+        self._record(Span.EVALUATE, batch)
+        return self._zeros(context)
 
-    def skip(self, batch: int) -> None: ...
+    def true_gradient(self) -> Bundle | None:
+        """Of a sampled batch, of no rows."""
+        return (torch.empty(0),) if self.last and self._sampled else None
 
-    def learn(self, batch: int, gradient: Tensor) -> Tensor | None:
-        return self._EMPTY if self._flow.relays(batch, self._locks(batch)) else None
-
-    def true_gradient(self) -> Tensor | None:
-        return self._EMPTY if self.last and self._flow.samples(self._updated) else None
-
-    def judge(self, batch: int, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, self._EMPTY
+    def judge(self, batch: int, gradient: Bundle) -> tuple[None, Bundle]:
+        """Passed on."""
+        return None, gradient
 
     def loss_of(self, batch: int) -> float:
-        return float("nan")
+        """There is none."""
+        for part in range(self._parts):
+            self.in_flight.pop(Item(batch, part), None)
+        return 0.0
 
     def state_tensors(self) -> dict[str, Tensor]:
+        """There are no weights."""
         return {}
 
-    def _locks(self, batch: int) -> Locks:
-        return Locks(mine=self.locked(batch), below=self._flow.warms_up(batch) and self.index > 0)
+    optimizer_tensors = state_tensors
+
+    def state(self) -> State:
+        """Nothing is remembered."""
+        return {}
+
+    def load_state(self, state: State) -> None:
+        """Nothing to take up."""
+
+    def _zeros(self, context: Bundle) -> Bundle:
+        rows = len(next((tensor for tensor in context if tensor is not None), ()))
+        return tuple(
+            None if spec is None else torch.zeros(rows, *spec.shape[1:], dtype=spec.dtype) for spec in self._output
+        )
+
+    def _end(self, item: Item) -> None:
+        """Keep what is still needed of a batch after its update, as a stage does."""
+        if not self.last and not self.in_flight[item].route.wants_target:
+            del self.in_flight[item]

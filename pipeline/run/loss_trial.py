@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from pipeline.dni.dni import describe_form, training_window
 from pipeline.errors import PlanError
+from pipeline.messages.bundle import as_bundle, as_value, differentiable
 from pipeline.model.cut import Cut
+from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
 from pipeline.plan.plan import Plan
 from pipeline.run.holdings import leaves_of, tensors_of
@@ -82,7 +84,7 @@ class Trial:
         return torch.zeros_like(leaf) if gradient is None else gradient.detach()
 
 
-def check_learns(layers: Sequence[Layer], inputs: Tensor, outputs: Sequence[Tensor]) -> None:
+def check_learns(layers: Sequence[Layer], inputs: Tensor, outputs: Sequence[Any]) -> None:
     """Refuse a model that no loss can teach. Runs the topmost layers, down to one that learns, in training mode.
 
     Args:
@@ -99,10 +101,10 @@ def check_learns(layers: Sequence[Layer], inputs: Tensor, outputs: Sequence[Tens
             "unfrozen (requires_grad_(True))."
         )
     for index in reversed(range(len(layers))):
-        module, x = copy.deepcopy(layers[index].module).train(), outputs[index - 1] if index else inputs
+        module, x = copy_of(layers[index].module).train(), outputs[index - 1] if index else inputs
         if _has_gradient(module, x, at_x=False):
             return
-        if not (index and x.is_floating_point() and _has_gradient(module, x, at_x=True)):
+        if not (index and differentiable(as_bundle(x)) and _has_gradient(module, x, at_x=True)):
             raise PlanError(
                 f"no gradient comes through layer {layers[index].name} to a parameter that requires one, so nothing "
                 "would be learned: look for detach(), no_grad() or whole numbers in its forward, or unfreeze layers."
@@ -202,15 +204,17 @@ def _check_gradient(loss: Tensor, leaf: Tensor) -> None:
         raise PlanError("the loss does not depend on the network's output, so nothing would be learned: mend it there.")
 
 
-def _has_gradient(module: nn.Module, x: Tensor, *, at_x: bool) -> bool:
+def _has_gradient(module: nn.Module, x: Any, *, at_x: bool) -> bool:
     """Whether the module's output has a gradient: at its parameters, or ``at_x`` too. Where it fails, others say so."""
-    x = x.detach().clone().requires_grad_(at_x)
+    given = [None if each is None else each.detach().clone() for each in as_bundle(x)]
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            output: object = module(x.clone())
+            for tensor in differentiable(tuple(given)):
+                tensor.requires_grad_(at_x)
+            output = module(as_value(tuple(each if each is None else each.clone() for each in given)))
     except Exception:
         return True
-    return not isinstance(output, Tensor) or output.requires_grad
+    return any(each.requires_grad for each in as_bundle(output) if isinstance(each, Tensor))
 
 
 # ------------------------------------------------------------------ what it has of its own

@@ -18,15 +18,18 @@ from torch import Tensor
 from pipeline.data.loader import inputs, phantom_inputs
 from pipeline.data.recipe import Recipe
 from pipeline.messages.message import Message
+from pipeline.messages.queue_ends import Inlet, Outlet
 from pipeline.plan.device_choice import CPU, choose_devices
 from pipeline.plan.plan import Plan
 from pipeline.plan.replica_layout import plan_of, policy_of, worker_of
-from pipeline.replicas.all_gather import ROOM, AllGather
-from pipeline.replicas.averaging import Averager, averager_of
+from pipeline.plan.topology import Edge, data_edge, edges_of, label_of
+from pipeline.replicas.all_gather import ROOM, gathering
+from pipeline.replicas.averaging import averager_of
 from pipeline.run.hollow_stage import HollowStage
 from pipeline.run.resolve import resolve, stage_layers
 from pipeline.run.resolved import Resolved
-from pipeline.run.runner import Runner, StageLike
+from pipeline.run.runner import Runner
+from pipeline.run.stage_like import StageLike
 from pipeline.run.virtual_time import VirtualClock, VirtualQueue, VirtualSource
 from pipeline.schedule.policies import Action
 from pipeline.stage.dni_quality import Quality
@@ -181,13 +184,8 @@ def timeline(plan: Plan, held_out_batches: int, costs: Costs) -> list[Event]:
 def _drive(
     pipelines: Sequence[Sequence[StageLike]], plan: Plan, sources: Sources, costs: Costs, result: Reference | None
 ) -> list[Event]:
-    clock = VirtualClock()
     reached = (lambda: False) if result is None else (lambda: result.reached is not None)
-    averagers = _averagers(pipelines, plan, costs, clock, reached)
-    runners: list[Runner] = []
-    for replica, (stages, averaging) in enumerate(zip(pipelines, averagers, strict=True)):
-        source = sources(replica, averaging[0].enough)
-        runners += _connect(stages, plan, source, costs, clock, averaging)
+    clock, runners = _connected(pipelines, plan, sources, costs, reached)
     losses: list[list[float]] = [[] for _ in pipelines]
     if result is not None:
         _listen(runners, plan, losses, result)
@@ -235,37 +233,6 @@ def _keep_loss(losses: list[float], batch: int, loss: float) -> None:
     losses.append(loss)
 
 
-def _averagers(
-    pipelines: Sequence[Sequence[StageLike]], plan: Plan, costs: Costs, clock: VirtualClock, asked: Callable[[], bool]
-) -> list[list[Averager]]:
-    """For every stage of every replica; with the queues between them, which travel a hop."""
-    others = [[other for other in range(plan.replicas) if other != replica] for replica in range(plan.replicas)]
-    hop = costs.hop(plan.hop_steps)
-    ways = {
-        (k, source, target): VirtualQueue(clock, ROOM, hop, None, partial(costs.late, f"averages {source}->{target}"))
-        for k in range(plan.stages)
-        for source, targets in enumerate(others)
-        for target in targets
-    }
-    return [
-        [
-            averager_of(
-                plan,
-                stage.state_tensors(),
-                AllGather(
-                    k,
-                    replica,
-                    {other: ways[k, replica, other] for other in others[replica]},
-                    {other: ways[k, other, replica] for other in others[replica]},
-                ),
-                asked,
-            )
-            for k, stage in enumerate(stages)
-        ]
-        for replica, stages in enumerate(pipelines)
-    ]
-
-
 def _advance(clock: VirtualClock, runners: list[Runner]) -> None:
     while clock.alarms and clock.alarms[0] <= clock.now:
         heapq.heappop(clock.alarms)
@@ -275,41 +242,50 @@ def _advance(clock: VirtualClock, runners: list[Runner]) -> None:
     clock.now = heapq.heappop(clock.alarms)
 
 
-def _connect(
-    stages: Sequence[StageLike],
-    plan: Plan,
-    source: Iterator[Message],
-    costs: Costs,
-    clock: VirtualClock,
-    averagers: Sequence[Averager],
-) -> list[Runner]:
+def _queues(plan: Plan, costs: Costs, clock: VirtualClock) -> dict[Edge, VirtualQueue]:
+    """The queue of every edge, over which messages travel a hop."""
     hop = costs.hop(plan.hop_steps)
     on_the_way = -(-hop // (costs.forward + costs.backward))  # what the link itself holds
-    queue = partial(VirtualQueue, clock, hop=hop, wire_dtype=plan.wire_dtype)
-    downs = [
-        queue(plan.channel.slots + on_the_way, late=partial(costs.late, f"activations {k}->{k + 1}"))
-        for k in range(len(stages) - 1)
-    ]
-    ups = [
-        queue(plan.gradient_slots_at(k) + more, late=partial(costs.late, f"gradients {k + 1}->{k}"))
-        for k in range(len(stages) - 1)
-        for more in [2 * on_the_way * (plan.stages - k)]
-    ]
-    return [
-        Runner(
-            stage=stage,
-            policy=policy_of(plan),
-            stages=plan.stages,
-            microbatches=plan.microbatches,
-            below=VirtualSource(source) if k == 0 else downs[k - 1],
-            above=None if stage.last else ups[k],
-            down=None if stage.last else downs[k],
-            up=None if k == 0 else ups[k - 1],
-            averager=averagers[k],
-            ahead=_round_trips(plan, k, hop, costs) if plan.in_flight == "full" else None,
-        )
-        for k, stage in enumerate(stages)
-    ]
+    queues = {}
+    for edge in edges_of(plan):
+        capacity = {
+            "activations": plan.channel.slots + on_the_way,
+            "gradients": plan.gradient_slots_at(edge.cut) + 2 * on_the_way * (plan.stages - edge.cut),
+            "averages": ROOM,
+        }[edge.what]
+        wire_dtype = None if edge.what == "averages" else plan.wire_dtype
+        late = partial(costs.late, label_of(edge, plan))
+        queues[edge] = VirtualQueue(clock, capacity, hop, wire_dtype, late)
+    return queues
+
+
+def _connected(
+    pipelines: Sequence[Sequence[StageLike]], plan: Plan, sources: Sources, costs: Costs, asked: Callable[[], bool]
+) -> tuple[VirtualClock, list[Runner]]:
+    """A runner for every worker, with the queues between them and the data in front of them."""
+    clock, runners = VirtualClock(), list[Runner]()
+    queues, hop = _queues(plan, costs, clock), costs.hop(plan.hop_steps)
+    for replica, stages in enumerate(pipelines):
+        for k, stage in enumerate(stages):
+            worker = worker_of(plan, replica, k)
+            inlets: dict[Edge, Inlet] = {edge: queue for edge, queue in queues.items() if edge.target == worker}
+            outlets: dict[Edge, Outlet] = {edge: queue for edge, queue in queues.items() if edge.source == worker}
+            averager = averager_of(plan, stage.state_tensors(), gathering(plan, k, replica, inlets, outlets), asked)
+            if k == 0:
+                inlets[data_edge(plan, replica)] = VirtualSource(sources(replica, averager.enough))
+            runners.append(
+                Runner(
+                    stage=stage,
+                    policy=policy_of(plan),
+                    inlets=inlets,
+                    outlets=outlets,
+                    stages=plan.stages,
+                    microbatches=plan.microbatches,
+                    averager=averager,
+                    ahead=_round_trips(plan, k, hop, costs) if plan.in_flight == "full" else None,
+                )
+            )
+    return clock, runners
 
 
 def _round_trips(plan: Plan, k: int, hop: int, costs: Costs) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from pipeline.data.recipe import Batch, Recipe, build_model, check_batches
 from pipeline.dni.dni import describe_form, target_every
 from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
+from pipeline.messages.bundle import TensorSpec, as_bundle, differentiable, specs_of
 from pipeline.messages.message import dense
 from pipeline.model.checkpointing import check_checkpointing
 from pipeline.model.cut import Cut
@@ -100,7 +102,7 @@ def resolve(
     seconds: tuple[float, ...] | None = None
     why = "given" if plan.sizes or plan.cuts else "number of layers"
     if sizes is None:
-        if measure is not None and plan.stages > 1:
+        if measure is not None and plan.stages > 1 and all(isinstance(output, Tensor) for output in outputs):
             seconds = tuple(measure(layers, [inputs, *outputs[:-1]]))
             why = "measured time per layer"
         sizes = balanced_split(layers, seconds or [1.0] * len(layers), plan.stages)
@@ -110,7 +112,7 @@ def resolve(
     check_learns(layers, inputs, outputs)
     trial = try_loss(recipe.loss, outputs[-1], labels)
     ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
-    _check_cuts(layers, ends, outputs)
+    _check_cuts(layers, ends, outputs, plan)
     cuts = tuple(
         _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, outputs[-1], recipe, plan)
         for k, end in enumerate(ends)
@@ -177,10 +179,10 @@ def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
     return split(layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
 
 
-def _rounded(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Tensor]) -> Iterator[tuple[str, str, str]]:
+def _rounded(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Any]) -> Iterator[tuple[str, str, str]]:
     """What is said of cuts behind which a locked stage computes on other strides than one process does."""
     for k, end in enumerate(ends):
-        if dense(outputs[end - 1]).stride() != outputs[end - 1].stride():
+        if any(dense(t).stride() != t.stride() for t in as_bundle(outputs[end - 1]) if t is not None):
             what = f"layer {layers[end - 1].name} gives a slice or an expanded tensor, which travels dense"
             yield f"cut {k}", "but for rounding", f"{what}: equal to one process up to the last bits"
 
@@ -238,7 +240,7 @@ def _cut(
     index: int,
     below: Sequence[Layer],
     stage: Sequence[Layer],
-    activation: Tensor,
+    activation: Any,
     labels: Tensor,
     output: Tensor,
     recipe: Recipe,
@@ -246,11 +248,9 @@ def _cut(
 ) -> Cut:
     return Cut(
         index=index,
-        activation_shape=tuple(activation.shape),
-        activation_dtype=activation.dtype,
-        label_shape=tuple(labels.shape),
-        label_dtype=labels.dtype,
-        output_shape=tuple(output.shape),
+        specs=specs_of(as_bundle(activation), "activation", differentiable=True),
+        context=specs_of((labels,), "labels"),
+        output=TensorSpec("output", tuple(output.shape), output.dtype, differentiable=True),
         loss=recipe.loss,
         normalised=ends_normalised(below),
         depth=depth_of(stage),
@@ -274,12 +274,21 @@ def _unread_options(plan: Plan, forms: set[str]) -> Iterator[str]:
                 )
 
 
-def _check_cuts(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Tensor]) -> None:
+def _check_cuts(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Any], plan: Plan) -> None:
+    """What crosses a cut has a gradient; and one tensor of it, where something predicts that."""
     for end in ends:
-        if not outputs[end - 1].is_floating_point():
+        name, bundle = layers[end - 1].name, as_bundle(outputs[end - 1])
+        count = len(differentiable(bundle))
+        if not count:
+            dtypes = ", ".join(str(tensor.dtype) for tensor in bundle if tensor is not None)
             raise PlanError(
-                f"layer {layers[end - 1].name} gives {outputs[end - 1].dtype}, and no gradient can cross a cut behind "
-                "it: cut elsewhere (--sizes or --cuts)."
+                f"layer {name} gives {dtypes}, and no gradient can cross a cut behind it: cut elsewhere (--sizes or "
+                "--cuts)."
+            )
+        if count > 1 and MODES[plan.mode].gradient != "true":
+            raise PlanError(
+                f"layer {name} gives {count} tensors that gradients come back for, and in mode {plan.mode} a cut has "
+                "one: cut elsewhere (--sizes or --cuts), or choose mode naive, gpipe, 1f1b or async-1f1b."
             )
 
 

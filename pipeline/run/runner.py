@@ -1,63 +1,40 @@
 """One stage and its policy, with the queues around them. Drivers only move messages and time.
 
-             below (activations) ->  +--------+  -> down (activations)
-                                     | Runner |
-             up (gradients)      <-  +--------+  <- above (gradients)
-                                         |
+        activations from below, or data  ->  +--------+  -> activations to the stage above
+                                             | Runner |
+              gradients to below (Uplink)  <-  +--------+  <- gradients from above
+                                                 |
                             averager: the same stage of other replicas
 
 The reference driver and the worker loop of a process drive the same Runner: ``poll`` looks into the queues, ``next``
-asks the policy, ``perform`` does it.
+asks the policy, ``perform`` does it. Which queues there are is a matter of the topology: they come by edge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
-
-from torch import Tensor
+from typing import TypeVar
 
 from pipeline.errors import StageError
+from pipeline.messages.bundle import Bundle, Item
 from pipeline.messages.message import Kind, Message
 from pipeline.messages.queue_ends import Inlet, Outlet
 from pipeline.metrics.spans import Recorder, Span, silent
+from pipeline.plan.topology import Edge, What
 from pipeline.replicas.averaging import ALONE, Averager
+from pipeline.run.stage_like import StageLike
+from pipeline.run.uplink import Uplink
 from pipeline.schedule.policies import Action, Policy, View
 from pipeline.stage.dni_quality import Quality
 from pipeline.stage.evaluation import EvaluationMetrics
+from pipeline.stage.gradient_flow import Route
 from pipeline.stage.unlock import Switch
 
-__all__ = ["Runner", "StageLike"]
+__all__ = ["Runner"]
 
-
-class StageLike(Protocol):
-    """What a Runner needs of a stage; ``Stage`` computes, a phantom only counts."""
-
-    index: int
-    last: bool
-    scores: EvaluationMetrics
-
-    def updates(self, batch: int) -> bool: ...
-    def locked(self, batch: int) -> bool: ...
-    def awaited(self, batch: int, microbatch: int = 0) -> bool: ...
-    def keeps(self, batch: int, microbatch: int = 0) -> bool: ...
-    def relaying(self) -> list[int]: ...
-    def forget(self, before: int) -> None: ...
-    def switched(self) -> Switch | None: ...
-    def forward(
-        self, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0, *, awaited: bool = False
-    ) -> Tensor: ...
-    def predict(self, batch: int) -> Tensor | None: ...
-    def backward(self, batch: int, gradient: Tensor | None, microbatch: int = 0) -> Tensor | None: ...
-    def step(self, batch: int) -> None: ...
-    def skip(self, batch: int) -> None: ...
-    def learn(self, batch: int, gradient: Tensor) -> Tensor | None: ...
-    def true_gradient(self) -> Tensor | None: ...
-    def judge(self, batch: int, gradient: Tensor) -> tuple[Quality | None, Tensor | None]: ...
-    def evaluate(self, batch: int, x: Tensor, labels: Tensor) -> Tensor: ...
-    def loss_of(self, batch: int) -> float: ...
-    def state_tensors(self) -> dict[str, Tensor]: ...
+_End = TypeVar("_End")
 
 
 @dataclass
@@ -67,31 +44,26 @@ class Runner:
     Attributes:
         stage: does the work.
         policy: says what is next.
-        below: activations from the stage below, or the loader.
-        above: gradients from the stage above; None for the last stage.
-        down: activations to the stage above; None for the last stage.
-        up: gradients to the stage below; None for the first stage.
+        inlets: where messages come in: activations (from the stage below, or the data) and gradients, by edge.
+        outlets: where they go out, by edge.
         ahead: how many batches async-1f1b may have open besides one; None: as many as there are stages above.
         averager: what the stage averages with its replicas.
         record: told what the worker turns to.
         on_loss: last stage: called with (batch, training loss).
-        on_scores: last stage: called with (number of updates, scores of a pass over the held-out batches).
+        on_scores: last stage: called with (number of updates, metrics of a pass over the held-out batches).
         on_quality: below the last stage: called with the quality of every sampled batch.
         on_switch: below the last stage: called whenever the stage locks or unlocks.
         stages: number of stages of the pipeline.
         microbatches: microbatches per batch.
         forwarded, backwarded: counts of training microbatches.
         updated, learned: counts of training batches; one that is left without an update counts as updated.
-        dropped: targets, for which nobody waits, that were dropped because the gradient channel was full.
         done: nothing is left to do.
     """
 
     stage: StageLike
     policy: Policy
-    below: Inlet
-    above: Inlet | None = None
-    down: Outlet | None = None
-    up: Outlet | None = None
+    inlets: Mapping[Edge, Inlet]
+    outlets: Mapping[Edge, Outlet]
     ahead: int | None = None
     averager: Averager = ALONE
     record: Recorder = silent
@@ -105,16 +77,25 @@ class Runner:
     backwarded: int = 0
     updated: int = 0
     learned: int = 0
-    dropped: int = 0
     actions: int = 0
     done: bool = False
     _activation: Message | None = None
     _gradient: Message | None = None
-    _unsent: list[Message] = field(default_factory=list)
-    _target: Message | None = None
+    _open: deque[Route] = field(default_factory=deque)  # of the batches between their forward and their update
     _ended_above: bool = False
     _ended_below: bool = False
     _trained_below: bool = False
+
+    def __post_init__(self) -> None:
+        below, self._above = _only(self.inlets, "activations"), _only(self.inlets, "gradients")
+        assert below is not None, "every stage has something that comes in"
+        self._below, self._down = below, _only(self.outlets, "activations")
+        self._up = Uplink(self.stage.index, _only(self.outlets, "gradients"), self.record)
+
+    @property
+    def dropped(self) -> int:
+        """Targets, for which nobody waits, that were dropped because the gradient channel was full."""
+        return self._up.dropped
 
     def poll(self) -> None:
         """Look into the queues: at most one message of each is held.
@@ -122,14 +103,15 @@ class Runner:
         Raises:
             StageError: what came from above has no place: it came twice, or something before it is missing.
         """
-        self._flush()
+        self._up.flush()
         self.averager.poll()
-        while self.above is not None and self._gradient is None and not self._ended_above:
-            if (came := self.above.take()) is None:
+        while self._above is not None and self._gradient is None and not self._ended_above:
+            if (came := self._above.take()) is None:
                 break
             self._take_in(came)
         if self._activation is None and not self._ended_below:
-            self._activation = self.below.take()
+            self._activation = self._below.take()
+        self.done = self._up.ended
 
     def next(self) -> Action:
         """What to do now. Pure: does not look into the queues again."""
@@ -137,6 +119,7 @@ class Runner:
 
     def view(self) -> View:
         """What the policy may know."""
+        oldest = self._open[0] if self._open else None
         return View(
             stages_above=self.stages - 1 - self.stage.index,
             microbatches=self.microbatches,
@@ -144,13 +127,13 @@ class Runner:
             backwarded=self.backwarded,
             activation=self._activation is not None,
             gradient=self._gradient is not None,
-            room=self.down is None or self.down.room(),
+            room=self._down is None or self._down.room(),
             ended=self._ended_below or self._trained_below,
             actions=self.actions,
             average=self.averager.ready,
             held=self.averager.held,
-            updates=self.stage.updates(self.updated),
-            locked=self.stage.locked(self.updated),
+            updates=oldest is None or oldest.updates,
+            locked=oldest is not None and oldest.locked,
             late=self._gradient is not None and self._is_late(self._gradient),
             ahead=self.ahead,
         )
@@ -165,7 +148,7 @@ class Runner:
         if action is Action.FORWARD:
             self._forward()
         elif action is Action.UPDATE:
-            self._update(self.stage.predict(self.updated))
+            self._update(self.stage.predict(Item(self.updated)))
         elif action is Action.BACKWARD:
             self._backward()
         elif action is Action.SKIP:
@@ -176,75 +159,86 @@ class Runner:
             self._average()
         self.record(Span.OTHER, -1)
 
-    # ------------------------------------------------------------------ private
+    # ------------------------------------------------------------------ what comes from below
 
     def _forward(self) -> None:
         message, self._activation = self._activation, None
         assert message is not None, "the policy took an activation that is not there"
-        kind, batch = message.kind, message.batch
+        kind = message.kind
         if kind in (Kind.ACTIVATION, Kind.AWAITED):
-            part = self._in_turn("activation", self.forwarded, message)
-            x, labels = message.tensors
-            h = self.stage.forward(batch, x, labels, microbatch=part, awaited=kind is Kind.AWAITED)
-            waits = self.stage.locked(batch)
-            sent_as = Kind.AWAITED if waits else Kind.ACTIVATION
-            self._send_down(Message(sent_as, batch, self.stage.index, (h, labels), microbatch=part))
-            self.forwarded += 1
-            if waits:
-                self.stage.predict(batch)  # used for nothing: what the DNI learns without a gradient it learns here
-            if (switch := self.stage.switched()) is not None:
-                self.on_switch(switch)
+            self._forward_batch(message)
         elif kind is Kind.EVALUATION:
-            h = self.stage.evaluate(batch, *message.tensors)
-            self._send_down(Message(kind, batch, self.stage.index, (h, message.tensors[1])))
+            h = self.stage.evaluate(message.batch, message.payload, message.context)
+            self._send_down(kind, message.item, h, message.context)
         elif kind is Kind.REPORT:
-            self._send_down(Message(kind, batch, self.stage.index))
+            self._send_down(kind, message.item)
             if self.stage.last:
-                self.on_scores(batch, self.stage.scores)
+                self.on_scores(message.batch, self.stage.scores)
                 self.stage.scores = EvaluationMetrics()
         elif kind is Kind.TRAINED:
             self._trained_below = True
-            self._send_down(Message(kind, batch, self.stage.index))
+            self._send_down(kind, message.item)
             self._after_training()
         elif kind is Kind.END:
             self._ended_below = True
-            self._send_down(Message(kind, batch, self.stage.index))
+            self._send_down(kind, message.item)
             if self.stage.last:
                 self._end(message)
 
+    def _forward_batch(self, message: Message) -> None:
+        item = self._in_turn("activation", self.forwarded, message)
+        h = self.stage.forward(item, message.payload, message.context, awaited=message.kind is Kind.AWAITED)
+        route = self.stage.in_flight.of(item).route
+        self._send_down(Kind.AWAITED if route.locked else Kind.ACTIVATION, item, h, message.context)
+        self.forwarded += 1
+        if item.microbatch == 0:
+            self._open.append(route)
+        if route.locked:
+            self.stage.predict(item)  # used for nothing: what the DNI learns without a gradient it learns here
+        if (switch := self.stage.switched()) is not None:
+            self.on_switch(switch)
+
+    # ------------------------------------------------------------------ updates
+
     def _backward(self) -> None:
-        gradient = None if self.stage.last else self._taken_gradient(self.backwarded).tensors[0]
-        batch = self.updated
+        item = self._item(self.backwarded)
+        gradient = None if self.stage.last else self._taken_gradient(self.backwarded).payload
+        learns = self._open[0].locked and self._open[0].wants_target
         self._update(gradient)
-        if gradient is not None and self.stage.locked(batch):
-            self.stage.learn(batch, gradient)
+        if gradient is not None and learns:
+            self.stage.learn(item, gradient)
             self.learned += 1
 
-    def _is_late(self, message: Message) -> bool:
-        return message.kind is Kind.SAMPLE or message.batch < self.updated
-
-    def _update(self, gradient: Tensor | None) -> None:
+    def _update(self, gradient: Bundle | None) -> None:
         """Backpropagate the next microbatch, send up what is to be sent; step after the last one of its batch."""
-        batch, part = divmod(self.backwarded, self.microbatches)
-        awaited = self.stage.awaited(batch, part)
-        below = self.stage.backward(batch, gradient, microbatch=part)
+        item, awaited = self._item(self.backwarded), self._open[0].awaited
+        below = self.stage.backward(item, gradient)
         self.backwarded += 1
         if below is not None:
-            message = Message(Kind.GRADIENT, batch, self.stage.index, (below,), microbatch=part)
-            self._send_up(message, awaited=awaited)
-        self._send_sample(batch, self.stage.true_gradient())
-        if part < self.microbatches - 1:
+            self._send_gradient(item, below, awaited=awaited)
+        self._send_sample(item.batch, self.stage.true_gradient())
+        if item.microbatch < self.microbatches - 1:
             return
         if not self.averager.before_step():
-            self._step(batch)
+            self._step(item.batch)
 
     def _step(self, batch: int) -> None:
         self.stage.step(batch)
-        self.updated += 1
-        if self.stage.last:
-            self.on_loss(batch, self.stage.loss_of(batch))
+        self._ended_batch(batch)
         self.averager.after_step()
         self._after_training()
+
+    def _skip(self) -> None:
+        self.stage.skip(Item(self.updated))
+        self.backwarded += 1
+        self._ended_batch(self.updated)
+        self._after_training()
+
+    def _ended_batch(self, batch: int) -> None:
+        self.updated += 1
+        self._open.popleft()
+        if self.stage.last:
+            self.on_loss(batch, self.stage.loss_of(batch))
 
     def _average(self) -> None:
         if self.averager.take():
@@ -255,27 +249,43 @@ class Runner:
         if self._trained_below and self.forwarded == self.backwarded:
             self.averager.after_training()
 
-    def _skip(self) -> None:
-        batch = self.updated
-        self.stage.skip(batch)
-        self.backwarded += 1
-        self.updated += 1
-        if self.stage.last:
-            self.on_loss(batch, self.stage.loss_of(batch))
-        self._after_training()
+    # ------------------------------------------------------------------ what comes from above
+
+    def _take_in(self, message: Message) -> None:
+        """Something came from above: hold a gradient until its turn, take word at once."""
+        item, index = message.item, self.stage.index
+        if message.kind is Kind.END:
+            if self.forwarded != self.backwarded:
+                what = f"the END came from stage {message.stage} before the gradient of this batch"
+                raise StageError(what, stage=index, batch=self.updated)
+            self._ended_above = True
+            self._end(message)
+        elif message.kind is Kind.DROPPED:
+            relaying = self.stage.in_flight.relaying()
+            self.stage.in_flight.forget(min(item.batch, self.updated))
+            if self.stage.in_flight.relaying() != relaying:
+                self._tell_dropped()
+        elif message.kind is Kind.GRADIENT and item not in self.stage.in_flight:
+            what = f"a gradient came from stage {message.stage} that this stage does not wait for, or no longer"
+            raise StageError(f"{what} (microbatch {item.microbatch})", stage=index, batch=item.batch)
+        else:
+            self._gradient = message
+
+    def _is_late(self, message: Message) -> bool:
+        return message.kind is Kind.SAMPLE or message.batch < self.updated
 
     def _learn(self) -> None:
         message = self._taken_gradient(None)
         if message.kind is Kind.SAMPLE:
-            quality, below = self.stage.judge(message.batch, message.tensors[0])
+            quality, below = self.stage.judge(message.batch, message.payload)
             if quality is not None:
                 self.on_quality(quality)
             self._send_sample(message.batch, below)
             return
-        relayed = self.stage.learn(message.batch, message.tensors[0])
+        relayed = self.stage.learn(message.item, message.payload)
         self.learned += 1
         if relayed is not None:
-            self._send_up(Message(Kind.GRADIENT, message.batch, self.stage.index, (relayed,)), awaited=False)
+            self._send_gradient(message.item, relayed, awaited=False)
 
     def _taken_gradient(self, expected: int | None) -> Message:
         message, self._gradient = self._gradient, None
@@ -284,83 +294,49 @@ class Runner:
             self._in_turn("gradient", expected, message)
         return message
 
-    def _in_turn(self, what: str, expected: int, message: Message) -> int:
-        """The microbatch of a message, which must be number ``expected`` of all."""
-        batch, part = divmod(expected, self.microbatches)
-        if (message.batch, message.microbatch) != (batch, part):
-            raise StageError(
-                f"expected the {what} of batch {batch}.{part}, got that of batch {message.batch}.{message.microbatch} "
-                f"from stage {message.stage}",
-                stage=self.stage.index,
-                batch=batch,
-            )
-        return part
+    def _item(self, number: int) -> Item:
+        """The piece of work that is number ``number`` of all."""
+        return Item(*divmod(number, self.microbatches))
 
-    def _take_in(self, message: Message) -> None:
-        """Something came from above: hold a gradient until its turn, take word at once."""
-        batch, index = message.batch, self.stage.index
-        if message.kind is Kind.END:
-            if self.forwarded != self.backwarded:
-                what = f"the END came from stage {message.stage} before the gradient of this batch"
-                raise StageError(what, stage=index, batch=self.updated)
-            self._ended_above = True
-            self._end(message)
-        elif message.kind is Kind.DROPPED:
-            relaying = self.stage.relaying()
-            self.stage.forget(min(batch, self.updated))
-            if self.stage.relaying() != relaying:
-                self._send_word()
-        elif message.kind is Kind.GRADIENT and not self.stage.keeps(batch, message.microbatch):
-            what = f"a gradient came from stage {message.stage} that this stage does not wait for, or no longer"
-            raise StageError(f"{what} (microbatch {message.microbatch})", stage=index, batch=batch)
-        else:
-            self._gradient = message
+    def _in_turn(self, what: str, expected: int, message: Message) -> Item:
+        """The item of a message, which must be number ``expected`` of all."""
+        item = self._item(expected)
+        if message.item != item:
+            raise StageError(
+                f"expected the {what} of batch {item}, got that of batch {message.item} from stage {message.stage}",
+                stage=self.stage.index,
+                batch=item.batch,
+            )
+        return item
+
+    # ------------------------------------------------------------------ what goes out
 
     def _end(self, message: Message) -> None:
         """The END came back from above (or reached the last stage): echo it up; this stage is done."""
-        if self.up is not None:
-            self._unsent.append(Message(Kind.END, message.batch, self.stage.index))
-            self._flush()
-        self.done = not self._unsent
+        self._up.end(Message(Kind.END, message.item, self.stage.index))
+        self.done = self._up.ended
 
-    def _send_down(self, message: Message) -> None:
-        if self.down is not None:
-            self.record(Span.SEND, message.batch)
-            self.down.put(message)
+    def _send_down(self, kind: Kind, item: Item, payload: Bundle = (), context: Bundle = ()) -> None:
+        if self._down is not None:
+            self.record(Span.SEND, item.batch)
+            self._down.put(Message(kind, item, self.stage.index, payload, context))
 
-    def _send_up(self, message: Message, *, awaited: bool) -> None:
-        """Never blocks: what finds no room waits; as many gradients as are awaited, but one target, the newest."""
-        if self.up is None:
-            return
-        self.record(Span.SEND, message.batch)
-        drops = not awaited and self._target is not None
-        if drops:
-            self._unsent = [waiting for waiting in self._unsent if waiting is not self._target]
-            self.dropped += 1
-        self._target = self._target if awaited else message
-        self._unsent.append(message)
-        self._flush()
-        if drops:
-            self._send_word()
+    def _send_gradient(self, item: Item, gradient: Bundle, *, awaited: bool) -> None:
+        message = Message(Kind.GRADIENT, item, self.stage.index, gradient)
+        if self._up.gradient(message, awaited=awaited):
+            self._tell_dropped()
 
-    def _send_word(self) -> None:
-        """Tell the stage below that targets were dropped, so that it keeps nothing for them; later word says it all."""
-        if self.up is not None:
-            oldest = min([self.updated, *self.stage.relaying()])  # of what may still be sent behind this word
-            self._unsent = [waiting for waiting in self._unsent if waiting.kind is not Kind.DROPPED]
-            self._unsent.append(Message(Kind.DROPPED, oldest, self.stage.index))
-            self._flush()
+    def _tell_dropped(self) -> None:
+        """Tell the stage below that targets were dropped, so that it keeps nothing for them."""
+        self._up.tell_dropped(min([self.updated, *self.stage.in_flight.relaying()]))
 
-    def _send_sample(self, batch: int, gradient: Tensor | None) -> None:
-        """Never blocks either; samples are few, and none is dropped."""
-        if gradient is not None and self.up is not None:
-            self.record(Span.SEND, batch)
-            self._unsent.append(Message(Kind.SAMPLE, batch, self.stage.index, (gradient,)))
-            self._flush()
+    def _send_sample(self, batch: int, gradient: Bundle | None) -> None:
+        if gradient is not None:
+            self._up.sample(Message(Kind.SAMPLE, Item(batch), self.stage.index, gradient))
 
-    def _flush(self) -> None:
-        while self._unsent and self.up is not None and self.up.room():
-            message = self._unsent.pop(0)
-            self._target = None if message is self._target else self._target
-            self.up.put(message)
-            self.done = message.kind is Kind.END
+
+def _only(ends: Mapping[Edge, _End], what: What) -> _End | None:
+    """The one end of a kind of edge; None where there is none."""
+    found = [end for edge, end in ends.items() if edge.what == what]
+    assert len(found) <= 1, f"a runner has one way for {what}"
+    return found[0] if found else None

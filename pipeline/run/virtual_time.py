@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -53,11 +53,10 @@ class VirtualQueue:
         """Send a copy."""
         sent = narrowed(message, self.wire_dtype)
         message = message if sent is message else widened(sent)
-        copies = tuple(map(dense, message.tensors))
         arrival = self.clock.effect + self.hop + self.late(message.batch)
         if self.items:  # none overtakes another
             arrival = max(arrival, self.items[-1][0])
-        self.items.append((arrival, replace(message, tensors=copies)))
+        self.items.append((arrival, message.holding(map(dense, message.tensors))))
         self.clock.at(arrival)
 
     def take(self) -> Message | None:

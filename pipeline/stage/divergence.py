@@ -24,6 +24,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,13 @@ from torch import Tensor
 from pipeline.dni.dni import DNI, training_window
 from pipeline.dni.forms import Custom, root_mean_square
 from pipeline.errors import StageError
+from pipeline.messages.bundle import Bundle, as_bundle, as_value, differentiable
 from pipeline.model.compute import ComputeContext
 from pipeline.model.cut import Cut
 from pipeline.model.partition import Layer
 from pipeline.plan.plan import Plan
 from pipeline.seeding import seed_layer
+from pipeline.state import State, attributes, set_attributes
 
 __all__ = ["Guard"]
 
@@ -44,6 +47,10 @@ _TIMES_THE_LOSS, _TIMES_AT_ONCE, _TIMES_THE_GRADIENT = 10.0, 1000.0, 1e4
 _ONE_IN, _SILENT, _SAMPLES = 16, 8, 16  # targets: every 16th is looked at; 8 of these without a word; the last 16
 _WORST_ERROR = 4.0
 _NEXT_TO_NOTHING = 1e-4
+_REMEMBERED = (
+    *("_losses", "_first_losses", "_rising_since", "_first_sizes"),
+    *("_num_targets", "_silent", "_errors", "_largest"),
+)
 _REGARDLESS = "--no-guard goes on regardless"
 _SLOWER = "lower the learning rate, or clip (--optimizer.clip 1)"
 
@@ -87,20 +94,20 @@ class Guard:
         self._errors: deque[tuple[int, float, float]] = deque(maxlen=_SAMPLES)
         self._largest = 0.0  # median of the squares of the last targets; later on one outlier does not move it
 
-    def activation(self, batch: int, seeded: int, x: Tensor, h: Tensor) -> None:
+    def activation(self, batch: int, seeded: int, x: Bundle, h: Bundle) -> None:
         """Look at the output of a forward pass.
 
         Args:
             batch: batch id.
             seeded: what its layers were seeded with: the batch, or the number of the microbatch.
-            x: [rows, ...] what went in.
-            h: [rows, ...] what came out, detached.
+            x: [rows, ...] each, what went in.
+            h: [rows, ...] each, what came out, detached.
 
         Raises:
             StageError: it is not finite; the layer is named.
         """
-        if h.is_floating_point() and not _finite(h):
-            came_broken = x.is_floating_point() and not _finite(x)
+        if not all(map(_finite, differentiable(h))):
+            came_broken = not all(map(_finite, differentiable(x)))
             what = "what comes in" if came_broken else "the output"
             remedy = "look at the inputs of this batch, or lower the learning rate"
             layer = None if came_broken else self._first_layer(seeded, x)
@@ -134,13 +141,13 @@ class Guard:
             what = f"the loss runs away: {figures} in the first {_BEGINNING}{since}"
             raise self._failed(batch, f"{what}: {_SLOWER}; {_REGARDLESS}")
 
-    def true_gradient(self, batch: int, gradient: Tensor) -> None:
+    def true_gradient(self, batch: int, gradient: Bundle) -> None:
         """Look at a true gradient [rows, ...] at the stage's output, before it is used.
 
         Raises:
             StageError: it is not finite, or has exploded.
         """
-        size = float(root_mean_square(gradient))
+        size = max((float(root_mean_square(each)) for each in differentiable(gradient)), default=0.0)
         if not math.isfinite(size):
             raise self._failed(batch, "the gradient from above is not finite: lower the learning rate")
         if not self._plan.guard:
@@ -152,12 +159,12 @@ class Guard:
             what = f"the gradient explodes: its root mean square at the cut above is {figures}"
             raise self._failed(batch, f"{what}: {_SLOWER}; {_REGARDLESS}")
 
-    def gradients(self, batch: int, below: Tensor | None) -> None:
+    def gradients(self, batch: int, below: Bundle) -> None:
         """Look at what a backward pass gave, before anything is sent on or stepped with.
 
         Args:
             batch: batch id.
-            below: [rows, ...] the gradient of the input, if there is one.
+            below: [rows, ...] each, the gradients of the input, where there are any.
 
         Raises:
             StageError: the gradient of a parameter is not finite, and the topmost layer with such a one is named, where
@@ -171,13 +178,13 @@ class Guard:
                     raise self._failed(batch, f"{what}: lower the learning rate, or look at this layer", layer)
         self.gradient_below(batch, below)
 
-    def gradient_below(self, batch: int, gradient: Tensor | None) -> None:
+    def gradient_below(self, batch: int, gradient: Bundle) -> None:
         """Look at a gradient [rows, ...] before it is sent to the stage below.
 
         Raises:
             StageError: it is not finite.
         """
-        if gradient is not None and not _finite(gradient):
+        if not all(map(_finite, differentiable(gradient))):
             raise self._failed(batch, "the gradient for the stage below is not finite: lower the learning rate")
 
     def target(self, batch: int, dni: DNI, h: Tensor, labels: Tensor, gradient: Tensor) -> None:
@@ -202,6 +209,14 @@ class Guard:
         size = float(gradient.square().sum())
         self._check_silence(batch, silent=size > 0 and not bool(predicted.any()))
         self._check_error(batch, float((predicted - gradient).square().sum()), size)
+
+    def state(self) -> State:
+        """What the run began with and has been like of late."""
+        return attributes(self, _REMEMBERED)
+
+    def load_state(self, state: State) -> None:
+        """Take up ``state``."""
+        set_attributes(self, _REMEMBERED, state)
 
     # ------------------------------------------------------------------ private
 
@@ -228,14 +243,14 @@ class Guard:
         return f"lower its learning rate (--dni.lr {lr:g}), or choose another form (--dni.form); {_REGARDLESS}"
 
     @torch.no_grad()
-    def _first_layer(self, seeded: int, x: Tensor) -> str | None:
+    def _first_layer(self, seeded: int, x: Bundle) -> str | None:
         """The first layer whose output is not finite, if it is so again when run again with the same random numbers."""
-        h = x.clone()
+        h: Any = as_value(tuple(None if tensor is None else tensor.clone() for tensor in x))
         for layer in self._layers:
             seed_layer(self._plan.seed, layer.index, seeded)
             with self._computing.autocast():
                 h = layer.module(h)
-            if not _finite(h):
+            if not all(map(_finite, differentiable(as_bundle(h)))):
                 return layer.name
         return None
 

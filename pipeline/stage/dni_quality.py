@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.messages.bundle import Bundle, differentiable, gradients_like, is_differentiable
+
 __all__ = ["Quality", "Sample", "Samples", "compare"]
 
 
@@ -36,7 +38,7 @@ class Quality:
     error: float
 
 
-_Gradients = Callable[[Tensor, Sequence[Tensor], Tensor, bool], tuple[Tensor | None, ...]]
+_Gradients = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], bool], tuple[Tensor | None, ...]]
 """(h, wanted, gradient of h, whether the graph is kept) -> gradients of what is wanted."""
 
 
@@ -45,7 +47,7 @@ class Sample:
     """What a stage keeps of a sampled batch until its true gradient comes.
 
     Attributes:
-        x: what the true gradient is passed on for; None in the first stage.
+        x: what the true gradient is passed on for; empty in the first stage.
         h: the output, with its graph.
         leaves: the parameters as they were in the forward pass.
         synthetic: like ``h``, the synthetic gradient.
@@ -53,7 +55,7 @@ class Sample:
         grad: takes gradients through the graph of ``h``.
     """
 
-    x: Tensor | None
+    x: Bundle
     h: Tensor
     leaves: Sequence[Tensor]
     synthetic: Tensor
@@ -74,7 +76,7 @@ class Samples:
     def __contains__(self, batch: int) -> bool:
         return batch in self._kept
 
-    def judge(self, batch: int, g: Tensor) -> tuple[Quality, Tensor | None]:
+    def judge(self, batch: int, g: Tensor) -> tuple[Quality, Bundle | None]:
         """Compare the synthetic gradient of a kept batch with the true one.
 
         Args:
@@ -87,15 +89,15 @@ class Samples:
         sample = self._kept.pop(batch)
         under_s = sample.gradients
         if under_s is None:
-            under_s = sample.grad(sample.h, sample.leaves, sample.synthetic, True)
-        wanted = [*sample.leaves] if sample.x is None else [*sample.leaves, sample.x]
-        found = sample.grad(sample.h, wanted, g, False)
-        under_g = found[: len(sample.leaves)]
-        quality = compare(batch, sample.synthetic, g, under_s or [sample.synthetic], under_g or [g])
-        if sample.x is None:
+            under_s = sample.grad([sample.h], sample.leaves, [sample.synthetic], True)
+        count = len(sample.leaves)
+        found = sample.grad([sample.h], [*sample.leaves, *differentiable(sample.x)], [g], False)
+        quality = compare(batch, sample.synthetic, g, under_s or [sample.synthetic], found[:count] or [g])
+        if not sample.x:
             return quality, None
-        below = found[-1]
-        return quality, torch.zeros_like(sample.x) if below is None else below
+        rest = iter(found[count:])
+        below = tuple(next(rest) if is_differentiable(tensor) else None for tensor in sample.x)
+        return quality, gradients_like(below, sample.x)
 
 
 def compare(

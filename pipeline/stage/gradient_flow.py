@@ -10,6 +10,8 @@ Targets flow for one batch in `dni.every`, and only for these is anything comput
 The last stage has the true gradient at its update; in modes that work with true gradients every stage has. In the mode
 `local` nothing flows. A stage that makes no update from a batch (``update_probability``) sends down nothing of its own.
 A stage below that is locked (``pipeline.stage.unlock``) gets what this one updates with, of every batch; nothing later.
+
+All of it is decided when a batch comes in, and kept with the batch: its ``Route``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pipeline.plan.plan import Plan
 from pipeline.schedule.modes import MODES, Mode
 from pipeline.seeding import derived_seed
 
-__all__ = ["FREE", "Flow", "Locks"]
+__all__ = ["FREE", "Flow", "Locks", "Route"]
 
 
 class Locks(NamedTuple):
@@ -38,6 +40,37 @@ class Locks(NamedTuple):
 
 FREE = Locks()
 """Nobody waits."""
+
+
+class Route(NamedTuple):
+    """What a stage does with one batch, decided when it comes in.
+
+    Attributes:
+        locks: who waits for its gradient.
+        updates: the stage updates from it.
+        sends_now: the input gradient found at its update is sent down there and then.
+        awaited: the stage below waits for that one; else it is a target, which may be dropped.
+        wants_target: the stage's DNI learns from the gradient that comes for it.
+        relays: the true gradient will be taken through the stage after the update.
+        samples: its true gradient travels all the way down, to see how good the synthetic ones were.
+        stashes: the weights will change between its forward and the last backward through it.
+        from_true: what the stage, below the last one, updates with surely is the gradient of the loss.
+    """
+
+    locks: Locks
+    updates: bool
+    sends_now: bool
+    awaited: bool
+    wants_target: bool
+    relays: bool
+    samples: bool
+    stashes: bool
+    from_true: bool
+
+    @property
+    def locked(self) -> bool:
+        """The stage waits for the gradient from above."""
+        return self.locks.mine
 
 
 @dataclass(frozen=True)
@@ -62,61 +95,63 @@ class Flow:
         """The plan's mode."""
         return MODES[self.plan.mode]
 
-    def updates(self, batch: int) -> bool:
-        """Whether this stage updates from this batch: drawn from (seed, stage, batch)."""
-        p = self.plan.update_probability
-        return p >= 1 or derived_seed(self.plan.seed, "update", self.index, batch) < p * 2**63
-
-    def warms_up(self, batch: int) -> bool:
-        """Whether all cuts are locked for this batch, since the run has only begun."""
-        return self.plan.unlocked and batch < self.plan.warmup_steps
-
-    def wants_target(self, batch: int, locks: Locks = FREE) -> bool:
-        """Whether this stage's own DNI is to learn from the gradient that comes for this batch."""
-        if locks.mine:
-            return self._in_turn(batch)
-        return self.plan.unlocked and not self.last and self._flows(batch)
-
-    def at_update(self, batch: int, locks: Locks = FREE) -> bool:
-        """Whether the input gradient found at the update of this batch is sent down there and then."""
-        if self.index == 0:
-            return False
-        if self.mode.gradient != "synthetic":
-            return self.mode.gradient == "true"
-        at_once = self.last or locks.mine or self.plan.targets == "bootstrap"
-        return locks.below or (self.updates(batch) and self._in_turn(batch) and at_once)
-
-    def awaited(self, locks: Locks = FREE) -> bool:
-        """Whether the stage below waits for the gradient of a batch; else it gets a target, which may be dropped."""
-        return self.mode.gradient == "true" or locks.below
-
-    def relays(self, batch: int, locks: Locks = FREE) -> bool:
-        """Whether the true gradient of this batch will be taken through this stage after its update."""
-        between = self.index > 0 and not self.last and not any(locks)
-        return between and self.plan.unlocked and self.plan.targets != "bootstrap" and self._flows(batch)
-
     @property
     def true_targets(self) -> bool:
         """Whether what this stage's DNI learns from is the gradient of the loss, not (partly) of another DNI."""
         return self.plan.targets == "true" or self.index == self.plan.stages - 2
-
-    def updates_from_true(self, locks: Locks = FREE) -> bool:
-        """Whether what this stage, below the last one, updates with surely is the gradient of the loss."""
-        return self.mode.gradient == "true" or (locks.mine and self.index == self.plan.stages - 2)
 
     @property
     def window_suffices(self) -> bool:
         """Whether the stage below only trains its DNI on what it gets from this one, and passes nothing on."""
         return self.plan.unlocked and (self.index == 1 or self.plan.targets == "bootstrap")
 
-    def samples(self, batch: int) -> bool:
-        """Whether the true gradient of this batch travels all the way down, to see how good the synthetic ones were."""
+    def route(self, batch: int, locks: Locks = FREE) -> Route:
+        """What is done with a batch that comes in while these wait."""
+        updates, relays, samples = self.updates(batch), self.relays(batch, locks), self._samples(batch)
+        below_the_loss = locks.mine and self.index == self.plan.stages - 2
+        return Route(
+            locks=locks,
+            updates=updates,
+            sends_now=self._at_update(batch, locks, updates),
+            awaited=self.mode.gradient == "true" or locks.below,
+            wants_target=self._in_turn(batch) if locks.mine else self._waits_for_target(batch),
+            relays=relays,
+            samples=samples,
+            stashes=relays or ((self.mode.stashes or samples) and not self.last),
+            from_true=self.mode.gradient == "true" or below_the_loss,
+        )
+
+    def warm_up(self, batch: int) -> Locks:
+        """Who waits while all cuts are locked, since the run has only begun; nobody after it."""
+        locked = self.plan.unlocked and batch < self.plan.warmup_steps
+        return Locks(mine=locked and not self.last, below=locked and self.index > 0)
+
+    def updates(self, batch: int) -> bool:
+        """Whether this stage updates from this batch: drawn from (seed, stage, batch)."""
+        p = self.plan.update_probability
+        return p >= 1 or derived_seed(self.plan.seed, "update", self.index, batch) < p * 2**63
+
+    def relays(self, batch: int, locks: Locks = FREE) -> bool:
+        """Whether the true gradient of this batch will be taken through this stage after its update."""
+        between = self.index > 0 and not self.last and not any(locks)
+        return between and self.plan.unlocked and self.plan.targets != "bootstrap" and self._flows(batch)
+
+    # ------------------------------------------------------------------ private
+
+    def _at_update(self, batch: int, locks: Locks, updates: bool) -> bool:
+        if self.index == 0:
+            return False
+        if self.mode.gradient != "synthetic":
+            return self.mode.gradient == "true"
+        at_once = self.last or locks.mine or self.plan.targets == "bootstrap"
+        return locks.below or (updates and self._in_turn(batch) and at_once)
+
+    def _waits_for_target(self, batch: int) -> bool:
+        return self.plan.unlocked and not self.last and self._flows(batch)
+
+    def _samples(self, batch: int) -> bool:
         every = self.plan.quality_every
         return self.plan.unlocked and every is not None and (batch + 1) % every == 0
-
-    def stashes(self, batch: int, locks: Locks = FREE) -> bool:
-        """Whether the weights will change between the forward of this batch and the last backward through it."""
-        return self.relays(batch, locks) or ((self.mode.stashes or self.samples(batch)) and not self.last)
 
     def _flows(self, batch: int) -> bool:
         """Whether a gradient for this batch sets out towards this stage: from the stage above, or from the last one."""
@@ -124,4 +159,4 @@ class Flow:
         return self._in_turn(batch) and Flow(self.plan, origin).updates(batch)
 
     def _in_turn(self, batch: int) -> bool:
-        return batch % self.plan.target_every == 0
+        return batch % (self.plan.dni.every or 1) == 0

@@ -37,10 +37,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from pipeline.plan.plan import Plan
 from pipeline.stage.dni_quality import Quality
+from pipeline.state import State
 
 __all__ = ["Lock", "Switch"]
 
@@ -105,6 +106,15 @@ class Lock:
         """The switch that the last decision was, if it was one; gives it once."""
         switch, self._switch = self._switch, None
         return switch
+
+    def state(self) -> State:
+        """Whether the stage is locked, and the samples that count."""
+        return {"locked": self.locked, "samples": [list(astuple(sample)) for sample in self._samples]}
+
+    def load_state(self, state: State) -> None:
+        """Take up ``state``."""
+        self.locked = state["locked"]
+        self._samples = deque((Quality(*sample) for sample in state["samples"]), _SAMPLES)
 
     # ------------------------------------------------------------------ private
 

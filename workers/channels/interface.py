@@ -12,11 +12,12 @@ waited for whom, for how long, and how full the channel was. An end belongs to o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from types import TracebackType
 from typing import NoReturn, Self
 
 from pipeline.messages.message import Message
-from workers.channels.errors import ChannelClosed, ChannelTimeout
+from workers.channels.errors import ChannelBroken, ChannelClosed, ChannelTimeout
 from workers.channels.staging import Staging
 
 __all__ = ["End", "Receiver", "Sender"]
@@ -28,10 +29,12 @@ class End(ABC):
     Attributes:
         label: what the channel is called in errors, like ``"activations 0->1"``.
         capacity: number of slots.
+        generation: how often the workers of the run were started anew; both ends have the same.
     """
 
     label: str
     capacity: int
+    generation: int = 0
 
     @abstractmethod
     def depth(self) -> int:
@@ -83,6 +86,10 @@ class Sender(End):
             while the channel is full, at most ``deadline_s``.
         """
 
+    def _stamped(self, message: Message) -> Message:
+        """The message with the generation of this end."""
+        return message if message.generation == self.generation else replace(message, generation=self.generation)
+
     def _give_up(self, waited_s: float) -> NoReturn:
         raise ChannelTimeout(
             f"{self.label}: the sender waited {waited_s:.3g} s for the receiver to free a slot ({self._fullness()})"
@@ -109,6 +116,7 @@ class Receiver(End):
 
         Raises:
             ChannelClosed: this end is closed, or the sender's is and everything it sent was received.
+            ChannelBroken: what came is of another generation.
         """
 
     @abstractmethod
@@ -179,6 +187,19 @@ class Receiver(End):
             return self.lane.own(message)
         finally:
             self.release()
+
+    def _checked(self, message: Message) -> Message:
+        """The message, which must be of this end's generation.
+
+        Raises:
+            ChannelBroken: it is from before a restart, or from behind one.
+        """
+        if message.generation != self.generation:
+            raise ChannelBroken(
+                f"{self.label}: got a message of generation {message.generation} (batch {message.batch}), and this end "
+                f"is of generation {self.generation}: a worker from before a restart still sends; end it"
+            )
+        return message
 
     def _give_up(self, waited_s: float) -> NoReturn:
         raise ChannelTimeout(

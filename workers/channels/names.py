@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.plan.topology import Edge
+
 __all__ = ["Names"]
 
 
 @dataclass(frozen=True)
 class Names:
-    """Names of everything shared in one run; all begin with the run's prefix."""
+    """Names of everything shared in one run; all begin with the run's prefix.
+
+    Attributes:
+        prefix: of this run alone.
+        generation: how often its workers were started anew; every generation has channels of its own.
+    """
 
     prefix: str
+    generation: int = 0
 
     @property
     def board(self) -> str:
@@ -22,14 +30,8 @@ class Names:
         """The bell of a worker, by its number (``pipeline.plan.replica_layout``)."""
         return f"{self.prefix}-b{worker}"
 
-    def activations(self, worker: int) -> str:
-        """The channel from a worker to that of the stage above."""
-        return f"{self.prefix}-a{worker}"
-
-    def gradients(self, worker: int) -> str:
-        """The channel to a worker from that of the stage above."""
-        return f"{self.prefix}-g{worker}"
-
-    def averages(self, source: int, target: int) -> str:
-        """The channel from a worker to that of the same stage in another replica."""
-        return f"{self.prefix}-m{source}.{target}"
+    def channel(self, edge: Edge) -> str:
+        """The channel of an edge: after the worker at the lower end of its cut; of averages after both."""
+        letter, later = edge.what[0], f".{self.generation}" if self.generation else ""
+        ends = f"{edge.source}.{edge.target}" if edge.what == "averages" else str(min(edge.source, edge.target))
+        return f"{self.prefix}-{'m' if edge.what == 'averages' else letter}{ends}{later}"

@@ -20,12 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.messages.bundle import Item
 from pipeline.messages.message import ALIGNMENT_BYTES, Kind, Layout, Message, decode, layout_of, write_into
 from pipeline.plan.channel_choice import narrowed, widened
 
 __all__ = ["Slot", "slot_stride"]
 
-_RECORD = struct.Struct("<QB?HIqHq")  # serial, kind, narrowed, stage, generation, batch id, microbatch, sent
+_RECORD = struct.Struct("<QB?HIqHHq")  # serial, kind, narrowed, stage, generation, item, sent
 _KIND_AT, _END_OF_CHANNEL = 8, 255
 _KINDS = {int(kind): kind for kind in Kind}
 
@@ -43,12 +44,24 @@ class Slot:
         wire_dtype: what a written message's activation or gradient is narrowed to; None: it travels as it is.
     """
 
-    __slots__ = ("_body", "_narrow", "_record", "_rooms", "_serial", "_specs", "_tensors", "_wire_dtype", "used_bytes")
+    __slots__ = (
+        "_body",
+        "_like",
+        "_narrow",
+        "_record",
+        "_rooms",
+        "_serial",
+        "_specs",
+        "_tensors",
+        "_wire_dtype",
+        "used_bytes",
+    )
 
     def __init__(self, memory: memoryview, wire_dtype: torch.dtype | None = None) -> None:
         self._record, self._body = memory[:ALIGNMENT_BYTES], memory[ALIGNMENT_BYTES:]
         self._serial = 0  # no message has it: the first write makes it 1
-        self._specs: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]] | None = None
+        self._specs: list[tuple[torch.dtype, torch.Size, tuple[int, ...]] | int | None] | None = None
+        self._like = Message(Kind.END, Item(0), 0)  # what was read last, laid over the slot
         self._tensors: tuple[Tensor, ...] = ()
         self._rooms: tuple[_Room | None, ...] = ()
         self._wire_dtype, self._narrow = wire_dtype, False
@@ -62,7 +75,8 @@ class Slot:
             ValueError: it is larger than the slot.
             TypeError: a tensor's dtype cannot travel.
         """
-        specs = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in message.tensors]
+        places = (*message.payload, len(message.payload), *message.context)
+        specs = [(place.dtype, place.shape, place.stride()) if isinstance(place, Tensor) else place for place in places]
         if specs == self._specs:
             self._copy_in(message)
         else:
@@ -70,9 +84,7 @@ class Slot:
             self._lay_out(message)
             self._specs = specs
         m, serial, narrow = message, self._serial, self._narrow
-        _RECORD.pack_into(
-            self._record, 0, serial, m.kind, narrow, m.stage, m.generation, m.batch, m.microbatch, m.sent_ns
-        )
+        _RECORD.pack_into(self._record, 0, serial, m.kind, narrow, m.stage, m.generation, *m.item, m.sent_ns)
 
     def write_end(self) -> None:
         """Write that nothing will follow."""
@@ -95,15 +107,16 @@ class Slot:
         return widened(message) if narrow else message
 
     def read_narrow(self) -> tuple[Message, bool]:
-        """The message in place as it travelled, and whether its first tensor was narrowed for that."""
-        serial, kind, narrow, stage, generation, batch, microbatch, sent_ns = _RECORD.unpack_from(self._record)
+        """The message in place as it travelled, and whether its payload was narrowed for that."""
+        serial, kind, narrow, stage, generation, *item, sent_ns = _RECORD.unpack_from(self._record)
         if serial != self._serial:
             with torch.inference_mode(False):  # made in an evaluation, they serve in training too
-                self._tensors = self._laid_over()
+                self._like = self._laid_over()
             self._serial = serial
         # Tensors of their own for the caller, who may set requires_grad on them.
-        tensors = tuple([tensor.detach() for tensor in self._tensors])
-        return Message(_KINDS[kind], batch, stage, tensors, generation, microbatch, sent_ns), narrow
+        payload = tuple([None if tensor is None else tensor.detach() for tensor in self._like.payload])
+        context = tuple([None if tensor is None else tensor.detach() for tensor in self._like.context])
+        return Message(_KINDS[kind], Item(*item), stage, payload, context, generation, sent_ns), narrow
 
     def _copy_in(self, message: Message) -> None:
         """Copy the tensors of a message like the last one."""
@@ -120,7 +133,7 @@ class Slot:
         self._check_fits(layout.total_bytes, len(self._body))
         write_into(self._body, sent, layout)
         with torch.inference_mode(False):
-            self._tensors = self._laid_over()
+            self._tensors = self._laid_over().tensors
         self._rooms = tuple(map(_room, self._tensors, message.tensors))
         self._laid_out(layout, narrow=sent is not message)
 
@@ -136,9 +149,9 @@ class Slot:
                 " bytes; make the slots larger or the batch smaller"
             )
 
-    def _laid_over(self) -> tuple[Tensor, ...]:
-        """The tensors of the message whose header lies in the slot."""
-        return decode(self._body).tensors
+    def _laid_over(self) -> Message:
+        """The message whose header lies in the slot."""
+        return decode(self._body)
 
 
 class _Room(NamedTuple):

@@ -23,13 +23,12 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.messages.message import Message, layout_of, tensors_over
+from pipeline.messages.message import Message, decode_over, layout_of
 from pipeline.plan.channel_choice import narrowed, widened
 from workers.channels.errors import ChannelBroken
 from workers.channels.slot import Slot
@@ -111,7 +110,7 @@ class NoStaging(Staging):
 
     def own(self, message: Message) -> Message:
         """See ``Staging``."""
-        return replace(message, tensors=tuple(tensor.clone() for tensor in message.tensors))
+        return message.holding(tensor.clone() for tensor in message.tensors)
 
     def then(self, call: Callable[[], None]) -> None:
         """At once."""
@@ -177,7 +176,7 @@ class StagedSlot(Slot):
         self._check_fits(len(layout.header), len(self._body))
         self._body[: len(layout.header)] = layout.header
         with torch.inference_mode(False):
-            self._tensors = tensors_over(self._body, self._staging)
+            self._tensors = decode_over(self._body, self._staging).tensors
         self._used = slice(layout.offsets[0] if layout.offsets else layout.total_bytes, layout.total_bytes)
         self._laid_out(layout, narrow=sent is not message)
         self._copy_in(message)
@@ -235,7 +234,7 @@ class DeviceStaging(Staging):
         self._check()
         message, narrow = slot.read_narrow()
         self._landing(message.batch)
-        message = replace(message, tensors=self.engine.fetch(message.tensors))
+        message = message.holding(self.engine.fetch(message.tensors))
         return widened(message) if narrow else message
 
     def before_landing(self, call: Callable[[int], None]) -> None:

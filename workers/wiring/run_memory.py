@@ -10,7 +10,7 @@ from workers.channels.names import Names
 from workers.channels.shm.ring import check_shared_memory, create_ring, ring_bytes, sweep_stale, unlink_ring
 from workers.channels.wakeup import WakeUp, unlink_semaphore
 from workers.telemetry.status_table import StatusTable
-from workers.wiring.edges import Edge, edges_of
+from workers.wiring.edges import ChannelSpec, channels_of
 
 __all__ = ["needed_bytes", "shared_memory", "unlink_all"]
 
@@ -22,7 +22,7 @@ def needed_bytes(resolved: Resolved, here: Collection[int] | None = None) -> int
         resolved: the run.
         here: the workers on the host in question; None: all.
     """
-    return sum(ring_bytes(edge.slots, size) for edge, size in _rings(resolved, Names(""), here))
+    return sum(ring_bytes(channel.slots, size) for channel, size in _rings(resolved, Names(""), here))
 
 
 @contextmanager
@@ -40,8 +40,8 @@ def shared_memory(resolved: Resolved, names: Names, here: Collection[int] | None
     sweep_stale()
     check_shared_memory(needed_bytes(resolved, here))
     try:
-        for edge, size in _rings(resolved, names, here):
-            create_ring(edge.name, edge.slots, size)
+        for channel, size in _rings(resolved, names, here):
+            create_ring(channel.name, channel.slots, size)
         for worker in range(resolved.plan.workers):
             WakeUp.create(names.bell(worker)).close()
         with StatusTable(names.board, resolved.plan.workers, create=True) as board:
@@ -52,16 +52,16 @@ def shared_memory(resolved: Resolved, names: Names, here: Collection[int] | None
 
 def unlink_all(resolved: Resolved, names: Names) -> None:
     """Remove all names; whoever has attached goes on. Names already removed are no error."""
-    for edge, _ in _rings(resolved, names):
-        unlink_ring(edge.name)
+    for channel, _ in _rings(resolved, names):
+        unlink_ring(channel.name)
     for worker in range(resolved.plan.workers):
         unlink_semaphore(names.bell(worker))
     StatusTable.unlink_name(names.board)
 
 
-def _rings(resolved: Resolved, names: Names, here: Collection[int] | None = None) -> Iterator[tuple[Edge, int]]:
-    """The edges with a ring in shared memory, and bytes of its slots. Both ends are on one host: one tells where."""
-    for edge in edges_of(resolved, names):
-        size = edge.ring_slot_bytes
-        if size is not None and (here is None or edge.source in here):
-            yield edge, size
+def _rings(resolved: Resolved, names: Names, here: Collection[int] | None = None) -> Iterator[tuple[ChannelSpec, int]]:
+    """The channels with a ring in shared memory, and bytes of its slots. Both ends are on one host: one tells where."""
+    for channel in channels_of(resolved, names):
+        size = channel.ring_slot_bytes
+        if size is not None and (here is None or channel.edge.source in here):
+            yield channel, size

@@ -25,13 +25,15 @@ from torch import Tensor
 
 from pipeline.data.recipe import Recipe
 from pipeline.errors import PlanError
+from pipeline.messages.bundle import Specs, TensorSpec
 from pipeline.metrics.spans import Recorder, Span
 from pipeline.model.partition import Layer
 from pipeline.plan.device_choice import on_gpu
 from pipeline.plan.replica_layout import plan_of, policy_of
-from pipeline.replicas.all_gather import AllGather
+from pipeline.replicas.all_gather import gathering
 from pipeline.replicas.averaging import averager_of
 from pipeline.run.fingerprint import fingerprint
+from pipeline.run.hollow_stage import HollowStage
 from pipeline.run.reference import schedule
 from pipeline.run.resolve import stage_layers
 from pipeline.run.runner import Runner
@@ -50,7 +52,7 @@ from workers.telemetry.gpu_span_recorder import CudaMarks, GpuSpanRecorder
 from workers.telemetry.span_recorder import Pulse, SpanRecorder
 from workers.telemetry.status_table import StatusTable
 from workers.worker.assignment import Assignment
-from workers.worker.emulated import EmulatedStage
+from workers.worker.emulated import Sleeper
 from workers.worker.failure_report import failure_of
 from workers.worker.orphan import ends_with_the_driver
 from workers.worker.ports import Ports, attached
@@ -102,7 +104,7 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     record = spans or Pulse(assignment.worker, board)
     ports = stack.enter_context(attached(assignment, recipe, record, lambda step: runner.averager.enough(step)))
     if spans is not None:
-        spans.depth = ports.below.depth
+        spans.depth = ports.depth
     stage, built = _build(assignment, recipe, record)
     runner = _runner(assignment, stage, ports, record, board)
     report = _Reporter(connection, assignment.resolved.warmup, assignment.replica)
@@ -130,7 +132,15 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     peak_bytes = peak_memory_bytes(device)
     counts = runner.updated, runner.learned, runner.dropped
     times = begin_ns, end_ns, report.window_ns
-    last_words = assignment.index, *counts, peak_bytes, *times, *ports.sent_bytes, assignment.replica
+    last_words = (
+        assignment.index,
+        *counts,
+        peak_bytes,
+        *times,
+        ports.sent_bytes("activations"),
+        ports.sent_bytes("gradients"),
+        assignment.replica,
+    )
     records.send(connection, records.Finished(*last_words))
 
 
@@ -181,13 +191,14 @@ def _leave_word_to_the_cause(board: StatusTable) -> None:
         time.sleep(LOOK_FOR_CAUSE_EVERY_S)
 
 
-def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> tuple[Stage | EmulatedStage, dict[str, Sketch]]:
+def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> tuple[Stage | HollowStage, dict[str, Sketch]]:
     """The stage, and what it begins with, for the driver to compare."""
     plan = assignment.plan
     if plan.emulation is not None:
-        shape = assignment.resolved.output_shape
-        shape = shape if assignment.last else assignment.resolved.cuts[assignment.index].activation_shape
-        return EmulatedStage(assignment.index, plan, plan.emulation, shape, record), {}
+        resolved = assignment.resolved
+        last: Specs = (TensorSpec("output", resolved.output_shape, torch.float32, differentiable=True),)
+        output = last if assignment.last else resolved.cuts[assignment.index].specs
+        return HollowStage(assignment.index, plan, output, record, Sleeper().lasting), {}
     cut = None if assignment.last else replace(assignment.resolved.cuts[assignment.index], loss=recipe.loss)
     below = None if assignment.index == 0 else assignment.resolved.cuts[assignment.index - 1]
     layers, mine = stage_layers(recipe, plan, assignment.index), plan_of(plan, assignment.replica)
@@ -208,22 +219,20 @@ def _check_names(assignment: Assignment, layers: Sequence[Layer]) -> None:
 
 
 def _runner(
-    assignment: Assignment, stage: Stage | EmulatedStage, ports: Ports, record: Recorder, board: StatusTable
+    assignment: Assignment, stage: Stage | HollowStage, ports: Ports, record: Recorder, board: StatusTable
 ) -> Runner:
     plan = assignment.plan
     policy = policy_of(plan)
     if plan.deterministic:
         policy = scripted(schedule(plan, assignment.resolved.held_out_batches)[assignment.worker])
-    exchange = AllGather(assignment.index, assignment.replica, ports.to_peers, ports.from_peers)
+    exchange = gathering(plan, assignment.index, assignment.replica, ports.inlets, ports.outlets)
     return Runner(
         stage=stage,
         policy=policy,
         stages=plan.stages,
         microbatches=plan.microbatches,
-        below=ports.below,
-        above=ports.above,
-        down=ports.down,
-        up=ports.up,
+        inlets=ports.inlets,
+        outlets=ports.outlets,
         averager=averager_of(plan, stage.state_tensors(), exchange, lambda: board.enough, record),
         record=record,
     )
@@ -268,7 +277,7 @@ class _Reporter:
             self._losses, self._sent_ns = [], now_ns()
 
 
-def _save(assignment: Assignment, stage: Stage | EmulatedStage) -> None:
+def _save(assignment: Assignment, stage: Stage | HollowStage) -> None:
     for what, tensors in (("model", stage.state_tensors()), ("optimizer", stage.optimizer_tensors())):
         path = assignment.files[what]
         content = save(_apart(tensors))

@@ -1,10 +1,4 @@
-"""A worker's queues as its Runner sees them: the data, the channels around the stage, and the bell they ring.
-
-loader or activations k-1->k  ->  below  [ Runner ]  down  ->  activations k->k+1
-       gradients k->k-1       <-  up     [        ]  above <-  gradients k+1->k
-                                              |
-                       peers: shares of averages, from and to the other replicas
-"""
+"""A worker's queues as its Runner sees them, by edge: the data, the channels around the stage, and what they ring."""
 
 from __future__ import annotations
 
@@ -18,10 +12,11 @@ from pipeline.data.recipe import Recipe, open_data
 from pipeline.messages.message import Kind, Message
 from pipeline.metrics.spans import Recorder, Span
 from pipeline.plan.device_choice import on_gpu
+from pipeline.plan.topology import Edge, What, data_edge
 from workers.channels.interface import Receiver, Sender
 from workers.channels.wakeup import SPIN_S, WakeUp
 from workers.clock import now_ns
-from workers.wiring.edges import edges_of, open_receiver, open_sender
+from workers.wiring.edges import channels_of, open_receiver, open_sender
 from workers.worker.assignment import Assignment
 from workers.worker.emulated import DelayedReceiver
 
@@ -99,26 +94,24 @@ class Putting:
 
 @dataclass
 class Ports:
-    """Everything around a stage; None where the pipeline ends. Peers are by replica."""
+    """Everything around a stage, by edge: where messages come in, where they go out, and what they ring."""
 
     bell: WakeUp
-    below: Loading | Taking
-    above: Taking | None
-    down: Putting | None
-    up: Putting | None
-    to_peers: dict[int, Putting]
-    from_peers: dict[int, Taking]
+    inlets: dict[Edge, Loading | Taking]
+    outlets: dict[Edge, Putting]
 
-    @property
-    def sent_bytes(self) -> tuple[int, int]:
-        """Bytes sent so far for training, (down, up): tensors only."""
-        return (self.down.sent_bytes if self.down else 0, self.up.sent_bytes if self.up else 0)
+    def depth(self) -> int:
+        """Messages that wait on the way into the stage; -1 in front of the data."""
+        (waiting,) = (port.depth() for edge, port in self.inlets.items() if edge.what == "activations")
+        return waiting
+
+    def sent_bytes(self, what: What) -> int:
+        """Bytes sent so far for training on edges of a kind: tensors only."""
+        return sum(port.sent_bytes for edge, port in self.outlets.items() if edge.what == what)
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until somebody rings or a message is due; False when neither came within ``timeout_s`` seconds."""
-        dues = [
-            port.due_ns() for port in (self.below, self.above, *self.from_peers.values()) if isinstance(port, Taking)
-        ]
+        dues = [port.due_ns() for port in self.inlets.values() if isinstance(port, Taking)]
         known = [due for due in dues if due is not None]
         if not known:
             return self.bell.wait(timeout_s)
@@ -142,33 +135,25 @@ def attached(
         TimeoutError: something was not there in time.
     """
     k, within_s, plan = assignment.worker, assignment.attach_within_s, assignment.plan
-    edges = [edge for edge in edges_of(assignment.resolved, assignment.names) if k in (edge.source, edge.target)]
-    rendezvous = assignment.rendezvous if any(edge.meets for edge in edges) else None
+    mine = [c for c in channels_of(assignment.resolved, assignment.names) if k in (c.edge.source, c.edge.target)]
+    rendezvous = assignment.rendezvous if any(channel.meets for channel in mine) else None
     with contextlib.ExitStack() as stack:
 
         def bell(worker: int) -> WakeUp:
             spin_s = 0.0 if rendezvous or on_gpu(assignment.device) else SPIN_S  # where threads of this process ring
             return stack.enter_context(WakeUp.attach(assignment.names.bell(worker), within_s, spin_s))
 
-        mine, meeting = bell(k), None if rendezvous is None else rendezvous.join(within_s)
-        putting: dict[tuple[str, int], Putting] = {}
-        taking: dict[tuple[str, int], Taking] = {}
-        for edge in edges:
-            if edge.source == k:
-                sender = stack.enter_context(open_sender(edge, bell, meeting, within_s))
-                putting[edge.what, edge.target] = Putting(sender, plan.stall_after_s, stamps=plan.links is not None)
+        own, meeting = bell(k), None if rendezvous is None else rendezvous.join(within_s)
+        ports = Ports(own, {}, {})
+        if assignment.index == 0:
+            ports.inlets[data_edge(plan, assignment.replica)] = Loading(assignment, recipe, record, enough)
+        for channel in mine:
+            if channel.edge.source == k:
+                sender = stack.enter_context(open_sender(channel, bell, meeting, within_s))
+                ports.outlets[channel.edge] = Putting(sender, plan.stall_after_s, stamps=plan.links is not None)
             else:
-                receiver = stack.enter_context(open_receiver(edge, bell, meeting, within_s))
+                receiver = stack.enter_context(open_receiver(channel, bell, meeting, within_s))
                 receiver.lane.before_landing(partial(record, Span.RECEIVE))
                 delayed = DelayedReceiver(receiver, plan.links) if plan.links is not None else None
-                taking[edge.what, edge.source] = Taking(receiver, record, delayed)
-        first = Loading(assignment, recipe, record, enough) if assignment.index == 0 else None
-        yield Ports(
-            bell=mine,
-            below=first or taking["activations", k - 1],
-            above=taking.get(("gradients", k + 1)),
-            down=putting.get(("activations", k + 1)),
-            up=putting.get(("gradients", k - 1)),
-            to_peers={other // plan.stages: port for (what, other), port in putting.items() if what == "averages"},
-            from_peers={other // plan.stages: port for (what, other), port in taking.items() if what == "averages"},
-        )
+                ports.inlets[channel.edge] = Taking(receiver, record, delayed)
+        yield ports

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.messages.message import Message, tensors_over
+from pipeline.messages.message import Message, decode_over
 from workers.channels.errors import ChannelTimeout
 from workers.channels.shm.ring import CARD, RECEIVER_ATTACHED, SENDER_ATTACHED, ShmReceiver, ShmSender
 from workers.channels.slot import Slot, slot_stride
@@ -90,8 +90,8 @@ class _IncomingSlot(Slot):
         super().__init__(memory[:-_EVENT_BYTES])
         self._payload, self.signal = payload, signal
 
-    def _laid_over(self) -> tuple[Tensor, ...]:
-        return tensors_over(self._body, self._payload)
+    def _laid_over(self) -> Message:
+        return decode_over(self._body, self._payload)
 
 
 class _PeerLane(DeviceStaging):

@@ -31,7 +31,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from pipeline.messages.message import ALIGNMENT_BYTES, Layout, Message, tensors_over
+from pipeline.messages.message import ALIGNMENT_BYTES, Layout, Message, decode_over
 from workers.channels.net.credit_end import RemoteEnd
 from workers.channels.net.ends import RemoteReceiver, RemoteSender
 from workers.channels.net.gloo import Meeting, Pair, PairBroken
@@ -142,8 +142,8 @@ class _IncomingSlot(Slot):
             )
         return self._wire.receive(self._payload[start:stop]) if start < stop else _NOTHING
 
-    def _laid_over(self) -> tuple[Tensor, ...]:
-        return tensors_over(self._body, self._payload)
+    def _laid_over(self) -> Message:
+        return decode_over(self._body, self._payload)
 
 
 class _Nothing:

@@ -46,7 +46,7 @@ class RemoteSender(Sender, RemoteEnd):
                 self._break(0.0)
             index = self._num_sent % self._ring_size
             try:
-                self.lane.fill(self._slots[index], message)
+                self.lane.fill(self._slots[index], self._stamped(message))
             except BaseException as error:
                 error.add_note(f"while sending on {self.label}")
                 raise
@@ -126,7 +126,7 @@ class RemoteReceiver(Receiver, RemoteEnd):
             slot = self._slots[self._num_read % self._ring_size]
             self._num_read += 1
             self.held += 1
-            return self.lane.land(slot)
+            return self._checked(self.lane.land(slot))
 
     def _free(self) -> None:
         with self._changed:

@@ -220,7 +220,7 @@ class ShmSender(_ShmEnd, Sender):
             self._empty.release()
             self._refuse("the receiver")
         try:
-            self.lane.fill(self._slots[self._next % self.capacity], message)
+            self.lane.fill(self._slots[self._next % self.capacity], self._stamped(message))
         except BaseException as error:
             self._empty.release()
             error.add_note(f"while sending on {self.label}")
@@ -277,7 +277,7 @@ class ShmReceiver(_ShmEnd, Receiver):
         slot = self._slots[self._next % self.capacity]
         self._next += 1
         self.held += 1
-        return self.lane.land(slot)
+        return self._checked(self.lane.land(slot))
 
     def _free(self) -> None:
         if not self._closed:

@@ -1,0 +1,144 @@
+"""What a piece of work is called, and what crosses a cut for it.
+
+    item      (batch, microbatch, session): the key of a piece of work, and of every message about it
+    bundle    the tensors that cross a cut, described by one ``TensorSpec`` each; None where nothing is
+    context   a second bundle that rides along undifferentiated: labels, masks, positions
+
+A layer gives one tensor, a bundle of one, or a tuple of tensors. A gradient is a bundle like that of the activation,
+None where a tensor is not differentiable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Bundle",
+    "Item",
+    "Specs",
+    "TensorSpec",
+    "as_bundle",
+    "as_value",
+    "detached",
+    "differentiable",
+    "gradients_like",
+    "is_differentiable",
+    "present",
+    "specs_of",
+]
+
+Bundle = tuple[Tensor | None, ...]
+"""Tensors side by side; None: nothing in this place."""
+
+
+class Item(NamedTuple):
+    """The key of a piece of work.
+
+    Attributes:
+        batch: batch id, from 0.
+        microbatch: which part of the batch, in modes that cut batches.
+        session: which part of its sequence, in runs that cut time; 0 where none does.
+    """
+
+    batch: int
+    microbatch: int = 0
+    session: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.batch}.{self.microbatch}" + (f".{self.session}" if self.session else "")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a bundle, of a whole batch.
+
+    Attributes:
+        name: what errors call it.
+        shape: [batch, ...].
+        dtype: its dtype.
+        differentiable: whether a gradient comes back for it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    differentiable: bool = False
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {self.dtype}"
+
+    def empty(self) -> Tensor:
+        """A tensor like it without memory, on the device ``meta``."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+Specs = tuple[TensorSpec | None, ...]
+"""What a bundle is described by; None where it has nothing."""
+
+
+def specs_of(bundle: Bundle, name: str, *, differentiable: bool = False) -> Specs:
+    """The specs of a bundle.
+
+    Args:
+        bundle: of a whole batch.
+        name: of its tensor; of several with their number behind it.
+        differentiable: whether gradients come back for those that hold floating-point numbers.
+    """
+    return tuple(
+        None
+        if tensor is None
+        else TensorSpec(
+            name if len(bundle) == 1 else f"{name} {place}",
+            tuple(tensor.shape),
+            tensor.dtype,
+            differentiable and tensor.is_floating_point(),
+        )
+        for place, tensor in enumerate(bundle)
+    )
+
+
+def as_bundle(value: Tensor | tuple[Tensor | None, ...] | list[Tensor | None]) -> Bundle:
+    """What a layer gave, as a bundle."""
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def as_value(bundle: Bundle) -> Any:
+    """A bundle as a layer or a loss takes it: the tensor itself where it is alone, else the tuple."""
+    return bundle[0] if len(bundle) == 1 and bundle[0] is not None else bundle
+
+
+def present(tensor: Tensor | None) -> Tensor:
+    """The tensor of a place that surely has one."""
+    assert tensor is not None, "a place of a bundle that has a tensor"
+    return tensor
+
+
+def is_differentiable(tensor: Tensor | None) -> bool:
+    """Whether a gradient comes back for what lies in a place."""
+    return tensor is not None and tensor.is_floating_point()
+
+
+def differentiable(bundle: Bundle) -> list[Tensor]:
+    """The tensors that gradients come back for."""
+    return [tensor for tensor in bundle if tensor is not None and tensor.is_floating_point()]
+
+
+def detached(bundle: Bundle) -> Bundle:
+    """The same tensors without their graph."""
+    return tuple([None if tensor is None else tensor.detach() for tensor in bundle])
+
+
+def gradients_like(found: Bundle, x: Bundle, samples: slice = slice(None)) -> Bundle:
+    """The gradients ``found`` for ``x`` as they are sent: zeros where there is none, None for what is not
+    differentiable; of these ``samples`` alone.
+    """
+    return tuple(
+        (torch.zeros_like(tensor) if gradient is None else gradient)[samples]
+        if tensor is not None and tensor.is_floating_point()
+        else None
+        for gradient, tensor in zip(found, x, strict=True)
+    )

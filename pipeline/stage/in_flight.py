@@ -1,0 +1,88 @@
+"""What a stage keeps of the pieces of work between their forward and their last use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pipeline.errors import StageError
+from pipeline.messages.bundle import Bundle, Item, detached, present
+from pipeline.stage.gradient_flow import Route
+from pipeline.stage.layers import Stash
+
+__all__ = ["InFlight", "Kept"]
+
+
+@dataclass(slots=True)
+class Kept:
+    """What is kept of one piece of work.
+
+    Attributes:
+        route: what was decided when it came in.
+        x: the input the graph hangs on, or of the input what the stage below wants a gradient for.
+        h: the output, with its graph until the backward pass is over.
+        context: its context.
+        samples: of the gradient of x, what the stage below wants.
+        leaves: what the gradients are taken for: the parameters, or their stashed copies.
+        stash: parameters and buffers of the forward pass, if not today's.
+        natural: gradients of x by their place, with the strides that autograd gave them.
+        synthetic: what the DNI predicted.
+        loss: in the last stage.
+    """
+
+    route: Route
+    x: Bundle
+    h: Bundle
+    context: Bundle
+    samples: slice
+    leaves: list[Tensor]
+    stash: Stash
+    natural: dict[int, Tensor] = field(default_factory=dict)
+    synthetic: Tensor | None = None
+    loss: float = float("nan")
+
+    @property
+    def labels(self) -> Tensor:
+        """The first of the context."""
+        return present(self.context[0])
+
+    def for_target(self) -> None:
+        """Keep only what a DNI learns from: h and the context, without a graph."""
+        self.h, self.x, self.leaves, self.synthetic, self.stash = detached(self.h), (), [], None, {}
+
+
+class InFlight(dict[Item, Kept]):
+    """The pieces of work of one stage that something is still kept of.
+
+    Args:
+        stage: its index, for errors.
+    """
+
+    def __init__(self, stage: int) -> None:
+        super().__init__()
+        self._stage = stage
+
+    def of(self, item: Item) -> Kept:
+        """What is kept of a piece of work.
+
+        Raises:
+            StageError: nothing is, or no longer.
+        """
+        if item not in self:
+            raise self.out_of_place(item.batch, f"something for microbatch {item.microbatch}")
+        return self[item]
+
+    def relaying(self) -> list[int]:
+        """The batches whose true gradient is still to be taken through the stage."""
+        return [item.batch for item, kept in self.items() if kept.route.relays]
+
+    def forget(self, before: int) -> None:
+        """Keep nothing of batches older than ``before``: the targets that have not come yet were dropped."""
+        for item in [item for item in self if item.batch < before]:
+            del self[item]
+
+    def out_of_place(self, batch: int, what: str) -> StageError:
+        """What is raised for something that came for a batch of which nothing is kept."""
+        what = f"{what} came, of which nothing is kept: it came twice, or too late"
+        return StageError(what, stage=self._stage, batch=batch)

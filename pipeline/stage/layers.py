@@ -1,0 +1,210 @@
+"""The layers of a stage, run: seeded one by one, on stashed weights, compiled, in training and in evaluation.
+
+What goes in and comes out are bundles. A layer is called with a tensor, or with a tuple where a bundle has several.
+
+Weights are *stashed* where they will change between a forward pass and the last backward pass through it: the layers
+run on copies of their parameters and buffers, and the graph hangs on these. The copies stand in the place of the
+weights during the backward passes too, since a layer that is computed anew there (activation checkpointing) has to be
+computed on them; the gradients found on them are applied to the weights of today.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pipeline.errors import StageError
+from pipeline.messages.bundle import Bundle, as_bundle, as_value
+from pipeline.model.checkpointing import checkpoints_reentrantly
+from pipeline.model.compute import ComputeContext
+from pipeline.model.given_model import ModuleModes
+from pipeline.model.partition import Layer
+from pipeline.model.unwritten import Unwritten
+from pipeline.plan.plan import Plan
+from pipeline.seeding import seed_layer
+from pipeline.state import State, load_module, module_state
+from pipeline.wording import said
+
+__all__ = ["StageLayers", "Stash"]
+
+Stash = dict[str, Tensor]
+"""Copies of a stage's parameters and buffers, by their names within it; empty: today's own."""
+
+_Entrance = Callable[[Tensor], Tensor]
+
+
+class StageLayers:
+    """The layers of one stage.
+
+    Args:
+        layers: in order, already initialised.
+        index: the stage.
+        plan: of the run.
+        computing: where and how; the layers are moved there.
+
+    Attributes:
+        parameters: those that are trained, each once.
+    """
+
+    def __init__(self, layers: Sequence[Layer], index: int, plan: Plan, computing: ComputeContext) -> None:
+        self.layers, self._index, self._plan, self._computing = layers, index, plan, computing
+        self._modules = computing.placed(_Modules(layer.module for layer in layers))
+        self.compiled = computing.chain([layer.module for layer in layers])
+        self.parameters = [p for p in self._modules.parameters() if p.requires_grad]
+        self._modes = ModuleModes(self._modules)
+        writes = None  # a compiled chain is asked: it would be compiled once more for the copies of a first call
+        if self.compiled is not None:
+            writes = any(getattr(module, "inplace", False) for module in layers[0].module.modules())
+        self._forward, self._evaluate = (Unwritten(run, writes) for run in (self._run_training, self._run_evaluation))
+        self._needs_input_gradient: bool | None = None
+
+    @property
+    def needs_input_gradient(self) -> bool:
+        """Whether the input has to require a gradient even where nobody wants it: what is checkpointed reentrantly
+        learns nothing without. True until the first batch has told.
+        """
+        return self._needs_input_gradient is not False
+
+    def training(self, mode: bool) -> None:
+        """Into training, or into evaluation. What is computed anew in a backward pass is computed as in training."""
+        self._modes.switch(mode)
+
+    def forward(self, batch: int, seeded: int, x: Bundle, stash: Stash, enter: _Entrance | None) -> Bundle:
+        """The output, with its graph; a layer that fails is named.
+
+        Args:
+            batch: batch id, for errors.
+            seeded: what the random numbers of every layer follow from: the batch, or the number of the microbatch.
+            x: what goes in.
+            stash: what the layers run on.
+            enter: stands for the first layer; None: that itself.
+        """
+        with self._computing.autocast():
+            h = as_bundle(self.within(stash, self._forward, batch, seeded, enter, *x))
+        if stash:
+            with torch.no_grad():
+                for name, buffer in self._modules.named_buffers():
+                    buffer.copy_(stash[name])
+        if self._needs_input_gradient is None:
+            self._needs_input_gradient = any(checkpoints_reentrantly(each) for each in h if each is not None)
+        return h
+
+    def evaluate(self, batch: int, x: Bundle) -> Bundle:
+        """The output for a held-out batch, in evaluation mode."""
+        with self._computing.autocast():
+            return as_bundle(self._evaluate(batch, *x))
+
+    def stash(self) -> Stash:
+        """A copy of every parameter and buffer, for each module that has it: tied ones stay tied."""
+        copies: dict[int, Tensor] = {}
+        named = [
+            (f"{prefix}.{name}", tensor)
+            for prefix, module in self._modules.named_modules()
+            for tensors in (module.named_parameters, module.named_buffers)
+            for name, tensor in tensors(recurse=False, remove_duplicate=False)
+        ]
+        return {name: copies.setdefault(id(tensor), _stashed(tensor)) for name, tensor in named}
+
+    def leaves(self, stash: Stash) -> list[Tensor]:
+        """What gradients are taken for, like ``parameters``: these, or their stashed copies."""
+        if not stash:
+            return list(self.parameters)
+        return [stash[name] for name, parameter in self._modules.named_parameters() if parameter.requires_grad]
+
+    def take_gradients(self, leaves: Sequence[Tensor]) -> None:
+        """Gradients found on stashed copies of the weights are applied to the weights of today."""
+        for parameter, copied in zip(self.parameters, leaves, strict=True):
+            parameter.grad, copied.grad = copied.grad, None
+
+    def within(self, stash: Stash, call: Callable[..., Any], *given: object, **named: object) -> Any:
+        """Call something with the stash in the place of parameters and buffers; whatever replaces one there goes in."""
+        if not stash:
+            return call(*given, **named)
+        return functional_call(self._modules, stash, (partial(call, *given, **named),), tie_weights=False)
+
+    def gradients(
+        self, stash: Stash, h: Sequence[Tensor], wanted: Sequence[Tensor], g: Sequence[Tensor], keep: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Of ``h`` under ``g``, for what is ``wanted``; ``keep``: the graph is needed once more."""
+        if not wanted:
+            return ()
+        found: tuple[Tensor | None, ...] = self.within(
+            stash, torch.autograd.grad, h, wanted, g, allow_unused=True, retain_graph=keep
+        )
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers under the unsplit model's names: ``<layer>.<name>``."""
+        return {
+            f"{layer.name}.{name}": tensor
+            for layer in self.layers
+            for name, tensor in layer.module.state_dict(keep_vars=True).items()
+        }
+
+    def state(self) -> State:
+        """Parameters and buffers."""
+        return module_state(self._modules)
+
+    def load_state(self, state: State) -> None:
+        """Take up ``state``."""
+        load_module(self._modules, state)
+
+    @contextlib.contextmanager
+    def naming(self, layer: str | None, batch: int) -> Iterator[None]:
+        """Around work on a batch: whatever it raises becomes a ``StageError`` that names stage, layer and batch."""
+        try:
+            yield
+        except StageError:
+            raise
+        except Exception as error:
+            raise StageError(said(error), stage=self._index, layer=layer, batch=batch) from error
+
+    # ------------------------------------------------------------------ private
+
+    def _run_training(self, batch: int, seeded: int, enter: _Entrance | None, *x: Tensor | None) -> Any:
+        """One by one; in one call where they are compiled, which is seeded like the first of them."""
+        if self.compiled is not None:
+            seed_layer(self._plan.seed, self.layers[0].index, seeded)
+            return self._called(self.compiled, as_value(x), None, batch)
+        value: Any = as_value(x)
+        for layer in self.layers:
+            seed_layer(self._plan.seed, layer.index, seeded)
+            call, enter = enter or layer.module, None
+            value = self._called(call, value, layer.name, batch)
+        return value
+
+    def _run_evaluation(self, batch: int, *x: Tensor | None) -> Any:
+        value: Any = as_value(x)
+        if self.compiled is not None:
+            return self._called(self.compiled, value, None, batch)
+        for layer in self.layers:
+            value = self._called(layer.module, value, layer.name, batch)
+        return value
+
+    def _called(self, call: Callable[[Any], Any], value: Any, layer: str | None, batch: int) -> Any:
+        with self.naming(layer, batch):
+            return call(value)
+
+
+class _Modules(nn.ModuleList):
+    """The layers of a stage as one module, within which anything can be called (``functional_call`` calls modules)."""
+
+    def forward(self, call: Callable[[], Any]) -> Any:
+        """Call it."""
+        return call()
+
+
+def _stashed(tensor: Tensor) -> Tensor:
+    """A copy that stands for a parameter or buffer in one batch, with the hooks on its gradient."""
+    copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    for hook in (tensor._backward_hooks or {}).values():
+        copy.register_hook(hook)
+    for hook in (tensor._post_accumulate_grad_hooks or {}).values():
+        copy.register_post_accumulate_grad_hook(hook)
+    return copy

@@ -1,0 +1,66 @@
+"""What a component remembers, as plain values that can be written and read again.
+
+``state()`` gives a tree of tensors, numbers, texts and lists; ``load_state()`` takes it up in a component that was
+built anew in the same way, which then goes on as the first one would have. A stage's state is the tree of all its
+parts (``pipeline.stage.stage``): snapshots, restarts and going on from a saved run are uses of it. Taken between two
+batches, with nothing in flight.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["State", "Stateful", "attributes", "load_module", "module_state", "set_attributes"]
+
+State = dict[str, Any]
+"""Names to tensors (copies), numbers, texts, None, lists of these, or further states."""
+
+
+class Stateful(Protocol):
+    """A component that remembers."""
+
+    def state(self) -> State:
+        """A copy of what it remembers."""
+
+    def load_state(self, state: State) -> None:
+        """Take up what ``state()`` of such a component gave."""
+
+
+def attributes(component: object, names: Iterable[str]) -> State:
+    """The named attributes, numbers or sequences of numbers, as a state."""
+    return {name.lstrip("_"): _plain(getattr(component, name)) for name in names}
+
+
+def set_attributes(component: object, names: Iterable[str], state: State) -> None:
+    """Set the named attributes from what ``attributes`` gave."""
+    for name in names:
+        value, before = state[name.lstrip("_")], getattr(component, name)
+        if isinstance(before, deque):
+            value = deque((tuple(item) if isinstance(item, list) else item for item in value), before.maxlen)
+        setattr(component, name, value)
+
+
+def module_state(module: nn.Module) -> State:
+    """Copies of a module's parameters and buffers, and of what it says besides, by name."""
+    return {name: _plain(value) for name, value in module.state_dict().items()}
+
+
+def load_module(module: nn.Module, state: State) -> None:
+    """Put into a module what ``module_state`` gave, in place: whoever holds its tensors goes on with them.
+
+    Raises:
+        RuntimeError: other names or shapes than the module has.
+    """
+    with torch.no_grad():
+        module.load_state_dict(state, strict=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple | deque) else value
