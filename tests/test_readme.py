@@ -14,7 +14,7 @@ import pytest
 from pipeline import check_plan
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = ["README.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md")))]
 
 
 def _blocks(page: str, language: str) -> list[str]:
@@ -31,6 +31,35 @@ def _commands(page: str) -> list[list[str]]:
     return [line[1:] for line in lines if line[2] not in ("channel", "my_recipe.py")]
 
 
+def _anchors(page: Path) -> set[str]:
+    """What a link may name in a page: its headings, as they are written in addresses."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _links(page: str) -> list[tuple[Path, str]]:
+    """The pages of the project, and the headings in them, that a page links to or names in backticks."""
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    linked = [
+        (folder / place if place else ROOT / page, anchor)
+        for place, _, anchor in (target.partition("#") for target in re.findall(r"\]\(([^)\s]+)\)", text))
+        if "://" not in place
+    ]
+    named = re.findall(r"`([\w/.-]+\.md)`", text)
+    return linked + [(ROOT / name if (ROOT / name).exists() else folder / name, "") for name in named]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_and_heading_that_is_linked_exists(page: str) -> None:
+    for place, anchor in _links(page):
+        assert place.exists(), f"{page} names {place}"
+        assert not anchor or anchor in _anchors(place), f"{page} links to {place}#{anchor}"
+
+
+def test_the_readme_is_read_to_its_end() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 @pytest.mark.processes
 def test_the_ten_lines_of_python_run(tmp_path: Path) -> None:
     (code,) = _blocks("README.md", "python")
@@ -41,7 +70,7 @@ def test_the_ten_lines_of_python_run(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -59,7 +88,9 @@ def test_every_command_shown_is_one_that_parses(page: str) -> None:
     from launch.sweep.presets import with_preset
 
     commands = _commands(page)
-    assert len(commands) >= {"README.md": 5, "docs/benchmarks.md": 5, "docs/convergence.md": 5}.get(page, 0)
+    assert len(commands) >= {"README.md": 5, "docs/guide.md": 5, "docs/benchmarks.md": 5, "docs/convergence.md": 5}.get(
+        page, 0
+    )
     for command, recipe, *typed in commands:
         options = with_preset(typed)
         kind = {"bench": BenchOptions, "sweep": SweepOptions}.get(command, TrainOptions)

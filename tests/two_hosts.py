@@ -5,7 +5,7 @@ the second one, a clock of its own. Needs root and Linux.
 
 As a program it runs torchrun on both, over a cable of the wanted speed:
 
-    python tests/two_hosts.py --rate-mbit 100 -- -m launch bench mlp --stages 2 --rows naive unlocked ddp
+    python tests/two_hosts.py --rate-mbit 100 -- -m freewheel bench mlp --stages 2 --rows naive unlocked ddp
 """
 
 from __future__ import annotations
