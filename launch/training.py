@@ -75,7 +75,7 @@ def train(
         loss: (output, labels) -> mean over the rows.
         plan: how to run; ``plan.steps`` must be given.
         evaluation: the held-out batches, in a fixed order.
-        correct: counts right answers, e.g. ``pipeline.correct_predictions``.
+        correct: counts right answers, e.g. ``freewheel.correct_predictions``.
         name: name of the run.
         runs: folder of the runs.
         quiet: print nothing.

@@ -139,7 +139,7 @@ def test_a_data_loader_is_refused_with_what_to_give_instead() -> None:
     loader = DataLoader(TensorDataset(*_batch(0)), batch_size=4)
     assert _refused(batches=loader) == (
         "batches is a DataLoader: give a function of the batch's number, such as "
-        "pipeline.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in memory; "
+        "freewheel.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in memory; "
         "the loader has to drop the last, smaller one."
     )
 
@@ -909,8 +909,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("def recipe(): return 3", "recipe() in {path} gives a int: return a pipeline.Recipe."),
-        ('plan = {{"stages": 3}}', "plan in {path} is a dict: give a pipeline.Plan, or leave it out."),
+        ("def recipe(): return 3", "recipe() in {path} gives a int: return a freewheel.Recipe."),
+        ('plan = {{"stages": 3}}', "plan in {path} is a dict: give a freewheel.Plan, or leave it out."),
         ("recipe = 3", "recipe in {path} is a int: define a function recipe() -> Recipe."),
     ],
     ids=["no Recipe", "no Plan", "no function"],

@@ -56,7 +56,7 @@ class NamedRecipe:
         with calling("recipe()"):
             made: object = make(**dict(self.options))
         if not isinstance(made, Recipe):
-            raise PlanError(f"recipe() in {self.name} gives a {type(made).__name__}: return a pipeline.Recipe.")
+            raise PlanError(f"recipe() in {self.name} gives a {type(made).__name__}: return a freewheel.Recipe.")
         return made
 
 
@@ -223,7 +223,7 @@ def _file_entry(path: Path) -> Entry:
     module = _imported(path)
     plan = getattr(module, "plan", Plan())
     if not isinstance(plan, Plan):
-        raise PlanError(f"plan in {path} is a {type(plan).__name__}: give a pipeline.Plan, or leave it out.")
+        raise PlanError(f"plan in {path} is a {type(plan).__name__}: give a freewheel.Plan, or leave it out.")
     if hasattr(module, "recipe"):
         if not callable(module.recipe):
             raise PlanError(

@@ -188,7 +188,7 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
         if not hasattr(recipe.batches, "__getitem__"):
             raise PlanError(
                 f"batches is a {type(recipe.batches).__name__}: give a function of the batch's number, such as "
-                "pipeline.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in "
+                "freewheel.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in "
                 "memory; the loader has to drop the last, smaller one."
             )
         indices: Iterable[int] = range(len(recipe.batches))
@@ -261,7 +261,7 @@ def _check_correct(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
     except (TypeError, ValueError, RuntimeError):
         raise PlanError(
             f"correct() gives a {type(given).__name__}: give a pair, the number of right answers and how many there "
-            "could be, as pipeline.correct_predictions does."
+            "could be, as freewheel.correct_predictions does."
         ) from None
 
 

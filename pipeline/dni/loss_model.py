@@ -32,7 +32,8 @@ class LossModel(Form):
     C is a head whose output has the shape of the network's, L the user's own loss. C learns to predict, at once. The
     true gradient, of every fourth batch, says how large the prediction is and nothing else: what more was learned from
     it (a least squares factor, a map of what C gets wrong, C itself) brought the prediction nearer to the true gradient
-    and training no further (docs/decisions.md). Any loss, classification or regression.
+    and training no further (docs/decisions/2026-11-23-loss-model-everywhere.md). Any loss, classification or
+    regression.
 
     Differs from Jaderberg et al. 2017: nothing is regressed from h. Related: local losses in greedy training (Nøkland
     and Eidnes 2019), which are this form without its size and its temperature.
@@ -116,8 +117,8 @@ def temperature_for(cut: Cut, temperature: float | None) -> float:
     """What the outputs of C are divided by before a prediction.
 
     As given; if nothing is, 2 at the uppermost cut, below the stage that has the loss, where the stage predicted for
-    has two weight matrices (or kernels) or more, and elsewhere 1 (docs/decisions.md, "A softened loss teaches a stage
-    sooner"). 1 for every loss but torch's cross-entropy of one class per row.
+    has two weight matrices (or kernels) or more, and elsewhere 1 (docs/decisions/2026-11-29-softened-loss.md). 1 for
+    every loss but torch's cross-entropy of one class per row.
     """
     if _slope_of(cut) is not _cross_entropy_slope:
         return 1.0
