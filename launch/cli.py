@@ -108,7 +108,7 @@ def _command(arguments: list[str]) -> int:
     if arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
-    commands: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "run_bench": _bench, "sweep": _sweep}
+    commands: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "bench": _bench, "sweep": _sweep}
     command, *rest = arguments
     if command not in commands:
         raise PlanError(nearest(command, commands, "command"))
@@ -162,7 +162,7 @@ def _after_training(
         left_out.append("--steps")
     arguments = [argument for argument in arguments if argument not in ("--spans", "--no-spans")]
     program = ["freewheel"] if rank is None else rank.program()
-    command = shlex.join([*program, "run_bench", recipe, *_without(left_out, arguments)])
+    command = shlex.join([*program, "bench", recipe, *_without(left_out, arguments)])
     meeting = ", with the options by which the hosts of this run met" if rank is not None and rank.nodes > 1 else ""
     return command, f"how {plan.mode} compares with the other modes here{meeting}"
 
@@ -199,7 +199,7 @@ def _benched(recipe: str, arguments: list[str], parsed: Parsed, site: Site) -> i
     if steps < 2:
         raise PlanError(f"steps is {steps}: bench needs at least 2, the first one warms up.")
     console = Console(quiet=parsed.run.quiet)
-    command = ["freewheel", "run_bench", recipe, *arguments]
+    command = ["freewheel", "bench", recipe, *arguments]
     measure = bench_over if axis_of(parsed.run) else run_bench
     report = measure(parsed.source, parsed.plan, parsed.run, command, console, site)
     for path in (report.folder / "bench.json", parsed.run.json):
@@ -231,7 +231,7 @@ def _bench_channel(arguments: list[str]) -> int:
     print_rows(rows)
     content = {
         "schema": SCHEMA,
-        "command": ["freewheel", "run_bench", "channel", *arguments],
+        "command": ["freewheel", "bench", "channel", *arguments],
         "environment": environment(),
         "rows": [row.to_dict() for row in rows],
     }

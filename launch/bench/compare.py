@@ -95,7 +95,7 @@ def run_bench(
     names = list(PAIR) if options.pairs else chosen_rows(options.rows, plan)
     resolved = site.resolve(source, replace(plan, quality_every=None))
     site.agree(resolved)
-    folder = run_folder.new_run_dir(options.runs, options.name or run_folder.default_name(source().name, "run_bench"))
+    folder = run_folder.new_run_dir(options.runs, options.name or run_folder.default_name(source().name, "bench"))
     console.decided(source().name, resolved, folder)
     comparison = prepare_rows(names, source, resolved, folder, console, site, everything="all" in options.rows)
     rounds = options.pairs or options.rounds

@@ -69,7 +69,7 @@ def train_on_ray(recipe: str, arguments: list[str], parsed: Parsed, trained: Tra
     options: TrainOptions = parsed.run
     gpus = gpus_wanted(parsed.plan, options.ray.gpus)
     resolved = _resolved(parsed.source, parsed.plan, gpus)  # what cannot run is refused before Ray is asked
-    with _staffed("train_on_ray", recipe, arguments, parsed, gpus) as staff:
+    with _staffed("train", recipe, arguments, parsed, gpus) as staff:
         fleet, host = staff.fleet, staff.reception.host
         resolved = placed_on_nodes(resolved, fleet, options, staff.names)
         with rendezvous(resolved, host) as meeting:
@@ -97,7 +97,7 @@ def bench_on_ray(recipe: str, arguments: list[str], parsed: Parsed, benched: Ben
             "bench with launcher ray is there on the CPU only: its row backprop trains in this process, for which Ray "
             "sets no GPU aside: use torchrun, or choose device cpu and leave --ray.gpus out."
         )
-    with _staffed("bench_on_ray", recipe, arguments, parsed, 0.0) as staff:
+    with _staffed("bench", recipe, arguments, parsed, 0.0) as staff:
         another = partial(RemoteWorkers, parsed.plan.workers, staff.asked, lost=staff.lost)
         coordinator = Coordinator(parsed, staff.fleet, staff.reception, another, memory=staff.memory)
         return benched(recipe, arguments, parsed, coordinator.site("ray", resolve))
