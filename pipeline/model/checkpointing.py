@@ -11,7 +11,6 @@ refused before anything starts.
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PlanError
+from pipeline.model.autograd_graph import nodes_behind
+from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
 from pipeline.plan.plan import Plan
 from pipeline.seeding import seeded
@@ -33,16 +34,7 @@ _LEARNS_NOTHING = "None of the inputs have requires_grad=True"  # torch only war
 
 def checkpoints_reentrantly(h: Tensor) -> bool:
     """Whether the graph of ``h`` has a layer in it that is computed by ``checkpoint(..., use_reentrant=True)``."""
-    found, seen = [h.grad_fn], set()
-    while found:
-        node = found.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == _NODE:
-            return True
-        seen.add(node)
-        found.extend(below for below, _ in node.next_functions)
-    return False
+    return any(node.name() == _NODE for node in nodes_behind(h))
 
 
 def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: Tensor) -> None:
@@ -67,7 +59,7 @@ def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: T
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    h = copy.deepcopy(layer.module).train()(h)
+                    h = copy_of(layer.module).train()(h)
                 except Exception:  # the run will say it, with the batch
                     return
             if any(_LEARNS_NOTHING in str(warning.message) for warning in caught):

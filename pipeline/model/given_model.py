@@ -107,20 +107,17 @@ def hooks_of(module: nn.Module) -> list[object]:
 
 
 def _wrong(given: Any) -> str:
-    if given is None:
-        return "None, as a function without return does"
     if isinstance(given, type):
         return f"the class {given.__name__} instead of an instance, {given.__name__}(...)"
     if isinstance(given, list | tuple):
         return f"a {type(given).__name__} of {', '.join(type(item).__name__ for item in given[:9]) or 'nothing'}"
-    return f"a {type(given).__name__}"
+    return "None, as a function without return does" if given is None else f"a {type(given).__name__}"
 
 
 def _without_values(model: nn.Module | Sequence[nn.Module]) -> Iterator[str]:
     """Lazy modules before their first batch, and what is on the device ``meta``."""
-    single = isinstance(model, nn.Module)
     for index, root in enumerate(roots_of(model)):
-        for prefix, module in root.named_modules(prefix="" if single else str(index)):
+        for prefix, module in root.named_modules(prefix="" if root is model else str(index)):
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 full = f"{prefix}.{name}" if prefix else name
                 if is_lazy(tensor):

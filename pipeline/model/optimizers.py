@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,11 +48,13 @@ def build_optimizer(
     Args:
         plan: rule, rates, clip and schedule.
         parameters: what it steps.
-        steps: length of the run, in steps; needed for the schedules that end.
+        steps: length of the run; needed for the schedules that end.
     """
     if not parameters:
         return None
-    optimizer = _RULES[plan.rule](plan, parameters)
+    kind, options = _RULES[plan.rule]
+    made: Any = kind  # torch has no common signature of its optimizers
+    optimizer: torch.optim.Optimizer = made(parameters, lr=plan.lr, weight_decay=plan.weight_decay, **options(plan))
     if (clip := plan.clip) is not None:
 
         def scale_down(*arguments: object) -> None:
@@ -60,11 +63,7 @@ def build_optimizer(
         optimizer.register_step_pre_hook(scale_down)
     if plan.warmup_steps or plan.schedule != "constant":
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(plan, steps))
-
-        def go_on(*arguments: object) -> None:
-            scheduler.step()
-
-        optimizer.register_step_post_hook(go_on)
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
     return optimizer
 
 
@@ -87,52 +86,31 @@ def lr_factor(plan: OptimizerPlan, steps: int | None) -> Callable[[int], float]:
 
 def described(plan: OptimizerPlan) -> str:
     """``adam, lr 0.001, warm-up of 200 steps, cosine to 0``."""
-    parts = [plan.rule, f"lr {plan.lr:g}"]
-    if plan.rule == "nadamw":
-        parts.append(f"momentum {_momentum(plan):g}")
-    if plan.warmup_steps:
-        parts.append(f"warm-up of {plan.warmup_steps:,} steps")
-    if plan.schedule != "constant":
-        parts.append(f"{plan.schedule} to 0")
-    if plan.clip is not None:
-        parts.append(f"clip {plan.clip:g}")
-    return ", ".join(parts)
+    parts = (
+        plan.rule,
+        f"lr {plan.lr:g}",
+        f"momentum {_momentum(plan):g}" if plan.rule == "nadamw" else "",
+        f"warm-up of {plan.warmup_steps:,} steps" if plan.warmup_steps else "",
+        f"{plan.schedule} to 0" if plan.schedule != "constant" else "",
+        f"clip {plan.clip:g}" if plan.clip is not None else "",
+    )
+    return ", ".join(filter(None, parts))
 
 
 def _momentum(plan: OptimizerPlan) -> float:
     return plan.momentum if plan.momentum is not None else {"nadamw": _NESTEROV}.get(plan.rule, 0.0)
 
 
-def _sgd(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    momentum = _momentum(plan)
-    return torch.optim.SGD(parameters, lr=plan.lr, momentum=momentum, weight_decay=plan.weight_decay, fused=True)
-
-
-def _adam(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-
-
-def _adamw(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-
-
-def _nadamw(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.NAdam(
-        parameters,
-        lr=plan.lr,
-        betas=(_momentum(plan), 0.999),
-        weight_decay=plan.weight_decay,
-        decoupled_weight_decay=True,
-        foreach=True,  # it has no fused form
-    )
-
-
-_RULES: dict[str, Callable[[OptimizerPlan, Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
-    "sgd": _sgd,
-    "adam": _adam,
-    "adamw": _adamw,
-    "nadamw": _nadamw,
+_RULES: dict[str, tuple[type[torch.optim.Optimizer], Callable[[OptimizerPlan], dict[str, Any]]]] = {
+    "sgd": (torch.optim.SGD, lambda plan: {"momentum": _momentum(plan), "fused": True}),
+    "adam": (torch.optim.Adam, lambda plan: {"fused": True}),
+    "adamw": (torch.optim.AdamW, lambda plan: {"fused": True}),
+    "nadamw": (  # it has no fused form
+        torch.optim.NAdam,
+        lambda plan: {"betas": (_momentum(plan), 0.999), "decoupled_weight_decay": True, "foreach": True},
+    ),
 }
+"""Per rule its class, and what it is given besides learning rate and weight decay."""
 _DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
     "linear": lambda p: 1.0 - p,

@@ -9,7 +9,6 @@ give, or other data make another model of it, which trains without an error.
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.data.recipe import Batch, Recipe
+from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
 from pipeline.run.resolved import Resolved
 from pipeline.run.sketch import Sketch, sketch_of
@@ -41,7 +41,7 @@ def fingerprint(
         layers: its layers, freshly built.
         replica: only the first one looks at the held-out batches.
     """
-    seed, last = resolved.plan.seed, index == resolved.plan.stages - 1
+    seed = resolved.plan.seed
     found = dict(_layers(layers))
     if index == 0:
         first = recipe.seeded_batch(seed, 0)
@@ -54,10 +54,10 @@ def fingerprint(
         rows = _fixed(seed, below.activation_shape).to(below.activation_dtype)
     # What takes no two rows is left out, in every process alike.
     with contextlib.suppress(Exception), seeded(seed, "fingerprint"), torch.no_grad():
-        for layer in copy.deepcopy(list(layers)):
-            rows = layer.module(rows)
+        for layer in layers:
+            rows = copy_of(layer.module)(rows)
             found[f"what layer {layer.name} gives"] = sketch_of(rows, computed=True)
-    if last:
+    if index == resolved.plan.stages - 1:
         with contextlib.suppress(Exception), seeded(seed, "fingerprint"), torch.no_grad():
             loss = recipe.loss(_fixed(seed, resolved.output_shape).abs(), load(resolved.two_labels)["labels"])
             found["the loss of a fixed output"] = sketch_of(loss, computed=True)

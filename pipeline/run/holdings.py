@@ -1,48 +1,34 @@
-"""Which tensors a user's function has or reaches: by what it is made of, or by the gradient of what it gives."""
+"""Which tensors a user's function has or reaches."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["leaves_of", "tensors_of"]
+__all__ = ["tensors_of"]
 
 
-def leaves_of(loss: Tensor) -> Iterator[Tensor]:
-    """The tensors that a backward pass from here would give a ``.grad``."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node: Any = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        nodes += [following for following, _ in node.next_functions]
-
-
-def tensors_of(function: Callable[..., object], *, deep: bool) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(thing: Any, *, deep: bool, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Tensors that a callable has, by name: of modules and objects, behind ``partial`` and bound methods.
 
     Args:
-        function: a user's.
+        thing: a user's function, or a part of one.
         deep: also what functions read, their closures and globals, but for torch's own functions.
+        name: of ``thing`` itself.
+        seen: ids of what was looked at before.
     """
-    yield from _found(function, "", set(), deep=deep)
-
-
-def _found(thing: Any, name: str, seen: set[int], *, deep: bool) -> Iterator[tuple[str, Tensor]]:
+    seen = set() if seen is None else seen
     if id(thing) in seen:
         return
     seen.add(id(thing))
     if isinstance(thing, Tensor):
         yield name or "a tensor", thing
     for key, part in _parts(thing, deep=deep):
-        yield from _found(part, f"{name}.{key}" if name and key else name or key, seen, deep=deep)
+        yield from tensors_of(part, deep=deep, name=".".join(filter(None, (name, key))), seen=seen)
 
 
 def _parts(thing: Any, *, deep: bool) -> Iterator[tuple[str, Any]]:
