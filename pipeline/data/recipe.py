@@ -101,9 +101,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ArrayBatches:
-    """Batches drawn from arrays that fit in memory; each epoch is a new permutation from (seed, epoch).
-
-    What is left over at the end of an epoch is not used in it, so that every batch has the same size.
+    """Batches of one size drawn from arrays that fit in memory; each epoch is a new permutation from (seed, epoch).
 
     Args:
         inputs: [num_rows, ...].
@@ -141,9 +139,7 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
 
 
 def build_model(recipe: Recipe, seed: int) -> nn.Module:
-    """The whole network with the weights that ``seed`` gives: the same in every process, however it is split.
-
-    Every module is in the mode that it trains in (``in_training_mode``).
+    """The whole network with the weights that ``seed`` gives, in training mode (``in_training_mode``).
 
     Raises:
         PlanError: ``model`` gave no module, or one without values.
@@ -181,20 +177,19 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
     Raises:
         PlanError: no batch, a batch of another size, labels that do not belong to the inputs.
     """
-    steps = plan.steps or recipe.steps
-    if not callable(recipe.batches):
-        if not recipe.batches:
-            raise PlanError("batches is empty: give at least one (inputs, labels).")
-        if not hasattr(recipe.batches, "__getitem__"):
-            raise PlanError(
-                f"batches is a {type(recipe.batches).__name__}: give a function of the batch's number, such as "
-                "pipeline.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in "
-                "memory; the loader has to drop the last, smaller one."
-            )
-        indices: Iterable[int] = range(len(recipe.batches))
+    if callable(recipe.batches):
+        last = (plan.steps or recipe.steps) * plan.replicas - 1
+        indices: Iterable[int] = sorted({0, min(1, last), last})
+    elif not recipe.batches:
+        raise PlanError("batches is empty: give at least one (inputs, labels).")
+    elif not hasattr(recipe.batches, "__getitem__"):
+        raise PlanError(
+            f"batches is a {type(recipe.batches).__name__}: give a function of the batch's number, such as "
+            "pipeline.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in "
+            "memory; the loader has to drop the last, smaller one."
+        )
     else:
-        last = steps * plan.replicas - 1
-        indices = sorted({0, min(1, last), last})
+        indices = range(len(recipe.batches))
     first = _checked(recipe.seeded_batch(plan.seed, 0), 0)
     for index in indices:
         same_shape(index, _checked(recipe.seeded_batch(plan.seed, index), index), first)
@@ -214,15 +209,15 @@ def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
     """
     with torch.no_grad():
         _check_correct(recipe, output, labels)
-        rows = len(labels) // 2
-        first, second = (output[:rows], labels[:rows]), (output[rows : 2 * rows], labels[rows : 2 * rows])
+        rows, loss = len(labels) // 2, recipe.careful_loss
         try:
-            loss = recipe.careful_loss
-            whole = float(loss(output[: 2 * rows], labels[: 2 * rows]))
-            parts = float(loss(*first)) + float(loss(*second))
+            whole, *halves = (
+                float(loss(output[part], labels[part]))
+                for part in (slice(2 * rows), slice(rows), slice(rows, 2 * rows))
+            )
         except Exception:  # it only takes whole batches, or other values: nothing is known then
             return
-    if math.isfinite(whole) and whole and math.isclose(whole, parts, rel_tol=1e-4):
+    if math.isfinite(whole) and whole and math.isclose(whole, sum(halves), rel_tol=1e-4):
         raise PlanError(
             f"the loss of {2 * rows} rows is the sum of the losses of its halves, {whole:.4g}: give the mean over the "
             "rows, as reduction='mean' does, or divide by len(labels)."
