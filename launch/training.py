@@ -40,11 +40,8 @@ Working = tuple[Iterator[records.Record], Callable[[], None]]
 
 @dataclass(frozen=True)
 class Launcher:
-    """Who starts the workers of a run.
-
-    Attributes:
-        name: how it is called in the files of the run.
-        working: (source, resolved plan, folder of the run) -> the workers, ended on the way out.
+    """Who starts the workers of a run: its name in the files of the run, and (source, resolved, folder of the run) ->
+    the workers, ended on the way out.
     """
 
     name: str
@@ -123,10 +120,10 @@ def run(
         source: makes the recipe.
         resolved: what ``resolve_source`` made of it and the plan.
         runs: folder of the runs.
-        name: name of the run's folder; None: time, recipe and mode.
+        name: of the run's own folder; None: time, recipe and mode.
         console: what the user sees.
-        command: what was typed, for plan.json; None: this program's own arguments.
-        launcher: who starts the workers; None: this process, on this host.
+        command: for plan.json; None: this program's own arguments.
+        launcher: None: this process, on this host.
 
     Raises:
         PlanError: the folder of the run cannot be made.
@@ -134,10 +131,8 @@ def run(
         NotWritten: a file of the run cannot be written. Where the training was over, the error carries the result.
     """
     recipe = source()
-    run_dir = run_folder.new_run_dir(
-        runs, run_folder.default_name(recipe.name, resolved.plan.mode) if name is None else name
-    )
-    run_dir = run_dir.resolve()
+    name = run_folder.default_name(recipe.name, resolved.plan.mode) if name is None else name
+    run_dir = run_folder.new_run_dir(runs, name).resolve()
     launcher = launcher or Launcher("local", _local)
     run_folder.write_plan(run_dir, recipe.name, resolved, sys.argv if command is None else command, launcher.name)
     console.decided(recipe.name, resolved, run_dir)
@@ -158,7 +153,7 @@ def run(
 
 
 def _write_failure(failure: RunFailed, path: Path) -> None:
-    """The whole report; the failure is what matters, whether it can be written or not."""
+    """The whole report, if it can be written."""
     try:
         write_text(f"{failure}\n\n{failure.details}\n", path)
         failure.report = path
@@ -192,26 +187,18 @@ def _follow(
                 matching.take(record)
                 console.ready(record)
             elif isinstance(record, records.Loss):
-                new = losses.take(record)
-                if not new:
-                    continue
-                result.losses += new
-                step, mean = result.steps, sum(new) / len(new)
-                metrics.write("train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
-                console.progress(step, mean)
+                if new := losses.take(record):
+                    result.losses += new
+                    step, mean = result.steps, sum(new) / len(new)
+                    metrics.write("train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
+                    console.progress(step, mean)
             elif isinstance(record, records.Scored):
                 result.scores.append(record)
                 if goal is not None and result.met is None and goal.met(record.loss, record.accuracy):
                     result.met = record
                     end_early()
-                metrics.write(
-                    "evaluation",
-                    step=record.updates,
-                    samples=record.updates * rows,
-                    loss=record.loss,
-                    accuracy=record.accuracy,
-                    time_ns=record.time_ns,
-                )
+                step, found = record.updates, {"loss": record.loss, "accuracy": record.accuracy}
+                metrics.write("evaluation", step=step, samples=step * rows, **found, time_ns=record.time_ns)
                 console.scored(record)
             elif isinstance(record, records.Judged):
                 result.judged.append(record)
@@ -227,9 +214,7 @@ def _follow(
 
 
 def without_loss(resolved: Resolved) -> Resolved:
-    """As it travels to a worker process: the user's loss may not travel, and the worker's recipe gives it. What the
-    worker builds is compared here.
-    """
+    """As it travels to a worker, whose own recipe gives the loss; what it builds is compared here, not there."""
     return replace(resolved, cuts=tuple(replace(cut, loss=_no_loss) for cut in resolved.cuts), fingerprints=())
 
 

@@ -32,11 +32,7 @@ _EXCERPT = 8_000  # characters of a traceback
 
 
 class RecipeFailed(PlanError):
-    """A function of the user's recipe raised something. The original exception is its ``__cause__``.
-
-    Args:
-        what: was called, as ``batches(15)``.
-        error: what it raised.
+    """A function of the user's recipe, ``what``, raised something. The original exception is its ``__cause__``.
 
     Attributes:
         excerpt: the traceback through the user's files where it passes several lines of them; else empty.
@@ -52,15 +48,10 @@ class RecipeFailed(PlanError):
 
 @contextlib.contextmanager
 def calling(what: str | None = None) -> Iterator[None]:
-    """Around a call of the user's code.
+    """Around a call of the user's code: an exception, SystemExit among them, becomes RecipeFailed.
 
-    Args:
-        what: is called; None: whatever of the user's a traceback names first, and what has nothing of theirs in it is
-            left as it is.
-
-    Raises:
-        RecipeFailed: the code inside raised an exception, SystemExit among them. What is a PlanError or a StageError
-            already says what it has to.
+    A PlanError or a StageError already says what it has to. ``what`` is called; None: whatever of the user's a
+    traceback names first, and what has nothing of theirs in it is left as it is.
     """
     try:
         yield

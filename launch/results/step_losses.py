@@ -8,11 +8,7 @@ __all__ = ["StepLosses"]
 
 
 class StepLosses:
-    """Puts the losses of the replicas together: the loss of a step is the mean over their batches.
-
-    Args:
-        replicas: how many there are.
-    """
+    """Puts the losses of the replicas together: the loss of a step is the mean over their batches."""
 
     def __init__(self, replicas: int) -> None:
         self._waiting: list[list[float]] = [[] for _ in range(replicas)]

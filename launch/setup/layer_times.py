@@ -36,16 +36,10 @@ _WITHIN_S = 300.0
 def layer_seconds(
     layers: Sequence[Layer], inputs: Sequence[Tensor], threads: int = 1, computing: ComputeContext | None = None
 ) -> list[float]:
-    """Seconds of forward and backward of each layer, measured in rounds over copies of all of them.
+    """Seconds of forward and backward of each layer, with what goes into it, measured in rounds over copies of all.
 
-    Args:
-        layers: the layers.
-        inputs: what goes into each of them.
-        threads: compute threads, as many as a worker will have.
-        computing: where and how; the inputs are there already. None: plainly, on the CPU.
-
-    Blocks:
-        for six passes over the network, three when those take seconds.
+    ``threads`` are as many as a worker will have. ``computing``: where and how, the inputs are there already; None:
+    plainly, on the CPU. Blocks for six passes over the network, three when those take seconds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -74,16 +68,8 @@ def layer_seconds(
 def layer_seconds_on(source: Callable[[], Recipe], plan: Plan, device: str) -> list[float]:
     """``layer_seconds`` of the recipe's model on a GPU, in a process of its own: the driver initialises no CUDA.
 
-    Args:
-        source: makes the recipe.
-        plan: its seed, threads and autocast count.
-        device: the GPU.
-
     Raises:
         PlanError: the process failed, with what it said, or did not end within 300 s.
-
-    Blocks:
-        for the start of a process and six passes over the network.
     """
     context = process_context(__name__)
     mine, theirs = context.Pipe(duplex=False)

@@ -42,7 +42,7 @@ def resolve_source(
     Args:
         source: makes the recipe.
         plan: the wish.
-        hosts: name of the host of every worker, those of replica 0 first; None: all on this one.
+        hosts: of every worker, those of replica 0 first; None: all on this one.
         worker: one that is on this host.
         devices: where every worker computes; None: as the plan says, with as many GPUs on every host as here.
 

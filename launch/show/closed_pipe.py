@@ -19,11 +19,9 @@ _NOBODY = select.POLLERR | select.POLLHUP | select.POLLNVAL
 
 @contextlib.contextmanager
 def ends_with_its_reader() -> Iterator[None]:
-    """Flush stdout at the end, while something can be done about it. What it has no encoding for is printed escaped, as
-    on stderr: the name of a file may be no text.
+    """Exit with status 1 as soon as something is printed that nobody can read any more; flush stdout at the end.
 
-    Raises:
-        SystemExit: with status 1, as soon as something is printed that nobody can read any more.
+    What stdout has no encoding for is printed escaped, as on stderr: the name of a file may be no text.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

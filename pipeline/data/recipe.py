@@ -70,11 +70,7 @@ class Recipe:
         return None if self.correct is None else Unwritten(self.correct)
 
     def batch(self, index: int) -> Batch:
-        """Training batch ``index``.
-
-        Raises:
-            RecipeFailed: ``batches`` raised something.
-        """
+        """Training batch ``index``, or RecipeFailed."""
         if callable(self.batches):
             with calling(f"batches({index})"):
                 return self.batches(index)
@@ -107,7 +103,7 @@ class ArrayBatches:
         inputs: [num_rows, ...].
         labels: [num_rows, ...].
         batch_size: rows per batch.
-        seed: seed of the order.
+        seed: of the order.
     """
 
     inputs: Tensor
@@ -139,12 +135,7 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
 
 
 def build_model(recipe: Recipe, seed: int) -> nn.Module:
-    """The whole network with the weights that ``seed`` gives, in training mode (``in_training_mode``).
-
-    Raises:
-        PlanError: ``model`` gave no module, or one without values.
-        RecipeFailed: ``model`` raised something.
-    """
+    """The whole network with the weights that ``seed`` gives, in training mode; PlanError where there is none."""
     with seeded(seed, "weights"):
         with calling("model()"):
             model = recipe.model()
@@ -154,10 +145,7 @@ def build_model(recipe: Recipe, seed: int) -> nn.Module:
 
 
 def open_data(recipe: Recipe, plan: Plan) -> None:
-    """On the way to a goal: make one training batch and one held-out batch before the clock starts.
-
-    What a recipe imports and reads when it is first asked is no part of the training.
-    """
+    """On the way to a goal, have the recipe import and read what it needs before the clock starts."""
     if plan.goal is not None:
         recipe.seeded_batch(plan.seed, 0)
         next(recipe.held_out(), None)
@@ -169,13 +157,8 @@ def correct_predictions(output: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 
 
 def check_batches(recipe: Recipe, plan: Plan) -> Batch:
-    """Look at the batches that can be looked at before the run, and return batch 0.
-
-    A sequence is checked whole; of a function, the first two batches and the last one (the loader checks the rest as
-    they come).
-
-    Raises:
-        PlanError: no batch, a batch of another size, labels that do not belong to the inputs.
+    """Check the batches before the run, and return batch 0: a sequence whole; of a function the first two batches and
+    the last one (the loader checks the rest as they come).
     """
     if callable(recipe.batches):
         last = (plan.steps or recipe.steps) * plan.replicas - 1
@@ -197,12 +180,7 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
 
 
 def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
-    """Try ``correct`` and ``loss`` on what a network may give, before what they find out is needed.
-
-    Args:
-        recipe: gives them; the loss was tried on a real output before.
-        output: [rows, ...] like the network's.
-        labels: [rows, ...] of a batch.
+    """Try ``correct`` and ``loss`` on what a network may give for ``labels``, both [rows, ...].
 
     Raises:
         PlanError: ``correct`` raises something, or gives no pair of numbers; or the loss is a sum over the rows.
@@ -225,11 +203,8 @@ def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
 
 
 def label_problem(labels: Tensor, output_shape: Sequence[int]) -> str | None:
-    """Which label of a classifier has no class in the network's output; None: all have one, or these are no classes.
-
-    Args:
-        labels: [rows, ...] integers; -100 is one that ``torch``'s losses leave out.
-        output_shape: [rows, classes], [rows, classes, ...] or [rows, ..., classes].
+    """Which label [rows, ...] has no class in an output [rows, classes, ...] or [rows, ..., classes]; None: all have
+    one (-100 is left out by ``torch``'s losses), or these are no classes.
     """
     if labels.is_floating_point() or labels.numel() == 0:
         return None

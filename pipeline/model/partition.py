@@ -42,7 +42,7 @@ class Layer:
     Attributes:
         index: position in the whole network.
         name: prefix of its parameters in the unsplit model, e.g. ``blocks.2``.
-        module: what runs; takes one tensor, gives one tensor.
+        module: [one tensor] -> one tensor.
     """
 
     index: int
@@ -115,11 +115,7 @@ def _from_the_end(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
 
 
 def chosen_sizes(layers: Sequence[Layer], plan: Plan) -> tuple[int, ...] | None:
-    """The layers per stage that the plan fixes by ``sizes``, ``cuts`` or a balance by number; None: measure first.
-
-    Raises:
-        PlanError: more stages than layers, sizes that do not add up, an unknown or misplaced cut.
-    """
+    """The layers per stage that the plan fixes by ``sizes``, ``cuts`` or a balance by number; None: measure first."""
     if plan.stages > len(layers):
         raise PlanError(
             f"{plan.stages} stages for {len(layers)} layers: every stage needs a layer; "

@@ -25,9 +25,6 @@ class Unwritten(Generic[_Result]):
 
     It gets copies the first time, and from then on only if it wrote into one then, or gave back a view of one. Calls
     with and without gradients are told apart.
-
-    Args:
-        function: what is called; other arguments than tensors are passed on as they are.
     """
 
     def __init__(self, function: Callable[..., _Result]) -> None:

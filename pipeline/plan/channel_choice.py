@@ -31,12 +31,7 @@ WIRE_DTYPES = {"bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ChannelChoice:
-    """What carries the activations and the gradients of one cut.
-
-    Attributes:
-        kind: a key of ``CHANNELS``.
-        why: the reason, for the first screen.
-    """
+    """What carries the messages of one cut, a key of ``CHANNELS``; and why, for the first screen."""
 
     kind: str
     why: str
@@ -45,17 +40,14 @@ class ChannelChoice:
 def choose_channels(
     wanted: str, hosts: Sequence[str], replicas: int = 1, devices: Sequence[str] | None = None, nccl: bool = False
 ) -> tuple[ChannelChoice, ...]:
-    """Choose what carries each cut.
+    """Choose what carries each cut, those of replica 0 first.
 
     Args:
         wanted: a key of ``CHANNELS`` for all cuts, or ``auto``: for each the fastest that both workers can reach.
-        hosts: name of the host of every worker, those of replica 0 first.
+        hosts: of every worker, those of replica 0 first.
         replicas: of the pipeline.
         devices: where every worker computes; None: on the CPU.
         nccl: whether torch has NCCL.
-
-    Returns:
-        one choice per cut, those of replica 0 first.
 
     Raises:
         PlanError: shared memory between two hosts; CUDA peer memory between two hosts, or with a worker on the CPU;
@@ -82,14 +74,7 @@ def choose_channels(
 
 
 def kind_between(wanted: str, one: tuple[str, str], other: tuple[str, str], nccl: bool = False) -> str:
-    """What carries messages between two workers: a key of ``CHANNELS``.
-
-    Args:
-        wanted: a key of ``CHANNELS``, or ``auto``.
-        one: (name of its host, where it computes) of a worker.
-        other: the same of the other.
-        nccl: whether torch has NCCL.
-    """
+    """What carries messages between two workers, each (host, device), if ``wanted`` is: a key of ``CHANNELS``."""
     return wanted if wanted != "auto" else _chosen(one, other, "", nccl).kind
 
 

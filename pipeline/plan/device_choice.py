@@ -28,11 +28,10 @@ _LIST = re.compile(r"(cpu|cuda:\d+)(,(cpu|cuda:\d+))*")
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """Where the workers compute.
+    """Where the workers compute, and why.
 
     Attributes:
         devices: of every worker, as torch names them: ``cpu``, ``cuda:0``, ...
-        why: the reason, for the first screen.
         nccl: whether torch has NCCL to connect GPUs.
         here: whether layers may be measured on the first of the GPUs; not where it is, or may be, on another host.
     """
@@ -67,16 +66,13 @@ def device_problems(wanted: str) -> Iterator[str]:
 
 
 def choose_devices(wanted: str, hosts: Sequence[str], gpus: Mapping[str, int], built: bool = True) -> DeviceChoice:
-    """Choose where each worker computes.
+    """Choose where each worker computes, or raise PlanError: there is no such device.
 
     Args:
         wanted: ``Plan.device``.
-        hosts: name of the host of every worker, in the order of the workers.
+        hosts: of every worker.
         gpus: how many GPUs torch can use on each host.
         built: whether torch on this host is built with CUDA.
-
-    Raises:
-        PlanError: there is no such device, on the host that the sentence names.
     """
     if wanted == CPU:
         return DeviceChoice((CPU,) * len(hosts), "as asked for")

@@ -22,11 +22,7 @@ _LEAST, _MOST = 1e-6, 3.6e6  # an hour, in ms: beyond, times overflow
 class _Lengths:
     @classmethod
     def parse(cls, text: str, option: str) -> Self:
-        """Read ``name=number,name=number``.
-
-        Raises:
-            PlanError: an unknown name, or no positive number.
-        """
+        """Read ``name=number,name=number``, or raise PlanError."""
         names = [f.name for f in dataclasses.fields(cls)]
         values: dict[str, Any] = {}
         for part in text.split(","):
@@ -71,12 +67,8 @@ class Link(_Lengths):
     bandwidth_mbps: float = 0.0
 
     def arrival_ns(self, sent_ns: int, free_ns: int, num_bytes: int) -> tuple[int, int]:
-        """When a message arrives, and when the link is free again.
-
-        Args:
-            sent_ns: when it was put on the link.
-            free_ns: when the link was done with the message before.
-            num_bytes: its payload.
+        """When a message of ``num_bytes`` that is put on the link at ``sent_ns`` arrives, and when the link, which is
+        done with the message before at ``free_ns``, is free again.
         """
         begin = max(sent_ns, free_ns)
         if self.bandwidth_mbps:

@@ -32,14 +32,9 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def fingerprint(
     recipe: Recipe, resolved: Resolved, index: int, layers: Sequence[Layer], replica: int = 0
 ) -> dict[str, Sketch]:
-    """Sketches of one stage as it is before training. Works on copies: the layers stay as they are.
+    """Sketches of stage ``index``, whose layers are freshly built, before training. The layers stay as they are.
 
-    Args:
-        recipe: what this process has made of it.
-        resolved: the run.
-        index: the stage.
-        layers: its layers, freshly built.
-        replica: only the first one looks at the held-out batches.
+    Only replica 0 looks at the held-out batches.
     """
     seed = resolved.plan.seed
     found = dict(_layers(layers))

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 __all__ = ["tensors_of"]
 
+_UNSET = types.CellType()  # of a variable that is not set yet
+
 
 def tensors_of(thing: Any, *, deep: bool, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Tensors that a callable has, by name: of modules and objects, behind ``partial`` and bound methods.
 
-    Args:
-        thing: a user's function, or a part of one.
-        deep: also what functions read, their closures and globals, but for torch's own functions.
-        name: of ``thing`` itself.
-        seen: ids of what was looked at before.
+    ``deep``: also what functions read, their closures and globals, but for torch's own functions. ``name`` is that of
+    ``thing`` itself, and ``seen`` has the ids of what was looked at before.
     """
     seen = set() if seen is None else seen
     if id(thing) in seen:
@@ -41,7 +40,8 @@ def _parts(thing: Any, *, deep: bool) -> Iterator[tuple[str, Any]]:
         yield from (("", thing.__self__), ("", thing.__func__))
     elif isinstance(thing, types.FunctionType):
         if deep and not thing.__module__.startswith("torch"):
-            yield from _values(dict(zip(thing.__code__.co_freevars, _cells(thing), strict=True)))
+            cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
+            yield from _values({name: cell.cell_contents for name, cell in cells if cell != _UNSET})
             yield from _values({n: thing.__globals__.get(n) for n in thing.__code__.co_names})
     elif isinstance(thing, list | tuple):
         yield from _values({str(index): part for index, part in enumerate(thing)})
@@ -57,13 +57,3 @@ def _values(parts: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
         holds = isinstance(part, Tensor | list | tuple | dict) or (callable(part) and not isinstance(part, type))
         if holds and not str(name).startswith("_"):
             yield str(name), part
-
-
-def _cells(function: types.FunctionType) -> list[Any]:
-    contents = []
-    for cell in function.__closure__ or ():
-        try:
-            contents.append(cell.cell_contents)
-        except ValueError:  # of a variable that is not set yet
-            contents.append(None)
-    return contents

@@ -38,13 +38,7 @@ _ALONE = "give it back alone, and count right answers in correct()."
 
 @dataclass(frozen=True)
 class Trial:
-    """A loss that was tried.
-
-    Args:
-        loss: (output, labels) -> scalar.
-        output: [rows, ...] of the network, for batch 0.
-        labels: [rows, ...] of that batch.
-    """
+    """A loss (output, labels) -> scalar that was tried on the network's output [rows, ...] for batch 0."""
 
     loss: _Loss
     output: Tensor
@@ -81,11 +75,7 @@ class Trial:
 
 
 def check_learns(layers: Sequence[Layer], inputs: Tensor, outputs: Sequence[Tensor]) -> None:
-    """Refuse a model that no loss can teach. Runs the topmost layers, down to one that learns, in training mode.
-
-    Raises:
-        PlanError: no parameter requires a gradient, or the output does not depend on any that does.
-    """
+    """Refuse a model that no loss can teach. Runs the topmost layers, down to one that learns, in training mode."""
     if not any(parameter.requires_grad for layer in layers for parameter in layer.module.parameters()):
         raise PlanError(
             "the model has no parameter that requires a gradient, so nothing would be learned: leave some layers "

@@ -29,8 +29,8 @@ class Resolved:
         output_shape: shape of the network's output for it.
         held_out_batches: batches of one evaluation pass.
         channels: what carries each cut, those of replica 0 first.
-        hosts: name of the host of every worker, those of replica 0 first.
-        devices: where every worker computes, in the same order.
+        hosts: of every worker, those of replica 0 first.
+        devices: of every worker.
         nccl: whether torch has NCCL.
         reasons: (what was decided, value, why), for the first screen.
         two_labels: those of the first rows of batch 0, for ``fingerprint``.
