@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from launch.results import run_folder
 from launch.results.result import Result
-from launch.results.step_losses import StepLosses
 from launch.setup.matching import Matching
 from launch.setup.rank import Rank
 from launch.setup.recipe_source import GivenRecipe, being_loaded
@@ -180,7 +179,7 @@ def _follow(
 ) -> None:
     """Take in what the workers report; end the run once its goal is met."""
     goal, matching = result.resolved.plan.goal, Matching(result.resolved)
-    rows, losses = result.resolved.step_rows, StepLosses(result.resolved.plan.replicas)
+    rows, losses = result.resolved.step_rows, _StepLosses(result.resolved.plan.replicas)
     with run_folder.Metrics(result.run_dir) as metrics:
         for record in reported:
             if isinstance(record, records.Ready):
@@ -211,6 +210,22 @@ def _follow(
                 result.finished[worker_of(result.resolved.plan, record.replica, record.stage)] = record
     ended_ns = max(done.end_ns for done in result.finished.values())
     result.seconds = (ended_ns - result.start_ns) * 1e-9
+
+
+class _StepLosses:
+    """Puts the losses of the replicas together: the loss of a step is the mean over their batches."""
+
+    def __init__(self, replicas: int) -> None:
+        self._waiting: list[list[float]] = [[] for _ in range(replicas)]
+
+    def take(self, record: records.Loss) -> list[float]:
+        """Take in what one replica reports; gives the losses of the steps that all replicas have now made."""
+        self._waiting[record.replica] += record.losses
+        count = min(map(len, self._waiting))
+        steps = zip(*(losses[:count] for losses in self._waiting), strict=True)
+        complete = [sum(each) / len(each) for each in steps]
+        self._waiting = [losses[count:] for losses in self._waiting]
+        return complete
 
 
 def without_loss(resolved: Resolved) -> Resolved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,6 @@ def _parts(resources: str) -> list[str]:
 
 
 def _is_amount(text: str) -> bool:
-    try:
-        return math.isfinite(float(text)) and float(text) > 0
-    except ValueError:
-        return False
+    with contextlib.suppress(ValueError):
+        return 0 < float(text) < math.inf
+    return False

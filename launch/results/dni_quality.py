@@ -21,14 +21,7 @@ QUALITY_LEGEND = (
 
 @dataclass(frozen=True)
 class StageQuality:
-    """One stage.
-
-    Attributes:
-        samples: batches that were compared, in the second half of the run.
-        cosine: median; between the two gradients of the stage's parameters.
-        norm_ratio: median; norm under the synthetic gradient over norm under the true one.
-        error: median of |s - g|^2 / |g|^2 at the cut.
-    """
+    """One stage: the medians of what ``QUALITY_LEGEND`` explains, over ``samples`` batches."""
 
     stage: int
     samples: int

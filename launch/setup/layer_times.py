@@ -66,11 +66,7 @@ def layer_seconds(
 
 
 def layer_seconds_on(source: Callable[[], Recipe], plan: Plan, device: str) -> list[float]:
-    """``layer_seconds`` of the recipe's model on a GPU, in a process of its own: the driver initialises no CUDA.
-
-    Raises:
-        PlanError: the process failed, with what it said, or did not end within 300 s.
-    """
+    """``layer_seconds`` of the recipe's model on a GPU, in a process of its own: the driver initialises no CUDA."""
     context = process_context(__name__)
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_main, args=(source, plan, device, theirs), daemon=True)

@@ -66,12 +66,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank of ``world`` on ``nodes`` hosts.
-
-    Attributes:
-        index: its number, which is the stage it runs.
-        prefix: of this run's keys in the store; another one after every restart.
-    """
+    """Rank ``index`` of ``world``, on ``nodes`` hosts. ``prefix`` of its keys in the store is new after a restart."""
 
     index: int
     world: int

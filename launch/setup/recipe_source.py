@@ -98,10 +98,8 @@ class GivenRecipe:
 class PackedRecipe:
     """A ``GivenRecipe`` in a child of the process that it was given to, from whom it came over a private pipe.
 
-    Attributes:
-        functions: pickled. What is defined in ``__main__``, or in no module, is in it by value, with the values that it
-            reads; all else is imported by name.
-        batches: a list of them in safetensors bytes; None: ``functions`` has what gives them.
+    What is defined in ``__main__``, or in no module, is pickled by value, with the values that it reads; all else is
+    imported by name. ``batches``: a list of them in safetensors bytes; None: ``functions`` has what gives them.
     """
 
     functions: bytes

@@ -32,16 +32,11 @@ def ends_with_its_reader() -> Iterator[None]:
             if sys.stdout is not None:  # as it is after >&-
                 sys.stdout.flush()
     except BrokenPipeError:
-        if not _unread():
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        if not any(event & _NOBODY for _, event in poll.poll(0)):  # it was a connection to somebody else
             raise
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more as it exits
         os.close(nowhere)
         sys.exit(1)
-
-
-def _unread() -> bool:
-    """Whether it is stdout that is broken, and not a connection to somebody else."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    return any(event & _NOBODY for _, event in poll.poll(0))

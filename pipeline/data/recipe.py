@@ -99,11 +99,7 @@ class Recipe:
 class ArrayBatches:
     """Batches of one size drawn from arrays that fit in memory; each epoch is a new permutation from (seed, epoch).
 
-    Args:
-        inputs: [num_rows, ...].
-        labels: [num_rows, ...].
-        batch_size: rows per batch.
-        seed: of the order.
+    ``inputs`` and ``labels`` are [num_rows, ...], ``seed`` is that of the order.
     """
 
     inputs: Tensor
@@ -186,7 +182,9 @@ def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
         PlanError: ``correct`` raises something, or gives no pair of numbers; or the loss is a sum over the rows.
     """
     with torch.no_grad():
-        _check_correct(recipe, output, labels)
+        if recipe.careful_correct is not None:
+            with calling("correct()"):
+                _check_pair(recipe.careful_correct(output, labels))
         rows, loss = len(labels) // 2, recipe.careful_loss
         try:
             whole, *halves = (
@@ -220,11 +218,7 @@ def label_problem(labels: Tensor, output_shape: Sequence[int]) -> str | None:
     )
 
 
-def _check_correct(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
-    if recipe.careful_correct is None:
-        return
-    with calling("correct()"):
-        given: Any = recipe.careful_correct(output, labels)
+def _check_pair(given: Any) -> None:
     try:
         right, answers = given
         float(right), float(answers)

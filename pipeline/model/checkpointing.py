@@ -42,9 +42,6 @@ def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: T
 
     Where that could be, copies of the layers run once in training mode: where a layer's code speaks of checkpoints, and
     where gradients are taken through a stage in parts (targets true and mixed, sampled batches).
-
-    Raises:
-        PlanError: a layer is checkpointed so where that cannot be; it is named.
     """
     parts = plan.unlocked and (plan.targets != "bootstrap" or plan.quality_every is not None or plan.unlock == "auto")
     parts = parts and plan.stages > 1

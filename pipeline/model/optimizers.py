@@ -28,10 +28,8 @@ def build_optimizer(
 
     With ``clip`` = c it scales their gradient g down, in place, before each step: g <- g min(1, c / |g|), |g| the
     Euclidean norm over all of ``parameters`` (Pascanu et al. 2013, section 3.2). Where these are a stage's, the norm is
-    the stage's: no stage waits to hear the others', so a split model is clipped otherwise than an unsplit one. True and
-    synthetic gradients are clipped alike; a synthetic one, at the cut, is besides never larger than sigma, the running
-    root mean square of its targets: s <- s min(1, sigma / rms(s)) (``pipeline.dni.dni``). Nothing makes a gradient
-    larger: under Adam and its kin a vanishing one needs no help, as the step does not depend on its scale.
+    the stage's, so a split model is clipped otherwise than an unsplit one. True and synthetic gradients are clipped
+    alike; a synthetic one, at the cut, is besides never larger than the running root mean square of its targets.
 
     With ``warmup_steps`` or ``schedule`` the learning rate of step t is ``lr * lr_factor(plan, steps)(t)``, by a
     ``torch.optim.lr_scheduler`` that follows the steps of this optimizer. The DNIs' own learning rate stays as it is.
@@ -45,10 +43,7 @@ def build_optimizer(
     with mu = ``momentum``, mu_t = mu (1 - 0.96^(0.004 t) / 2) and M_t their product. With mu = 0.99 the late gradient
     counts little in its own step (it is discounted by 1 - mu_t) and the step looks ahead along m.
 
-    Args:
-        plan: rule, rates, clip and schedule.
-        parameters: what it steps.
-        steps: length of the run; needed for the schedules that end.
+    ``steps`` is the length of the run, needed for the schedules that end.
     """
     if not parameters:
         return None

@@ -37,12 +37,8 @@ _SIZE_IS_KEPT = {f"torch.nn.modules.{name}" for name in ("activation", "dropout"
 
 @dataclass(frozen=True)
 class Layer:
-    """One link of the chain.
-
-    Attributes:
-        index: position in the whole network.
-        name: prefix of its parameters in the unsplit model, e.g. ``blocks.2``.
-        module: [one tensor] -> one tensor.
+    """One link of the chain, from one tensor to one tensor; its name, e.g. ``blocks.2``, is the prefix of its
+    parameters in the unsplit model.
     """
 
     index: int
@@ -60,9 +56,6 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
     What lies deeper is opened to any depth: every ModuleList, and every Sequential with two layers or more that have a
     weight matrix or kernel. One with a single such layer, as Linear, BatchNorm, ReLU, stays together. A container with
     a hook, a forward, a ``train()`` or a parameter of its own is a layer like any other: opened, it would never run.
-
-    Raises:
-        PlanError: no layer at all.
     """
     children = (
         _children(model) if isinstance(model, nn.Module) else [(str(i), module) for i, module in enumerate(model)]

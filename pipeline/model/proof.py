@@ -41,12 +41,8 @@ def check_partition(
 def check_chain(model: _Model, layers: Sequence[Layer], inputs: Tensor) -> list[Tensor]:
     """Prove that the layers in a row are the model, and return every layer's output for ``inputs`` (evaluation mode).
 
-    Works on copies. Both sides draw the same random numbers.
-
-    Args:
-        model: the whole model, its modules in the modes that they train in.
-        layers: its chain.
-        inputs: [batch, ...]; four rows of it are used in training mode.
+    Works on copies of the model, whose modules are in the modes that they train in, and on ``inputs`` [batch, ...], in
+    training mode on four rows of it. Both sides draw the same random numbers.
 
     Raises:
         PlanError: a parameter or buffer outside every layer, a hook on the model itself, a layer without a forward or
@@ -68,11 +64,7 @@ def check_chain(model: _Model, layers: Sequence[Layer], inputs: Tensor) -> list[
 
 
 def check_ties(stages: Sequence[Sequence[Layer]]) -> None:
-    """Prove that no two stages have a parameter or buffer in common: the same one, or memory that two of them share.
-
-    Raises:
-        PlanError: they have, with the names of both.
-    """
+    """Refuse stages that have a parameter or buffer in common: the same one, or memory that two of them share."""
     found = sorted(_in_memory(stages))
     tied = [
         sorted((place, other), key=attrgetter("order"))

@@ -46,7 +46,7 @@ def choose_channels(
         wanted: a key of ``CHANNELS`` for all cuts, or ``auto``: for each the fastest that both workers can reach.
         hosts: of every worker, those of replica 0 first.
         replicas: of the pipeline.
-        devices: where every worker computes; None: on the CPU.
+        devices: of every worker; None: the CPU.
         nccl: whether torch has NCCL.
 
     Raises:

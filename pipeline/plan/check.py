@@ -64,11 +64,7 @@ _LOCKING = ("warmup_steps", "unlock", "unlock_cosine")
 
 
 def check_plan(plan: Plan) -> Plan:
-    """Return ``plan`` if it can run.
-
-    Raises:
-        PlanError: with one sentence per mistake, which says what to do.
-    """
+    """Return ``plan`` if it can run, or raise PlanError with one sentence per mistake, which says what to do."""
     if problems := list(_wrong_kinds(plan)) or list(_problems(plan)):
         raise PlanError(*problems)
     return plan

@@ -68,11 +68,8 @@ def device_problems(wanted: str) -> Iterator[str]:
 def choose_devices(wanted: str, hosts: Sequence[str], gpus: Mapping[str, int], built: bool = True) -> DeviceChoice:
     """Choose where each worker computes, or raise PlanError: there is no such device.
 
-    Args:
-        wanted: ``Plan.device``.
-        hosts: of every worker.
-        gpus: how many GPUs torch can use on each host.
-        built: whether torch on this host is built with CUDA.
+    ``wanted`` is ``Plan.device``, ``hosts`` are the workers', ``gpus`` says how many GPUs torch can use on each, and
+    ``built`` whether torch on this host is built with CUDA.
     """
     if wanted == CPU:
         return DeviceChoice((CPU,) * len(hosts), "as asked for")

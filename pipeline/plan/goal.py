@@ -23,12 +23,7 @@ _EXAMPLES = {"accuracy": "accuracy=0.98", "loss": "loss=1.9"}
 
 @dataclass(frozen=True)
 class Goal:
-    """What the held-out data has to show.
-
-    Attributes:
-        metric: ``accuracy``, a share in (0, 1] to reach or exceed; or ``loss``, above 0, to reach or fall below.
-        value: the number.
-    """
+    """What the held-out data has to show: an ``accuracy``, in (0, 1], or more; or a ``loss``, above 0, or less."""
 
     metric: str
     value: float

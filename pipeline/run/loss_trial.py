@@ -122,10 +122,8 @@ def try_loss(loss: _Loss, output: Tensor, labels: Tensor) -> Trial:
 
 
 def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cut, ...], list[tuple[str, str, str]]]:
-    """The cuts, told whether the loss means whole batches only; and what is said of it.
-
-    Raises:
-        PlanError: microbatches that it does not take, or part of the rows for a DNI that needs it.
+    """The cuts, told whether the loss means whole batches only; and what is said of it. PlanError: what is asked for is
+    microbatches that it does not take, or a part of the rows for a DNI that needs whole batches.
     """
     says = []
     if plan.microbatches > 1:

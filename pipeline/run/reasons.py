@@ -55,12 +55,7 @@ def of_dnis(plan: Plan, cuts: Sequence[Cut]) -> Iterator[Reason]:
 
 
 def of_updates(plan: Plan, about_loss: Sequence[Reason]) -> Iterator[Reason]:
-    """Of replicas, of the end of the run, of what travels, and of what is locked at first.
-
-    Args:
-        plan: with ``steps``, ``evaluate_every`` and ``quality_every`` filled in.
-        about_loss: is said where it belongs among these.
-    """
+    """Of replicas, of the end of the run, of what travels, of the loss, and of what is locked at first."""
     if plan.replicas > 1:
         yield "replicas", str(plan.replicas), _AVERAGES[MODES[plan.mode].averages].format(plan)
     if plan.until is not None:

@@ -68,8 +68,8 @@ def resolve(
         plan: the wish.
         measure: measures layers when the plan asks for a balance by time; without it layers count alike (the
             reference driver has no clock).
-        hosts: name of the host of every worker, those of replica 0 first; None: one host.
-        devices: where every worker computes (``choose_devices``); None: all on the CPU.
+        hosts: of every worker, those of replica 0 first; None: one host.
+        devices: of every worker (``choose_devices``); None: the CPU.
 
     Raises:
         PlanError: see ``check_plan``, ``check_batches``, ``check_chain``, ``check_ties``, ``check_learns``,
@@ -210,11 +210,11 @@ def _unread_options(plan: Plan, cuts: Sequence[Cut]) -> Iterator[str]:
 
 
 def _check_cuts(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Tensor]) -> None:
-    for end in ends:
-        if not outputs[end - 1].is_floating_point():
+    for layer, output in ((layers[end - 1], outputs[end - 1]) for end in ends):
+        if not output.is_floating_point():
             raise PlanError(
-                f"layer {layers[end - 1].name} gives {outputs[end - 1].dtype}, and no gradient can cross a cut behind "
-                "it: cut elsewhere (--sizes or --cuts)."
+                f"layer {layer.name} gives {output.dtype}, and no gradient can cross a cut behind it: cut elsewhere "
+                "(--sizes or --cuts)."
             )
 
 
@@ -244,12 +244,11 @@ def _count_held_out(recipe: Recipe, first: Batch, trial: Trial) -> int:
 
 
 def _check_held_out(index: int, inputs: Tensor, labels: Tensor, first: Batch) -> None:
-    rows = len(first[0])
-    fits = inputs.shape[1:] == first[0].shape[1:] and inputs.dtype == first[0].dtype
-    if not fits or len(inputs) != len(labels) or not 0 < len(inputs) <= rows or labels.nbytes > first[1].nbytes:
+    x, y = first
+    fits = inputs.shape[1:] == x.shape[1:] and inputs.dtype == x.dtype and labels.nbytes <= y.nbytes
+    if not fits or len(inputs) != len(labels) or not 0 < len(inputs) <= len(x):
         raise PlanError(
             f"evaluation batch {index} has inputs {list(inputs.shape)} {inputs.dtype} and labels "
-            f"{list(labels.shape)} {labels.dtype}: it needs 1 to {rows} rows, the inputs {first[0].dtype} of shape "
-            f"{list(first[0].shape[1:])}, the labels no larger than in training, {list(first[1].shape)} "
-            f"{first[1].dtype}."
+            f"{list(labels.shape)} {labels.dtype}: it needs 1 to {len(x)} rows, the inputs {x.dtype} of shape "
+            f"{list(x.shape[1:])}, the labels no larger than in training, {list(y.shape)} {y.dtype}."
         )
