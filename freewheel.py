@@ -96,10 +96,9 @@ def _clashes(path: Path, seen: set[Path]) -> Iterator[str]:
         return
     for module, names in _imports(tree):
         top = module.partition(".")[0]
-        beside = next(
-            (at for at in (path.parent / top / "__init__.py", path.parent / f"{top}.py") if at.is_file()), None
-        )
-        beside = beside or (path.parent / top if (path.parent / top).is_dir() and top in _PACKAGES else None)
+        folder = path.parent / top
+        beside = next((at for at in (folder / "__init__.py", path.parent / f"{top}.py") if at.is_file()), None)
+        beside = beside or (folder if folder.is_dir() and top in _PACKAGES else None)
         if beside is None or _HERE in (beside.parent, beside.parent.parent):
             continue
         if top in _PACKAGES and not _is_ours(module, names):
@@ -125,11 +124,9 @@ def _is_ours(module: str, names: Sequence[str]) -> bool:
         at = _HERE / module.replace(".", "/")
         return at.with_suffix(".py").is_file() or at.is_dir()
     tree = ast.parse((_HERE / module / "__init__.py").read_bytes())
-    lists = (
-        node.value for node in tree.body if isinstance(node, ast.Assign) and "__all__" in ast.dump(node.targets[0])
-    )
-    offered = {name for found in lists for name in ast.literal_eval(found)}
-    return bool(names) and set(names) <= offered
+    assigned = (node for node in tree.body if isinstance(node, ast.Assign))
+    lists = (node.value for node in assigned if "__all__" in ast.dump(node.targets[0]))
+    return bool(names) and set(names) <= {name for found in lists for name in ast.literal_eval(found)}
 
 
 class _Finder:
@@ -147,13 +144,11 @@ def _taken() -> str | None:
     """Why Freewheel cannot be imported into this program, if so."""
     for name in _PACKAGES:
         module = sys.modules.get(name)
-        places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", [])]
-        if module is not None and not any(
-            Path(place).resolve().is_relative_to(_HERE / name) for place in places if place
-        ):
+        places = list(filter(None, [getattr(module, "__file__", None), *getattr(module, "__path__", [])]))
+        if module is not None and not any(Path(place).resolve().is_relative_to(_HERE / name) for place in places):
+            what = places[0] if places else "a module"
             return (
-                f"{next(filter(None, places), 'a module')} was imported as {name}, which is the name of a package of "
-                "Freewheel's: give it another name."
+                f"{what} was imported as {name}, which is the name of a package of Freewheel's: give it another name."
             )
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     return clash(Path(script).resolve()) if script and Path(script).resolve().parent != _HERE else None

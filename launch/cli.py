@@ -8,9 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rich.console import Console as RichConsole
 
@@ -105,17 +103,15 @@ def _command(arguments: list[str]) -> int:
     if not arguments:
         print(_USAGE, end="", file=sys.stderr)
         return 2
-    if arguments[0] in ("-h", "--help"):
-        print(_USAGE, end="")
-        return 0
+    wants_help = [argument in ("-h", "--help") for argument in arguments[:2]]
     commands: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "bench": _bench, "sweep": _sweep}
     command, *rest = arguments
+    if wants_help[0] or (command in commands and wants_help[-1]):
+        print(_USAGE, end="")
+        return 0
     if command not in commands:
         raise PlanError(nearest(command, commands, "command"))
     if not rest or rest[0].startswith("-"):
-        if rest and rest[0] in ("-h", "--help"):
-            print(_USAGE, end="")
-            return 0
         raise PlanError(f"{command} needs a recipe: {', '.join(BUILT_IN)}, or the path of a .py file.")
     return commands[command](rest[0], rest[1:])
 
@@ -143,23 +139,17 @@ def _trained(
         raise
     console.finished(result)
     console.next_command(*_after_training(recipe, arguments, parsed.plan, resolved.steps, Rank.current()))
-    _write_json(parsed.run.json, result.as_dict())
+    if parsed.run.json is not None:
+        write_json(result.as_dict(), parsed.run.json)
     return 0
 
 
 def _after_training(
     recipe: str, arguments: list[str], plan: Plan, steps: int, rank: Rank | None = None
 ) -> tuple[str, str]:
-    """A benchmark of the same training, started the same way: what is only about this run, or refused by bench, is left
-    out.
-    """
-    left_out = ["--mode", "--name", "--json", "--microbatches"]
-    if plan.until is None:
-        left_out.append("--evaluate-every")
-    if not plan.unlocked:
-        left_out.append("--dni.")
-    if steps < 2:
-        left_out.append("--steps")
+    """A benchmark of the same training, without options that are only about this run, or that bench refuses."""
+    if_not = {"--evaluate-every": plan.until is not None, "--dni.": plan.unlocked, "--steps": steps > 1}
+    left_out = ["--mode", "--name", "--json", "--microbatches", *(name for name, keep in if_not.items() if not keep)]
     arguments = [argument for argument in arguments if argument not in ("--spans", "--no-spans")]
     program = ["freewheel"] if rank is None else rank.program()
     command = shlex.join([*program, "bench", recipe, *_without(left_out, arguments)])
@@ -202,8 +192,8 @@ def _benched(recipe: str, arguments: list[str], parsed: Parsed, site: Site) -> i
     command = ["freewheel", "bench", recipe, *arguments]
     measure = bench_over if axis_of(parsed.run) else run_bench
     report = measure(parsed.source, parsed.plan, parsed.run, command, console, site)
-    for path in (report.folder / "bench.json", parsed.run.json):
-        _write_json(path, report.as_dict())
+    for path in filter(None, (report.folder / "bench.json", parsed.run.json)):
+        write_json(report.as_dict(), path)
     draw(report, console)
     if "all" not in parsed.run.rows and not site.hosts:
         console.next_command(shlex.join(_with_all_rows(command)), "every rival in the same table")
@@ -229,16 +219,8 @@ def _bench_channel(arguments: list[str]) -> int:
     one, other = chosen_here(Plan(device=options.device)).devices
     rows = bench_channel(rounds=options.rounds, slots=options.slots, devices=(one, other))
     print_rows(rows)
-    content = {
-        "schema": SCHEMA,
-        "command": ["freewheel", "bench", "channel", *arguments],
-        "environment": environment(),
-        "rows": [row.to_dict() for row in rows],
-    }
-    _write_json(options.json, content)
+    if options.json is not None:
+        command = ["freewheel", "bench", "channel", *arguments]
+        content = {"schema": SCHEMA, "command": command, "environment": environment()}
+        write_json({**content, "rows": [row.to_dict() for row in rows]}, options.json)
     return 0
-
-
-def _write_json(path: Path | None, content: dict[str, Any]) -> None:
-    if path is not None:
-        write_json(content, path)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from launch.results import run_folder
 from launch.results.result import Result
-from launch.results.step_losses import StepLosses
 from launch.setup.matching import Matching
 from launch.setup.rank import Rank
 from launch.setup.recipe_source import GivenRecipe, being_loaded
@@ -40,11 +39,8 @@ Working = tuple[Iterator[records.Record], Callable[[], None]]
 
 @dataclass(frozen=True)
 class Launcher:
-    """Who starts the workers of a run.
-
-    Attributes:
-        name: how it is called in the files of the run.
-        working: (source, resolved plan, folder of the run) -> the workers, ended on the way out.
+    """Who starts the workers of a run: its name in the files of the run, and (source, resolved, folder of the run) ->
+    the workers, ended on the way out.
     """
 
     name: str
@@ -123,10 +119,10 @@ def run(
         source: makes the recipe.
         resolved: what ``resolve_source`` made of it and the plan.
         runs: folder of the runs.
-        name: name of the run's folder; None: time, recipe and mode.
+        name: of the run's own folder; None: time, recipe and mode.
         console: what the user sees.
-        command: what was typed, for plan.json; None: this program's own arguments.
-        launcher: who starts the workers; None: this process, on this host.
+        command: for plan.json; None: this program's own arguments.
+        launcher: None: this process, on this host.
 
     Raises:
         PlanError: the folder of the run cannot be made.
@@ -134,10 +130,8 @@ def run(
         NotWritten: a file of the run cannot be written. Where the training was over, the error carries the result.
     """
     recipe = source()
-    run_dir = run_folder.new_run_dir(
-        runs, run_folder.default_name(recipe.name, resolved.plan.mode) if name is None else name
-    )
-    run_dir = run_dir.resolve()
+    name = run_folder.default_name(recipe.name, resolved.plan.mode) if name is None else name
+    run_dir = run_folder.new_run_dir(runs, name).resolve()
     launcher = launcher or Launcher("local", _local)
     run_folder.write_plan(run_dir, recipe.name, resolved, sys.argv if command is None else command, launcher.name)
     console.decided(recipe.name, resolved, run_dir)
@@ -158,7 +152,7 @@ def run(
 
 
 def _write_failure(failure: RunFailed, path: Path) -> None:
-    """The whole report; the failure is what matters, whether it can be written or not."""
+    """The whole report, if it can be written."""
     try:
         write_text(f"{failure}\n\n{failure.details}\n", path)
         failure.report = path
@@ -185,33 +179,25 @@ def _follow(
 ) -> None:
     """Take in what the workers report; end the run once its goal is met."""
     goal, matching = result.resolved.plan.goal, Matching(result.resolved)
-    rows, losses = result.resolved.step_rows, StepLosses(result.resolved.plan.replicas)
+    rows, losses = result.resolved.step_rows, _StepLosses(result.resolved.plan.replicas)
     with run_folder.Metrics(result.run_dir) as metrics:
         for record in reported:
             if isinstance(record, records.Ready):
                 matching.take(record)
                 console.ready(record)
             elif isinstance(record, records.Loss):
-                new = losses.take(record)
-                if not new:
-                    continue
-                result.losses += new
-                step, mean = result.steps, sum(new) / len(new)
-                metrics.write("train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
-                console.progress(step, mean)
+                if new := losses.take(record):
+                    result.losses += new
+                    step, mean = result.steps, sum(new) / len(new)
+                    metrics.write("train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
+                    console.progress(step, mean)
             elif isinstance(record, records.Scored):
                 result.scores.append(record)
                 if goal is not None and result.met is None and goal.met(record.loss, record.accuracy):
                     result.met = record
                     end_early()
-                metrics.write(
-                    "evaluation",
-                    step=record.updates,
-                    samples=record.updates * rows,
-                    loss=record.loss,
-                    accuracy=record.accuracy,
-                    time_ns=record.time_ns,
-                )
+                step, found = record.updates, {"loss": record.loss, "accuracy": record.accuracy}
+                metrics.write("evaluation", step=step, samples=step * rows, **found, time_ns=record.time_ns)
                 console.scored(record)
             elif isinstance(record, records.Judged):
                 result.judged.append(record)
@@ -226,10 +212,24 @@ def _follow(
     result.seconds = (ended_ns - result.start_ns) * 1e-9
 
 
+class _StepLosses:
+    """Puts the losses of the replicas together: the loss of a step is the mean over their batches."""
+
+    def __init__(self, replicas: int) -> None:
+        self._waiting: list[list[float]] = [[] for _ in range(replicas)]
+
+    def take(self, record: records.Loss) -> list[float]:
+        """Take in what one replica reports; gives the losses of the steps that all replicas have now made."""
+        self._waiting[record.replica] += record.losses
+        count = min(map(len, self._waiting))
+        steps = zip(*(losses[:count] for losses in self._waiting), strict=True)
+        complete = [sum(each) / len(each) for each in steps]
+        self._waiting = [losses[count:] for losses in self._waiting]
+        return complete
+
+
 def without_loss(resolved: Resolved) -> Resolved:
-    """As it travels to a worker process: the user's loss may not travel, and the worker's recipe gives it. What the
-    worker builds is compared here.
-    """
+    """As it travels to a worker, whose own recipe gives the loss; what it builds is compared here, not there."""
     return replace(resolved, cuts=tuple(replace(cut, loss=_no_loss) for cut in resolved.cuts), fingerprints=())
 
 

@@ -11,6 +11,7 @@ import os
 import sysconfig
 import traceback
 from collections.abc import Iterator
+from itertools import dropwhile
 from pathlib import Path
 from traceback import FrameSummary
 
@@ -27,18 +28,11 @@ _NOT_THEIRS = (
     *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")),
     str(Path(torch.__file__).parents[1]) + os.sep,
 )
-
-
-_EXCERPT = 8_000
-"""Most characters of what is shown of a traceback."""
+_EXCERPT = 8_000  # characters of a traceback
 
 
 class RecipeFailed(PlanError):
-    """A function of the user's recipe raised something. The original exception is its ``__cause__``.
-
-    Args:
-        what: was called, as ``batches(15)``.
-        error: what it raised.
+    """A function of the user's recipe, ``what``, raised something. The original exception is its ``__cause__``.
 
     Attributes:
         excerpt: the traceback through the user's files where it passes several lines of them; else empty.
@@ -54,15 +48,10 @@ class RecipeFailed(PlanError):
 
 @contextlib.contextmanager
 def calling(what: str | None = None) -> Iterator[None]:
-    """Around a call of the user's code.
+    """Around a call of the user's code: an exception, SystemExit among them, becomes RecipeFailed.
 
-    Args:
-        what: is called; None: whatever of the user's a traceback names first, and what has nothing of theirs in it is
-            left as it is.
-
-    Raises:
-        RecipeFailed: the code inside raised an exception, SystemExit among them. What is a PlanError or a StageError
-            already says what it has to.
+    A PlanError or a StageError already says what it has to. ``what`` is called; None: whatever of the user's a
+    traceback names first, and what has nothing of theirs in it is left as it is.
     """
     try:
         yield
@@ -76,8 +65,7 @@ def calling(what: str | None = None) -> Iterator[None]:
 
 def place_of(error: BaseException) -> str:
     """Where in the user's code an error began: `` (mine.py:12, in batches)``; empty where none of it was running."""
-    frames = _users_frames(error)
-    if not frames:
+    if not (frames := _users_frames(error)):
         return ""
     file = os.path.relpath(frames[-1].filename)
     file = frames[-1].filename if file.startswith("..") else file
@@ -87,12 +75,9 @@ def place_of(error: BaseException) -> str:
 def users_part(error: BaseException) -> str:
     """The traceback of what began it, from the first line of the user's code on; empty where none of it was running."""
     begun = _first(error)
-    frames = list(traceback.extract_tb(begun.__traceback__))
-    while frames and not _is_theirs(frames[0]):
-        del frames[0]
-    if not frames:
-        return ""
-    return shortened("".join([*traceback.format_list(frames), *traceback.format_exception_only(begun)]), _EXCERPT)
+    frames = list(dropwhile(lambda frame: not _is_theirs(frame), traceback.extract_tb(begun.__traceback__)))
+    text = "".join([*traceback.format_list(frames), *traceback.format_exception_only(begun)])
+    return shortened(text, _EXCERPT) if frames else ""
 
 
 def _users_frames(error: BaseException) -> list[FrameSummary]:

@@ -136,10 +136,10 @@ def parse(
 
     Args:
         recipe: name or path.
-        arguments: the options.
-        run_type: which options there are besides the plan's and the recipe's.
+        arguments: the options: the plan's, the recipe's, and those of ``run_type``.
+        run_type: see there.
         prog: the command, for messages.
-        writes: whether this process writes what the run leaves; only then the paths for it are checked.
+        writes: whether this process writes what the run leaves; only then all values are checked.
 
     Raises:
         PlanError: no such recipe, or values that cannot work; all that are seen without the recipe come at once.
@@ -150,13 +150,16 @@ def parse(
         if name in given:
             raise PlanError(f"{name} has no effect in {prog}, which chooses it: leave it out.")
     own = recipe_options(entry.make)
-    _check_no_clash(own, (Plan, run_type), recipe)
+    taken = {f.name for other in (Plan, run_type) for f in dataclasses.fields(other)}
+    if clash := [f.name for f in dataclasses.fields(own) if f.name in taken]:
+        raise PlanError(f"recipe() in {recipe} has parameters that Freewheel has too: rename {', '.join(clash)}.")
     fields: list[Any] = [
         ("plan", _flat(Plan), dataclasses.field(default=dataclasses.replace(entry.plan, **run_type.fixed))),
         ("run", _flat(run_type), dataclasses.field(default_factory=run_type)),
     ]
-    if dataclasses.fields(own):
-        fields.insert(0, ("recipe", _flat(own), *_default(own)))
+    if options_of_recipe := dataclasses.fields(own):
+        required = any(f.default is dataclasses.MISSING for f in options_of_recipe)
+        fields.insert(0, ("recipe", _flat(own), *([] if required else [dataclasses.field(default_factory=own)])))
     with _rules(run_type):
         options: Any = tyro.cli(
             dataclasses.make_dataclass("Options", fields, kw_only=True),
@@ -167,18 +170,14 @@ def parse(
         )
     if writes:
         _check(options.run, options.plan)
-    chosen = {f.name: getattr(options.recipe, f.name) for f in dataclasses.fields(own)}
+    chosen = {f.name: getattr(options.recipe, f.name) for f in options_of_recipe}
     if _SEED in inspect.signature(entry.make).parameters:
         chosen[_SEED] = options.plan.seed
     return Parsed(NamedRecipe(recipe, tuple(chosen.items())), options.plan, options.run)
 
 
 def parse_channel(arguments: Sequence[str]) -> ChannelOptions:
-    """Parse the options of ``freewheel bench channel``; exits with status 2 when they are wrong.
-
-    Raises:
-        PlanError: values that cannot work.
-    """
+    """Parse the options of ``freewheel bench channel``; exits with status 2, or raises PlanError, if they are wrong."""
     options = tyro.cli(ChannelOptions, prog="freewheel bench channel", args=list(arguments))
     _check(options)
     return options
@@ -193,22 +192,14 @@ def option_name(argument: str) -> str | None:
 
 
 def _check(options: RunOptions | ChannelOptions, plan: Plan | None = None) -> None:
-    problems: list[str] = []
+    wrong: tuple[str, ...] = ()
     try:
         if plan is not None:
             check_plan(plan)
     except PlanError as error:
-        problems += error.problems
-    problems += options.problems()
-    if problems:
+        wrong = error.problems
+    if problems := [*wrong, *options.problems()]:
         raise PlanError(*problems)
-
-
-def _check_no_clash(own: type, others: Sequence[type], recipe: str) -> None:
-    taken = {f.name for other in others for f in dataclasses.fields(other)}
-    clash = [f.name for f in dataclasses.fields(own) if f.name in taken]
-    if clash:
-        raise PlanError(f"recipe() in {recipe} has parameters that Freewheel has too: rename {', '.join(clash)}.")
 
 
 def _json_problems(path: Path | None) -> Iterator[str]:
@@ -235,10 +226,8 @@ def count_problems(**options: int) -> Iterator[str]:
 def _over_problems(options: BenchOptions) -> Iterator[str]:
     if options.over_stages and options.over_latency_ms:
         yield "over_stages and over_latency_ms are both given: compare over one of them at a time."
-    for name, values, least, most in (
-        ("stages", options.over_stages, 1, _MOST),
-        ("latency_ms", options.over_latency_ms, 0, 3.6e6),
-    ):
+    limits = ("stages", options.over_stages, 1, _MOST), ("latency_ms", options.over_latency_ms, 0, 3.6e6)
+    for name, values, least, most in limits:
         if wrong := [value for value in values if not value >= least]:
             yield f"over_{name} has {wrong[0]:g}: every one must be at least {least}."
         if wrong := [value for value in values if value > most]:
@@ -285,17 +274,13 @@ def recipe_options(make: Callable[..., Recipe]) -> type:
         if name == _SEED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         kind = _annotated(_kind(parameter), tyro.conf.arg(help=help_of.get(name)))
-        if parameter.default is inspect.Parameter.empty:
-            fields.append((name, kind))
-        else:
-            fields.append((name, kind, dataclasses.field(default=parameter.default)))
+        has_default = parameter.default is not inspect.Parameter.empty
+        fields.append((name, kind, *([dataclasses.field(default=parameter.default)] if has_default else [])))
     return dataclasses.make_dataclass("RecipeOptions", fields, frozen=True, kw_only=True)
 
 
 def _help_of(docstring: docstring_parser.Docstring) -> dict[str, str]:
-    """What is said of every parameter, in one line each: help is broken where the terminal ends, not where the source
-    does.
-    """
+    """What is said of every parameter, in one line each, which the terminal breaks."""
     return {param.arg_name: " ".join((param.description or "").split()) for param in docstring.params}
 
 
@@ -306,11 +291,6 @@ def _kind(parameter: inspect.Parameter) -> Any:
     if parameter.default is inspect.Parameter.empty:
         return str
     return str | None if parameter.default is None else type(parameter.default)
-
-
-def _default(own: type) -> tuple[Any, ...]:
-    required = any(f.default is dataclasses.MISSING for f in dataclasses.fields(own))
-    return () if required else (dataclasses.field(default_factory=own),)
 
 
 def _flat(kind: type) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -74,11 +75,11 @@ class TrainOptions(RunOptions):
         if self.launcher == "ray":
             yield from _address_problems(self.address or "auto")
             yield from self.ray.problems()
-        else:
-            if self.address is not None:
-                yield "address has no effect with launcher local: add --launcher ray, or leave it out."
-            if self.ray != RayOptions():
-                yield "the options of ray have no effect with launcher local: add --launcher ray, or leave them out."
+            return
+        if self.address is not None:
+            yield "address has no effect with launcher local: add --launcher ray, or leave it out."
+        if self.ray != RayOptions():
+            yield "the options of ray have no effect with launcher local: add --launcher ray, or leave them out."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,28 +94,14 @@ class BenchRunOptions(BenchOptions, TrainOptions):
 
 
 def needs_of(options: RayOptions, threads: int, gpus: float) -> dict[str, float]:
-    """What Ray sets aside for one stage: name of the resource -> amount.
-
-    Args:
-        options: the options, without problems.
-        threads: threads per worker.
-        gpus: of each stage (``launch.on_ray.gpus.gpus_wanted``).
-    """
+    """What Ray sets aside for one stage, whose ``gpus`` are ``gpus_wanted``: name of the resource -> amount."""
     custom = (part.partition("=") for part in _parts(options.resources))
     own = {"CPU": options.cpus or float(threads), **({"GPU": gpus} if gpus else {})}
     return {**own, **{name: float(amount) for name, _, amount in custom}}
 
 
 def check_no_launcher(arguments: Sequence[str], why: str) -> None:
-    """Refuse options that say who starts the workers where that is settled.
-
-    Args:
-        arguments: the options, as typed.
-        why: a sentence that follows the options' names.
-
-    Raises:
-        PlanError: some of ``LAUNCHER_OPTIONS`` are among them.
-    """
+    """Refuse ``LAUNCHER_OPTIONS`` where it is settled who starts the workers; ``why`` follows the options' names."""
     names = [argument.partition("=")[0] for argument in arguments]
     if given := [name for name in names if name.startswith("--ray.") or name in LAUNCHER_OPTIONS]:
         raise PlanError(f"{', '.join(name.removeprefix('--') for name in given)}: {why}")
@@ -137,7 +124,6 @@ def _parts(resources: str) -> list[str]:
 
 
 def _is_amount(text: str) -> bool:
-    try:
-        return math.isfinite(float(text)) and float(text) > 0
-    except ValueError:
-        return False
+    with contextlib.suppress(ValueError):
+        return 0 < float(text) < math.inf
+    return False

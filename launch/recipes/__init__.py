@@ -17,12 +17,7 @@ __all__ = ["BUILT_IN", "Entry"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One way to make a recipe.
-
-    Attributes:
-        make: its keyword parameters are the recipe's options.
-        plan: the defaults of the plan's options with this recipe.
-    """
+    """How a recipe is made, by keyword parameters which are its options; and defaults for the plan's options."""
 
     make: Callable[..., Recipe]
     plan: Plan = field(default_factory=Plan)

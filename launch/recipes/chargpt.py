@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import cast
@@ -57,7 +56,7 @@ def chargpt(
     return Recipe(
         name="chargpt",
         model=partial(_model, vocabulary, width, blocks, heads, context, dropout),
-        batches=_Windows(train, context, batch, seed),
+        batches=partial(_windows, train, context, batch, seed),
         loss=_loss,
         evaluation=partial(_held_out_batches, Path(data), context, batch),
         correct=correct_predictions,
@@ -65,26 +64,16 @@ def chargpt(
     )
 
 
-@dataclass(frozen=True)
-class _Windows:
-    """Batch i: rows of ``context`` characters from places that follow from (seed, i)."""
-
-    text: Tensor
-    context: int
-    batch: int
-    seed: int
-
-    def __call__(self, index: int) -> Batch:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, "windows", index))
-        starts = torch.randint(len(self.text) - self.context - 1, (self.batch, 1), generator=generator)
-        rows = self.text[starts + torch.arange(self.context + 1)]
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+def _windows(text: Tensor, context: int, batch: int, seed: int, index: int) -> Batch:
+    """Batch ``index``: rows of ``context`` characters from places that follow from (seed, index)."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, "windows", index))
+    starts = torch.randint(len(text) - context - 1, (batch, 1), generator=generator)
+    rows = text[starts + torch.arange(context + 1)]
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def _held_out_batches(data: Path, context: int, batch: int) -> Iterator[Batch]:
-    _, text, _ = _text(data)
-    windows = _Windows(text, context, batch, 0)
-    return (windows(index) for index in range(_NUM_HELD_OUT_BATCHES))
+    return (_windows(_text(data)[1], context, batch, 0, index) for index in range(_NUM_HELD_OUT_BATCHES))
 
 
 @cache
@@ -133,8 +122,7 @@ class Embedding(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Look both up and add them."""
         positions: Tensor = self.positions(torch.arange(codes.shape[1], device=codes.device))
-        characters: Tensor = self.characters(codes)
-        return characters + positions
+        return positions + cast(Tensor, self.characters(codes))
 
 
 class Block(nn.Module):

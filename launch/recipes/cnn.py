@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from launch.recipes.digits import digits
 from launch.recipes.mnist import mnist
@@ -64,14 +64,13 @@ def convolutions(side: int, width: int, classes: int, *, batch_norm: bool = True
 
 
 def _batch(flat: Callable[[int], Batch], side: int, index: int) -> Batch:
-    inputs, labels = flat(index)
-    return _as_images(inputs, side), labels
+    return _as_images(flat(index), side)
 
 
 def _held_out(flat: Callable[[], Iterable[Batch]], side: int) -> Iterable[Batch]:
-    return ((_as_images(inputs, side), labels) for inputs, labels in flat())
+    return (_as_images(batch, side) for batch in flat())
 
 
-def _as_images(inputs: Tensor, side: int) -> Tensor:
-    """[batch, side * side] -> [batch, 1, side, side]."""
-    return inputs.reshape(-1, 1, side, side)
+def _as_images(batch: Batch, side: int) -> Batch:
+    """Inputs [batch, side * side] -> [batch, 1, side, side]."""
+    return batch[0].reshape(-1, 1, side, side), batch[1]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float64
-from torch import Tensor
 
-from launch.recipes.perceptron import perceptron
+from launch.recipes.perceptron import image_recipe, perceptron
 from launch.recipes.ranges import check_counts
-from pipeline import ArrayBatches, Batch, PlanError, Recipe, correct_predictions
+from pipeline import Batch, PlanError, Recipe
 
 __all__ = ["digits"]
 
@@ -34,29 +31,17 @@ def digits(hidden: int = 512, layers: int = 6, batch: int = 128, seed: int = 0) 
         seed: Seed of the order of the data; on the command line the seed of the plan.
     """
     check_counts(hidden=hidden, layers=layers, batch=batch)
-    return Recipe(
-        name="digits",
-        model=partial(perceptron, _PIXELS, hidden, layers, 10),
-        batches=partial(_train, batch, seed),
-        loss=F.cross_entropy,
-        evaluation=partial(_held_out, batch),
-        correct=correct_predictions,
-        steps=300,
-    )
+    model = partial(perceptron, _PIXELS, hidden, layers, 10)
+    return image_recipe("digits", model, _part, batch, seed, steps=300)
 
 
-def _train(batch: int, seed: int, index: int) -> Batch:
+def _part(part: str) -> Batch:
     inputs, labels = _data()
-    return ArrayBatches(inputs[:_NUM_TRAIN], labels[:_NUM_TRAIN], batch, seed)(index)
-
-
-def _held_out(batch: int) -> Iterable[Batch]:
-    inputs, labels = _data()
-    return zip(inputs[_NUM_TRAIN:].split(batch), labels[_NUM_TRAIN:].split(batch), strict=True)
+    return (inputs[:_NUM_TRAIN], labels[:_NUM_TRAIN]) if part == "train" else (inputs[_NUM_TRAIN:], labels[_NUM_TRAIN:])
 
 
 @cache
-def _data() -> tuple[Tensor, Tensor]:
+def _data() -> Batch:
     rows = _table()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     inputs = torch.tensor(rows[:, :_PIXELS], dtype=torch.float32)[order] / 16.0

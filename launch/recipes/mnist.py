@@ -5,18 +5,15 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from launch.recipes.perceptron import check_activation, perceptron
+from launch.recipes.perceptron import check_activation, image_recipe, perceptron
 from launch.recipes.ranges import check_counts
-from pipeline import ArrayBatches, Batch, PlanError, Recipe, correct_predictions
+from pipeline import Batch, PlanError, Recipe
 
 __all__ = ["mnist"]
 
@@ -48,28 +45,12 @@ def mnist(
     """
     check_counts(hidden=hidden, layers=layers, batch=batch)
     check_activation(activation)
-    return Recipe(
-        name="mnist",
-        model=partial(perceptron, _PIXELS, hidden, layers, 10, batch_norm=batch_norm, activation=activation),
-        batches=partial(_train, Path(data), batch, seed),
-        loss=F.cross_entropy,
-        evaluation=partial(_held_out, Path(data), batch),
-        correct=correct_predictions,
-        steps=2000,
-    )
-
-
-def _train(data: Path, batch: int, seed: int, index: int) -> Batch:
-    return ArrayBatches(*_data(data, "train"), batch, seed)(index)
-
-
-def _held_out(data: Path, batch: int) -> Iterable[Batch]:
-    inputs, labels = _data(data, "t10k")
-    return zip(inputs.split(batch), labels.split(batch), strict=True)
+    model = partial(perceptron, _PIXELS, hidden, layers, 10, batch_norm=batch_norm, activation=activation)
+    return image_recipe("mnist", model, partial(_data, Path(data)), batch, seed, steps=2000)
 
 
 @cache
-def _data(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+def _data(folder: Path, part: str) -> Batch:
     images = _idx(folder, f"{part}-images-idx3-ubyte", _IMAGE)
     labels = _idx(folder, f"{part}-labels-idx1-ubyte", ())
     if len(images) != len(labels):

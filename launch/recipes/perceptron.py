@@ -1,15 +1,44 @@
-"""The perceptron that digits, mnist and mlp train."""
+"""The perceptron that digits, mnist and mlp train, and the recipe of those that have images."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch.nn.functional as F
 from torch import nn
 
-from pipeline import PlanError, nearest
+from pipeline import ArrayBatches, Batch, PlanError, Recipe, correct_predictions, nearest
 
-__all__ = ["ACTIVATIONS", "check_activation", "perceptron"]
+__all__ = ["ACTIVATIONS", "check_activation", "image_recipe", "perceptron"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
-"""Activation functions by the name that an option gives."""
+"""By the name that an option gives."""
+_Data = Callable[[str], Batch]
+
+
+def image_recipe(name: str, model: Callable[[], nn.Module], data: _Data, batch: int, seed: int, steps: int) -> Recipe:
+    """A classifier of images that fit in memory. ``data``: ``train`` or ``t10k``, the held-out part -> all images and
+    labels of it.
+    """
+    return Recipe(
+        name=name,
+        model=model,
+        batches=partial(_train, data, batch, seed),
+        loss=F.cross_entropy,
+        evaluation=partial(_held_out, data, batch),
+        correct=correct_predictions,
+        steps=steps,
+    )
+
+
+def _train(data: _Data, batch: int, seed: int, index: int) -> Batch:
+    return ArrayBatches(*data("train"), batch, seed)(index)
+
+
+def _held_out(data: _Data, batch: int) -> Iterable[Batch]:
+    inputs, labels = data("t10k")
+    return zip(inputs.split(batch), labels.split(batch), strict=True)
 
 
 def perceptron(
@@ -29,10 +58,6 @@ def perceptron(
 
 
 def check_activation(activation: str) -> None:
-    """Refuse an activation function that is not known.
-
-    Raises:
-        PlanError: with the nearest name, and all of them.
-    """
+    """Refuse an activation function that is not known."""
     if activation not in ACTIVATIONS:
         raise PlanError(nearest(activation, ACTIVATIONS, "activation"))

@@ -21,15 +21,7 @@ QUALITY_LEGEND = (
 
 @dataclass(frozen=True)
 class StageQuality:
-    """One stage.
-
-    Attributes:
-        stage: its index.
-        samples: batches that were compared, in the second half of the run.
-        cosine: median; between the two gradients of the stage's parameters.
-        norm_ratio: median; norm under the synthetic gradient over norm under the true one.
-        error: median of |s - g|^2 / |g|^2 at the cut.
-    """
+    """One stage: the medians of what ``QUALITY_LEGEND`` explains, over ``samples`` batches."""
 
     stage: int
     samples: int
@@ -48,8 +40,8 @@ def summarised(judged: Sequence[Judged], steps: int) -> list[StageQuality]:
     found = []
     for stage in sorted({record.stage for record in late}):
         mine = [record for record in late if record.stage == stage]
-        medians = (statistics.median(getattr(record, name) for record in mine) for name in _FIGURES)
-        found.append(StageQuality(stage, len(mine), *medians))
+        figures = zip(*((each.cosine, each.norm_ratio, each.error) for each in mine), strict=True)
+        found.append(StageQuality(stage, len(mine), *map(statistics.median, figures)))
     return found
 
 
@@ -62,6 +54,3 @@ def quality_table(qualities: Sequence[StageQuality]) -> Table:
         figures = (f"{value:.3f}" for value in (each.cosine, each.norm_ratio, each.error))
         table.add_row(str(each.stage), str(each.samples), *figures)
     return table
-
-
-_FIGURES = ("cosine", "norm_ratio", "error")

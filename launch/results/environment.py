@@ -12,7 +12,7 @@ __all__ = ["environment"]
 
 
 def environment() -> dict[str, Any]:
-    """Where this was measured."""
+    """What a measurement depends on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -24,6 +24,7 @@ from workers.telemetry.records import Finished, Judged, Scored, Switched
 __all__ = ["SCHEMA", "Result"]
 
 SCHEMA = 1
+_FIGURES = ("steps", "samples", "loss", "accuracy", "samples_per_s", "seconds")  # of result.json, as they are
 
 
 @dataclass(repr=False)
@@ -32,7 +33,6 @@ class Result:
 
     Attributes:
         resolved: what was run.
-        run_dir: its folder.
         seconds: wall time of the training, from the first batch on, evaluations included.
         losses: training loss of every step, the mean over its batches.
         scores: every pass over the held-out batches.
@@ -77,14 +77,9 @@ class Result:
     @property
     def reached(self) -> Reached | None:
         """When ``plan.until`` was met. The batches that were under way by then were trained as well (``steps``)."""
-        if self.met is None:
+        if (met := self.met) is None:
             return None
-        return Reached(
-            updates=self.met.updates,
-            seconds=(self.met.time_ns - self.start_ns) * 1e-9,
-            loss=self.met.loss,
-            accuracy=self.met.accuracy,
-        )
+        return Reached(met.updates, (met.time_ns - self.start_ns) * 1e-9, met.loss, met.accuracy)
 
     @property
     def quality(self) -> list[StageQuality]:
@@ -141,10 +136,7 @@ class Result:
         return load_file(self.run_dir / "optimizer.safetensors")
 
     def export(self, path: str | Path) -> Path:
-        """Write the weights as a safetensors file that loads into the plain PyTorch model, strict.
-
-        ``model.load_state_dict(safetensors.torch.load_file(path))``
-        """
+        """Write the weights for ``model.load_state_dict(safetensors.torch.load_file(path))`` of the plain model."""
         path = Path(path)
         write_tensors(self.state_tensors(), path)
         return path
@@ -155,16 +147,14 @@ class Result:
 
     def summary(self) -> str:
         """A few lines: what was run, how well it learned, how fast, and where it lies."""
-        plan = self.resolved.plan
-        steps, rows, replicas = self.steps, self.resolved.batch_shape[0], plan.replicas
-        each = f"{rows}" if replicas == 1 else f"{rows} in each of {replicas} replicas"
+        plan, rows = self.resolved.plan, self.resolved.batch_shape[0]
+        stages = f"{plan.stages} {'stage' if plan.stages == 1 else 'stages'}"
+        each = f"{rows}" if plan.replicas == 1 else f"{rows} in each of {plan.replicas} replicas"
         speed = f"{self.samples_per_s:,.0f} samples/s" if self.samples_per_s is not None else "one batch only"
-        learned = f"loss {self.loss:.4f}"
-        if self.accuracy is not None:
-            learned += f", accuracy {self.accuracy:.2%}"
+        accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.2%}"
         return (
-            f"{plan.mode}, {plan.stages} {'stage' if plan.stages == 1 else 'stages'}, {steps:,} batches of {each}: "
-            f"{learned}{self._goal_line()}\n{speed}, {self.seconds:.1f} s, in {self.run_dir}"
+            f"{plan.mode}, {stages}, {self.steps:,} batches of {each}: "
+            f"loss {self.loss:.4f}{accuracy}{self._goal_line()}\n{speed}, {self.seconds:.1f} s, in {self.run_dir}"
         )
 
     def _goal_line(self) -> str:
@@ -179,26 +169,21 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of result.json."""
-        plan, reached, rows = self.resolved.plan, self.reached, self.resolved.step_rows
-        measured = self.measured
+        plan, reached, measured = self.resolved.plan, self.reached, self.measured
+        workers = [self.finished[k] for k in sorted(self.finished)]
         return {
             "schema": SCHEMA,
             "mode": plan.mode,
             "launcher": self.launcher,
             "stages": plan.stages,
             "replicas": plan.replicas,
-            "steps": self.steps,
-            "samples": self.samples,
-            "loss": self.loss,
-            "accuracy": self.accuracy,
-            "samples_per_s": self.samples_per_s,
-            "seconds": self.seconds,
+            **{name: getattr(self, name) for name in _FIGURES},
             "until_s": reached.seconds if reached else None,
-            "until_samples": reached.updates * rows if reached else None,
+            "until_samples": reached.updates * self.resolved.step_rows if reached else None,
             "run": str(self.run_dir),
             "sizes": list(self.resolved.sizes),
-            "dropped_targets": [self.finished[k].dropped for k in sorted(self.finished)],
-            "peak_memory_bytes": [self.finished[k].peak_memory_bytes for k in sorted(self.finished)],
+            "dropped_targets": [done.dropped for done in workers],
+            "peak_memory_bytes": [done.peak_memory_bytes for done in workers],
             "queue_depth": measured.queue_depth if measured else None,
             "bytes_moved": measured.bytes_moved if measured else None,
             "quality": [each.as_dict() for each in self.quality] or None,
@@ -206,9 +191,5 @@ class Result:
         }
 
     def write(self, path: Path) -> None:
-        """Write result.json there.
-
-        Raises:
-            NotWritten: it cannot be.
-        """
+        """Write result.json there, or raise NotWritten."""
         write_json(self.as_dict(), path)

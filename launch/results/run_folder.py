@@ -20,15 +20,7 @@ from pipeline.run.resolved import Resolved
 from pipeline.wording import escaped
 from workers.files import NotWritten, write_json, write_tensors, writing
 
-__all__ = [
-    "Metrics",
-    "default_name",
-    "join_parts",
-    "name_problems",
-    "new_run_dir",
-    "read_spans",
-    "write_plan",
-]
+__all__ = ["Metrics", "default_name", "join_parts", "name_problems", "new_run_dir", "read_spans", "write_plan"]
 
 _NAME_BYTES = 240
 """Of 255, as a number may be added."""
@@ -36,11 +28,7 @@ _NO_TEXT = "no weights can be saved under a path that is no valid UTF-8"
 
 
 def new_run_dir(runs: Path, name: str) -> Path:
-    """Make ``runs/<name>``, or ``runs/<name>-2`` ... when that exists: nothing is ever overwritten.
-
-    Raises:
-        PlanError: the name is none for a folder, or the folder cannot be made.
-    """
+    """Make ``runs/<name>``, or ``runs/<name>-2`` ... when that exists, or raise PlanError."""
     if problems := list(name_problems(name)):
         raise PlanError(*problems)
     if escaped(str(runs.resolve())) != str(runs.resolve()):
@@ -81,6 +69,7 @@ def write_plan(
     run_dir: Path, recipe_name: str, resolved: Resolved, command: Iterable[str], launcher: str = "local"
 ) -> None:
     """Write plan.json: the resolved plan and what was decided, with reasons."""
+    cuts = len(resolved.cuts)
     content = {
         "recipe": recipe_name,
         "launcher": launcher,
@@ -90,12 +79,7 @@ def write_plan(
         "layer_parameters": list(resolved.layer_parameters),
         "layer_seconds": list(resolved.layer_seconds) if resolved.layer_seconds else None,
         "channels": [
-            {
-                "cut": index % len(resolved.cuts),
-                "replica": index // len(resolved.cuts),
-                "kind": choice.kind,
-                "why": choice.why,
-            }
+            {"cut": index % cuts, "replica": index // cuts, "kind": choice.kind, "why": choice.why}
             for index, choice in enumerate(resolved.channels)
         ],
         "decided": [{"what": what, "value": value, "why": why} for what, value, why in resolved.reasons],
@@ -104,14 +88,7 @@ def write_plan(
 
 
 class Metrics:
-    """metrics.jsonl, flushed line by line so that it can be followed.
-
-    Args:
-        run_dir: the folder of the run.
-
-    Raises:
-        NotWritten: it cannot be; so do all its methods.
-    """
+    """metrics.jsonl, flushed line by line so that it can be followed. All its methods may raise NotWritten."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "metrics.jsonl"
@@ -138,15 +115,7 @@ class Metrics:
 
 
 def read_spans(run_dir: Path, replicas: int = 1) -> list[Spans]:
-    """What every worker of a finished run did when, one entry per stage, those of replica 0 first.
-
-    Args:
-        run_dir: the folder of the run.
-        replicas: how many of them to read.
-
-    Raises:
-        FileNotFoundError: there are no spans in that folder.
-    """
+    """What every worker of a finished run did when, one entry per stage, those of replica 0 first."""
     stages = len(list((run_dir / "spans").glob("stage-*.npy")))
     if not stages:
         raise FileNotFoundError(f"no spans of any stage in {run_dir / 'spans'}: is it the folder of a finished run?")

@@ -1,4 +1,4 @@
-"""How long each layer takes: what the balance of the stages rests on.
+"""How long each layer takes, here or in a process of its own on a GPU: what the balance of the stages rests on.
 
 Noise only ever adds time, so the fastest round counts; and layers that look alike (the same modules, the same input)
 cost alike, so the fastest of them counts for all.
@@ -6,60 +6,88 @@ cost alike, so the fastest of them counts for all.
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 
+import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline import Plan, PlanError, Recipe
+from pipeline.data.recipe import build_model
 from pipeline.model.compute import ComputeContext
 from pipeline.model.given_model import copy_of
-from pipeline.model.partition import Layer
-from pipeline.plan.plan import Plan
+from pipeline.model.partition import Layer, layers_of
+from pipeline.wording import said
+from workers.processes.claim_gpu import prepare_device
+from workers.processes.context import process_context
+from workers.processes.end_with_parent import end_with_the_parent
 
-__all__ = ["layer_seconds"]
+__all__ = ["layer_seconds", "layer_seconds_on"]
 
 _ROUNDS = 5
 _ENOUGH_S = 3.0  # a round more is not worth it after this long
+_WITHIN_S = 300.0
 
 
 def layer_seconds(
     layers: Sequence[Layer], inputs: Sequence[Tensor], threads: int = 1, computing: ComputeContext | None = None
 ) -> list[float]:
-    """Seconds of forward and backward of each layer, measured in rounds over all of them.
+    """Seconds of forward and backward of each layer, with what goes into it, measured in rounds over copies of all.
 
-    Works on copies: buffers and gradients of the model stay as they are.
-
-    Args:
-        layers: the layers.
-        inputs: what goes into each of them.
-        threads: compute threads, as many as a worker will have.
-        computing: where and how; the inputs are there already. None: plainly, on the CPU.
-
-    Blocks:
-        for six passes over the network, three when those take seconds.
+    ``threads`` are as many as a worker will have. ``computing``: where and how, the inputs are there already; None:
+    plainly, on the CPU. Blocks for six passes over the network, three when those take seconds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     computing = computing or ComputeContext(Plan())
     modules = [computing.placed(copy_of(layer.module)) for layer in layers]
-    seconds: list[list[float]] = [[] for _ in layers]
+    rounds: list[list[float]] = []
     begin = time.perf_counter()
     try:
         gpus = [computing.device] if computing.device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus):  # by itself it would ask every GPU there is
             for _ in range(1 + _ROUNDS):
-                for index, (module, x) in enumerate(zip(modules, inputs, strict=True)):
-                    seconds[index].append(_once(module, x, computing, is_first=index == 0))
-                if time.perf_counter() - begin > _ENOUGH_S and len(seconds[0]) > 2:
+                pairs = enumerate(zip(modules, inputs, strict=True))
+                rounds.append([_once(module, x, computing, is_first=index == 0) for index, (module, x) in pairs])
+                if time.perf_counter() - begin > _ENOUGH_S and len(rounds) > 2:
                     break
     finally:
         torch.set_num_threads(before)
-    fastest: dict[tuple[object, ...], float] = {}
     kinds = [_kind(layer, x) for layer, x in zip(layers, inputs, strict=True)]
-    for kind, rounds in zip(kinds, seconds, strict=True):
-        fastest[kind] = min(fastest.get(kind, float("inf")), *rounds[1:])  # the first round warms up
-    return [fastest[kind] for kind in kinds]
+    found: dict[tuple[object, ...], list[float]] = defaultdict(list)
+    for seconds in rounds[1:]:  # the first round warms up
+        for kind, each in zip(kinds, seconds, strict=True):
+            found[kind].append(each)
+    return [min(found[kind]) for kind in kinds]
+
+
+def layer_seconds_on(source: Callable[[], Recipe], plan: Plan, device: str) -> list[float]:
+    """``layer_seconds`` of the recipe's model on a GPU, in a process of its own: the driver initialises no CUDA."""
+    context = process_context(__name__)
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_main, args=(source, plan, device, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not mine.poll(_WITHIN_S):
+            raise PlanError(
+                f"the layers could not be measured on {device} within {_WITHIN_S:.0f} s: give --sizes, or --balance "
+                "layers."
+            )
+        found: list[float] | str = msgspec.msgpack.decode(mine.recv_bytes(), type=list[float] | str)
+    except EOFError:
+        found = "its process ended without a word"
+    finally:
+        process.kill()
+        process.join(5.0)
+        mine.close()
+    if isinstance(found, str):
+        raise PlanError(f"the layers cannot be measured on {device}: {found}. Give device cpu, or another model.")
+    return found
 
 
 def _kind(layer: Layer, x: Tensor) -> tuple[object, ...]:
@@ -67,7 +95,7 @@ def _kind(layer: Layer, x: Tensor) -> tuple[object, ...]:
     return repr(layer.module), sum(p.numel() for p in layer.module.parameters()), x.shape, layer.index == 0
 
 
-def _once(module: torch.nn.Module, x: Tensor, computing: ComputeContext, *, is_first: bool) -> float:
+def _once(module: nn.Module, x: Tensor, computing: ComputeContext, *, is_first: bool) -> float:
     x = x.detach().clone()
     if x.is_floating_point() and not is_first:
         x = x.requires_grad_().clone()  # no leaf: a module may work in place
@@ -79,3 +107,25 @@ def _once(module: torch.nn.Module, x: Tensor, computing: ComputeContext, *, is_f
         output.backward(torch.ones_like(output))
     computing.finish()
     return time.perf_counter() - begin
+
+
+def _main(source: Callable[[], Recipe], plan: Plan, device: str, connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
+    end_with_the_parent()
+    try:
+        prepare_device(device, plan)
+        found: list[float] | str = _measured(source(), plan, device)
+    except Exception as error:
+        found = said(error)
+    connection.send_bytes(msgspec.msgpack.encode(found))
+
+
+def _measured(recipe: Recipe, plan: Plan, device: str) -> list[float]:
+    computing, layers = ComputeContext(plan, device), layers_of(build_model(recipe, plan.seed))
+    (x,) = computing.here(recipe.batch(0)[0])
+    inputs = []
+    with torch.no_grad(), computing.autocast():
+        for layer in layers:
+            inputs.append(x)
+            x = computing.placed(copy_of(layer.module)).eval()(x.clone())
+    return layer_seconds(layers, inputs, plan.threads, computing)

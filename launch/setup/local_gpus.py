@@ -24,15 +24,9 @@ def gpus_here() -> int:
 
 
 def chosen_here(plan: Plan, hosts: Sequence[str] | None = None, gpus: Sequence[int] | None = None) -> DeviceChoice:
-    """Choose where the workers of a plan compute.
+    """Choose where the workers of a plan compute, or raise PlanError: there is no such device.
 
-    Args:
-        plan: the wish.
-        hosts: name of the host of every worker; None: all on this one.
-        gpus: how many GPUs the host of every worker has; None: as many as this one.
-
-    Raises:
-        PlanError: there is no such device.
+    ``hosts`` names the host of every worker (None: this one), ``gpus`` says how many each has (None: as many as here).
     """
     hosts = hosts or ["this host"] * plan.workers
     if plan.emulate is not None:

@@ -24,11 +24,7 @@ _CAUSES = (
 
 
 class Matching:
-    """Compares what the workers of one run have built.
-
-    Args:
-        resolved: the run, with what this process has built.
-    """
+    """Compares what the workers of one run have built with what this process has, which is in ``resolved``."""
 
     def __init__(self, resolved: Resolved) -> None:
         self._resolved = resolved
@@ -36,11 +32,7 @@ class Matching:
         self._seen: set[int] = set()
 
     def take(self, ready: Ready) -> None:
-        """Take in what one worker says.
-
-        Raises:
-            PlanError: all have spoken, and what some have built differs.
-        """
+        """Take in what one worker says; once all have, raise PlanError if what some have built differs."""
         worker = worker_of(self._resolved.plan, ready.replica, ready.stage)
         self._seen.add(worker)
         expected = dict(self._resolved.fingerprints[ready.stage])

@@ -16,11 +16,7 @@ _ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
 
 
 def address_of(interface: str) -> str:
-    """The IPv4 address of a network interface.
-
-    Raises:
-        PlanError: there is no such interface, or it has none.
-    """
+    """The IPv4 address of a network interface, or PlanError: there is no such interface, or it has none."""
     try:
         return _address(interface)
     except OSError as error:
@@ -30,14 +26,10 @@ def address_of(interface: str) -> str:
 
 
 def interface_towards(host: str, port: int) -> str:
-    """Name of the interface on the way to another host; the loopback interface where that is this one.
-
-    Raises:
-        OSError: there is no way to that host, or no interface has this host's address on it.
-    """
+    """Name of the interface on the way to a host (the loopback interface where that is this one), or OSError."""
     mine = address_towards(host, port)
-    if ipaddress.ip_address(mine).is_loopback:
-        return _loopback()
+    if ipaddress.ip_address(mine).is_loopback:  # lo on Linux, lo0 elsewhere
+        return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     for _, name in socket.if_nameindex():
         try:
             if _address(name) == mine:
@@ -51,11 +43,6 @@ def _address(interface: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         answer = fcntl.ioctl(probe.fileno(), _ADDRESS_OF_INTERFACE, struct.pack("256s", interface.encode()[:15]))
     return socket.inet_ntoa(answer[20:24])
-
-
-def _loopback() -> str:
-    """``lo`` on Linux, ``lo0`` elsewhere."""
-    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
 
 
 def _names() -> str:

@@ -66,16 +66,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank.
-
-    Attributes:
-        index: its number, which is the stage it runs.
-        world: number of ranks.
-        nodes: number of hosts, as torchrun counts them.
-        store_host: host of the store.
-        store_port: its port.
-        prefix: of this run's keys in it; another one after every restart.
-    """
+    """Rank ``index`` of ``world``, on ``nodes`` hosts. ``prefix`` of its keys in the store is new after a restart."""
 
     index: int
     world: int
@@ -87,16 +78,16 @@ class Rank:
     @classmethod
     def current(cls) -> Self | None:
         """This process's rank; None: torchrun did not start it."""
-        value = os.environ.get
-        if value("TORCHELASTIC_RUN_ID") is None or value("RANK") is None:
+        given = os.environ
+        if "TORCHELASTIC_RUN_ID" not in given or "RANK" not in given:
             return None
         return cls(
-            index=int(os.environ["RANK"]),
-            world=int(os.environ["WORLD_SIZE"]),
-            nodes=int(value("GROUP_WORLD_SIZE", "1")),
-            store_host=os.environ["MASTER_ADDR"],
-            store_port=int(os.environ["MASTER_PORT"]),
-            prefix=f"freewheel/{value('TORCHELASTIC_RESTART_COUNT', '0')}",
+            index=int(given["RANK"]),
+            world=int(given["WORLD_SIZE"]),
+            nodes=int(given.get("GROUP_WORLD_SIZE", "1")),
+            store_host=given["MASTER_ADDR"],
+            store_port=int(given["MASTER_PORT"]),
+            prefix=f"freewheel/{given.get('TORCHELASTIC_RESTART_COUNT', '0')}",
         )
 
     def program(self) -> list[str]:
@@ -110,13 +101,9 @@ class Rank:
         return Hello(self.index, os.getpid(), *where, problems or [], gpus_here(), nccl=nccl_here())
 
     def reception(self) -> Reception:
-        """Rank 0: take calls from now on, and tell the others where.
+        """Rank 0: take calls from now on, and tell the others where; PlanError where other hosts cannot reach this one.
 
-        Raises:
-            PlanError: no address at which other hosts could reach this one.
-
-        Blocks:
-            with several hosts, until a rank of another one has come to the store, at most 120 s.
+        Blocks with several hosts, until a rank of another one has come to the store, at most 120 s.
         """
         store = self._store()
         reception = Reception(self._reachable_address(store))
@@ -125,14 +112,11 @@ class Rank:
         return reception
 
     def call(self, asked: Callable[[], bool]) -> ControlSocket:
-        """Every other rank: connect to rank 0.
+        """Every other rank: connect to rank 0. Blocks until it answers, at most 120 s.
 
         Raises:
-            TimeoutError: there was no connection within 120 s.
+            TimeoutError: there was no connection by then.
             KeyboardInterrupt: this process was asked to end.
-
-        Blocks:
-            until rank 0 answers, at most 120 s.
         """
         store, seen = self._store(), "it has not said where it is"
         store.set(f"{self.prefix}/address/{self.index}", address_towards(self.store_host, self.store_port))
@@ -153,11 +137,7 @@ class Rank:
         )
 
     def leave_the_word(self) -> None:
-        """Wait until torchrun ends this rank, since rank 0 has ended with the same error: it has to be said first.
-
-        Blocks:
-            at most 30 s.
-        """
+        """Wait, at most 30 s, until torchrun ends this rank: rank 0 has to be the first to end with the same error."""
         numbers = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         signal.sigtimedwait(numbers, _LEAVE_WITHIN_S)
@@ -194,5 +174,5 @@ class Rank:
 def memory() -> str:
     """Differs between processes that cannot share memory: other hosts, other containers."""
     boot, shm = Path("/proc/sys/kernel/random/boot_id"), Path("/dev/shm")
-    parts = [socket.gethostname(), boot.read_text().strip() if boot.exists() else ""]
-    return "/".join([*parts, str(shm.stat().st_dev) if shm.is_dir() else ""])
+    started = boot.read_text().strip() if boot.exists() else ""
+    return "/".join([socket.gethostname(), started, str(shm.stat().st_dev) if shm.is_dir() else ""])

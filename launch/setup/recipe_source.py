@@ -34,24 +34,17 @@ __all__ = ["GivenRecipe", "NamedRecipe", "PackedRecipe", "being_loaded", "check_
 
 @dataclass(frozen=True)
 class NamedRecipe:
-    """A built-in recipe or a Python file, with its options.
+    """A built-in recipe or a Python file, with values for its options.
 
-    Args:
-        name: a built-in name, or the path of a file that defines ``recipe(**options) -> Recipe``, or just ``model()``,
-            ``batches(step)`` and ``loss(output, labels)`` (and ``evaluation()``,
-            ``correct(output, labels)``, and ``plan``, a Plan with the defaults it suggests).
-        options: values for the recipe's own options.
+    The file defines ``recipe(**options) -> Recipe``, or just ``model()``, ``batches(step)`` and ``loss(output,
+    labels)`` (and ``evaluation()``, ``correct(output, labels)``, and ``plan``, a Plan with the defaults it suggests).
     """
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self) -> Recipe:
-        """Make the recipe.
-
-        Raises:
-            PlanError: no such recipe, it refuses its options, or what it makes is no Recipe.
-        """
+        """Make the recipe, or raise PlanError."""
         make = entry_of(self.name).make
         with calling("recipe()"):
             made: object = make(**dict(self.options))
@@ -75,11 +68,7 @@ class GivenRecipe:
 
     @cached_property
     def functions(self) -> bytes:
-        """All but a list of batches, as it was when this was first asked for.
-
-        Raises:
-            PlanError: something that the functions read cannot be copied.
-        """
+        """All but a list of batches, pickled when first asked for; PlanError: something in them cannot be copied."""
         recipe = self.recipe if callable(self.recipe.batches) else replace(self.recipe, batches=())
         try:
             return _pickled(recipe)
@@ -100,30 +89,24 @@ class GivenRecipe:
         batches: Any = self.recipe.batches
         if not isinstance(batches, list | tuple):
             return None
-        tensors = {f"{index}.{part}": t for index, batch in enumerate(batches) for part, t in enumerate(batch)}
         # Copies, as batches may be views of one another, or the labels the inputs; safetensors refuses those.
-        return save({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()})
+        parts = ((f"{index}.{part}", t) for index, batch in enumerate(batches) for part, t in enumerate(batch))
+        return save({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in parts})
 
 
 @dataclass(frozen=True)
 class PackedRecipe:
     """A ``GivenRecipe`` in a child of the process that it was given to, from whom it came over a private pipe.
 
-    Attributes:
-        functions: pickled. What is defined in ``__main__``, or in no module, is in it by value, with the values that it
-            reads; all else is imported by name.
-        batches: a list of them in safetensors bytes; None: ``functions`` has what gives them.
+    What is defined in ``__main__``, or in no module, is pickled by value, with the values that it reads; all else is
+    imported by name. ``batches``: a list of them in safetensors bytes; None: ``functions`` has what gives them.
     """
 
     functions: bytes
     batches: bytes | None
 
     def __call__(self) -> Recipe:
-        """Make the recipe.
-
-        Raises:
-            PlanError: what belongs to it cannot be imported or made in this process.
-        """
+        """Make the recipe, or raise PlanError: what belongs to it cannot be imported or made in this process."""
         try:
             with _loading():
                 recipe: Recipe = pickle.loads(self.functions)
@@ -142,11 +125,7 @@ class PackedRecipe:
 
 
 def entry_of(name: str) -> Entry:
-    """The function that makes a recipe, whose keyword parameters are its options, and the plan it suggests.
-
-    Raises:
-        PlanError: no such recipe.
-    """
+    """How a recipe is made, and the plan it suggests; PlanError: there is no such recipe."""
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name.endswith(".py"):
@@ -155,11 +134,7 @@ def entry_of(name: str) -> Entry:
 
 
 def check_travels(source: Callable[[], Recipe]) -> None:
-    """Refuse a source that a worker process could not make again; what it reads travels as it is now.
-
-    Raises:
-        PlanError: something that its functions read cannot be copied.
-    """
+    """Refuse a source whose functions read something that cannot be copied; what they read travels as it is now."""
     if isinstance(source, GivenRecipe):
         _ = source.functions
 
@@ -198,14 +173,14 @@ def _taken_apart(cached: Any) -> str | tuple[Any, ...]:
     return _cached, (cached.__wrapped__, cached.cache_parameters())
 
 
+def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
+
+
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
     dispatch_table: ClassVar = ChainMap(
         {functools._lru_cache_wrapper: _taken_apart}, cloudpickle.Pickler.dispatch_table
     )
-
-
-def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
-    return functools.lru_cache(**parameters)(function)
 
 
 def _can_be_pickled(value: object) -> bool:
@@ -230,22 +205,15 @@ def _file_entry(path: Path) -> Entry:
                 f"recipe in {path} is a {type(module.recipe).__name__}: define a function recipe() -> Recipe."
             )
         return Entry(module.recipe, plan)
-    missing = [name for name in ("model", "batches", "loss") if not hasattr(module, name)]
-    if missing:
+    if missing := [name for name in ("model", "batches", "loss") if not hasattr(module, name)]:
         raise PlanError(
             f"{path} defines no {', '.join(missing)}: a recipe file needs model(), batches(step) and "
             "loss(output, labels), or recipe() -> Recipe."
         )
+    optional: dict[str, Any] = {name: getattr(module, name, None) for name in ("evaluation", "correct")}
 
     def recipe() -> Recipe:
-        return Recipe(
-            name=path.stem,
-            model=module.model,
-            batches=module.batches,
-            loss=module.loss,
-            evaluation=getattr(module, "evaluation", None),
-            correct=getattr(module, "correct", None),
-        )
+        return Recipe(name=path.stem, model=module.model, batches=module.batches, loss=module.loss, **optional)
 
     return Entry(recipe, plan)
 
@@ -265,6 +233,5 @@ def _imported(path: Path) -> ModuleType:
         with _loading():
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        what = f"{said(error)}{place_of(error)}"
-        raise PlanError(f"{path} cannot be imported: {what}") from error
+        raise PlanError(f"{path} cannot be imported: {said(error)}{place_of(error)}") from error
     return module

@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from launch.setup.layer_times import layer_seconds
-from launch.setup.layer_times_gpu import layer_seconds_on
+from launch.setup.layer_times import layer_seconds, layer_seconds_on
 from launch.setup.local_gpus import chosen_here
 from launch.setup.recipe_source import check_travels
 from pipeline import Plan, PlanError, Recipe
 from pipeline.data.recipe import build_model, check_scores, label_problem
-from pipeline.model.partition import Layer, layers_of
+from pipeline.model.partition import layers_of
 from pipeline.model.proof import check_chain
 from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import DeviceChoice, first_gpu
@@ -43,7 +42,7 @@ def resolve_source(
     Args:
         source: makes the recipe.
         plan: the wish.
-        hosts: name of the host of every worker, those of replica 0 first; None: all on this one.
+        hosts: of every worker, those of replica 0 first; None: all on this one.
         worker: one that is on this host.
         devices: where every worker computes; None: as the plan says, with as many GPUs on every host as here.
 
@@ -85,18 +84,13 @@ def _check_labels(recipe: Recipe, plan: Plan, error: PlanError) -> None:
         return
     inputs, labels = recipe.seeded_batch(plan.seed, 0)
     model = build_model(recipe, plan.seed)
-    layers = layers_of(model)
-    output = check_chain(model, layers, inputs)[-1]
+    output = check_chain(model, layers_of(model), inputs)[-1]
     if (problem := label_problem(labels, output.shape)) is not None:
         raise PlanError(f"batch 0: {problem}.") from error
 
 
 def _measuring(source: Callable[[], Recipe], plan: Plan, gpu: str | None) -> Measure:
-    """What measures the layers on a GPU of this host; None: on its CPU."""
+    """What measures the layers: on a GPU of this host, or on its CPU."""
     if gpu is None:
         return partial(layer_seconds, threads=plan.threads)
-
-    def measured(layers: Sequence[Layer], inputs: Sequence[Tensor]) -> list[float]:
-        return layer_seconds_on(source, plan, gpu)
-
-    return measured
+    return lambda layers, inputs: layer_seconds_on(source, plan, gpu)

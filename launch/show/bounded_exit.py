@@ -20,13 +20,10 @@ _out = threading.Event()  # some call has not come back
 
 
 def tidied(within_s: float, call: Callable[[], object]) -> bool:
-    """Make a call that only tidies up, so that what it raises is nobody's concern any more.
+    """Make a call that only tidies up, whatever it raises, and wait ``within_s`` seconds at most for it.
 
     Returns:
         whether it came back in time. If an earlier one has not, it is not made.
-
-    Blocks:
-        until it comes back, at most ``within_s`` seconds.
     """
     back = threading.Event()
 

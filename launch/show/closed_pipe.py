@@ -19,11 +19,9 @@ _NOBODY = select.POLLERR | select.POLLHUP | select.POLLNVAL
 
 @contextlib.contextmanager
 def ends_with_its_reader() -> Iterator[None]:
-    """Flush stdout at the end, while something can be done about it. What it has no encoding for is printed escaped, as
-    on stderr: the name of a file may be no text.
+    """Exit with status 1 as soon as something is printed that nobody can read any more; flush stdout at the end.
 
-    Raises:
-        SystemExit: with status 1, as soon as something is printed that nobody can read any more.
+    What stdout has no encoding for is printed escaped, as on stderr: the name of a file may be no text.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -34,16 +32,11 @@ def ends_with_its_reader() -> Iterator[None]:
             if sys.stdout is not None:  # as it is after >&-
                 sys.stdout.flush()
     except BrokenPipeError:
-        if not _unread():
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        if not any(event & _NOBODY for _, event in poll.poll(0)):  # it was a connection to somebody else
             raise
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more as it exits
         os.close(nowhere)
         sys.exit(1)
-
-
-def _unread() -> bool:
-    """Whether it is stdout that is broken, and not a connection to somebody else."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    return any(event & _NOBODY for _, event in poll.poll(0))

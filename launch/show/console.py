@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import accumulate, combinations
 from pathlib import Path
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from launch.results.dni_quality import QUALITY_LEGEND, quality_table
@@ -30,16 +31,11 @@ _COLUMNS = ("forward", "backward", "dni", "relay", "communication", "load", "eva
 
 
 class Console:
-    """The driver's one console, fed by all workers.
-
-    Args:
-        quiet: print nothing.
-    """
+    """The driver's one console, fed by all workers; a quiet one prints nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.rich = RichConsole(quiet=quiet, highlight=False)
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._update: Callable[..., None] = _nothing  # the progress line, while there is one
 
     def decided(self, recipe: str, resolved: Resolved, run_dir: Path) -> None:
         """The first screen."""
@@ -57,21 +53,16 @@ class Console:
     @contextlib.contextmanager
     def training(self, result: Result) -> Iterator[None]:
         """A progress line while the workers run."""
-        columns = (
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-        )
+        text, loss = TextColumn("  {task.description}"), TextColumn("{task.fields[loss]}")
+        columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), loss)
         shown = self.rich.is_terminal  # elsewhere it would leave an empty line
         with Progress(*columns, console=self.rich, transient=True, disable=not shown) as progress:
-            self._progress = progress
-            self._task = progress.add_task("starting", total=result.resolved.steps, loss="")
+            task = progress.add_task("starting", total=result.resolved.steps, loss="")
+            self._update = partial(progress.update, task)
             try:
                 yield
             finally:
-                self._progress = None
+                self._update = _nothing
 
     def ready(self, record: records.Ready) -> None:
         """A worker is ready."""
@@ -116,9 +107,9 @@ class Console:
         """Print lines that somebody may copy: never broken, however narrow the terminal."""
         self.rich.print(text, soft_wrap=True)
 
-    def _update(self, **values: object) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, **values)  # type: ignore[arg-type]
+
+def _nothing(**values: object) -> None:
+    """There is no progress line."""
 
 
 def _shown(text: object) -> str:
@@ -131,32 +122,41 @@ def stage_table(measured: Measured) -> Table:
     table = Table(title="where the time went, %", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
     shown = [name for name in _COLUMNS if any(stage.shares[name] >= 5e-4 for stage in measured.stages)]
-    late = any(stage.gradient_age_updates is not None for stage in measured.stages)
-    queued = any(stage.queue_depth is not None for stage in measured.stages)
-    extra = [*(["age"] if late else []), *(["queue"] if queued else [])]
+    extra = [*(["age"] if _has_ages(measured) else []), *(["queue"] if _has_queues(measured) else [])]
     for name in (*(_SHORT.get(name, name) for name in shown), "update ms", *extra):
         table.add_column(name, justify="right", no_wrap=True)
     for index, stage in enumerate(measured.stages):
-        latency = "-" if stage.update_latency_s is None else f"{stage.update_latency_s[0] * 1e3:.2f}"
-        age = "-" if stage.gradient_age_updates is None else f"{stage.gradient_age_updates[0]:.0f}"
-        queue = "-" if stage.queue_depth is None else "{:.0f}/{:.0f}".format(*stage.queue_depth)
-        shares = (f"{100 * stage.shares[name]:.1f}" for name in shown)
         place = divmod(index, len(measured.stages) // measured.replicas)
-        name = str(index) if measured.replicas == 1 else "{}.{}".format(*place)
-        table.add_row(name, *shares, latency, *([age] if late else []), *([queue] if queued else []))
+        cells = {
+            "age": "-" if stage.gradient_age_updates is None else f"{stage.gradient_age_updates[0]:.0f}",
+            "queue": "-" if stage.queue_depth is None else "{:.0f}/{:.0f}".format(*stage.queue_depth),
+        }
+        table.add_row(
+            str(index) if measured.replicas == 1 else "{}.{}".format(*place),
+            *(f"{100 * stage.shares[name]:.1f}" for name in shown),
+            "-" if stage.update_latency_s is None else f"{stage.update_latency_s[0] * 1e3:.2f}",
+            *(cells[name] for name in extra),
+        )
     return table
+
+
+def _has_ages(measured: Measured) -> bool:
+    return any(stage.gradient_age_updates is not None for stage in measured.stages)
+
+
+def _has_queues(measured: Measured) -> bool:
+    return any(stage.queue_depth is not None for stage in measured.stages)
 
 
 def _legend(measured: Measured) -> str:
     """What the last columns of the stage table are."""
-    text = "update ms: from the end of a batch's forward to the end of its update"
-    if measured.replicas > 1:
-        text += "\nstage: replica.stage"
-    if any(stage.gradient_age_updates is not None for stage in measured.stages):
-        text += "\nage: updates a stage makes before the target of a batch comes back"
-    if any(stage.queue_depth is not None for stage in measured.stages):
-        text += "\nqueue: batches that wait in front of the stage when it begins one, median/max"
-    return text
+    lines = {
+        "update ms: from the end of a batch's forward to the end of its update": True,
+        "stage: replica.stage": measured.replicas > 1,
+        "age: updates a stage makes before the target of a batch comes back": _has_ages(measured),
+        "queue: batches that wait in front of the stage when it begins one, median/max": _has_queues(measured),
+    }
+    return "\n".join(line for line, is_there in lines.items() if is_there)
 
 
 _SHORT = {"communication": "comm", "evaluate": "eval", "waiting": "wait", "backward": "back+step"}
@@ -185,7 +185,7 @@ def _channels(resolved: Resolved) -> tuple[str, str]:
     memory = f"; {mebibytes:.1f} MiB" if mebibytes else ""
     if not choices:
         places = zip(resolved.hosts, resolved.devices, strict=True)
-        kinds = {kind_between(plan.channels, *pair, nccl=resolved.nccl) for pair in itertools.combinations(places, 2)}
+        kinds = {kind_between(plan.channels, *pair, nccl=resolved.nccl) for pair in combinations(places, 2)}
         return " and ".join(CHANNELS[kind] for kind in sorted(kinds)), f"between the replicas{memory}"
     if len(set(choices)) == 1:
         return f"{CHANNELS[choices[0].kind]}, {slots}", f"{choices[0].why}{memory}"
@@ -214,12 +214,11 @@ def _stages_table(resolved: Resolved) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("  stage", "layers", "parameters", "measured"):
         table.add_column(name, justify="left" if name == "layers" else "right")
-    start = 0
-    for index, size in enumerate(resolved.sizes):
-        layers = slice(start, start + size)
+    ends = accumulate(resolved.sizes)
+    for index, (size, end) in enumerate(zip(resolved.sizes, ends, strict=True)):
+        layers = slice(end - size, end)
         names = resolved.layer_names[layers]
         seconds = f"{sum(resolved.layer_seconds[layers]) * 1e3:.2f} ms" if resolved.layer_seconds else "-"
         span = names[0] if size == 1 else f"{names[0]} .. {names[-1]}"
         table.add_row(str(index), span, f"{sum(resolved.layer_parameters[layers]):,}", seconds)
-        start += size
     return table

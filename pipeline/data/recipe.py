@@ -70,11 +70,7 @@ class Recipe:
         return None if self.correct is None else Unwritten(self.correct)
 
     def batch(self, index: int) -> Batch:
-        """Training batch ``index``.
-
-        Raises:
-            RecipeFailed: ``batches`` raised something.
-        """
+        """Training batch ``index``, or RecipeFailed."""
         if callable(self.batches):
             with calling(f"batches({index})"):
                 return self.batches(index)
@@ -101,15 +97,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ArrayBatches:
-    """Batches drawn from arrays that fit in memory; each epoch is a new permutation from (seed, epoch).
+    """Batches of one size drawn from arrays that fit in memory; each epoch is a new permutation from (seed, epoch).
 
-    What is left over at the end of an epoch is not used in it, so that every batch has the same size.
-
-    Args:
-        inputs: [num_rows, ...].
-        labels: [num_rows, ...].
-        batch_size: rows per batch.
-        seed: seed of the order.
+    ``inputs`` and ``labels`` are [num_rows, ...], ``seed`` is that of the order.
     """
 
     inputs: Tensor
@@ -141,14 +131,7 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
 
 
 def build_model(recipe: Recipe, seed: int) -> nn.Module:
-    """The whole network with the weights that ``seed`` gives: the same in every process, however it is split.
-
-    Every module is in the mode that it trains in (``in_training_mode``).
-
-    Raises:
-        PlanError: ``model`` gave no module, or one without values.
-        RecipeFailed: ``model`` raised something.
-    """
+    """The whole network with the weights that ``seed`` gives, in training mode; PlanError where there is none."""
     with seeded(seed, "weights"):
         with calling("model()"):
             model = recipe.model()
@@ -158,10 +141,7 @@ def build_model(recipe: Recipe, seed: int) -> nn.Module:
 
 
 def open_data(recipe: Recipe, plan: Plan) -> None:
-    """On the way to a goal: make one training batch and one held-out batch before the clock starts.
-
-    What a recipe imports and reads when it is first asked is no part of the training.
-    """
+    """On the way to a goal, have the recipe import and read what it needs before the clock starts."""
     if plan.goal is not None:
         recipe.seeded_batch(plan.seed, 0)
         next(recipe.held_out(), None)
@@ -173,28 +153,22 @@ def correct_predictions(output: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 
 
 def check_batches(recipe: Recipe, plan: Plan) -> Batch:
-    """Look at the batches that can be looked at before the run, and return batch 0.
-
-    A sequence is checked whole; of a function, the first two batches and the last one (the loader checks the rest as
-    they come).
-
-    Raises:
-        PlanError: no batch, a batch of another size, labels that do not belong to the inputs.
+    """Check the batches before the run, and return batch 0: a sequence whole; of a function the first two batches and
+    the last one (the loader checks the rest as they come).
     """
-    steps = plan.steps or recipe.steps
-    if not callable(recipe.batches):
-        if not recipe.batches:
-            raise PlanError("batches is empty: give at least one (inputs, labels).")
-        if not hasattr(recipe.batches, "__getitem__"):
-            raise PlanError(
-                f"batches is a {type(recipe.batches).__name__}: give a function of the batch's number, such as "
-                "freewheel.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in "
-                "memory; the loader has to drop the last, smaller one."
-            )
-        indices: Iterable[int] = range(len(recipe.batches))
+    if callable(recipe.batches):
+        last = (plan.steps or recipe.steps) * plan.replicas - 1
+        indices: Iterable[int] = sorted({0, min(1, last), last})
+    elif not recipe.batches:
+        raise PlanError("batches is empty: give at least one (inputs, labels).")
+    elif not hasattr(recipe.batches, "__getitem__"):
+        raise PlanError(
+            f"batches is a {type(recipe.batches).__name__}: give a function of the batch's number, such as "
+            "freewheel.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in "
+            "memory; the loader has to drop the last, smaller one."
+        )
     else:
-        last = steps * plan.replicas - 1
-        indices = sorted({0, min(1, last), last})
+        indices = range(len(recipe.batches))
     first = _checked(recipe.seeded_batch(plan.seed, 0), 0)
     for index in indices:
         same_shape(index, _checked(recipe.seeded_batch(plan.seed, index), index), first)
@@ -202,27 +176,24 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
 
 
 def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
-    """Try ``correct`` and ``loss`` on what a network may give, before what they find out is needed.
-
-    Args:
-        recipe: gives them; the loss was tried on a real output before.
-        output: [rows, ...] like the network's.
-        labels: [rows, ...] of a batch.
+    """Try ``correct`` and ``loss`` on what a network may give for ``labels``, both [rows, ...].
 
     Raises:
         PlanError: ``correct`` raises something, or gives no pair of numbers; or the loss is a sum over the rows.
     """
     with torch.no_grad():
-        _check_correct(recipe, output, labels)
-        rows = len(labels) // 2
-        first, second = (output[:rows], labels[:rows]), (output[rows : 2 * rows], labels[rows : 2 * rows])
+        if recipe.careful_correct is not None:
+            with calling("correct()"):
+                _check_pair(recipe.careful_correct(output, labels))
+        rows, loss = len(labels) // 2, recipe.careful_loss
         try:
-            loss = recipe.careful_loss
-            whole = float(loss(output[: 2 * rows], labels[: 2 * rows]))
-            parts = float(loss(*first)) + float(loss(*second))
+            whole, *halves = (
+                float(loss(output[part], labels[part]))
+                for part in (slice(2 * rows), slice(rows), slice(rows, 2 * rows))
+            )
         except Exception:  # it only takes whole batches, or other values: nothing is known then
             return
-    if math.isfinite(whole) and whole and math.isclose(whole, parts, rel_tol=1e-4):
+    if math.isfinite(whole) and whole and math.isclose(whole, sum(halves), rel_tol=1e-4):
         raise PlanError(
             f"the loss of {2 * rows} rows is the sum of the losses of its halves, {whole:.4g}: give the mean over the "
             "rows, as reduction='mean' does, or divide by len(labels)."
@@ -230,11 +201,8 @@ def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
 
 
 def label_problem(labels: Tensor, output_shape: Sequence[int]) -> str | None:
-    """Which label of a classifier has no class in the network's output; None: all have one, or these are no classes.
-
-    Args:
-        labels: [rows, ...] integers; -100 is one that ``torch``'s losses leave out.
-        output_shape: [rows, classes], [rows, classes, ...] or [rows, ..., classes].
+    """Which label [rows, ...] has no class in an output [rows, classes, ...] or [rows, ..., classes]; None: all have
+    one (-100 is left out by ``torch``'s losses), or these are no classes.
     """
     if labels.is_floating_point() or labels.numel() == 0:
         return None
@@ -250,11 +218,7 @@ def label_problem(labels: Tensor, output_shape: Sequence[int]) -> str | None:
     )
 
 
-def _check_correct(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
-    if recipe.careful_correct is None:
-        return
-    with calling("correct()"):
-        given: Any = recipe.careful_correct(output, labels)
+def _check_pair(given: Any) -> None:
     try:
         right, answers = given
         float(right), float(answers)

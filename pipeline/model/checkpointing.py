@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PlanError
+from pipeline.model.autograd_graph import nodes_behind
 from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
 from pipeline.plan.plan import Plan
@@ -33,16 +34,7 @@ _LEARNS_NOTHING = "None of the inputs have requires_grad=True"  # torch only war
 
 def checkpoints_reentrantly(h: Tensor) -> bool:
     """Whether the graph of ``h`` has a layer in it that is computed by ``checkpoint(..., use_reentrant=True)``."""
-    found, seen = [h.grad_fn], set()
-    while found:
-        node = found.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == _NODE:
-            return True
-        seen.add(node)
-        found.extend(below for below, _ in node.next_functions)
-    return False
+    return any(node.name() == _NODE for node in nodes_behind(h))
 
 
 def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: Tensor) -> None:
@@ -50,9 +42,6 @@ def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: T
 
     Where that could be, copies of the layers run once in training mode: where a layer's code speaks of checkpoints, and
     where gradients are taken through a stage in parts (targets true and mixed, sampled batches).
-
-    Raises:
-        PlanError: a layer is checkpointed so where that cannot be; it is named.
     """
     parts = plan.unlocked and (plan.targets != "bootstrap" or plan.quality_every is not None or plan.unlock == "auto")
     parts = parts and plan.stages > 1
@@ -62,9 +51,9 @@ def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: T
     h = inputs
     with seeded(plan.seed, "checkpointing"), torch.enable_grad():
         for layer in layers:
-            needs_gradient = h.requires_grad
             if not isinstance(h, Tensor):  # what is checkpointed behind a tuple the run finds out
                 return
+            needs_gradient = h.requires_grad
             h = h.detach().requires_grad_(needs_gradient).clone()  # no leaf: a layer may work in place
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")

@@ -20,12 +20,7 @@ _DTYPES = {"bf16": torch.bfloat16}
 
 
 class ComputeContext:
-    """What the plan says of computing, on one device.
-
-    Args:
-        plan: its ``autocast`` and ``compile`` count.
-        device: as torch names it.
-    """
+    """What the plan says of computing (``autocast``, ``compile``), on one device."""
 
     def __init__(self, plan: Plan, device: str = CPU) -> None:
         self.device = torch.device(device)

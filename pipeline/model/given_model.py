@@ -24,11 +24,7 @@ _Model = TypeVar("_Model", bound=nn.Module | Sequence[nn.Module])
 
 
 class ModuleModes:
-    """Switches modules between evaluation mode and the modes that they are in now, those of training.
-
-    Args:
-        root: it and all modules inside of it.
-    """
+    """Switches a module and all inside of it between evaluation mode and the modes they are in now, of training."""
 
     def __init__(self, root: nn.Module) -> None:
         self._root, self._training = root, True
@@ -61,11 +57,7 @@ def in_training_mode(model: _Model) -> _Model:
 
 
 def check_model(given: Any) -> None:
-    """Look at what ``model()`` gave.
-
-    Raises:
-        PlanError: it is no module and no list of modules, or a parameter or buffer of it has no values yet.
-    """
+    """Refuse what ``model()`` gave if it is no module and no list of modules, or a tensor in it has no values yet."""
     is_list = isinstance(given, list) and all(isinstance(item, nn.Module) for item in given)
     if not (is_list or isinstance(given, nn.Module)):
         raise PlanError(f"model() gives {_wrong(given)}: return one nn.Module, or a list of nn.Modules.")
@@ -74,11 +66,7 @@ def check_model(given: Any) -> None:
 
 
 def copy_of(model: _Model) -> _Model:
-    """A deep copy, also of modules with the old ``torch.nn.utils.weight_norm``.
-
-    Raises:
-        PlanError: something in it cannot be copied.
-    """
+    """A deep copy, also of modules with the old ``torch.nn.utils.weight_norm``; PlanError where it cannot be made."""
     computed = {  # copy refuses a tensor that has a graph; a hook computes it anew before it is used
         id(value): value.detach().clone()
         for root in roots_of(model)
@@ -107,20 +95,17 @@ def hooks_of(module: nn.Module) -> list[object]:
 
 
 def _wrong(given: Any) -> str:
-    if given is None:
-        return "None, as a function without return does"
     if isinstance(given, type):
         return f"the class {given.__name__} instead of an instance, {given.__name__}(...)"
     if isinstance(given, list | tuple):
         return f"a {type(given).__name__} of {', '.join(type(item).__name__ for item in given[:9]) or 'nothing'}"
-    return f"a {type(given).__name__}"
+    return "None, as a function without return does" if given is None else f"a {type(given).__name__}"
 
 
 def _without_values(model: nn.Module | Sequence[nn.Module]) -> Iterator[str]:
     """Lazy modules before their first batch, and what is on the device ``meta``."""
-    single = isinstance(model, nn.Module)
     for index, root in enumerate(roots_of(model)):
-        for prefix, module in root.named_modules(prefix="" if single else str(index)):
+        for prefix, module in root.named_modules(prefix="" if root is model else str(index)):
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 full = f"{prefix}.{name}" if prefix else name
                 if is_lazy(tensor):

@@ -1,6 +1,6 @@
 """The optimizer of one stage, with its learning-rate schedule and its clip.
 
-    gradients --> clip, learning rate of this step --> rule
+    gradients --> clip (before every step) --> rule
 
 All three hang on the optimizer, so that a stage, the single process and the rivals of a benchmark train alike.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,8 @@ def build_optimizer(
 
     With ``clip`` = c it scales their gradient g down, in place, before each step: g <- g min(1, c / |g|), |g| the
     Euclidean norm over all of ``parameters`` (Pascanu et al. 2013, section 3.2). Where these are a stage's, the norm is
-    the stage's: no stage waits to hear the others', so a split model is clipped otherwise than an unsplit one. True and
-    synthetic gradients are clipped alike; a synthetic one, at the cut, is besides never larger than sigma, the running
-    root mean square of its targets: s <- s min(1, sigma / rms(s)) (``pipeline.dni.dni``). Nothing makes a gradient
-    larger: under Adam and its kin a vanishing one needs no help, as the step does not depend on its scale.
+    the stage's, so a split model is clipped otherwise than an unsplit one. True and synthetic gradients are clipped
+    alike; a synthetic one, at the cut, is besides never larger than the running root mean square of its targets.
 
     With ``warmup_steps`` or ``schedule`` the learning rate of step t is ``lr * lr_factor(plan, steps)(t)``, set before
     the step. t is ``num_steps`` of the parameter group, so the optimizer's ``state_dict`` holds the whole schedule. The
@@ -45,14 +44,13 @@ def build_optimizer(
     with mu = ``momentum``, mu_t = mu (1 - 0.96^(0.004 t) / 2) and M_t their product. With mu = 0.99 the late gradient
     counts little in its own step (it is discounted by 1 - mu_t) and the step looks ahead along m.
 
-    Args:
-        plan: rule, rates, clip and schedule.
-        parameters: what it steps.
-        steps: length of the run, in steps; needed for the schedules that end.
+    ``steps`` is the length of the run, needed for the schedules that end.
     """
     if not parameters:
         return None
-    optimizer = _RULES[plan.rule](plan, parameters)
+    kind, options = _RULES[plan.rule]
+    made: Any = kind  # torch has no common signature of its optimizers
+    optimizer: torch.optim.Optimizer = made(parameters, lr=plan.lr, weight_decay=plan.weight_decay, **options(plan))
     if (clip := plan.clip) is not None:
 
         def scale_down(*arguments: object) -> None:
@@ -110,52 +108,31 @@ def lr_factor(plan: OptimizerPlan, steps: int | None) -> Callable[[int], float]:
 
 def described(plan: OptimizerPlan) -> str:
     """``adam, lr 0.001, warm-up of 200 steps, cosine to 0``."""
-    parts = [plan.rule, f"lr {plan.lr:g}"]
-    if plan.rule == "nadamw":
-        parts.append(f"momentum {_momentum(plan):g}")
-    if plan.warmup_steps:
-        parts.append(f"warm-up of {plan.warmup_steps:,} steps")
-    if plan.schedule != "constant":
-        parts.append(f"{plan.schedule} to 0")
-    if plan.clip is not None:
-        parts.append(f"clip {plan.clip:g}")
-    return ", ".join(parts)
+    parts = (
+        plan.rule,
+        f"lr {plan.lr:g}",
+        f"momentum {_momentum(plan):g}" if plan.rule == "nadamw" else "",
+        f"warm-up of {plan.warmup_steps:,} steps" if plan.warmup_steps else "",
+        f"{plan.schedule} to 0" if plan.schedule != "constant" else "",
+        f"clip {plan.clip:g}" if plan.clip is not None else "",
+    )
+    return ", ".join(filter(None, parts))
 
 
 def _momentum(plan: OptimizerPlan) -> float:
     return plan.momentum if plan.momentum is not None else {"nadamw": _NESTEROV}.get(plan.rule, 0.0)
 
 
-def _sgd(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    momentum = _momentum(plan)
-    return torch.optim.SGD(parameters, lr=plan.lr, momentum=momentum, weight_decay=plan.weight_decay, fused=True)
-
-
-def _adam(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-
-
-def _adamw(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-
-
-def _nadamw(plan: OptimizerPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.NAdam(
-        parameters,
-        lr=plan.lr,
-        betas=(_momentum(plan), 0.999),
-        weight_decay=plan.weight_decay,
-        decoupled_weight_decay=True,
-        foreach=True,  # it has no fused form
-    )
-
-
-_RULES: dict[str, Callable[[OptimizerPlan, Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
-    "sgd": _sgd,
-    "adam": _adam,
-    "adamw": _adamw,
-    "nadamw": _nadamw,
+_RULES: dict[str, tuple[type[torch.optim.Optimizer], Callable[[OptimizerPlan], dict[str, Any]]]] = {
+    "sgd": (torch.optim.SGD, lambda plan: {"momentum": _momentum(plan), "fused": True}),
+    "adam": (torch.optim.Adam, lambda plan: {"fused": True}),
+    "adamw": (torch.optim.AdamW, lambda plan: {"fused": True}),
+    "nadamw": (  # it has no fused form
+        torch.optim.NAdam,
+        lambda plan: {"betas": (_momentum(plan), 0.999), "decoupled_weight_decay": True, "foreach": True},
+    ),
 }
+"""Per rule its class, and what it is given besides learning rate and weight decay."""
 _DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
     "linear": lambda p: 1.0 - p,

@@ -37,12 +37,8 @@ _SIZE_IS_KEPT = {f"torch.nn.modules.{name}" for name in ("activation", "dropout"
 
 @dataclass(frozen=True)
 class Layer:
-    """One link of the chain.
-
-    Attributes:
-        index: position in the whole network.
-        name: prefix of its parameters in the unsplit model, e.g. ``blocks.2``.
-        module: what runs; takes one tensor, gives one tensor.
+    """One link of the chain, from one tensor to one tensor; its name, e.g. ``blocks.2``, is the prefix of its
+    parameters in the unsplit model.
     """
 
     index: int
@@ -60,16 +56,12 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
     What lies deeper is opened to any depth: every ModuleList, and every Sequential with two layers or more that have a
     weight matrix or kernel. One with a single such layer, as Linear, BatchNorm, ReLU, stays together. A container with
     a hook, a forward, a ``train()`` or a parameter of its own is a layer like any other: opened, it would never run.
-
-    Raises:
-        PlanError: no layer at all.
     """
-    if isinstance(model, nn.Sequential | nn.ModuleList):
-        named = [item for name, child in _children(model) for item in _opened(name, child)]
-    elif isinstance(model, nn.Module):
-        named = [item for name, child in _children(model) for item in _opened(name, child, pairs=True)]
-    else:
-        named = [item for index, module in enumerate(model) for item in _opened(str(index), module)]
+    children = (
+        _children(model) if isinstance(model, nn.Module) else [(str(i), module) for i, module in enumerate(model)]
+    )
+    pairs = isinstance(model, nn.Module) and not isinstance(model, nn.Sequential | nn.ModuleList)
+    named = [item for name, child in children for item in _opened(name, child, pairs=pairs)]
     if not named:
         raise PlanError(
             "the model has no layers to split: give an nn.Sequential, a list of modules, or a chain of children."
@@ -80,13 +72,10 @@ def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
 def depth_of(layers: Sequence[Layer]) -> int:
     """How many weight matrices or kernels ``layers`` learn: parameters that extend in two dimensions or more.
 
-    A normalisation has none, nor is what scales whole units or channels one. Tables (embeddings, positions) count.
+    Normalisations and what scales whole units or channels have none. Tables (embeddings, positions) count.
     """
-    return sum(
-        parameter.requires_grad and sum(size > 1 for size in parameter.shape) > 1
-        for layer in layers
-        for parameter in _weights(layer.module)
-    )
+    weights = (parameter for layer in layers for parameter in _weights(layer.module))
+    return sum(weight.requires_grad and sum(size > 1 for size in weight.shape) > 1 for weight in weights)
 
 
 def _weights(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -99,8 +88,7 @@ def _weights(module: nn.Module) -> Iterator[nn.Parameter]:
 def ends_normalised(layers: Sequence[Layer]) -> bool:
     """Whether what comes out of ``layers`` is normalised: nothing with weights comes behind a layer of torch that does.
 
-    Activation functions, dropout and changes of shape may; what is pooled is not of one size any more. What a module of
-    the user's ends in is not known, and it counts as not normalised.
+    Activation functions, dropout and changes of shape may; pooling may not, nor a module of the user's.
     """
     for module in _from_the_end([layer.module for layer in layers]):
         if isinstance(module, _NORMALISATIONS):
@@ -120,28 +108,22 @@ def _from_the_end(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
 
 
 def chosen_sizes(layers: Sequence[Layer], plan: Plan) -> tuple[int, ...] | None:
-    """The layers per stage that the plan fixes by ``sizes``, ``cuts`` or a balance by number; None: measure first.
-
-    Raises:
-        PlanError: more stages than layers, sizes that do not add up, an unknown or misplaced cut.
-    """
+    """The layers per stage that the plan fixes by ``sizes``, ``cuts`` or a balance by number; None: measure first."""
     if plan.stages > len(layers):
         raise PlanError(
             f"{plan.stages} stages for {len(layers)} layers: every stage needs a layer; "
             f"use --stages {len(layers)} or fewer."
         )
-    if plan.sizes is not None:
-        if sum(plan.sizes) != len(layers):
-            raise PlanError(
-                f"sizes {' '.join(map(str, plan.sizes))} add up to {sum(plan.sizes)}, but the model has {len(layers)} "
-                f"layers: {', '.join(layer.name for layer in layers)}."
-            )
-        return plan.sizes
+    if plan.sizes is not None and sum(plan.sizes) != len(layers):
+        raise PlanError(
+            f"sizes {' '.join(map(str, plan.sizes))} add up to {sum(plan.sizes)}, but the model has {len(layers)} "
+            f"layers: {', '.join(layer.name for layer in layers)}."
+        )
     if plan.cuts is not None:
         return _sizes_from_cuts(layers, plan.cuts)
-    if plan.balance == "layers":
+    if plan.sizes is None and plan.balance == "layers":
         return balanced_split(layers, [1.0] * len(layers), plan.stages)
-    return None
+    return plan.sizes
 
 
 def balanced_split(layers: Sequence[Layer], costs: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -154,9 +136,8 @@ def balanced_split(layers: Sequence[Layer], costs: Sequence[float], stages: int)
     if free and all(_without_parameters(layer) for layer in layers[: free[0]]):
         del free[0]  # those in front have no layer before them: they stay with the first that learns
     starts = [0, *free] if len(free) >= stages - 1 else list(range(len(layers)))
-    ends = [*starts[1:], len(layers)]
-    grouped = balanced_sizes([sum(costs[a:b]) for a, b in zip(starts, ends, strict=True)], stages)
     edges = [*starts, len(layers)]
+    grouped = balanced_sizes([sum(costs[a:b]) for a, b in pairwise(edges)], stages)
     return tuple(edges[end] - edges[end - size] for size, end in zip(grouped, accumulate(grouped), strict=True))
 
 
@@ -173,8 +154,7 @@ def balanced_sizes(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     """
     num_layers = len(costs)
     prefix = [0.0, *accumulate(costs)]
-    best = [prefix[n] for n in range(num_layers + 1)]
-    cuts: list[list[int]] = []
+    best, cuts = prefix, []
     for k in range(2, stages + 1):
         row, choice = [float("inf")] * (num_layers + 1), [0] * (num_layers + 1)
         for n in range(k, num_layers + 1):
@@ -184,9 +164,7 @@ def balanced_sizes(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     ends = [num_layers]
     for choice in reversed(cuts):
         ends.append(choice[ends[-1]])
-    ends.append(0)
-    ends.reverse()
-    return tuple(b - a for a, b in pairwise(ends))
+    return tuple(b - a for a, b in pairwise([0, *reversed(ends)]))
 
 
 def split(layers: Sequence[Layer], sizes: Sequence[int]) -> list[list[Layer]]:
@@ -206,8 +184,7 @@ def places_of_cuts(stages: Sequence[Sequence[Layer]]) -> str:
 def evaluated_in_training(layers: Sequence[Layer]) -> Iterator[tuple[str, str, str]]:
     """What is said of modules that are in evaluation mode while the rest trains."""
     modules = [(f"{layer.name}.{name}".strip("."), m) for layer in layers for name, m in layer.module.named_modules()]
-    names = [name for name, module in modules if not module.training]
-    if names:
+    if names := [name for name, module in modules if not module.training]:
         which = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         why = f"as model() and its train() leave them, in training too: {which}"
         yield "eval mode", f"{len(names)} of {len(modules)} modules", why
@@ -227,12 +204,8 @@ def _sizes_from_cuts(layers: Sequence[Layer], cuts: Sequence[str]) -> tuple[int,
 
 
 def _opened(name: str, child: nn.Module, *, pairs: bool = False) -> list[tuple[str, nn.Module]]:
-    """What stands for a child in the chain: itself, or what is inside, to any depth.
-
-    Args:
-        name: its own.
-        child: the module.
-        pairs: open it even if no more than one layer in it has a weight matrix.
+    """What stands for a child in the chain: itself, or what is inside, to any depth. ``pairs``: open it even if no more
+    than one layer in it has a weight matrix.
     """
     if not (_is_open(child) or (isinstance(child, nn.ModuleList) and not overrides(child, "forward"))):
         return [(name, child)]

@@ -6,16 +6,18 @@ the model's own forward  ==  layer 0 -> layer 1 -> ...    in evaluation mode: th
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar
+from itertools import count
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PlanError
 from pipeline.messages.bundle import as_bundle, as_value, detached, differentiable
+from pipeline.model.autograd_graph import leaves_of
 from pipeline.model.given_model import copy_of, hooks_of, overrides
 from pipeline.model.partition import Layer, layers_of
 from pipeline.seeding import seeded
@@ -25,31 +27,28 @@ from pipeline.wording import text_of
 __all__ = ["check_chain", "check_partition", "check_ties"]
 
 _T = TypeVar("_T")
+_Model = nn.Module | Sequence[nn.Module]
 _ROWS = 4  # of the batch, for the proof in training mode; batch normalisation needs two
 
 
 def check_partition(
-    model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer], stages: Sequence[Sequence[Layer]], inputs: Tensor
+    model: _Model, layers: Sequence[Layer], stages: Sequence[Sequence[Layer]], inputs: Tensor
 ) -> list[Any]:
     """``check_ties`` of the stages and ``check_chain`` of the layers, whose outputs are returned."""
     check_ties(stages)
     return check_chain(model, layers, inputs)
 
 
-def check_chain(model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer], inputs: Tensor) -> list[Any]:
+def check_chain(model: _Model, layers: Sequence[Layer], inputs: Tensor) -> list[Any]:
     """Prove that the layers in a row are the model, and return every layer's output for ``inputs`` (evaluation mode).
 
-    Works on copies. Both sides draw the same random numbers. In training mode a few rows have to do.
-
-    Args:
-        model: the whole model, its modules in the modes that they train in.
-        layers: its chain.
-        inputs: [batch, ...], one batch.
+    Works on copies of the model, whose modules are in the modes that they train in, and on ``inputs`` [batch, ...], in
+    training mode on four rows of it. Both sides draw the same random numbers.
 
     Raises:
         PlanError: a parameter or buffer outside every layer, a hook on the model itself, a layer without a forward or
-            that gives neither a tensor nor a tuple of them, or a chain that computes something else than the model's
-            own forward: its output, its buffers or its gradients, in evaluation or in training mode.
+            that gives neither a tensor nor a tuple of tensors, or a chain that computes something else than the
+            model's own forward: its output, its buffers or its gradients, in evaluation or in training mode.
     """
     if isinstance(model, nn.Module):
         _nothing_lost(model, layers)
@@ -68,19 +67,14 @@ def check_chain(model: nn.Module | Sequence[nn.Module], layers: Sequence[Layer],
 
 
 def check_ties(stages: Sequence[Sequence[Layer]]) -> None:
-    """Prove that no two stages have a parameter or buffer in common: the same one, or memory that two of them share.
-
-    Raises:
-        PlanError: they have, with the names of both.
-    """
-    found = sorted(_in_memory(stages), key=lambda place: place.start)
-    tied = []
-    for at, place in enumerate(found):
-        for other in islice(found, at + 1, None):
-            if other.start >= place.end:
-                break
-            if other.stage != place.stage:
-                tied.append(sorted((place, other), key=lambda which: which.order))
+    """Refuse stages that have a parameter or buffer in common: the same one, or memory that two of them share."""
+    found = sorted(_in_memory(stages))
+    tied = [
+        sorted((place, other), key=attrgetter("order"))
+        for at, place in enumerate(found)
+        for other in found[at + 1 : bisect_left(found, place.end, key=attrgetter("start"))]
+        if other.stage != place.stage
+    ]
     if tied:
         first, second = min(tied, key=lambda pair: pair[1].order)
         how = "are the same tensor" if first.identity == second.identity else "share their memory"
@@ -90,9 +84,8 @@ def check_ties(stages: Sequence[Sequence[Layer]]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies: [start, end) in memory, and what it is."""
+class _Place(NamedTuple):
+    """Where a tensor lies: [start, end) in memory, by which places are sorted; and what it is."""
 
     start: int
     end: int
@@ -103,17 +96,15 @@ class _Place:
 
 
 def _in_memory(stages: Sequence[Sequence[Layer]]) -> Iterator[_Place]:
-    order = 0
-    for index, stage in enumerate(stages):
-        for layer in stage:
-            named = layer.module.named_parameters(remove_duplicate=False)
-            for name, tensor in (*named, *layer.module.named_buffers(remove_duplicate=False)):
-                start, size = id(tensor), 1  # what has no place of its own is compared by identity
-                if tensor.layout is torch.strided and tensor.numel():
-                    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-                    start, size = tensor.data_ptr(), (steps + 1) * tensor.element_size()
-                yield _Place(start, start + size, order, index, f"{layer.name}.{name}", id(tensor))
-                order += 1
+    order = count()
+    for index, layer in ((index, layer) for index, stage in enumerate(stages) for layer in stage):
+        named = layer.module.named_parameters(remove_duplicate=False)
+        for name, tensor in (*named, *layer.module.named_buffers(remove_duplicate=False)):
+            start, size = id(tensor), 1  # what has no place of its own is compared by identity
+            if tensor.layout is torch.strided and tensor.numel():
+                steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+                start, size = tensor.data_ptr(), (steps + 1) * tensor.element_size()
+            yield _Place(start, start + size, next(order), index, f"{layer.name}.{name}", id(tensor))
 
 
 def _nothing_lost(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -141,7 +132,7 @@ def _nothing_left_out(model: nn.Module) -> None:
 # ---------------------------------------------------------------- in evaluation mode
 
 
-def _check_evaluation(model: nn.Module | Sequence[nn.Module], inputs: Tensor) -> list[Any]:
+def _check_evaluation(model: _Model, inputs: Tensor) -> list[Any]:
     chain = layers_of(copy_of(model))
     for layer in chain:
         layer.module.eval()
@@ -149,7 +140,7 @@ def _check_evaluation(model: nn.Module | Sequence[nn.Module], inputs: Tensor) ->
         outputs = _run_chain(chain, inputs.clone())  # a layer may work in place
     if isinstance(model, nn.Module) and (_has_a_forward_of_its_own(model) or overrides(model, "train", "eval")):
         whole = copy_of(model)
-        whole.eval()
+        whole.eval()  # one of the user's own need not give the model back
         _same_modes(whole, chain)
         if _has_a_forward_of_its_own(model):
             with torch.no_grad(), seeded(0, "proof"), calling(f"{type(model).__name__}.forward"):
@@ -172,15 +163,11 @@ def _run_chain(layers: Sequence[Layer], value: Any) -> list[Any]:
             raise PlanError(
                 f"layer {layer.name} cannot take what the layer before it gives, {given}: {text_of(error)}"
             ) from error
-        if not _is_bundle(value):
+        places = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(each, Tensor | None) for each in places) or all(each is None for each in places):
             raise _wrong(layer, value, "a tensor, or a tuple of tensors; merge it with the next")
         outputs.append(value)
     return outputs
-
-
-def _is_bundle(value: object) -> bool:
-    places = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(each, Tensor | None) for each in places) and any(isinstance(each, Tensor) for each in places)
 
 
 def _wrong(layer: Layer, value: object, wanted: str) -> PlanError:
@@ -206,16 +193,7 @@ def _same_modes(whole: nn.Module, chain: Sequence[Layer]) -> None:
 # ---------------------------------------------------------------- in training mode
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What a forward and a backward pass in training mode leave: the output, buffers and gradients by name."""
-
-    output: object
-    buffers: dict[str, Tensor]
-    gradients: dict[str, Tensor | None]
-
-
-def _check_training(model: nn.Module | Sequence[nn.Module], inputs: Tensor) -> None:
+def _check_training(model: _Model, inputs: Tensor) -> None:
     _, borrowed = _on_few_rows(lambda rows: list(_borrowed(model, rows)), inputs)
     if borrowed:
         raise PlanError(
@@ -224,10 +202,10 @@ def _check_training(model: nn.Module | Sequence[nn.Module], inputs: Tensor) -> N
         )
     if not (isinstance(model, nn.Module) and _has_a_forward_of_its_own(model)):
         return
-    with calling(f"{type(model).__name__}.forward in training mode"):
-        rows, theirs = _on_few_rows(lambda rows: _step(copy_of(model), _as_it_is, rows), inputs)
-    mine = _step(copy_of(model), _in_a_row, rows)
     own = f"{type(model).__name__}.forward in training mode"
+    with calling(own):
+        rows, theirs = _on_few_rows(lambda rows: _Step.of(model, lambda whole, x: whole(x), rows), inputs)
+    mine = _Step.of(model, lambda whole, x: _run_chain(layers_of(whole), x)[-1], rows)
     if not _equal(theirs.output, mine.output):
         raise PlanError(
             f"{own} does not compute the chain of its children ({_names(layers_of(model))}), though in evaluation mode "
@@ -254,48 +232,37 @@ def _on_few_rows(run: Callable[[Tensor], _T], inputs: Tensor) -> tuple[Tensor, _
         return inputs, run(inputs)
 
 
-def _borrowed(model: nn.Module | Sequence[nn.Module], value: Any) -> Iterator[str]:
+def _borrowed(model: _Model, value: Any) -> Iterator[str]:
     """Layers that learn parameters of another one: reached by a list or a closure, they are not seen as tied."""
     layers = layers_of(copy_of(model))
     names = {id(p): f"{layer.name}.{name}" for layer in layers for name, p in layer.module.named_parameters()}
     for layer in layers:
-        own = {id(parameter) for parameter in layer.module.parameters()}
         with torch.enable_grad(), seeded(0, "proof"):
             given = tuple(each if each is None else each.clone() for each in detached(as_bundle(value)))
             (value,) = _run_chain([layer], as_value(given))
-        for leaf in set().union(*map(_leaves, differentiable(as_bundle(value)))) - own:
+        found = {id(leaf) for tensor in differentiable(as_bundle(value)) for leaf in leaves_of(tensor)}
+        for leaf in found - {id(own) for own in layer.module.parameters()}:
             if leaf in names:
                 yield f"layer {layer.name} computes with {names[leaf]}"
 
 
-def _leaves(output: Tensor) -> set[int]:
-    """Ids of the tensors that a backward pass would leave a gradient in."""
-    nodes, seen, found = [output.grad_fn], set(), set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found.add(id(getattr(node, "variable", None)))
-        nodes += [following for following, _ in node.next_functions]
-    return found
+class _Step(NamedTuple):
+    """What a forward and a backward pass in training mode leave: the output, buffers and gradients by name."""
 
+    output: object
+    buffers: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
 
-def _as_it_is(model: nn.Module, x: Tensor) -> object:
-    return model(x)
-
-
-def _in_a_row(model: nn.Module, x: Tensor) -> object:
-    return _run_chain(layers_of(model), x)[-1]
-
-
-def _step(model: nn.Module, run: Callable[[nn.Module, Tensor], object], x: Tensor) -> _Step:
-    with torch.enable_grad(), seeded(0, "proof"):
-        output = run(model, x.clone())
-    if isinstance(output, Tensor) and output.requires_grad:
-        with seeded(0, "gradient"):  # a sum would hide what a softmax or a normalisation cancels
-            output.backward(torch.randn_like(output))
-    return _Step(output, dict(model.named_buffers()), {name: p.grad for name, p in model.named_parameters()})
+    @classmethod
+    def of(cls, model: nn.Module, run: Callable[[nn.Module, Tensor], object], x: Tensor) -> _Step:
+        """Run a copy of the model."""
+        model = copy_of(model)
+        with torch.enable_grad(), seeded(0, "proof"):
+            output = run(model, x.clone())
+        if isinstance(output, Tensor) and output.requires_grad:
+            with seeded(0, "gradient"):  # a sum would hide what a softmax or a normalisation cancels
+                output.backward(torch.randn_like(output))
+        return cls(output, dict(model.named_buffers()), {name: p.grad for name, p in model.named_parameters()})
 
 
 def _has_a_forward_of_its_own(model: nn.Module) -> bool:

@@ -24,11 +24,7 @@ class Unwritten(Generic[_Result]):
     """A function whose tensor arguments keep their values, whatever it does with them.
 
     It gets copies the first time, and from then on only if it wrote into one then, or gave back a view of one. Calls
-    with and without gradients are told apart.
-
-    Args:
-        function: what is called; other arguments than tensors are passed on as they are.
-        writes: whether it writes; None: found out.
+    with and without gradients are told apart. ``writes``: whether it does, where that is known.
     """
 
     def __init__(self, function: Callable[..., _Result], writes: bool | None = None) -> None:

@@ -32,12 +32,7 @@ WIRE_DTYPES = {"bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ChannelChoice:
-    """What carries the activations and the gradients of one cut.
-
-    Attributes:
-        kind: a key of ``CHANNELS``.
-        why: the reason, for the first screen.
-    """
+    """What carries the messages of one cut, a key of ``CHANNELS``; and why, for the first screen."""
 
     kind: str
     why: str
@@ -46,28 +41,23 @@ class ChannelChoice:
 def choose_channels(
     wanted: str, hosts: Sequence[str], replicas: int = 1, devices: Sequence[str] | None = None, nccl: bool = False
 ) -> tuple[ChannelChoice, ...]:
-    """Choose what carries each cut.
+    """Choose what carries each cut, those of replica 0 first.
 
     Args:
         wanted: a key of ``CHANNELS`` for all cuts, or ``auto``: for each the fastest that both workers can reach.
-        hosts: name of the host of every worker, those of replica 0 first.
+        hosts: of every worker, those of replica 0 first.
         replicas: of the pipeline.
-        devices: where every worker computes; None: on the CPU.
+        devices: of every worker; None: the CPU.
         nccl: whether torch has NCCL.
-
-    Returns:
-        one choice per cut, those of replica 0 first.
 
     Raises:
         PlanError: shared memory between two hosts; CUDA peer memory between two hosts, or with a worker on the CPU;
             NCCL where torch has none, with a worker on the CPU, or between two workers on one GPU.
     """
     stages = len(hosts) // replicas
-    devices = devices or [CPU] * len(hosts)
-    workers = list(zip(hosts, devices, strict=True))
-    pipelines = [workers[start : start + stages] for start in range(0, len(hosts), stages)]
+    workers = list(zip(hosts, devices or [CPU] * len(hosts), strict=True))
+    pipelines = [workers[start : start + stages] for start in range(0, len(workers), stages)]
     pairs = [pair for pipeline in pipelines for pair in itertools.pairwise(pipeline)]
-    columns = [(pipelines[0][k], other[k]) for other in pipelines[1:] for k in range(stages)]
     if wanted == "nccl" and not nccl:
         raise PlanError(
             "channels nccl: this torch is built without NCCL: install a build of torch with CUDA, or choose channels "
@@ -75,8 +65,9 @@ def choose_channels(
         )
     for index, (one, other) in enumerate(pairs):
         _check_reach(wanted, one, other, f"the workers on both sides of cut {index % (stages - 1)}")
-    for one, other in columns:
-        _check_reach(wanted, one, other, "replicas of a stage")
+    for pipeline in pipelines[1:]:
+        for one, other in zip(pipelines[0], pipeline, strict=True):
+            _check_reach(wanted, one, other, "replicas of a stage")
     if wanted != "auto":
         return tuple(ChannelChoice(wanted, "as asked for") for _ in pairs)
     together = "all workers on this host" if len(set(hosts)) == 1 else "both workers on one host"
@@ -84,14 +75,7 @@ def choose_channels(
 
 
 def kind_between(wanted: str, one: tuple[str, str], other: tuple[str, str], nccl: bool = False) -> str:
-    """What carries messages between two workers: a key of ``CHANNELS``.
-
-    Args:
-        wanted: a key of ``CHANNELS``, or ``auto``.
-        one: (name of its host, where it computes) of a worker.
-        other: the same of the other.
-        nccl: whether torch has NCCL.
-    """
+    """What carries messages between two workers, each (host, device), if ``wanted`` is: a key of ``CHANNELS``."""
     return wanted if wanted != "auto" else _chosen(one, other, "", nccl).kind
 
 
@@ -115,15 +99,10 @@ def _check_reach(wanted: str, one: tuple[str, str], other: tuple[str, str], who:
             f"channels {wanted}: {who} are on different hosts, {one[0]} and {other[0]}, which share no memory: choose "
             "channels auto or gloo."
         )
-    if wanted == "cuda" and not (on_gpu(one[1]) and on_gpu(other[1])):
+    if wanted in ("cuda", "nccl") and not (on_gpu(one[1]) and on_gpu(other[1])):
         raise PlanError(
-            f"channels cuda: {who} compute on {one[1]} and {other[1]}, and CUDA peer memory lies between GPUs: choose "
-            "channels auto, or device cuda."
-        )
-    if wanted == "nccl" and not (on_gpu(one[1]) and on_gpu(other[1])):
-        raise PlanError(
-            f"channels nccl: {who} compute on {one[1]} and {other[1]}, and NCCL lies between GPUs: choose channels "
-            "auto, or device cuda."
+            f"channels {wanted}: {who} compute on {one[1]} and {other[1]}, and {CHANNELS[wanted]} lies between "
+            "GPUs: choose channels auto, or device cuda."
         )
     if wanted == "nccl" and one == other:
         raise PlanError(

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 from operator import attrgetter
+from typing import Any
 
 from pipeline.errors import NoEffect, PlanError, nearest
 from pipeline.plan.channel_choice import CHANNELS, WIRE_DTYPES
@@ -41,27 +42,29 @@ _COUNTS = {
     "seed": (0, 2**63 - 1),
 }
 """Least and most of every count: beyond, something in torch or the system overflows, or takes all memory."""
-_MOST = {
-    "hop_steps": _LONG,
-    "stall_after_s": _LONG,
-    "optimizer.lr": _LARGE,
-    "optimizer.momentum": _LARGE,
-    "optimizer.weight_decay": _LARGE,
-    "optimizer.clip": _LARGE,
-    "dni.lr": _LARGE,
-    "dni.temperature": _LARGE,
+_AT_LEAST_0 = (lambda x: x >= 0), "it must be a number, at least 0."
+_POSITIVE = (lambda x: x > 0), "it must be a positive number."
+_NUMBERS: dict[str, tuple[Callable[[Any], bool], str, float]] = {
+    "hop_steps": (*_AT_LEAST_0, _LONG),
+    "optimizer.momentum": (*_AT_LEAST_0, _LARGE),
+    "optimizer.weight_decay": (*_AT_LEAST_0, _LARGE),
+    "optimizer.lr": (*_POSITIVE, _LARGE),
+    "dni.lr": (*_POSITIVE, _LARGE),
+    "stall_after_s": (*_POSITIVE, _LONG),
+    "optimizer.clip": (lambda x: x > 0, "it must be a positive number, or None.", _LARGE),
+    "dni.temperature": (lambda x: x >= 1, "give a number of at least 1.", _LARGE),
+    "dni.rows": (lambda x: 0 < x <= 1, "give the fraction of the rows to train on, in (0, 1].", 1),
+    "update_probability": (lambda x: 0 < x <= 1, "give the share of batches to update from, in (0, 1].", 1),
+    "unlock_cosine": (lambda x: 0 < x <= 1, "it must lie in (0, 1].", 1),
+    "mix": (lambda x: 0 <= x <= 1, "it weighs the true gradient and must lie in [0, 1].", 1),
 }
-"""Most of every other number."""
+"""Every other number: what it has to be, the same in words, and the most it may be."""
 _SHOWN = 40  # characters of a wrong value
 _LOCKING = ("warmup_steps", "unlock", "unlock_cosine")
 
 
 def check_plan(plan: Plan) -> Plan:
-    """Return ``plan`` if it can run.
-
-    Raises:
-        PlanError: with one sentence per mistake, which says what to do.
-    """
+    """Return ``plan`` if it can run, or raise PlanError with one sentence per mistake, which says what to do."""
     if problems := list(_wrong_kinds(plan)) or list(_problems(plan)):
         raise PlanError(*problems)
     return plan
@@ -89,7 +92,7 @@ def _problems(plan: Plan) -> Iterator[str]:
     if plan.sizes is not None and len(plan.sizes) != plan.stages:
         yield f"sizes has {len(plan.sizes)} numbers for {plan.stages} stages: give one number of layers per stage."
     if plan.sizes is not None and any(size < 1 for size in plan.sizes):
-        yield f"sizes {_shown(_spaced(plan.sizes))}: every stage needs at least one layer."
+        yield f"sizes {_shown(' '.join(map(str, plan.sizes)))}: every stage needs at least one layer."
     if plan.cuts is not None and len(plan.cuts) + 1 != plan.stages:
         yield f"{len(plan.cuts)} cuts for {plan.stages} stages: give the first layer of each stage but the first."
     if all(isinstance(number, Integral) for number in (plan.stages, plan.replicas)):
@@ -140,34 +143,17 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
     counts = plan.stages, plan.replicas
     if all(isinstance(n, Integral) and 1 <= n <= _MOST_WORKERS for n in counts) and plan.workers > _MOST_WORKERS:
         yield f"{plan.replicas} replicas of {plan.stages} stages: {_MOST_WORKERS:,} workers at most."
-    for name in ("hop_steps", "optimizer.momentum", "optimizer.weight_decay"):
+    for name, (fits, says, largest) in _NUMBERS.items():
         number = attrgetter(name)(plan)
-        if number is None and name == "optimizer.momentum":
+        if number is None and attrgetter(name)(defaults) is None:
             continue
-        if not (_is_number(number) and number >= 0):
-            yield f"{name} is {_shown(number)}: it must be a number, at least 0."
-    for name in ("optimizer.lr", "dni.lr", "stall_after_s"):
-        if not (_is_number(number := attrgetter(name)(plan)) and number > 0):
-            yield f"{name} is {_shown(number)}: it must be a positive number."
-    for name, most in _MOST.items():
-        if _is_number(number := attrgetter(name)(plan)) and number > most:
-            yield f"{name} is {_shown(number)}: it must be at most {most:,}."
+        if not (_is_number(number) and fits(number)):
+            yield f"{name} is {_shown(number)}: {says}"
+        elif number > largest:
+            yield f"{name} is {_shown(number)}: it must be at most {largest:,}."
     momentum = plan.optimizer.momentum
     if plan.optimizer.rule == "nadamw" and isinstance(momentum, Real) and momentum >= 1:
         yield f"optimizer.momentum is {_shown(momentum)}: with nadamw it must lie in [0, 1)."
-    if plan.optimizer.clip is not None and not (_is_number(plan.optimizer.clip) and plan.optimizer.clip > 0):
-        yield f"optimizer.clip is {_shown(plan.optimizer.clip)}: it must be a positive number, or None."
-    temperature = plan.dni.temperature
-    if temperature is not None and not (_is_number(temperature) and temperature >= 1):
-        yield f"dni.temperature is {_shown(temperature)}: give a number of at least 1."
-    if not (_is_number(plan.dni.rows) and 0 < plan.dni.rows <= 1):
-        yield f"dni.rows is {_shown(plan.dni.rows)}: give the fraction of the rows to train on, in (0, 1]."
-    if not (_is_number(chance := plan.update_probability) and 0 < chance <= 1):
-        yield f"update_probability is {_shown(chance)}: give the share of batches to update from, in (0, 1]."
-    if not (_is_number(plan.unlock_cosine) and 0 < plan.unlock_cosine <= 1):
-        yield f"unlock_cosine is {_shown(plan.unlock_cosine)}: it must lie in (0, 1]."
-    if not (_is_number(plan.mix) and 0 <= plan.mix <= 1):
-        yield f"mix is {_shown(plan.mix)}: it weighs the true gradient and must lie in [0, 1]."
 
 
 def _is_number(value: object) -> bool:
@@ -202,14 +188,8 @@ def _without_effect(plan: Plan) -> Iterator[str]:
     if plan.replicas > 1 and plan.update_probability != 1.0:
         yield "update_probability and replicas do not go together: replicas average after as many updates each."
     if mode is not None and mode.gradient != "synthetic":
-        for name in (
-            "targets",
-            "mix",
-            *(["deterministic"] if plan.device in ("auto", CPU) else []),
-            "quality_every",
-            *_LOCKING,
-            *(["dni", "update_probability"] if mode.gradient == "true" else []),
-        ):
+        names = ["targets", "mix", *(["deterministic"] if plan.device in ("auto", CPU) else []), "quality_every"]
+        for name in (*names, *_LOCKING, *(["dni", "update_probability"] if mode.gradient == "true" else [])):
             if getattr(plan, name) not in (getattr(defaults, name), 0):  # a warm-up of 0 batches is none
                 yield NoEffect(name, f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
     if mode is not None and plan.unlocked:
@@ -236,8 +216,9 @@ def _without_effect(plan: Plan) -> Iterator[str]:
             "quality_every compares gradients that a stage which passes a batch over (update_probability) never has: "
             "leave one of them out."
         )
-    if plan.emulate is not None and plan.quality_every is not None:
-        yield "quality_every has no effect with emulate, where nothing is learned: leave one of them out."
+    for name in ("quality_every", "until"):
+        if plan.emulate is not None and getattr(plan, name) is not None:
+            yield f"{name} has no effect with emulate, where nothing is learned: leave one of them out."
     for name in ("device", "autocast", "compile"):
         if plan.emulate is not None and getattr(plan, name) not in (getattr(defaults, name), CPU):
             yield NoEffect(name, "with emulate, where nothing is computed: leave one of them out.")
@@ -247,8 +228,6 @@ def _without_effect(plan: Plan) -> Iterator[str]:
             "compile and stashed weights do not go together (mode async-1f1b, targets true and mixed, quality_every, "
             "unlock auto): leave one of them out."
         )
-    if plan.emulate is not None and plan.until is not None:
-        yield "until has no effect with emulate, where nothing is learned: leave one of them out."
     if plan.dni.factory is not None and plan.dni.form != "auto":
         yield f"both a DNI factory and the form {plan.dni.form} are given: leave one out."
 
@@ -270,7 +249,3 @@ def _locking(plan: Plan, defaults: Plan) -> Iterator[str]:
             "unlock auto decides by what is measured, and deterministic runs fix the order of actions before: "
             "leave one of them out, or take warmup_steps."
         )
-
-
-def _spaced(numbers: tuple[int, ...]) -> str:
-    return " ".join(map(str, numbers))

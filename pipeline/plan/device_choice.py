@@ -28,11 +28,10 @@ _LIST = re.compile(r"(cpu|cuda:\d+)(,(cpu|cuda:\d+))*")
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """Where the workers compute.
+    """Where the workers compute, and why.
 
     Attributes:
         devices: of every worker, as torch names them: ``cpu``, ``cuda:0``, ...
-        why: the reason, for the first screen.
         nccl: whether torch has NCCL to connect GPUs.
         here: whether layers may be measured on the first of the GPUs; not where it is, or may be, on another host.
     """
@@ -67,16 +66,10 @@ def device_problems(wanted: str) -> Iterator[str]:
 
 
 def choose_devices(wanted: str, hosts: Sequence[str], gpus: Mapping[str, int], built: bool = True) -> DeviceChoice:
-    """Choose where each worker computes.
+    """Choose where each worker computes, or raise PlanError: there is no such device.
 
-    Args:
-        wanted: ``Plan.device``.
-        hosts: name of the host of every worker, in the order of the workers.
-        gpus: how many GPUs torch can use on each host.
-        built: whether torch on this host is built with CUDA.
-
-    Raises:
-        PlanError: there is no such device, on the host that the sentence names.
+    ``wanted`` is ``Plan.device``, ``hosts`` are the workers', ``gpus`` says how many GPUs torch can use on each, and
+    ``built`` whether torch on this host is built with CUDA.
     """
     if wanted == CPU:
         return DeviceChoice((CPU,) * len(hosts), "as asked for")
@@ -87,36 +80,21 @@ def choose_devices(wanted: str, hosts: Sequence[str], gpus: Mapping[str, int], b
     if wanted == "cuda" and without:
         remedy = "install a build of torch with CUDA" if not built else "look what nvidia-smi says there"
         raise PlanError(f"device cuda: {missing}: {remedy}, or choose device cpu.")
-    if wanted not in ("auto", "cuda"):
-        _check_there(wanted, hosts, gpus, missing)
-    places = _local_places(hosts)
-    devices: list[str] = []
-    for host, (index, count) in zip(hosts, places, strict=True):
-        offered = wanted.split(",") if wanted not in ("auto", "cuda") else [f"cuda:{n}" for n in range(gpus[host])]
+    named = wanted.split(",") if wanted not in ("auto", "cuda") else []
+    if problems := [
+        f"device {device}: {there}: choose among these, or device cpu."
+        for host in dict.fromkeys(hosts)
+        for there in [f"{host} has cuda:0 to cuda:{gpus[host] - 1}" if gpus.get(host) else missing]
+        for device in filter(on_gpu, dict.fromkeys(named))
+        if int(device.partition(":")[2]) >= gpus.get(host, 0)
+    ]:
+        raise PlanError(*problems)
+    devices = []
+    for worker, host in enumerate(hosts):
+        index, count = hosts[:worker].count(host), hosts.count(host)  # its local rank, and how many there are
+        offered = named or [f"cuda:{n}" for n in range(gpus[host])]
         devices.append(offered[index if count <= len(offered) else index * len(offered) // count])
     return DeviceChoice(tuple(devices), _reason(wanted, hosts, gpus, devices))
-
-
-def _check_there(wanted: str, hosts: Sequence[str], gpus: Mapping[str, int], missing: str) -> None:
-    problems = []
-    for host in dict.fromkeys(hosts):
-        count = gpus.get(host, 0)
-        for device in dict.fromkeys(wanted.split(",")):
-            if on_gpu(device) and int(device.partition(":")[2]) >= count:
-                there = f"{host} has cuda:0 to cuda:{count - 1}" if count else missing
-                problems.append(f"device {device}: {there}: choose among these, or device cpu.")
-    if problems:
-        raise PlanError(*problems)
-
-
-def _local_places(hosts: Sequence[str]) -> list[tuple[int, int]]:
-    """(number among the workers of its host, how many these are), of every worker."""
-    seen: dict[str, int] = {}
-    places = []
-    for host in hosts:
-        places.append((seen.get(host, 0), hosts.count(host)))
-        seen[host] = seen.get(host, 0) + 1
-    return places
 
 
 def _reason(wanted: str, hosts: Sequence[str], gpus: Mapping[str, int], devices: Sequence[str]) -> str:

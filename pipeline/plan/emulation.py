@@ -22,11 +22,7 @@ _LEAST, _MOST = 1e-6, 3.6e6  # an hour, in ms: beyond, times overflow
 class _Lengths:
     @classmethod
     def parse(cls, text: str, option: str) -> Self:
-        """Read ``name=number,name=number``.
-
-        Raises:
-            PlanError: an unknown name, or no positive number.
-        """
+        """Read ``name=number,name=number``, or raise PlanError."""
         names = [f.name for f in dataclasses.fields(cls)]
         values: dict[str, Any] = {}
         for part in text.split(","):
@@ -47,37 +43,25 @@ class _Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Emulation(_Lengths):
-    """What replaces the compute of every stage.
-
-    Attributes:
-        stage_ms: milliseconds of forward and backward of one batch; a third of it is the forward.
-        dni_ms: milliseconds of the DNI, half for a prediction, half for learning.
-    """
+    """What replaces the compute of every stage."""
 
     stage_ms: float = 10.0
+    """Forward and backward of one batch; a third of it is the forward."""
     dni_ms: float = 0.0
+    """The DNI, half for a prediction, half for learning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link(_Lengths):
-    """What every channel is like.
-
-    Attributes:
-        latency_ms: milliseconds from the end of the transmission to the arrival.
-        bandwidth_mbps: megabits per second, one message after the other; 0: no limit.
-    """
+    """What every channel is like."""
 
     latency_ms: float = 0.0
+    """From the end of the transmission to the arrival."""
     bandwidth_mbps: float = 0.0
+    """Megabits per second, one message after the other; 0: no limit."""
 
     def arrival_ns(self, sent_ns: int, free_ns: int, num_bytes: int) -> tuple[int, int]:
-        """When a message arrives, and when the link is free again.
-
-        Args:
-            sent_ns: when it was put on the link.
-            free_ns: when the link was done with the message before.
-            num_bytes: its payload.
-        """
+        """When a message sent at ``sent_ns`` arrives, and when the link, busy until ``free_ns``, is free again."""
         begin = max(sent_ns, free_ns)
         if self.bandwidth_mbps:
             begin += round(num_bytes * 8e3 / self.bandwidth_mbps)

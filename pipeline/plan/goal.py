@@ -23,23 +23,14 @@ _EXAMPLES = {"accuracy": "accuracy=0.98", "loss": "loss=1.9"}
 
 @dataclass(frozen=True)
 class Goal:
-    """What the held-out data has to show.
-
-    Attributes:
-        metric: ``accuracy``, a share in (0, 1] to reach or exceed; or ``loss``, above 0, to reach or fall below.
-        value: the number.
-    """
+    """What the held-out data has to show: an ``accuracy``, in (0, 1], or more; or a ``loss``, above 0, or less."""
 
     metric: str
     value: float
 
     @classmethod
     def parse(cls, text: str, option: str) -> Self:
-        """Read ``accuracy=0.98`` or ``loss=1.9``.
-
-        Raises:
-            PlanError: an unknown metric, or a number that it cannot have.
-        """
+        """Read ``accuracy=0.98`` or ``loss=1.9``, or raise PlanError."""
         metric, _, number = str(text).partition("=")
         if metric not in _EXAMPLES:
             raise PlanError(nearest(metric, _EXAMPLES, f"metric in {option}"))
@@ -54,12 +45,7 @@ class Goal:
         return cls(metric, value)
 
     def met(self, loss: float, accuracy: float | None) -> bool:
-        """Whether these scores are good enough; a loss that is not a number is not.
-
-        Args:
-            loss: mean per held-out row.
-            accuracy: share of right answers, or None for a recipe without.
-        """
+        """Whether the mean loss and the share of right answers are good enough; a loss that is not a number is not."""
         if self.metric == "loss":
             return loss <= self.value
         return accuracy is not None and accuracy >= self.value
@@ -70,13 +56,11 @@ class Goal:
 
 @dataclass(frozen=True)
 class Reached:
-    """The first pass over the held-out batches that met the goal.
+    """The first pass over the held-out batches that met the goal, with its mean loss and share of right answers.
 
     Attributes:
         updates: training batches before it.
         seconds: from the first batch on to the end of that pass, warm-up and all evaluations included.
-        loss: mean per held-out row.
-        accuracy: share of right answers, if the recipe counts them.
     """
 
     updates: int

@@ -32,16 +32,11 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def fingerprint(
     recipe: Recipe, resolved: Resolved, index: int, layers: Sequence[Layer], replica: int = 0
 ) -> dict[str, Sketch]:
-    """Sketches of one stage as it is before training. Works on copies: the layers stay as they are.
+    """Sketches of stage ``index``, whose layers are freshly built, before training. The layers stay as they are.
 
-    Args:
-        recipe: what this process has made of it.
-        resolved: the run.
-        index: the stage.
-        layers: its layers, freshly built.
-        replica: only the first one looks at the held-out batches.
+    Only replica 0 looks at the held-out batches.
     """
-    seed, last = resolved.plan.seed, index == resolved.plan.stages - 1
+    seed = resolved.plan.seed
     found = dict(_layers(layers))
     if index == 0:
         first = recipe.seeded_batch(seed, 0)
@@ -57,7 +52,7 @@ def fingerprint(
         for layer in layers:
             rows = copy_of(layer.module)(rows)
             found[f"what layer {layer.name} gives"] = sketch_of(rows, computed=True)
-    if last:
+    if index == resolved.plan.stages - 1:
         with contextlib.suppress(Exception), seeded(seed, "fingerprint"), torch.no_grad():
             loss = recipe.loss(_fixed(seed, resolved.output_shape).abs(), load(resolved.two_labels)["labels"])
             found["the loss of a fixed output"] = sketch_of(loss, computed=True)

@@ -1,48 +1,33 @@
-"""Which tensors a user's function has or reaches: by what it is made of, or by the gradient of what it gives."""
+"""Which tensors a user's function has or reaches."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["leaves_of", "tensors_of"]
+__all__ = ["tensors_of"]
+
+_UNSET = types.CellType()  # of a variable that is not set yet
 
 
-def leaves_of(loss: Tensor) -> Iterator[Tensor]:
-    """The tensors that a backward pass from here would give a ``.grad``."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node: Any = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        nodes += [following for following, _ in node.next_functions]
-
-
-def tensors_of(function: Callable[..., object], *, deep: bool) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(thing: Any, *, deep: bool, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Tensors that a callable has, by name: of modules and objects, behind ``partial`` and bound methods.
 
-    Args:
-        function: a user's.
-        deep: also what functions read, their closures and globals, but for torch's own functions.
+    ``deep``: also what functions read, their closures and globals, but for torch's own functions. ``name`` is that of
+    ``thing`` itself, and ``seen`` has the ids of what was looked at before.
     """
-    yield from _found(function, "", set(), deep=deep)
-
-
-def _found(thing: Any, name: str, seen: set[int], *, deep: bool) -> Iterator[tuple[str, Tensor]]:
+    seen = set() if seen is None else seen
     if id(thing) in seen:
         return
     seen.add(id(thing))
     if isinstance(thing, Tensor):
         yield name or "a tensor", thing
     for key, part in _parts(thing, deep=deep):
-        yield from _found(part, f"{name}.{key}" if name and key else name or key, seen, deep=deep)
+        yield from tensors_of(part, deep=deep, name=".".join(filter(None, (name, key))), seen=seen)
 
 
 def _parts(thing: Any, *, deep: bool) -> Iterator[tuple[str, Any]]:
@@ -55,7 +40,8 @@ def _parts(thing: Any, *, deep: bool) -> Iterator[tuple[str, Any]]:
         yield from (("", thing.__self__), ("", thing.__func__))
     elif isinstance(thing, types.FunctionType):
         if deep and not thing.__module__.startswith("torch"):
-            yield from _values(dict(zip(thing.__code__.co_freevars, _cells(thing), strict=True)))
+            cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
+            yield from _values({name: cell.cell_contents for name, cell in cells if cell != _UNSET})
             yield from _values({n: thing.__globals__.get(n) for n in thing.__code__.co_names})
     elif isinstance(thing, list | tuple):
         yield from _values({str(index): part for index, part in enumerate(thing)})
@@ -71,13 +57,3 @@ def _values(parts: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
         holds = isinstance(part, Tensor | list | tuple | dict) or (callable(part) and not isinstance(part, type))
         if holds and not str(name).startswith("_"):
             yield str(name), part
-
-
-def _cells(function: types.FunctionType) -> list[Any]:
-    contents = []
-    for cell in function.__closure__ or ():
-        try:
-            contents.append(cell.cell_contents)
-        except ValueError:  # of a variable that is not set yet
-            contents.append(None)
-    return contents

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from pipeline.dni.dni import describe_form, training_window
 from pipeline.errors import PlanError
 from pipeline.messages.bundle import as_bundle, as_value, differentiable
+from pipeline.model.autograd_graph import leaves_of
 from pipeline.model.cut import Cut
 from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
 from pipeline.plan.plan import Plan
-from pipeline.run.holdings import leaves_of, tensors_of
+from pipeline.run.holdings import tensors_of
 from pipeline.wording import text_of
 
 __all__ = ["Trial", "check_learns", "try_loss", "with_loss"]
@@ -38,13 +39,7 @@ _ALONE = "give it back alone, and count right answers in correct()."
 
 @dataclass(frozen=True)
 class Trial:
-    """A loss that was tried.
-
-    Args:
-        loss: (output, labels) -> scalar.
-        output: [rows, ...] of the network, for batch 0.
-        labels: [rows, ...] of that batch.
-    """
+    """A loss (output, labels) -> scalar that was tried on the network's output [rows, ...] for batch 0."""
 
     loss: _Loss
     output: Tensor
@@ -52,19 +47,16 @@ class Trial:
 
     def error(self, rows: int) -> Exception | None:
         """What it raises for the first ``rows`` rows; None: nothing, or the output has other rows than the labels."""
-        if len(self.output) != len(self.labels):
-            return None
         try:
             with torch.no_grad():
                 self.loss(self.output[:rows].clone(), self.labels[:rows].clone())
         except Exception as error:
-            return error
+            return error if len(self.output) == len(self.labels) else None
         return None
 
     def needs_more(self, rows: int) -> str | None:
-        """Why the gradient of ``rows`` rows is not that of the same rows in the whole batch; None: it is, but for size.
-
-        None too where the output has other rows than the labels.
+        """Why the gradient of ``rows`` rows is not that of the same rows in the whole batch; None: it is, but for size,
+        or the output has other rows than the labels.
         """
         if rows >= len(self.labels) or len(self.output) != len(self.labels):
             return None
@@ -72,9 +64,8 @@ class Trial:
             return f"it does not take {rows} rows ({str(error).partition(chr(10))[0]})"
         whole, alone = self._gradient(len(self.labels))[:rows].flatten(), self._gradient(rows).flatten()
         sizes = torch.linalg.vector_norm(whole) * torch.linalg.vector_norm(alone)
-        if (whole * alone.conj()).sum().real < _SAME_DIRECTION * sizes:
-            return "what it says of a row depends on the other rows"
-        return None
+        depends = (whole * alone.conj()).sum().real < _SAME_DIRECTION * sizes
+        return "what it says of a row depends on the other rows" if depends else None
 
     def _gradient(self, rows: int) -> Tensor:
         leaf = self.output[:rows].detach().clone().requires_grad_()
@@ -85,39 +76,25 @@ class Trial:
 
 
 def check_learns(layers: Sequence[Layer], inputs: Tensor, outputs: Sequence[Any]) -> None:
-    """Refuse a model that no loss can teach. Runs the topmost layers, down to one that learns, in training mode.
-
-    Args:
-        layers: the whole model's.
-        inputs: [rows, ...] of batch 0.
-        outputs: of every layer.
-
-    Raises:
-        PlanError: no parameter requires a gradient, or the output does not depend on any that does.
-    """
+    """Refuse a model that no loss can teach. Runs the topmost layers, down to one that learns, in training mode."""
     if not any(parameter.requires_grad for layer in layers for parameter in layer.module.parameters()):
         raise PlanError(
             "the model has no parameter that requires a gradient, so nothing would be learned: leave some layers "
             "unfrozen (requires_grad_(True))."
         )
-    for index in reversed(range(len(layers))):
-        module, x = copy_of(layers[index].module).train(), outputs[index - 1] if index else inputs
+    for layer, x in zip(reversed(layers), reversed([inputs, *outputs[:-1]]), strict=True):
+        module = copy_of(layer.module).train()
         if _has_gradient(module, x, at_x=False):
             return
-        if not (index and differentiable(as_bundle(x)) and _has_gradient(module, x, at_x=True)):
+        if layer is layers[0] or not (differentiable(as_bundle(x)) and _has_gradient(module, x, at_x=True)):
             raise PlanError(
-                f"no gradient comes through layer {layers[index].name} to a parameter that requires one, so nothing "
-                "would be learned: look for detach(), no_grad() or whole numbers in its forward, or unfreeze layers."
+                f"no gradient comes through layer {layer.name} to a parameter that requires one, so nothing would be "
+                "learned: look for detach(), no_grad() or whole numbers in its forward, or unfreeze layers."
             )
 
 
 def try_loss(loss: _Loss, output: Tensor, labels: Tensor) -> Trial:
     """Try the loss with gradients, on copies: neither the tensors nor a loss that has a state are changed.
-
-    Args:
-        loss: (output, labels) -> scalar.
-        output: [rows, ...] of the network, for batch 0.
-        labels: [rows, ...] of that batch.
 
     Raises:
         PlanError: it does not take them, gives no number, one that is not finite, or one without a gradient; it has
@@ -128,13 +105,12 @@ def try_loss(loss: _Loss, output: Tensor, labels: Tensor) -> Trial:
         raise PlanError(f"the network gives {shapes}: only floating-point outputs have a gradient.")
     loss = _own_copy(loss)
     held = {name: (tensor, _version(tensor)) for name, tensor in tensors_of(loss, deep=True)}
-    leaf, given_labels = output.detach().clone().requires_grad_(), labels.clone()
-    given = leaf.clone()
+    leaf = output.detach().clone().requires_grad_()
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message="Using a target size")  # it would broadcast, and only warns
-            found: Any = loss(given, given_labels)
+            found: Any = loss(leaf.clone(), labels.clone())
     except Exception as error:
         raise PlanError(
             f"the loss does not take {shapes}: give labels of the shape it needs ({text_of(error)})."
@@ -147,20 +123,19 @@ def try_loss(loss: _Loss, output: Tensor, labels: Tensor) -> Trial:
 
 
 def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cut, ...], list[tuple[str, str, str]]]:
-    """The cuts, told whether the loss means whole batches only; and what is said of it.
-
-    Raises:
-        PlanError: microbatches that it does not take, or part of the rows for a DNI that needs it.
+    """The cuts, told whether the loss means whole batches only; and what is said of it. PlanError: what is asked for is
+    microbatches that it does not take, or a part of the rows for a DNI that needs whole batches.
     """
     says = []
-    rows = len(trial.labels) // plan.microbatches
-    if plan.microbatches > 1 and (error := trial.error(rows)) is not None:
-        raise PlanError(
-            f"the loss does not take the {rows} rows of a microbatch ({text_of(error)}): choose mode naive, or a loss "
-            "of any number of rows."
-        ) from error
-    if plan.microbatches > 1 and (why := trial.needs_more(rows)) is not None:
-        says.append(("loss", "by microbatch", f"{why}, so this is not the loss of whole batches"))
+    if plan.microbatches > 1:
+        rows = len(trial.labels) // plan.microbatches
+        if (error := trial.error(rows)) is not None:
+            raise PlanError(
+                f"the loss does not take the {rows} rows of a microbatch ({text_of(error)}): choose mode naive, or a "
+                "loss of any number of rows."
+            ) from error
+        if (why := trial.needs_more(rows)) is not None:
+            says.append(("loss", "by microbatch", f"{why}, so this is not the loss of whole batches"))
     models = [cut for cut in cuts if plan.unlocked and describe_form(cut, plan.dni)[0] == "loss_model"]
     least = min((training_window(cut, plan.dni, plan.seed).size for cut in models), default=len(trial.labels))
     if (why := trial.needs_more(least)) is None:
@@ -169,9 +144,6 @@ def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cu
         raise PlanError(f"dni.rows is {plan.dni.rows}, and the loss needs whole batches: {why}; leave dni.rows out.")
     says.append(("loss", "whole batches", f"the DNIs train on all rows: {why}"))
     return tuple(dataclasses.replace(cut, whole_batches=True) for cut in cuts), says
-
-
-# ------------------------------------------------------------------ what it gives
 
 
 def _no_number(found: Any) -> str | None:
@@ -217,21 +189,23 @@ def _has_gradient(module: nn.Module, x: Any, *, at_x: bool) -> bool:
     return any(each.requires_grad for each in as_bundle(output) if isinstance(each, Tensor))
 
 
-# ------------------------------------------------------------------ what it has of its own
-
-
 def _check_own(loss: _Loss, found: Tensor, leaf: Tensor, held: dict[str, tuple[Tensor, int]]) -> None:
-    names = {id(tensor): name for name, (tensor, _) in reversed(held.items())}
+    """Refuse a loss that learns, or keeps a state. ``held``: what it had before its call, with the versions of it."""
     trained = {id(t): t for _, t in tensors_of(loss, deep=False) if t.requires_grad and t.is_leaf}
     trained.update((id(tensor), tensor) for tensor in leaves_of(found) if tensor is not leaf)
     if trained:
+        names = {id(tensor): name for name, (tensor, _) in reversed(held.items())}
         said = ", ".join(f"{names.get(key, 'a tensor')} {list(tensor.shape)}" for key, tensor in trained.items())
         raise PlanError(
             f"the loss has something to learn of its own, {said}, which no stage trains or saves: make it part of the "
             "model's last layer, or freeze it (requires_grad_(False))."
         )
     after = dict(tensors_of(loss, deep=True))
-    changed = [name for name, (tensor, version) in held.items() if _changed(tensor, version, after.get(name))]
+    changed = [
+        name
+        for name, (tensor, version) in held.items()
+        if name in after and (after[name] is not tensor or _version(after[name]) != version)
+    ]
     if changed:
         raise PlanError(
             f"the loss changes a state of its own at every call, {', '.join(changed)}, which no stage keeps: make it "
@@ -248,7 +222,3 @@ def _own_copy(loss: _Loss) -> _Loss:
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _changed(before: Tensor, version: int, after: Tensor | None) -> bool:
-    return after is not None and (after is not before or _version(after) != version)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,6 @@ from pipeline.dni.dni import describe_form, target_every
 from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
 from pipeline.messages.bundle import TensorSpec, as_bundle, differentiable, specs_of
-from pipeline.messages.message import dense
 from pipeline.model.checkpointing import check_checkpointing
 from pipeline.model.cut import Cut
 from pipeline.model.partition import (
@@ -33,6 +33,7 @@ from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import CPU, DeviceChoice
 from pipeline.plan.goal import look_every
 from pipeline.plan.plan import DNIPlan, Plan
+from pipeline.run import reasons
 from pipeline.run.fingerprint import fingerprint, first_two
 from pipeline.run.loss_trial import Trial, check_learns, try_loss, with_loss
 from pipeline.run.resolved import Resolved
@@ -45,10 +46,6 @@ __all__ = ["Measure", "resolve", "stage_layers"]
 Measure = Callable[[Sequence[Layer], Sequence[Tensor]], list[float]]
 """(layers, what goes into each of them) -> seconds of forward and backward of each."""
 
-_AVERAGES = {
-    "gradients": "gradients are averaged before every step: as one process on the {0.replicas} batches of a step",
-    "weights": "weights are averaged every {0.average_every} steps, nobody waits for it, and at the end",
-}
 _QUALITY_EVERY = 20  # with unlock auto, where nobody says
 _FORMS_THAT_READ = {
     "hidden": ("mlp", "conv", "loss_model"),
@@ -73,8 +70,8 @@ def resolve(
         plan: the wish.
         measure: measures layers when the plan asks for a balance by time; without it layers count alike (the
             reference driver has no clock).
-        hosts: name of the host of every worker, those of replica 0 first; None: one host.
-        devices: where every worker computes (``choose_devices``); None: all on the CPU.
+        hosts: of every worker, those of replica 0 first; None: one host.
+        devices: of every worker (``choose_devices``); None: the CPU.
 
     Raises:
         PlanError: see ``check_plan``, ``check_batches``, ``check_chain``, ``check_ties``, ``check_learns``,
@@ -85,10 +82,7 @@ def resolve(
     hosts = hosts or ["this host"] * plan.workers
     devices = devices or DeviceChoice((CPU,) * plan.workers, "nothing else was looked for")
     channels = choose_channels(plan.channels, hosts, plan.replicas, devices.devices, devices.nccl)
-    if plan.evaluate_every is not None and recipe.evaluation is None:
-        raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
-    steps = plan.steps or recipe.steps
-    plan = _with_looks(recipe, plan, steps)
+    plan = _filled_in(recipe, plan)
     inputs, labels = check_batches(recipe, plan)
     if len(inputs) % plan.microbatches:
         raise PlanError(
@@ -111,49 +105,28 @@ def resolve(
     check_checkpointing(stages, plan, inputs)
     check_learns(layers, inputs, outputs)
     trial = try_loss(recipe.loss, outputs[-1], labels)
-    ends = [sum(sizes[: k + 1]) for k in range(plan.stages - 1)]
+    ends = list(accumulate(sizes[:-1]))
     _check_cuts(layers, ends, outputs, plan)
     cuts = tuple(
         _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, outputs[-1], recipe, plan)
         for k, end in enumerate(ends)
     )
     cuts, about_loss = with_loss(cuts, plan, trial)
-    reasons = [("split", " | ".join(map(str, sizes)), why + places_of_cuts(stages))]
-    reasons += evaluated_in_training(layers)
-    reasons.insert(0, ("mode", plan.mode, MODES[plan.mode].says))
-    reasons.append(("device", devices.says, devices.why))
-    if MODES[plan.mode].exact:
-        reasons += _rounded(layers, ends, outputs)
-    if plan.autocast is not None:
-        reasons.append(
-            ("autocast", plan.autocast, "layers compute in it where torch.autocast does; weights are float32")
-        )
-    if plan.emulate is not None:
-        reasons.append(("emulate", plan.emulate, "every stage sleeps so long instead of computing; nothing is learned"))
-    if plan.link is not None:
-        reasons.append(("link", plan.link, "every message is made late, as on such a link"))
-    if plan.compile:
-        reasons.append(("compile", "yes", "every stage by torch.compile, at its first batch"))
-    forms = [describe_form(cut, plan.dni) for cut in cuts] if plan.unlocked else []
-    if forms:
-        reasons.append(("DNI", *forms[0]))
-        reasons += _softening(cuts, plan, forms[0][0])
-    if plan.replicas > 1:
-        reasons.append(("replicas", str(plan.replicas), _AVERAGES[MODES[plan.mode].averages].format(plan)))
-    if plan.until is not None:
-        every = "batch" if plan.evaluate_every == 1 else f"{plan.evaluate_every:,} batches"
-        often = f"held-out data, looked at every {every}"
-        reasons.append(("until", str(plan.goal), f"{often}; {steps:,} batches at most"))
-    if cuts and (problems := list(_unread_options(plan, {form for form, _ in forms}))):
+    if problems := list(_unread_options(plan, cuts)):
         raise PlanError(*problems)
-    if plan.channel.wire_dtype is not None:
-        reasons.append(("wire", plan.channel.wire_dtype, "float32 is rounded on its way: half the bytes, not exact"))
-    held_out_batches = _count_held_out(recipe, (inputs, labels), trial)
-    if plan.unlock == "auto":
-        plan = dataclasses.replace(plan, quality_every=plan.quality_every or _QUALITY_EVERY)
-    reasons += [*about_loss, *_locking(plan)]
+    says = (
+        ("mode", plan.mode, MODES[plan.mode].says),
+        ("split", " | ".join(map(str, sizes)), why + places_of_cuts(stages)),
+        *evaluated_in_training(layers),
+        ("device", devices.says, devices.why),
+        *(reasons.of_rounding(layers, ends, outputs) if MODES[plan.mode].exact else ()),
+        *reasons.as_planned(plan),
+        *reasons.of_dnis(plan, cuts),
+        *reasons.of_updates(plan, about_loss),
+    )
+    dni = dataclasses.replace(plan.dni, every=target_every(cuts, plan.dni)) if plan.unlocked else plan.dni
     resolved = Resolved(
-        plan=dataclasses.replace(plan, steps=steps, sizes=sizes, cuts=None, dni=_with_every(plan, cuts)),
+        plan=dataclasses.replace(plan, sizes=sizes, cuts=None, dni=dni),
         layer_names=tuple(layer.name for layer in layers),
         layer_parameters=tuple(sum(p.numel() for p in layer.module.parameters()) for layer in layers),
         layer_bytes=tuple(sum(t.nbytes + 1 for t in layer.module.state_dict().values()) for layer in layers),
@@ -161,12 +134,12 @@ def resolve(
         cuts=cuts,
         batch_shape=tuple(inputs.shape),
         output_shape=tuple(outputs[-1].shape),
-        held_out_batches=held_out_batches,
+        held_out_batches=_count_held_out(recipe, (inputs, labels), trial),
         channels=channels,
         hosts=tuple(hosts),
         devices=devices.devices,
         nccl=devices.nccl,
-        reasons=tuple(reasons),
+        reasons=says,
         two_labels=first_two(labels),
     )
     built = tuple(fingerprint(recipe, resolved, index, stage) for index, stage in enumerate(stages))
@@ -179,61 +152,19 @@ def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
     return split(layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
 
 
-def _rounded(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Any]) -> Iterator[tuple[str, str, str]]:
-    """What is said of cuts behind which a locked stage computes on other strides than one process does."""
-    for k, end in enumerate(ends):
-        if any(dense(t).stride() != t.stride() for t in as_bundle(outputs[end - 1]) if t is not None):
-            what = f"layer {layers[end - 1].name} gives a slice or an expanded tensor, which travels dense"
-            yield f"cut {k}", "but for rounding", f"{what}: equal to one process up to the last bits"
-
-
-def _with_looks(recipe: Recipe, plan: Plan, steps: int) -> Plan:
-    """The plan with the batches between two looks at the held-out data filled in, where ``until`` needs them."""
-    if plan.goal is None:
-        return plan
-    if recipe.evaluation is None:
-        raise PlanError("until has no effect without held-out batches: leave it out, or give evaluation.")
-    if plan.goal.metric == "accuracy" and recipe.correct is None:
-        raise PlanError(f"until {plan.goal}: the recipe counts no right answers; give correct, or ask for a loss.")
-    return dataclasses.replace(plan, evaluate_every=plan.evaluate_every or look_every(steps))
-
-
-def _locking(plan: Plan) -> Iterator[tuple[str, str, str]]:
-    """What is said of the beginning of a run that is not unlocked from its first batch on."""
-    if plan.warmup_steps:
-        yield "warm-up", f"{plan.warmup_steps:,} batches", "locked, while the DNIs learn; nothing is updated from them"
-    if plan.unlock == "auto":
-        every, least = plan.quality_every, plan.unlock_cosine
-        yield (
-            "unlock",
-            "auto",
-            f"a stage unlocks at cosine {least:g} between its gradients, locks again below {least / 3:.2g}; "
-            f"every {every}th batch is looked at",
-        )
-
-
-def _softening(cuts: Sequence[Cut], plan: Plan, form: str) -> Iterator[tuple[str, str, str]]:
-    """What is said of the temperature of a loss model's predictions, where it is not 1.
-
-    Raises:
-        PlanError: one is given where none is read.
-    """
-    if form != "loss_model":
-        return
-    highest = max(temperature_for(cut, plan.dni.temperature) for cut in cuts)
-    if highest < (plan.dni.temperature or 1):
-        why = "with this loss: it softens torch's cross-entropy of one class per row; leave it out."
-        raise PlanError(NoEffect("dni.temperature", why))
-    if highest > 1:
-        where = "all cuts" if plan.dni.temperature else "the uppermost cut"
-        yield "softened", f"by {highest:g}", f"the DNI's temperature at {where}: a softer loss teaches sooner"
-
-
-def _with_every(plan: Plan, cuts: Sequence[Cut]) -> DNIPlan:
-    """The DNI's plan with how often a target flows filled in."""
-    if not plan.unlocked:
-        return plan.dni
-    return dataclasses.replace(plan.dni, every=target_every(cuts, plan.dni))
+def _filled_in(recipe: Recipe, plan: Plan) -> Plan:
+    """The plan with its length, and where they are needed the batches between two looks and two samples."""
+    if plan.evaluate_every is not None and recipe.evaluation is None:
+        raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
+    steps, every = plan.steps or recipe.steps, plan.evaluate_every
+    if plan.goal is not None:
+        if recipe.evaluation is None:
+            raise PlanError("until has no effect without held-out batches: leave it out, or give evaluation.")
+        if plan.goal.metric == "accuracy" and recipe.correct is None:
+            raise PlanError(f"until {plan.goal}: the recipe counts no right answers; give correct, or ask for a loss.")
+        every = every or look_every(steps)
+    samples = plan.quality_every or (_QUALITY_EVERY if plan.unlock == "auto" else None)
+    return dataclasses.replace(plan, steps=steps, evaluate_every=every, quality_every=samples)
 
 
 def _cut(
@@ -259,19 +190,23 @@ def _cut(
     )
 
 
-def _unread_options(plan: Plan, forms: set[str]) -> Iterator[str]:
+def _unread_options(plan: Plan, cuts: Sequence[Cut]) -> Iterator[str]:
     """Options of the DNI that are given and that nothing in this run reads."""
     given = {f.name for f in dataclasses.fields(DNIPlan) if getattr(plan.dni, f.name) != getattr(DNIPlan(), f.name)}
-    if MODES[plan.mode].gradient == "local":
+    if cuts and MODES[plan.mode].gradient == "local":
         for name in sorted(given - {"hidden", "lr"}):
             yield NoEffect(f"dni.{name}", f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
-    elif forms:
-        for name, readers in _FORMS_THAT_READ.items():
-            if name in given and not forms & set(readers):
-                yield NoEffect(
-                    f"dni.{name}",
-                    f"with the DNI form {' and '.join(sorted(forms))}: leave it out, or choose {' or '.join(readers)}.",
-                )
+    if not (cuts and plan.unlocked):
+        return
+    forms = {describe_form(cut, plan.dni)[0] for cut in cuts}
+    for name, readers in _FORMS_THAT_READ.items():
+        if name in given and not forms & set(readers):
+            remedy = f"leave it out, or choose {' or '.join(readers)}."
+            yield NoEffect(f"dni.{name}", f"with the DNI form {' and '.join(sorted(forms))}: {remedy}")
+    highest = max(temperature_for(cut, plan.dni.temperature) for cut in cuts)
+    if forms == {"loss_model"} and highest < (plan.dni.temperature or 1):
+        why = "with this loss: it softens torch's cross-entropy of one class per row; leave it out."
+        yield NoEffect("dni.temperature", why)
 
 
 def _check_cuts(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Any], plan: Plan) -> None:
@@ -311,19 +246,18 @@ def _count_held_out(recipe: Recipe, first: Batch, trial: Trial) -> int:
                     f"evaluation batch {count - 1} has {rows} rows, which the loss does not take ({error}): leave it "
                     "out, or take a loss of any number of rows."
                 ) from error
-            sizes.add(len(labels))
+            sizes.add(rows)
     if not count:
         raise PlanError("evaluation() gives no batch: give held-out batches (inputs, labels), or leave evaluation out.")
     return count
 
 
 def _check_held_out(index: int, inputs: Tensor, labels: Tensor, first: Batch) -> None:
-    rows = len(first[0])
-    fits = inputs.shape[1:] == first[0].shape[1:] and inputs.dtype == first[0].dtype
-    if not fits or len(inputs) != len(labels) or not 0 < len(inputs) <= rows or labels.nbytes > first[1].nbytes:
+    x, y = first
+    fits = inputs.shape[1:] == x.shape[1:] and inputs.dtype == x.dtype and labels.nbytes <= y.nbytes
+    if not fits or len(inputs) != len(labels) or not 0 < len(inputs) <= len(x):
         raise PlanError(
             f"evaluation batch {index} has inputs {list(inputs.shape)} {inputs.dtype} and labels "
-            f"{list(labels.shape)} {labels.dtype}: it needs 1 to {rows} rows, the inputs {first[0].dtype} of shape "
-            f"{list(first[0].shape[1:])}, the labels no larger than in training, {list(first[1].shape)} "
-            f"{first[1].dtype}."
+            f"{list(labels.shape)} {labels.dtype}: it needs 1 to {len(x)} rows, the inputs {x.dtype} of shape "
+            f"{list(x.shape[1:])}, the labels no larger than in training, {list(y.shape)} {y.dtype}."
         )

@@ -18,19 +18,18 @@ class Resolved:
     """A run without open questions.
 
     Attributes:
-        plan: the plan with ``steps``, ``sizes`` and ``dni.every`` filled in, where needed
-            ``evaluate_every`` and ``quality_every`` too.
+        plan: with ``steps``, ``sizes``, ``dni.every``, and where needed ``evaluate_every`` and ``quality_every``.
         layer_names: of the whole network, in order.
         layer_parameters: number of parameters of each layer.
         layer_bytes: of each layer's parameters and buffers, and one more for each of them.
         layer_seconds: measured cost of each layer, or None when the plan fixed the sizes.
-        cuts: what is known at each cut; no loss inside, see ``cut``.
+        cuts: what is known at each cut.
         batch_shape: shape of the inputs of a batch.
         output_shape: shape of the network's output for it.
         held_out_batches: batches of one evaluation pass.
         channels: what carries each cut, those of replica 0 first.
-        hosts: name of the host of every worker, those of replica 0 first.
-        devices: where every worker computes, in the same order.
+        hosts: of every worker, those of replica 0 first.
+        devices: of every worker.
         nccl: whether torch has NCCL.
         reasons: (what was decided, value, why), for the first screen.
         two_labels: those of the first rows of batch 0, for ``fingerprint``.

@@ -52,22 +52,18 @@ def sketch_of(tensor: Tensor, computed: bool = False) -> Sketch:
 
 
 def differences(expected: Mapping[str, Sketch], built: Mapping[str, Sketch]) -> Iterator[str]:
-    """Where what a stage has built differs from what is expected of it, one clause each.
+    """Where what a worker has built differs from what this process expects of it, one clause each.
 
     What layers and loss give is only told where all that they were given is the same.
-
-    Args:
-        expected: the stage's sketches as this process made them.
-        built: as its worker made them.
     """
     told = False
-    for name in [*expected, *(name for name in built if name not in expected)]:
+    for name in dict.fromkeys([*expected, *built]):
         here, there = expected.get(name), built.get(name)
-        if here == there or ((here or there or Sketch("")).computed and (told or here is None or there is None)):
-            continue
         if here is None or there is None or here.kind != there.kind:
+            if ((here or there or Sketch("")).computed) and (told or here is None or there is None):
+                continue
             yield f"{name} is {_kind(here)} here, {_kind(there)} in the worker"
-        elif _alike(here, there):
+        elif _alike(here, there) or (here.computed and told):
             continue
         elif here.kind.startswith("[] ") and not here.digest:
             yield f"{name} is {here.total:.6g} here, {there.total:.6g} in the worker"
