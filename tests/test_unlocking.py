@@ -299,7 +299,7 @@ def test_a_dni_that_goes_bad_locks_its_stage_again() -> None:
     mine = [switch for switch in result.switches if switch.stage == 1]
     assert [switch.locked for switch in mine[:2]] == [False, True]
     assert mine[1].cosine is not None
-    assert mine[1].cosine < 0
+    assert mine[1].cosine < 0.2 / 3, "of the last three samples, of which the first may be from before"
 
 
 class _TurnsRound(torch.nn.Module):
