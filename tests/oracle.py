@@ -47,3 +47,27 @@ def assert_same(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
     assert mine.keys() == truth.keys()
     for name, tensor in truth.items():
         torch.testing.assert_close(mine[name], tensor, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def flat(state: object, name: str = "") -> dict[str, object]:
+    """The leaves of a state (``pipeline.state``) by where they are."""
+    if isinstance(state, dict):
+        items = [(f"{name}/{key}", value) for key, value in state.items()]
+    elif isinstance(state, list):
+        items = [(f"{name}/{place}", value) for place, value in enumerate(state)]
+    else:
+        return {name: state}
+    return {path: leaf for where, value in items for path, leaf in flat(value, where).items()}
+
+
+def assert_same_state(mine: object, truth: object) -> None:
+    """Two states have the same leaves: tensors bit for bit, numbers that are no numbers too."""
+    one, other = flat(mine), flat(truth)
+    assert one.keys() ^ other.keys() == set()
+    for name, value in other.items():
+        assert type(one[name]) is type(value), name
+        if isinstance(value, Tensor):
+            message = f"{name} differs"
+            torch.testing.assert_close(one[name], value, rtol=0, atol=0, equal_nan=True, msg=message)
+        else:
+            assert one[name] == value, name

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.messages.bundle import Bundle, Item
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.device_choice import CPU
 from pipeline.plan.topology import Edge
@@ -135,11 +136,17 @@ class Workbench:
     stack: ExitStack
 
     def edge(
-        self, slots: int = 3, slot_bytes: int = 1 << 16, wire_dtype: torch.dtype | None = None, label: str = LABEL
+        self,
+        slots: int = 3,
+        slot_bytes: int = 1 << 16,
+        wire_dtype: torch.dtype | None = None,
+        label: str = LABEL,
+        generation: int = 0,
     ) -> Ground:
         how, name = CHANNELS[self.kind], f"{new_prefix()}-a0"
         devices = how.device, how.other or how.device
-        edge = ChannelSpec(Edge(0, 1, "activations", 0), how.kind, name, label, slots, slot_bytes, wire_dtype, *devices)
+        between = Edge(0, 1, "activations", 0)
+        edge = ChannelSpec(between, how.kind, name, label, slots, slot_bytes, wire_dtype, *devices, generation)
         return self.stack.enter_context(how.ground(edge))
 
     def ends(
@@ -148,8 +155,9 @@ class Workbench:
         slot_bytes: int = 1 << 16,
         bells: Bells = NO_BELLS,
         wire_dtype: torch.dtype | None = None,
+        generation: int = 0,
     ) -> tuple[Sender, Receiver]:
-        ground = self.edge(slots, slot_bytes, wire_dtype)
+        ground = self.edge(slots, slot_bytes, wire_dtype, generation=generation)
         with ThreadPoolExecutor(1) as pool:  # each end may wait for the other
             receiver = pool.submit(ground.receiver, bells)
             sender = self.stack.enter_context(ground.sender(bells))
@@ -178,16 +186,13 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Workbench]:
 
 
 def numbered(batch: int, *tensors: Tensor) -> Message:
-    return Message(Kind.ACTIVATION, batch, 0, tensors or (torch.full((4,), float(batch)),))
+    return Message(Kind.ACTIVATION, Item(batch), 0, tensors or (torch.full((4,), float(batch)),))
 
 
 def assert_same(one: Message, other: Message) -> None:
-    assert (one.kind, one.batch, one.stage, one.generation) == (
-        other.kind,
-        other.batch,
-        other.stage,
-        other.generation,
-    )
+    assert (one.kind, one.item, one.stage) == (other.kind, other.item, other.stage)
+    assert [len(one.payload), len(one.context)] == [len(other.payload), len(other.context)]
+    assert [t is None for t in one.payload] == [t is None for t in other.payload]
     assert [t.dtype for t in one.tensors] == [t.dtype for t in other.tensors]
     assert [t.shape for t in one.tensors] == [t.shape for t in other.tensors]
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(one.tensors, other.tensors, strict=True))
@@ -215,7 +220,7 @@ def test_an_empty_channel_gives_nothing_at_once(bench: Workbench) -> None:
     assert receiver.depth() == 0
 
 
-PAYLOADS = {
+PAYLOADS: dict[str, Bundle] = {
     "none": (),
     "0-dim": (torch.tensor(3.5),),
     "empty": (torch.empty(0, 7), torch.empty(3, 0, dtype=torch.int64)),
@@ -237,13 +242,14 @@ PAYLOADS = {
     "not contiguous": (torch.arange(12.0).view(3, 4).t(),),
     "many dimensions": (torch.randn(2, 1, 3, 1, 2),),
     "part of a graph": (torch.ones(3, requires_grad=True) * 2,),
+    "a place without one": (torch.ones(2), None, torch.arange(3)),
 }
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_every_payload_arrives_equal(bench: Workbench, name: str) -> None:
     sender, receiver = bench.ends()
-    message = Message(Kind.GRADIENT, 2**40, 7, PAYLOADS[name], generation=9)
+    message = Message(Kind.GRADIENT, Item(2**40), 7, PAYLOADS[name], PAYLOADS[name][:1])
     for _ in range(4):  # slots are used again
         sender.send(message, DEADLINE_S)
         arrived = receiver.take_within(DEADLINE_S)
@@ -255,7 +261,7 @@ def test_shapes_kinds_and_dtypes_may_change_from_message_to_message(bench: Workb
     sender, receiver = bench.ends(slots=2)
     payloads = list(PAYLOADS.values())
     for batch in range(4 * len(payloads)):
-        message = Message(Kind(1 + batch % 5), batch, 1, payloads[batch // 3 % len(payloads)])
+        message = Message(Kind(1 + batch % 5), Item(batch), 1, payloads[batch // 3 % len(payloads)])
         sender.send(message, DEADLINE_S)
         assert_same(receiver.take_within(DEADLINE_S), message)
 
@@ -509,7 +515,7 @@ def _echo_and_hang(there: Ground, back: Ground, count: int) -> None:
 @pytest.mark.processes
 def test_a_spawned_process_attaches_by_name_and_when_it_is_killed_waits_end_in_time(bench: Workbench) -> None:
     there, back = bench.edge(slots=2), bench.edge(slots=2, label="gradients 1->0")
-    messages = [Message(Kind.ACTIVATION, batch, 0, payload) for batch, payload in enumerate(PAYLOADS.values())]
+    messages = [Message(Kind.ACTIVATION, Item(batch), 0, payload) for batch, payload in enumerate(PAYLOADS.values())]
     process = bench.process(_echo_and_hang, there, back, len(messages))
     with there.sender() as there_end, back.receiver() as back_end:
         for message in messages:
@@ -596,7 +602,7 @@ def _exchange(sender: Sender, receiver: Receiver, count: int) -> None:
 def test_the_end_of_a_run_travels_like_any_message_and_the_sender_may_close_behind_it(bench: Workbench) -> None:
     sender, receiver = bench.ends()
     sender.send(numbered(0), DEADLINE_S)
-    sender.send(Message(Kind.END, 1, 0), DEADLINE_S)
+    sender.send(Message(Kind.END, Item(1), 0), DEADLINE_S)
     sender.close()
     assert [receiver.take_within(DEADLINE_S).kind for _ in range(2)] == [Kind.ACTIVATION, Kind.END]
     with pytest.raises(ChannelClosed):
@@ -618,15 +624,27 @@ def test_a_full_channel_closes_and_keeps_what_was_sent(bench: Workbench) -> None
         receiver.take()
 
 
-def test_a_wire_dtype_rounds_the_first_tensor_and_leaves_labels_alone(bench: Workbench) -> None:
+def test_a_wire_dtype_rounds_the_payload_and_leaves_the_context_alone(bench: Workbench) -> None:
     sender, receiver = bench.ends(slots=2, slot_bytes=320, wire_dtype=torch.bfloat16)
     h, labels = torch.randn(3, 32), torch.randn(3)  # in float32 they take 512 bytes
     for batch in range(5):
-        message = numbered(batch, h + batch, labels)
+        message = Message(Kind.ACTIVATION, Item(batch), 0, (h + batch, None), (labels,))
         sender.send(message, DEADLINE_S)
         arrived = receiver.take_within(DEADLINE_S)
-        assert_same(arrived, numbered(batch, (h + batch).bfloat16().float(), labels))
+        assert_same(arrived, replace(message, payload=((h + batch).bfloat16().float(), None)))
     for payload in ((torch.randn(4).bfloat16(), labels), (torch.randn(4).double(),), (torch.tensor([3]),), ()):
-        message = Message(Kind.GRADIENT, 9, 1, payload)
+        message = Message(Kind.GRADIENT, Item(9), 1, payload)
         sender.send(message, DEADLINE_S)
         assert_same(receiver.take_within(DEADLINE_S), message)
+
+
+def test_an_end_of_another_generation_is_told_from_one_of_this(bench: Workbench) -> None:
+    """What a worker from before a restart still sends must not be taken for a message of the new ones."""
+    sender, receiver = bench.ends(generation=2)
+    sender.send(replace(numbered(0), generation=7), DEADLINE_S)
+    assert receiver.take_within(DEADLINE_S).generation == 2, "the end that sends says which it is of"
+    sender.generation = 1
+    sender.send(numbered(5), DEADLINE_S)
+    said = r"activations 0->1: got a message of generation 1 \(batch 5\), and this end is of generation 2"
+    with pytest.raises(ChannelBroken, match=said):
+        receiver.receive(DEADLINE_S)

@@ -71,7 +71,7 @@ def test_every_form_that_fits_a_convolutional_cut_learns(small: Recipe, dni: DNI
 
 def test_what_auto_takes_for_a_convolutional_cut(small: Recipe) -> None:
     resolved = resolve(small, Plan(stages=4))
-    assert [cut.activation_shape for cut in resolved.cuts] == [(32, 4, 8, 8), (32, 8, 4, 4), (32, 16, 2, 2)]
+    assert [cut.activation.shape for cut in resolved.cuts] == [(32, 4, 8, 8), (32, 8, 4, 4), (32, 16, 2, 2)]
     assert {what: value for what, value, _ in resolved.reasons}["DNI"] == "loss_model"
 
 

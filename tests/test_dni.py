@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cuts import changed, cut_like
+from oracle import assert_same_state
 from torch import Tensor, nn
 
 from pipeline.dni.dni import DNI, _Adam, build_dni, describe_form, target_every
@@ -21,28 +24,18 @@ from pipeline.plan.plan import DNIPlan
 
 ROWS, WIDTH, CLASSES = 32, 12, 5
 
-CLASSIFIER = Cut(
-    index=1,
-    activation_shape=(ROWS, WIDTH),
-    activation_dtype=torch.float32,
-    label_shape=(ROWS,),
-    label_dtype=torch.int64,
-    output_shape=(ROWS, CLASSES),
-    loss=F.cross_entropy,
-)
-REGRESSION = replace(
-    CLASSIFIER, label_shape=(ROWS, 3), label_dtype=torch.float32, output_shape=(ROWS, 3), loss=F.mse_loss
-)
-TOKENS = replace(
+CLASSIFIER = cut_like((ROWS, WIDTH), (ROWS,), (ROWS, CLASSES), index=1)
+REGRESSION = cut_like((ROWS, WIDTH), (ROWS, 3), (ROWS, 3), labels_dtype=torch.float32, loss=F.mse_loss, index=1)
+TOKENS = changed(
     CLASSIFIER,
-    activation_shape=(8, 6, WIDTH),
-    label_shape=(8, 6),
-    output_shape=(8, 6, CLASSES),
+    activation=(8, 6, WIDTH),
+    labels=(8, 6),
+    output=(8, 6, CLASSES),
     loss=lambda output, labels: F.cross_entropy(output.flatten(0, 1), labels.flatten()),
 )
-IMAGES = replace(CLASSIFIER, activation_shape=(ROWS, 3, 6, 6))
-MANY_CLASSES = replace(CLASSIFIER, output_shape=(ROWS, 3 * ROWS))
-PIXELS = replace(IMAGES, label_shape=(ROWS, 12, 12), output_shape=(ROWS, CLASSES, 12, 12))
+IMAGES = changed(CLASSIFIER, activation=(ROWS, 3, 6, 6))
+MANY_CLASSES = changed(CLASSIFIER, output=(ROWS, 3 * ROWS))
+PIXELS = changed(IMAGES, labels=(ROWS, 12, 12), output=(ROWS, CLASSES, 12, 12))
 NORMALISED = [replace(cut, normalised=True) for cut in (CLASSIFIER, REGRESSION, TOKENS)]
 """Here the head of a loss model is a linear layer and nothing else."""
 
@@ -55,23 +48,24 @@ def problem(cut: Cut, scale: float = 1.0, learned: bool = False) -> Batches:
     ``learned``: the top gives nearly what the labels ask for; else it is drawn at random.
     """
     generator = torch.Generator().manual_seed(0)
-    rowwise = cut.activation_shape[:-1] == cut.output_shape[:-1]
-    width = cut.activation_shape[-1] if rowwise else torch.Size(cut.activation_shape[1:]).numel()
-    num_outputs = cut.output_shape[-1] if rowwise else torch.Size(cut.output_shape[1:]).numel()
+    shape, output_shape = cut.activation.shape, cut.output.shape
+    rowwise = shape[:-1] == output_shape[:-1]
+    width = shape[-1] if rowwise else torch.Size(shape[1:]).numel()
+    num_outputs = output_shape[-1] if rowwise else torch.Size(output_shape[1:]).numel()
     top = torch.randn(width, num_outputs, generator=generator) / width**0.5
     rule = torch.randn(width, num_outputs, generator=generator) * 2
     if learned:
         top = rule / (2 * width**0.5)
 
     def batch() -> tuple[Tensor, Tensor, Tensor]:
-        h = torch.randn(cut.activation_shape, generator=generator, dtype=cut.activation_dtype).requires_grad_()
+        h = torch.randn(shape, generator=generator, dtype=cut.activation.dtype).requires_grad_()
         flat = (h if rowwise else h.flatten(1)).float()
-        right = (flat.detach() @ rule).reshape(cut.output_shape)
+        right = (flat.detach() @ rule).reshape(output_shape)
         if cut.classes is not None:
-            labels = right.argmax(1 if cut.output_shape[:-1] != cut.label_shape else -1)
+            labels = right.argmax(1 if output_shape[:-1] != cut.labels.shape else -1)
         else:
             labels = right / width**0.5
-        (g,) = torch.autograd.grad(scale * cut.loss((flat @ top).reshape(cut.output_shape), labels), h)
+        (g,) = torch.autograd.grad(scale * cut.loss((flat @ top).reshape(output_shape), labels), h)
         return h.detach(), labels, g
 
     return batch
@@ -172,7 +166,7 @@ def test_predictions_are_clipped_to_sigma() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_predictions_have_the_dtype_of_the_activation(dtype: torch.dtype) -> None:
-    cut = replace(CLASSIFIER, activation_dtype=dtype)
+    cut = changed(CLASSIFIER, dtype=dtype)
     dni, (h, labels, g) = build_dni(cut, DNIPlan(), seed=0), problem(cut)()
     dni.learn(h, labels, g, batch=0)
     prediction = dni.predict(h.requires_grad_(), labels)
@@ -301,7 +295,7 @@ def test_the_slope_of_the_loss_is_that_of_autograd(loss: Any, closed: bool, igno
 
 def test_labels_that_are_bytes_are_left_to_autograd() -> None:
     """cross_entropy takes them, a closed form with them as indices would not."""
-    assert _slope_of(replace(NORMALISED[0], label_dtype=torch.uint8)) is not _cross_entropy_slope
+    assert _slope_of(changed(NORMALISED[0], labels_dtype=torch.uint8)) is not _cross_entropy_slope
 
 
 @pytest.mark.parametrize("cut", [CLASSIFIER, NORMALISED[0], IMAGES])
@@ -370,8 +364,8 @@ def test_a_loss_that_is_not_finite_is_found_by_a_loss_model_too() -> None:
 
 def test_a_loss_model_reads_a_single_feature() -> None:
     """Normalised over itself it would be a constant, without a gradient."""
-    dni, _ = trained(replace(REGRESSION, activation_shape=(ROWS, 1)), 20, form="loss_model")
-    h, labels, _ = problem(replace(REGRESSION, activation_shape=(ROWS, 1)))()
+    dni, _ = trained(changed(REGRESSION, activation=(ROWS, 1)), 20, form="loss_model")
+    h, labels, _ = problem(changed(REGRESSION, activation=(ROWS, 1)))()
     assert dni.predict(h, labels).any()
 
 
@@ -534,7 +528,7 @@ def test_a_users_module_may_give_the_activation_itself() -> None:
 
 @pytest.mark.parametrize(("form", "samples"), [("label_residual", 2), ("loss_model", 2)])
 def test_the_cheap_forms_train_on_some_rows_only(form: str, samples: int) -> None:
-    cut = replace(TOKENS, activation_shape=(32, 64, 4), label_shape=(32, 64), output_shape=(32, 64, CLASSES))
+    cut = changed(TOKENS, activation=(32, 64, 4), labels=(32, 64), output=(32, 64, CLASSES))
     dni, seen = build_dni(cut, DNIPlan(form=form), seed=0), []
     gradients = dni.form.gradients
     dni.form.gradients = lambda h, *rest: (seen.append(h.shape), gradients(h, *rest))[1]
@@ -566,7 +560,7 @@ def test_same_seed_same_numbers_and_the_global_generator_is_untouched(form: str)
     torch.manual_seed(2)
     two, same_errors = trained(CLASSIFIER, 5, form=form, rows=0.5)
     assert errors == same_errors
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert_same_state(one.state(), two.state())
 
 
 def test_cuts_and_seeds_start_from_different_weights() -> None:
@@ -577,13 +571,27 @@ def test_cuts_and_seeds_start_from_different_weights() -> None:
     assert len(firsts) == 3
 
 
-def test_state_dict_carries_on() -> None:
-    one, _ = trained(CLASSIFIER, 20)
-    two = build_dni(CLASSIFIER, DNIPlan(), seed=7)
-    two.load_state_dict(one.state_dict())
-    h, labels, _ = problem(CLASSIFIER)()
-    assert torch.equal(two.predict(h, labels), one.predict(h, labels))
-    assert all(isinstance(value, Tensor) for value in one.state_dict().values())
+@pytest.mark.parametrize("form", ["linear", "mlp", "label_residual", "loss_model"])
+def test_what_takes_up_a_state_predicts_and_learns_as_the_first_would_have(form: str) -> None:
+    """Weights alone would not do: sigma, the number of targets and the optimizers' moments belong to it."""
+    one, _ = trained(CLASSIFIER, 20, form=form)
+    two = build_dni(CLASSIFIER, DNIPlan(form=form), seed=0)
+    two.load_state(one.state())
+    batch = problem(CLASSIFIER)
+    for index in range(20, 25):
+        h, labels, g = batch()
+        assert torch.equal(two.meet(h, labels, index), one.meet(h, labels, index))
+        assert two.learn(h, labels, g, index) is one.learn(h, labels, g, index) is True
+    assert_same_state(two.state(), one.state())
+
+
+def test_a_state_is_a_copy() -> None:
+    dni, _ = trained(CLASSIFIER, 3)
+    kept, (h, labels, g) = dni.state(), problem(CLASSIFIER)()
+    before = copy.deepcopy(kept)
+    dni.meet(h, labels, batch=3)
+    dni.learn(h, labels, g, batch=3)
+    assert_same_state(kept, before)
 
 
 # What it refuses
@@ -592,12 +600,12 @@ def test_state_dict_carries_on() -> None:
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_target_that_is_not_finite_raises_and_changes_nothing(poison: float) -> None:
     dni, _ = trained(CLASSIFIER, 3)
-    before = {name: value.clone() for name, value in dni.state_dict().items()}
+    before = dni.state()
     h, labels, g = problem(CLASSIFIER)()
     g[0, 0] = poison
     with pytest.raises(FloatingPointError, match="cut 1, after 3 targets, got a target for batch 9 that is"):
         dni.learn(h, labels, g, batch=9)
-    assert all(torch.equal(value, before[name]) for name, value in dni.state_dict().items())
+    assert_same_state(dni.state(), before)
 
 
 def test_a_prediction_that_is_not_finite_raises() -> None:
@@ -628,7 +636,7 @@ def test_a_prediction_that_is_not_finite_raises() -> None:
         (PIXELS, "conv", "labels [32, 12, 12] torch.int64 are not one class per sample; choose loss_model."),
         (CLASSIFIER, "linaer", "unknown DNI form 'linaer'; did you mean 'linear'?"),
         (
-            replace(CLASSIFIER, activation_dtype=torch.int64),
+            changed(CLASSIFIER, dtype=torch.int64),
             "linear",
             "the activation at cut 1 is torch.int64: only floating-point numbers have a gradient",
         ),

@@ -33,6 +33,7 @@ from launch.show.console import Console
 from launch.training import run
 from pipeline import ChannelPlan, Plan, Recipe, run_reference
 from pipeline.data.recipe import build_model
+from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message
 from pipeline.metrics.spans import Span, Spans
 from pipeline.plan.topology import Edge
@@ -266,7 +267,8 @@ def test_tensors_of_the_gpu_arrive_there_in_order_and_may_be_changed_at_once(kin
         tensor = torch.empty(50_000, device=GPU)
         for batch in range(50):
             tensor.fill_(batch)
-            sender.send(Message(Kind.ACTIVATION, batch, 0, (tensor, torch.tensor([batch], device=GPU))), DEADLINE_S)
+            payload = tensor, torch.tensor([batch], device=GPU)
+            sender.send(Message(Kind.ACTIVATION, Item(batch), 0, payload), DEADLINE_S)
             tensor.fill_(-1)
             arrived = receiver.take_within(DEADLINE_S)
             assert arrived.batch == batch
@@ -279,7 +281,7 @@ def test_tensors_of_the_gpu_arrive_there_in_order_and_may_be_changed_at_once(kin
 def test_a_narrowed_message_is_float32_again_on_the_gpu(kind: str) -> None:
     with ends(kind, 1 << 16, torch.bfloat16) as (sender, receiver):
         h = torch.randn(64, 100, device=GPU)
-        sender.send(Message(Kind.GRADIENT, 0, 0, (h,)), DEADLINE_S)
+        sender.send(Message(Kind.GRADIENT, Item(0), 0, (h,)), DEADLINE_S)
         (arrived,) = receiver.take_within(DEADLINE_S).tensors
         assert torch.equal(arrived, h.bfloat16().float())
 
@@ -298,7 +300,8 @@ def test_gloo_carries_tensors_of_the_gpu_through_pinned_memory() -> None:
         receiver = other.result(DEADLINE_S)
         stack.callback(lambda: list(pool.map(lambda end: end.close(), (sender, receiver))))
         for batch in range(20):
-            sender.send(Message(Kind.ACTIVATION, batch, 0, (torch.full((9_999,), batch, device=GPU),)), DEADLINE_S)
+            payload = (torch.full((9_999,), batch, device=GPU),)
+            sender.send(Message(Kind.ACTIVATION, Item(batch), 0, payload), DEADLINE_S)
             (arrived,) = receiver.take_within(DEADLINE_S).tensors
             assert (arrived.device.type, arrived.unique().tolist()) == ("cuda", [batch])
 
@@ -312,7 +315,7 @@ def test_a_message_is_received_beside_the_computing_and_the_spans_show_it(kind: 
     record = GpuSpanRecorder(0, board, tmp_path / "spans.npy", CudaMarks(GPU))
     matrix = torch.randn(8192, 8192, device=GPU)
     with ends(kind, size + 4096) as (sender, receiver):
-        message = Message(Kind.ACTIVATION, 0, 0, (torch.ones(size // 4, device=GPU),))
+        message = Message(Kind.ACTIVATION, Item(0), 0, (torch.ones(size // 4, device=GPU),))
         for batch in range(6):  # the first two warm up
             sender.send(message, DEADLINE_S)
             while receiver.depth() == 0 or not _posted(receiver):
@@ -439,7 +442,7 @@ def test_messages_over_nccl_arrive_in_order_and_what_was_sent_may_be_changed_at_
             tensor = torch.empty(max(sizes), device=GPU)
             for batch, size in enumerate(sizes):
                 tensor[:size] = batch
-                sender.send(Message(Kind.ACTIVATION, batch, 0, (tensor[:size],)), DEADLINE_S)
+                sender.send(Message(Kind.ACTIVATION, Item(batch), 0, (tensor[:size],)), DEADLINE_S)
                 tensor.fill_(-1)
 
         sending = pool.submit(send)

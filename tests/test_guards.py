@@ -26,7 +26,7 @@ from launch.training import run
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe, StageError, run_reference
 from pipeline.data.recipe import build_model
 from pipeline.dni.dni import DNI
-from pipeline.model.cut import Cut
+from pipeline.messages.bundle import Item, present
 from pipeline.model.optimizers import build_optimizer
 from pipeline.model.partition import Layer, layers_of, split
 from pipeline.plan.check import check_plan
@@ -35,6 +35,7 @@ from pipeline.seeding import seed_layer
 from pipeline.stage.divergence import Guard
 from pipeline.stage.stage import Stage
 from tests import problems
+from tests.cuts import cut_like
 from tests.oracle import assert_same
 from workers.errors import RunFailed
 
@@ -116,12 +117,12 @@ def test_the_weights_are_those_before_the_batch_that_broke() -> None:
     stage = Stage(layers_of(build_model(recipe, 0)), 0, resolved.plan, recipe)
     for batch in range(5):
         x, labels = recipe.batch(batch)
-        stage.forward(batch, x, labels)
+        stage.forward(Item(batch), (x,), (labels,))
         if batch < 4:
-            stage.backward(batch, None)
+            stage.backward(Item(batch), None)
             stage.step(batch)
     with pytest.raises(StageError, match=r"stage 0, layer 2, batch 4: .*nothing was stepped"):
-        stage.backward(4, None)
+        stage.backward(Item(4), None)
     assert_same({name: tensor.detach() for name, tensor in stage.state_tensors().items()}, truth)
 
 
@@ -139,22 +140,22 @@ def test_inputs_that_are_not_finite_are_not_blamed_on_a_layer() -> None:
 def test_half_precision_is_summed_in_single_precision() -> None:
     """The sum of these would be infinite in half precision, and none of them is."""
     guard = Guard(Plan(), 0, [])
-    guard.activation(0, 0, torch.ones(4), torch.full((64, 64), 1e4, dtype=torch.float16))
+    guard.activation(0, 0, (torch.ones(4),), (torch.full((64, 64), 1e4, dtype=torch.float16),))
     with pytest.raises(StageError, match="stage 0, batch 1: FloatingPointError: the output is not finite"):
-        guard.activation(1, 1, torch.ones(4), torch.full((2, 2), math.inf, dtype=torch.float16))
+        guard.activation(1, 1, (torch.ones(4),), (torch.full((2, 2), math.inf, dtype=torch.float16),))
 
 
 def test_a_layer_without_biases_is_looked_at_by_its_first_weight() -> None:
     model = nn.Linear(3, 2, bias=False)
     guard = Guard(Plan(), 0, [Layer(0, "0", model)])
     model.weight.grad = torch.ones(2, 3)
-    guard.gradients(0, torch.ones(3))
+    guard.gradients(0, (torch.ones(3),))
     model.weight.grad[1, 1] = math.nan
     with pytest.raises(StageError, match=r"layer 0, batch 1: .*the gradient of 0\.weight is not finite"):
-        guard.gradients(1, None)
+        guard.gradients(1, (None,))
     model.weight.grad = None
     with pytest.raises(StageError, match=r"stage 0, batch 2: .*the gradient for the stage below is not finite"):
-        guard.gradients(2, torch.full((3,), math.nan))
+        guard.gradients(2, (None, torch.full((3,), math.nan)))
 
 
 @pytest.mark.processes
@@ -214,12 +215,12 @@ def test_a_loss_that_explodes_at_once_does_not_wait_for_an_average() -> None:
 def test_a_true_gradient_that_explodes_ends_the_run() -> None:
     guard, ones = Guard(Plan(mode="naive"), 0, []), torch.ones(4, 3)
     for batch in range(10):
-        guard.true_gradient(batch, ones * 1e-5)
-    guard.true_gradient(10, ones * 0.09)
+        guard.true_gradient(batch, (ones * 1e-5,))
+    guard.true_gradient(10, (ones * 0.09,))
     with pytest.raises(StageError, match=r"batch 11: .*the gradient explodes: its root mean square .* is 0\.2, in "):
-        guard.true_gradient(11, ones * 0.2)
+        guard.true_gradient(11, (ones * 0.2,))
     with pytest.raises(StageError, match=r"batch 12: .*the gradient from above is not finite"):
-        guard.true_gradient(12, ones * math.nan)
+        guard.true_gradient(12, (ones * math.nan,))
 
 
 def test_a_locked_stage_is_guarded_before_it_steps() -> None:
@@ -230,18 +231,20 @@ def test_a_locked_stage_is_guarded_before_it_steps() -> None:
     stage = Stage(layers, 0, resolved.plan, problems.recipe(), resolved.cuts[0])
     for batch in range(12):
         x, labels = problems.batch(batch)
-        h = stage.forward(batch, x, labels)
-        assert stage.locked(batch)
-        stage.predict(batch)
+        item = Item(batch)
+        h = present(stage.forward(item, (x,), (labels,))[0])
+        route = stage.in_flight.of(item).route
+        assert route.locked
+        stage.predict(item)
         if batch == 11:
             break
-        stage.backward(batch, torch.full_like(h, 1e-3))
+        stage.backward(item, (torch.full_like(h, 1e-3),))
         stage.step(batch)
-        if stage.locked(batch):
-            stage.learn(batch, torch.full_like(h, 1e-3))
+        if route.wants_target:
+            stage.learn(item, (torch.full_like(h, 1e-3),))
     before = {name: tensor.detach().clone() for name, tensor in stage.state_tensors().items()}
     with pytest.raises(StageError, match=r"stage 0, batch 11: .*the gradient explodes"):
-        stage.backward(11, torch.full_like(h, 1e3))
+        stage.backward(item, (torch.full_like(h, 1e3),))
     assert_same({name: tensor.detach() for name, tensor in stage.state_tensors().items()}, before)
 
 
@@ -249,8 +252,8 @@ def test_gradients_that_begin_at_nothing_are_no_measure() -> None:
     """A last layer that begins with zeros sends zeros down at first."""
     guard = Guard(Plan(mode="naive"), 0, [])
     for batch in range(10):
-        guard.true_gradient(batch, torch.zeros(4, 3))
-    guard.true_gradient(10, torch.ones(4, 3))
+        guard.true_gradient(batch, (torch.zeros(4, 3),))
+    guard.true_gradient(10, (torch.ones(4, 3),))
 
 
 def test_sgd_that_blows_up_is_caught_before_it_is_not_a_number() -> None:
@@ -267,16 +270,7 @@ def test_sgd_that_blows_up_is_caught_before_it_is_not_a_number() -> None:
 
 
 def _guard_of_dni(plan: Plan | None = None) -> Guard:
-    cut = Cut(
-        index=0,
-        activation_shape=(8, 6),
-        activation_dtype=torch.float32,
-        label_shape=(8,),
-        label_dtype=torch.int64,
-        output_shape=(8, 5),
-        loss=torch.nn.functional.cross_entropy,
-    )
-    return Guard(plan or Plan(dni=DNIPlan(form="linear")), 0, [], cut)
+    return Guard(plan or Plan(dni=DNIPlan(form="linear")), 0, [], cut_like((8, 6), (8,), (8, 5)))
 
 
 def _hold(guard: Guard, prediction: Callable[[Tensor], Tensor], targets: int) -> None:
@@ -340,7 +334,7 @@ def test_a_dni_that_has_died_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_prediction_that_is_not_finite_is_located_too() -> None:
-    plan = Plan(stages=2, steps=60, dni=DNIPlan(form="linear", lr=1e38))
+    plan = Plan(stages=2, steps=60, dni=DNIPlan(form="mlp", lr=1e9))
     error = _failure(problems.recipe(), plan)
     assert (error.stage, error.layer) == (0, "DNI")
     assert error.batch is not None
@@ -402,15 +396,16 @@ def test_synthetic_gradients_are_clipped_as_true_ones_are() -> None:
     assert stage.dni is not None
     weights = [parameter for layer in layers for parameter in layer.module.parameters()]
     lengths: list[float] = []
-    width, seeded = resolved.cuts[0].activation_shape[1], torch.Generator().manual_seed(0)
+    width, seeded = resolved.cuts[0].activation.shape[1], torch.Generator().manual_seed(0)
     top = torch.randn(problems.CLASSES, width, generator=seeded)
     for batch in range(40):
         before = [weight.detach().clone() for weight in weights]
         x, labels = problems.batch(batch)
-        stage.forward(batch, x, labels)
-        stage.backward(batch, stage.predict(batch))
+        item = Item(batch)
+        stage.forward(item, (x,), (labels,))
+        stage.backward(item, stage.predict(item))
         stage.step(batch)
-        stage.learn(batch, F.one_hot(labels, len(top)).float() @ top)
+        stage.learn(item, (F.one_hot(labels, len(top)).float() @ top,))
         steps = [weight.detach() - old for weight, old in zip(weights, before, strict=True)]
         lengths.append(float(nn.utils.get_total_norm(steps)))
     assert max(lengths) <= 1e-3 * (1 + 1e-4)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message
 from pipeline.metrics.spans import SPAN_DTYPE, Span, Spans
 from pipeline.plan.topology import Edge
@@ -54,15 +55,15 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Sender, Receiver]]:
 
 
 def numbered(batch: int) -> Message:
-    return Message(Kind.ACTIVATION, batch, 0, (torch.full((300,), float(batch)), torch.tensor([batch])))
+    return Message(Kind.ACTIVATION, Item(batch), 0, (torch.full((300,), float(batch)), torch.tensor([batch])))
 
 
 def test_a_message_is_there_when_its_bytes_are_and_no_sooner(ends: tuple[Sender, Receiver]) -> None:
     sender, receiver = ends
     with standstill():
         tensors = numbered(1).tensors
-        sender.send(Message(Kind.ACTIVATION, 1, 0, tensors), DEADLINE_S)
-        sender.send(Message(Kind.END, 2, 0), DEADLINE_S)  # nothing of it is copied, but it stays behind
+        sender.send(Message(Kind.ACTIVATION, Item(1), 0, tensors), DEADLINE_S)
+        sender.send(Message(Kind.END, Item(2), 0), DEADLINE_S)  # nothing of it is copied, but it stays behind
         tensors[0].fill_(9.0)  # the snapshot is taken
         assert receiver.poll() is None
         assert sender.depth() == 2

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import DNIPlan, Plan, Recipe
+from pipeline.messages.bundle import Item
 from pipeline.model.partition import layers_of
 from pipeline.run.resolve import resolve, stage_layers
 from pipeline.stage.stage import Stage
@@ -64,7 +65,7 @@ def _stage(index: int, model: Callable[[], nn.Sequential] = six_layers, **plan: 
     cut = replace(resolved.cuts[index], loss=recipe.loss)
     stage = Stage(stage_layers(recipe, resolved.plan, index), index, resolved.plan, recipe, cut)
     _open(stage, 0)
-    stage.learn(0, torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)))
+    stage.learn(Item(0), (torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)),))
     _open(stage, 1)
     return stage
 
@@ -72,8 +73,8 @@ def _stage(index: int, model: Callable[[], nn.Sequential] = six_layers, **plan: 
 def _open(stage: Stage, batch: int) -> None:
     """A batch that has been updated from; its tensors are the stage's alone, as those of a message are."""
     x, labels = _batch(batch)
-    stage.forward(batch, x, labels)
-    stage.backward(batch, stage.predict(batch))
+    stage.forward(Item(batch), (x,), (labels,))
+    stage.backward(Item(batch), stage.predict(Item(batch)))
     stage.step(batch)
 
 
@@ -187,7 +188,7 @@ def test_a_target_gives_back_what_its_batch_kept(targets: str) -> None:
         for batch in range(2, 6):
             _open(stage, batch)
         for batch in range(1, 6):
-            stage.learn(batch, torch.ones(ROWS, WIDTH))
+            stage.learn(Item(batch), (torch.ones(ROWS, WIDTH),))
         after = allocated.alive_bytes()
     kept_of_batch_1 = before - after
     assert kept_of_batch_1 >= ACTIVATION + LABELS, "and of batches 2 to 5 nothing is left"

@@ -13,8 +13,10 @@ import torch
 from launch import train
 from pipeline import ChannelPlan, DNIPlan, Plan, PlanError, run_reference
 from pipeline.errors import StageError
+from pipeline.messages.bundle import Bundle, Item
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.check import check_plan
+from pipeline.plan.topology import edges_of
 from pipeline.run.hollow_stage import HollowStage
 from pipeline.run.reference import Costs, Reference
 from pipeline.run.resolve import resolve, stage_layers
@@ -38,11 +40,11 @@ def _stage(index: int, **options: Any) -> Stage:
     return Stage(stage_layers(recipe, resolved.plan, index), index, resolved.plan, recipe, cut)
 
 
-def _updated(stage: Stage, batch: int) -> torch.Tensor:
+def _updated(stage: Stage, batch: int) -> Bundle:
     """A batch that the stage has updated from; gives its output."""
     x, labels = problems.batch(batch)
-    h = stage.forward(batch, x if stage.index == 0 else torch.randn(len(x), 24), labels)
-    stage.backward(batch, stage.predict(batch))
+    h = stage.forward(Item(batch), (x if stage.index == 0 else torch.randn(len(x), 24),), (labels,))
+    stage.backward(Item(batch), stage.predict(Item(batch)))
     stage.step(batch)
     return h
 
@@ -57,30 +59,34 @@ def test_targets_may_come_in_any_order(targets: str, order: tuple[int, ...]) -> 
     stage = _stage(1, targets=targets)
     outputs = [_updated(stage, batch) for batch in range(3)]
     for left, batch in enumerate(order):
-        assert stage.relaying() == sorted(order[left:])
-        assert stage.learn(batch, outputs[batch]) is not None
-        assert not stage.keeps(batch)
+        assert stage.in_flight.relaying() == sorted(order[left:])
+        assert stage.learn(Item(batch), outputs[batch]) is not None
+        assert Item(batch) not in stage.in_flight
 
 
 def test_what_is_kept_for_targets_that_were_dropped_goes() -> None:
     stage = _stage(1, targets="true")
     outputs = [_updated(stage, batch) for batch in range(4)]
-    stage.forget(before=2)
-    assert stage.relaying() == [2, 3]
+    stage.in_flight.forget(before=2)
+    assert stage.in_flight.relaying() == [2, 3]
     with pytest.raises(StageError, match=r"stage 1, batch 0: .* came twice, or too late"):
-        stage.learn(0, outputs[0])
+        stage.learn(Item(0), outputs[0])
 
 
 def test_what_comes_twice_or_too_late_names_stage_and_batch() -> None:
     stage = _stage(1, quality_every=2)
     output = _updated(stage, 1)
-    for use in (stage.learn, stage.judge):
-        use(1, output)
-        with pytest.raises(StageError, match=r"stage 1, batch 1: .* came twice, or too late"):
-            use(1, output)
-    for of_no_batch in (stage.backward, stage.learn, stage.judge):
+    stage.learn(Item(1), output)
+    stage.judge(1, output)
+    with pytest.raises(StageError, match=r"stage 1, batch 1: .* came twice, or too late"):
+        stage.learn(Item(1), output)
+    with pytest.raises(StageError, match=r"stage 1, batch 1: .* came twice, or too late"):
+        stage.judge(1, output)
+    for of_no_batch in (stage.backward, stage.learn):
         with pytest.raises(StageError, match="stage 1, batch 9"):
-            of_no_batch(9, output)
+            of_no_batch(Item(9), output)
+    with pytest.raises(StageError, match="stage 1, batch 9"):
+        stage.judge(9, output)
 
 
 # ---------------------------------------------------------------- runs in which cuts lock and unlock
@@ -92,9 +98,9 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     seen: dict[int, list[int]] = defaultdict(list)
     learn = Stage.learn
 
-    def listened(self: Stage, batch: int, gradient: torch.Tensor) -> torch.Tensor | None:
-        seen[self.index].append(batch)
-        return learn(self, batch, gradient)
+    def listened(self: Stage, item: Item, gradient: Bundle) -> Bundle | None:
+        seen[self.index].append(item.batch)
+        return learn(self, item, gradient)
 
     monkeypatch.setattr(Stage, "learn", listened)
     return seen
@@ -142,8 +148,7 @@ def test_a_cut_that_locks_again_loses_no_target(
     assert [sorted(learned[k]) for k in range(2)] == [[*range(24)]] * 2
     if slow != "gradients 1->0" and targets != "bootstrap":
         assert _out_of_order(learned[0]) is overtaken, learned[0]
-    assert [len(stage.relaying()) for stage in result.stages] == [0, 0, 0]
-    assert not any(stage.keeps(batch) for stage in result.stages for batch in range(24))
+    assert [list(stage.in_flight) for stage in result.stages] == [[], [], []]
     assert [[q.batch for q in result.qualities[k]] for k in range(2)] == [[*range(2, 24, 3)]] * 2
 
 
@@ -158,7 +163,7 @@ def test_dropped_targets_leave_nothing_behind_while_cuts_lock(
     for stage in result.stages[:2]:
         awaited = {b for b in range(24) if script[stage.index][b % len(script[stage.index])] == "L"}
         assert awaited <= set(learned[stage.index]) < set(range(24))
-        assert sum(stage.keeps(batch) for batch in range(24)) <= 1
+        assert len(stage.in_flight) <= 1
 
 
 # ---------------------------------------------------------------- channels without room
@@ -170,8 +175,9 @@ def _runner(awaited: bool) -> tuple[Runner, VirtualQueue]:
     inlet, outlet = (VirtualQueue(VirtualClock(), capacity, 0, None) for capacity in (9, 1))
     for batch in range(3):
         kind = Kind.AWAITED if awaited else Kind.ACTIVATION
-        inlet.put(Message(kind, batch, 0, (torch.empty(0), torch.empty(0))))
-    return Runner(HollowStage(1, plan), unlocked, inlet, up=outlet, stages=2), outlet
+        inlet.put(Message(kind, Item(batch), 0, (torch.empty(0),), (torch.empty(0),)))
+    down, up = edges_of(plan)
+    return Runner(HollowStage(1, plan), unlocked, {down: inlet}, {up: outlet}, stages=2), outlet
 
 
 @pytest.mark.parametrize("awaited", [False, True])

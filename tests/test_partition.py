@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from launch.setup.layer_times import layer_seconds
 from pipeline import Batch, OptimizerPlan, Plan, PlanError, Recipe, run_reference
 from pipeline.data.recipe import build_model
+from pipeline.messages.bundle import Bundle, Item, present
 from pipeline.model.partition import balanced_sizes, balanced_split, depth_of, ends_normalised, layers_of
 from pipeline.plan.plan import DNIPlan
 from pipeline.run.resolve import resolve, stage_layers
@@ -382,12 +383,12 @@ def test_weights_tied_inside_a_stage_that_stashes_them(monkeypatch: pytest.Monke
     targets: dict[int, Tensor] = {}
     learn = Stage.learn
 
-    def ones(self: Stage, batch: int) -> Tensor | None:
-        return None if self.last else torch.ones(ROWS, WIDTH)
+    def ones(self: Stage, item: Item) -> Bundle | None:
+        return None if self.last else (torch.ones(ROWS, WIDTH),)
 
-    def logged_learn(self: Stage, batch: int, gradient: Tensor) -> Tensor | None:
-        targets[self.index] = gradient.clone()
-        return learn(self, batch, gradient)
+    def logged_learn(self: Stage, item: Item, gradient: Bundle) -> Bundle | None:
+        targets[self.index] = present(gradient[0]).clone()
+        return learn(self, item, gradient)
 
     monkeypatch.setattr(Stage, "predict", ones)
     monkeypatch.setattr(Stage, "learn", logged_learn)
@@ -554,11 +555,12 @@ def test_the_check_leaves_the_users_batch_as_it_is() -> None:
     assert torch.equal(batches[0][0], before)
 
 
-def test_a_layer_that_gives_a_tuple_is_refused_by_name() -> None:
+def test_a_layer_that_does_not_take_the_tuple_before_it_is_refused_by_name() -> None:
     def model() -> nn.Sequential:
         return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GRU(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES))
 
-    assert _refused(model, stages=2) == "layer 1 gives a tuple: a layer gives one tensor; merge it with the next."
+    refusal = _refused(model, stages=2)
+    assert refusal.startswith("layer 2 cannot take what the layer before it gives, [8, 6] torch.float32, [1, 6] ")
 
 
 def test_a_layer_that_does_not_fit_the_one_before_is_named_with_shapes() -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from launch.bench.channel import SIZES, _tracks, bench_channel, print_rows
 from pipeline.errors import PlanError
+from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.device_choice import CPU
 from workers.channels.errors import ChannelTimeout
@@ -55,7 +56,7 @@ def ends(name: str) -> tuple[ShmSender, ShmReceiver]:
 
 
 def message(*tensors: torch.Tensor) -> Message:
-    return Message(Kind.ACTIVATION, 1, 0, tensors)
+    return Message(Kind.ACTIVATION, Item(1), 0, tensors)
 
 
 def test_names_are_short_and_start_with_the_drivers_pid() -> None:

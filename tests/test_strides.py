@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from launch import train
 from pipeline import Plan, Recipe, run_reference
 from pipeline.data.recipe import Batch
+from pipeline.messages.bundle import Item, present
 from pipeline.run.resolve import resolve, stage_layers
 from pipeline.stage.stage import Stage
 
@@ -107,10 +108,11 @@ def test_a_gradient_has_the_strides_that_autograd_gave_it() -> None:
     plan = resolve(recipe, Plan(mode="naive", steps=3, stages=2, sizes=(1, 4))).plan
     stage = Stage(stage_layers(recipe, plan, 1), 1, plan, recipe)
     for step in range(3):
-        stage.forward(step, torch.randn(ROWS, TIME, WIDTH), batch(step)[1])
-        gradient = stage.backward(step, None)
+        stage.forward(Item(step), (torch.randn(ROWS, TIME, WIDTH),), (batch(step)[1],))
+        sent = stage.backward(Item(step), None)
         stage.step(step)
-        assert gradient is not None
+        assert sent is not None
+        gradient = present(sent[0])
         assert gradient.shape == (ROWS, TIME, WIDTH)
         assert gradient.stride() == (TIME * WIDTH, 1, TIME)
 

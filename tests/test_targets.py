@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import DNIPlan, OptimizerPlan, Plan, Recipe, run_reference
+from pipeline.messages.bundle import Bundle, Item, present
 from pipeline.stage.stage import Stage
 
 SIZES = (1, 3, 2, 2)
@@ -44,23 +45,24 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     forward, predict, learn = Stage.forward, Stage.predict, Stage.learn
 
     def logged_forward(
-        self: Stage, batch: int, x: Tensor, labels: Tensor, microbatch: int = 0, *, awaited: bool = False
-    ) -> Tensor:
-        log.weights[self.index, batch] = [layer.module.weight.detach().clone() for layer in self.layers]  # type: ignore[union-attr, operator]
-        h = forward(self, batch, x, labels, microbatch, awaited=awaited)
+        self: Stage, item: Item, x: Bundle, context: Bundle, *, awaited: bool = False
+    ) -> Bundle:
+        log.weights[self.index, item.batch] = [layer.module.weight.detach().clone() for layer in self.layers]  # type: ignore[union-attr, operator]
+        output = forward(self, item, x, context, awaited=awaited)
         if self.last:  # mean cross-entropy: (softmax - onehot) / rows
-            log.loss_gradient[batch] = (h.softmax(1) - F.one_hot(labels, h.shape[1])) / len(h)
-        return h
+            h, labels = present(output[0]), present(context[0])
+            log.loss_gradient[item.batch] = (h.softmax(1) - F.one_hot(labels, h.shape[1])) / len(h)
+        return output
 
-    def logged_predict(self: Stage, batch: int) -> Tensor | None:
-        gradient = predict(self, batch)
+    def logged_predict(self: Stage, item: Item) -> Bundle | None:
+        gradient = predict(self, item)
         if gradient is not None:
-            log.synthetic[self.index, batch] = gradient.clone()
+            log.synthetic[self.index, item.batch] = present(gradient[0]).clone()
         return gradient
 
-    def logged_learn(self: Stage, batch: int, gradient: Tensor) -> Tensor | None:
-        log.targets[self.index, batch] = gradient.clone()
-        return learn(self, batch, gradient)
+    def logged_learn(self: Stage, item: Item, gradient: Bundle) -> Bundle | None:
+        log.targets[self.index, item.batch] = present(gradient[0]).clone()
+        return learn(self, item, gradient)
 
     monkeypatch.setattr(Stage, "forward", logged_forward)
     monkeypatch.setattr(Stage, "predict", logged_predict)

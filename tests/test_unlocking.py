@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from launch.show.console import Console
 from launch.show.unlock_lines import switch_line, switch_summary
 from launch.training import run
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, run_reference
+from pipeline.messages.bundle import Item, present
 from pipeline.plan.check import check_plan
 from pipeline.run.hollow_stage import HollowStage
 from pipeline.run.reference import Costs, Reference
@@ -29,6 +30,7 @@ from tests.oracle import assert_same, train_alone
 from tests.test_policies import diagram
 from workers.telemetry.records import Switched
 
+SIZES = (2, 3, 3)
 # ---------------------------------------------------------------- the order of actions
 
 
@@ -46,13 +48,17 @@ class _Locked(HollowStage):
 
     def __init__(self, index: int, plan: Plan, cut: int) -> None:
         super().__init__(index, plan)
-        self._cut = cut
+        self._flow = _LockedFlow(plan, index, cut)
 
-    def locked(self, batch: int) -> bool:
-        return self.index == self._cut
 
-    def _locks(self, batch: int) -> Locks:
-        return Locks(mine=self.index == self._cut, below=self.index == self._cut + 1)
+@dataclass(frozen=True)
+class _LockedFlow(Flow):
+    """It says so from the first batch to the last."""
+
+    cut: int
+
+    def warm_up(self, batch: int) -> Locks:
+        return Locks(mine=self.index == self.cut, below=self.index == self.cut + 1)
 
 
 def _with_locked_cut(cut: int) -> list[str]:
@@ -107,9 +113,9 @@ def test_what_is_sent_to_a_locked_stage(targets: str) -> None:
     flow = Flow(Plan(stages=3, targets=targets, dni=DNIPlan(every=2)), 1)
     bootstrap = targets == "bootstrap"
     table = [
-        (flow.at_update(batch, locks), flow.relays(batch, locks), flow.wants_target(batch, locks))
+        (route.sends_now, route.relays, route.wants_target)
         for locks in (Locks(), Locks(below=True), Locks(mine=True), Locks(mine=True, below=True))
-        for batch in (0, 1)
+        for route in (flow.route(batch, locks) for batch in (0, 1))
     ]
     assert table == [
         (bootstrap, not bootstrap, True),
@@ -147,7 +153,7 @@ def test_dnis_learn_in_the_warm_up_and_only_the_batches_after_it_use_them() -> N
     first = warm.stages[0]
     assert first.dni is not None
     assert float(first.dni.sigma) > 0
-    assert int(first.dni.get_extra_state()) == 41, "it learned from every batch, the last one included"
+    assert first.dni.state()["num_targets"] == 41, "it learned from every batch, the last one included"
     differs = [not torch.equal(a, locked.state_tensors()[n]) for n, a in warm.state_tensors().items() if n[0] < "4"]
     assert any(differs), "the last batch was updated from a prediction"
     assert warm.switches == [Switch(0, 40, False)]
@@ -162,20 +168,21 @@ def test_a_stage_below_an_unlocked_cut_updates_from_what_that_cut_predicts() -> 
     assert below.dni is not None
     x, labels = recipe.batch(9)
     stage = result.stages[0]
-    h0 = stage.forward(9, x, labels)
-    h1 = middle.forward(9, h0, labels, awaited=True)
-    s = middle.predict(9)
-    sent = middle.backward(9, s)
+    item = Item(9)
+    h0 = stage.forward(item, (x,), (labels,))
+    h1 = middle.forward(item, h0, (labels,), awaited=True)
+    s = middle.predict(item)
+    sent = middle.backward(item, s)
     assert s is not None
     assert sent is not None
-    product = s
+    product = present(s[0])
     for layer in reversed(middle.layers):
         weight = layer.module.weight
         assert isinstance(weight, torch.Tensor)
         product = product @ weight
-    assert sent.shape == h0.shape == (problems.ROWS, 6)
-    assert h1.shape == s.shape
-    torch.testing.assert_close(sent, product.detach())
+    assert present(sent[0]).shape == present(h0[0]).shape == (problems.ROWS, 6)
+    assert present(h1[0]).shape == product.shape
+    torch.testing.assert_close(sent[0], product.detach())
 
 
 def _of_six(index: int) -> Any:
@@ -252,7 +259,9 @@ def test_a_switch_says_what_led_to_it_once() -> None:
 
 
 def _auto(**options: Any) -> Plan:
-    return Plan(**{"stages": 3, "steps": 120, "unlock": "auto", "quality_every": 4, "hop_steps": 1.0, **options})
+    return Plan(
+        **{"stages": 3, "sizes": SIZES, "steps": 120, "unlock": "auto", "quality_every": 4, "hop_steps": 1.0, **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +329,7 @@ class _TurnsRound(torch.nn.Module):
 
 
 def _turns_round(cut: Any) -> torch.nn.Module:
-    return _TurnsRound(cut.activation_shape[1], problems.CLASSES, after=80 if cut.index == 1 else 10_000)
+    return _TurnsRound(cut.activation.shape[1], problems.CLASSES, after=80 if cut.index == 1 else 10_000)
 
 
 # ---------------------------------------------------------------- processes

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline import DNIPlan, Plan, Recipe
 from pipeline.dni.row_window import RowSubsample, on_rows
+from pipeline.messages.bundle import Item, present
 from pipeline.run.reference import run_reference
 from pipeline.run.resolve import resolve, stage_layers
 from pipeline.stage.stage import Stage
@@ -70,11 +71,11 @@ def test_what_is_sent_down_is_the_input_gradient_of_the_window() -> None:
     F.cross_entropy(network(whole), labels).backward()
     assert whole.grad is not None
     for batch in range(4):
-        stage.forward(batch, x, labels)
-        sent = stage.backward(batch, None)
+        stage.forward(Item(batch), (x,), (labels,))
+        sent = stage.backward(Item(batch), None)
         window = RowSubsample(PLAN.seed, 0, ROWS, ROWS // 4).of(batch)
         assert sent is not None
-        torch.testing.assert_close(sent, whole.grad[window])
+        torch.testing.assert_close(sent[0], whole.grad[window])
 
 
 def test_a_first_layer_somebody_listens_to_is_called_as_it_is() -> None:
@@ -82,11 +83,11 @@ def test_a_first_layer_somebody_listens_to_is_called_as_it_is() -> None:
     first = stage.layers[0].module
     first.register_forward_hook(lambda module, x, output: heard.append(len(output)))
     x, labels = torch.randn(ROWS, 12), _batch(0)[1]
-    stage.forward(0, x, labels)
-    sent = stage.backward(0, None)
+    stage.forward(Item(0), (x,), (labels,))
+    sent = stage.backward(Item(0), None)
     assert heard == [ROWS]
     assert sent is not None
-    assert len(sent) == ROWS // 4
+    assert len(present(sent[0])) == ROWS // 4
 
 
 def test_training_is_the_same_whether_the_stage_above_sends_the_window_or_everything(
@@ -110,10 +111,10 @@ def test_what_is_relayed_further_down_travels_whole(targets: str, stages: int, n
         cut = resolved.cuts[k] if k < stages - 1 else None
         layers = stage_layers(RECIPE, resolved.plan, k)
         stage = Stage(layers, k, resolved.plan, RECIPE, cut, resolved.cuts[k - 1])
-        x = torch.randn(resolved.cuts[k - 1].activation_shape)
-        h = stage.forward(0, x, _batch(0)[1])
-        sent = stage.backward(0, stage.predict(0))
+        x = torch.randn(resolved.cuts[k - 1].activation.shape)
+        h = present(stage.forward(Item(0), (x,), (_batch(0)[1],))[0])
+        sent = stage.backward(Item(0), stage.predict(Item(0)))
         if sent is None:
-            sent = stage.learn(0, torch.randn_like(h))
+            sent = stage.learn(Item(0), (torch.randn_like(h),))
         assert sent is not None
-        assert len(sent) == (ROWS // 4 if k in narrow else ROWS), k
+        assert len(present(sent[0])) == (ROWS // 4 if k in narrow else ROWS), k

@@ -15,7 +15,7 @@ import late_device
 import pytest
 import torch
 import wired
-from late_device import LateWire, wires_down
+from late_device import LateLink, wires_down
 from oracle import assert_same
 
 from launch import RunFailed
@@ -24,6 +24,7 @@ from launch.setup.resolve_source import resolve_source
 from launch.show.console import Console
 from launch.training import run
 from pipeline import ChannelPlan, Plan, Recipe, run_reference
+from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.channel_choice import ChannelChoice
 from pipeline.plan.topology import Edge
@@ -90,7 +91,7 @@ class both(ExitStack):  # noqa: N801 a context manager is called like a function
 
 
 def numbered(batch: int) -> Message:
-    return Message(Kind.ACTIVATION, batch, 0, (torch.full((300,), float(batch)), torch.tensor([batch])))
+    return Message(Kind.ACTIVATION, Item(batch), 0, (torch.full((300,), float(batch)), torch.tensor([batch])))
 
 
 def assert_numbered(message: Message, batch: int) -> None:
@@ -105,8 +106,8 @@ def eventually(what: Callable[[], bool]) -> None:
         os.sched_yield()
 
 
-def wire_of(end: NcclSender | NcclReceiver) -> LateWire:
-    assert isinstance(end.wire, LateWire)
+def wire_of(end: NcclSender | NcclReceiver) -> LateLink:
+    assert isinstance(end.wire, LateLink)
     return end.wire
 
 
@@ -116,7 +117,7 @@ def test_a_receive_is_queued_for_each_header_and_a_message_is_there_with_its_pay
     sender, receiver = ends
     with wires_down():
         tensors = numbered(0).tensors
-        sender.send(Message(Kind.ACTIVATION, 0, 0, tensors), DEADLINE_S)
+        sender.send(Message(Kind.ACTIVATION, Item(0), 0, tensors), DEADLINE_S)
         tensors[0].fill_(-1.0)  # the snapshot is taken
         sender.send(numbered(1), DEADLINE_S)
         eventually(lambda: wire_of(receiver).under_way == 2)
@@ -150,7 +151,7 @@ def test_what_has_no_payload_stays_behind_what_has_one(ends: tuple[NcclSender, N
     sender, receiver = ends
     with wires_down():
         sender.send(numbered(4), DEADLINE_S)
-        sender.send(Message(Kind.END, 5, 0, (torch.empty(0, 3),)), DEADLINE_S)
+        sender.send(Message(Kind.END, Item(5), 0, (torch.empty(0, 3),)), DEADLINE_S)
         eventually(lambda: wire_of(receiver).under_way == 1)
         with pytest.raises(ChannelTimeout):
             receiver.receive(SOON_S)
@@ -271,7 +272,7 @@ def test_ends_with_other_slots_find_out_before_a_receive_is_queued(rendezvous: R
 def test_a_header_too_long_is_refused_and_the_channel_goes_on(ends: tuple[NcclSender, NcclReceiver]) -> None:
     sender, receiver = ends
     with pytest.raises(ValueError, match="does not fit its slot"):
-        sender.send(Message(Kind.ACTIVATION, 0, 0, (torch.ones(1, 1, 1, 1),) * 40), DEADLINE_S)
+        sender.send(Message(Kind.ACTIVATION, Item(0), 0, (torch.ones(1, 1, 1, 1),) * 40), DEADLINE_S)
     sender.send(numbered(1), DEADLINE_S)
     assert_numbered(receiver.take_within(DEADLINE_S), 1)
 
