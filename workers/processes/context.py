@@ -47,10 +47,6 @@ _LISTENER_BYTES = len("/pymp-01234567/listener-01234567")
 class _Process(ForkServerProcess):
     """A process whose start says what is wrong where the fork server is gone."""
 
-    def run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked in the fork server, see `listener`
-        super().run()
-
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802  # multiprocessing's name
         listener()
@@ -103,8 +99,8 @@ def listener() -> Path | None:
 
     Ctrl-C goes to all processes of a terminal, and would end the server while it imports, long before multiprocessing
     has it ignored: it starts with SIGINT blocked, and ``fork_server``, which it imports first, ignores it. SIGTERM goes
-    to a whole process group as well, where torchrun ends a rank. The server, which reaps the workers, has it blocked:
-    it ends by itself, after the program and all that came from the server.
+    to a whole process group as well, where torchrun ends a rank. The server, which reaps the workers, has it blocked,
+    and so have its children until they unblock it; the server ends by itself, after the program and all of them.
 
     Returns:
         the path of the socket; None: this version of multiprocessing does not tell.
