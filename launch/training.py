@@ -25,6 +25,7 @@ from workers.channels.names import Names
 from workers.channels.shm.ring import new_prefix
 from workers.errors import RunFailed
 from workers.files import NotWritten, write_text
+from workers.processes.interrupts import Interrupts
 from workers.supervision.local_workers import LocalWorkers
 from workers.telemetry import records
 from workers.wiring.edges import rendezvous
@@ -164,14 +165,14 @@ def _write_failure(failure: RunFailed, path: Path) -> None:
 def _local(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
     """Workers on this host, children of this process."""
     names, bare = Names(new_prefix()), without_loss(resolved)
-    with shared_memory(resolved, names) as board, rendezvous(resolved) as meeting:
+    with Interrupts() as interrupts, shared_memory(resolved, names), rendezvous(resolved) as meeting:
         assignments = [
             Assignment(k, bare, source, names, run_dir, meeting, replica=replica)
             for replica in range(resolved.plan.replicas)
             for k in range(resolved.plan.stages)
         ]
-        with LocalWorkers(assignments, board) as crew:
-            yield crew.run(), board.end_early
+        with LocalWorkers(assignments, interrupts.noted) as workers:
+            yield workers.run(), workers.end_early
 
 
 def _follow(

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from launch.bench.rivals import run_ddp, run_torch_schedule
 from launch.bench.single_process import run_single
 from launch.bench.where_rows_run import Site
 from launch.options.options import Parsed
-from launch.ranks.agreement import changed, changes, preparing, resolved_on
-from launch.ranks.bench_driver import Coordinator, OwnPart
+from launch.ranks.agreement import OwnPart, changed, changes, preparing, resolved_on
+from launch.ranks.bench_driver import Coordinator
 from launch.ranks.bench_rank import take_part
 from launch.setup.recipe_source import GivenRecipe
 from launch.setup.resolve_source import resolve_source
@@ -36,8 +35,9 @@ from launch.training import run
 from pipeline import ChannelPlan, DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
 from workers.channels.shm.ring import new_prefix
 from workers.errors import RunFailed
-from workers.supervision.protocol import ControlSocket, Hello, Reception, connect_to
-from workers.supervision.rank_agent import DriverGone
+from workers.supervision.control_records import Hello
+from workers.supervision.control_socket import ControlSocket, Reception, connect_to
+from workers.supervision.driver_connection import DriverGone
 from workers.supervision.remote_workers import RemoteWorkers
 
 PLAN = Plan(mode="unlocked", stages=2, sizes=(4, 4), steps=6, evaluate_every=None)
@@ -105,7 +105,6 @@ def ranks(
     ``other``: the recipe that rank 1 sees.
     """
     parsed, own = Parsed(source, plan, None), OwnPart()  # type: ignore[arg-type]
-    mine, theirs = (ControlSocket(end) for end in Pipe())
     fleet = RemoteWorkers(2, both.asked.is_set)
 
     def hello(rank: int) -> Hello:
@@ -120,23 +119,21 @@ def ranks(
     with Reception("127.0.0.1") as reception:
         call = partial(connect_to, reception.host, reception.port, reception.key, 5.0)
 
-        def second() -> None:
-            both.wire = call()
-            part(1, both.wire, replace(parsed, source=other or source), partial(preparing, 1), call)
+        def first() -> None:
+            with contextlib.closing(call()) as wire:
+                part(0, wire, parsed, own.prepare, call)
 
-        threads = [
-            threading.Thread(target=part, args=(0, theirs, parsed, own.prepare, own.call)),
-            threading.Thread(target=second),
-        ]
+        def second() -> None:
+            with contextlib.closing(call()) as both.wire:
+                part(1, both.wire, replace(parsed, source=other or source), partial(preparing, 1), call)
+
+        threads = [threading.Thread(target=first), threading.Thread(target=second)]
         for thread in threads:
             thread.start()
         try:
             with fleet:
-                fleet.gather(mine, reception, 10.0)
-                coordinator = Coordinator(
-                    parsed, fleet, reception, partial(RemoteWorkers, 2, both.asked.is_set), own, memory="memory 0"
-                )
-                yield coordinator.site("test", partial(resolved_on, fleet.hosts))
+                fleet.gather(reception, 10.0, "memory 0")
+                yield Coordinator(parsed, fleet, own).site("test", partial(resolved_on, fleet.hosts))
         finally:
             fleet.hang_up()
             for thread in threads:

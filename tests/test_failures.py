@@ -173,7 +173,7 @@ def test_a_worker_that_exits_with_the_number_of_a_lost_fork_server_is_named(tmp_
 
 class _Leaves(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and multiprocessing.parent_process() is not None:  # not where the driver tries the model
             os._exit(255)
         return super().forward(x)
 

@@ -9,7 +9,7 @@ import pytest
 from launch.on_ray.head import RayHead, connects
 from launch.on_ray.launcher import _asked_with
 from workers.errors import RunFailed
-from workers.supervision.protocol import Reception
+from workers.supervision.control_socket import Reception
 from workers.supervision.remote_workers import RemoteWorkers
 
 
@@ -48,7 +48,7 @@ def test_a_head_is_looked_at_again_and_again_until_the_run_is_over() -> None:
 def test_a_problem_of_the_cluster_fails_the_run_wherever_it_waits() -> None:
     asked = _asked_with(lambda: "the head is silent", lambda: False)
     with Reception("127.0.0.1") as reception, pytest.raises(RunFailed, match="the head is silent") as failed:
-        RemoteWorkers(1, asked).gather(None, reception, 60.0)
+        RemoteWorkers(1, asked).gather(reception, 60.0, "memory")
     assert failed.value.stage is None
     assert not _asked_with(lambda: None, lambda: False)()
     assert _asked_with(lambda: None, lambda: True)()

@@ -60,10 +60,7 @@ ROOMS = (
 )
 MOST_MODULES, MOST_LINES, MEDIAN_LINES = 15, 350, 130
 LONGER = {
-    "launch/on_ray/cluster.py",
     "pipeline/dni/forms.py",
-    "workers/supervision/protocol.py",
-    "workers/supervision/remote_workers.py",
 }
 """Files that are still longer than a file should be."""
 

@@ -44,9 +44,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     log = Log()
     forward, predict, learn = Stage.forward, Stage.predict, Stage.learn
 
-    def logged_forward(
-        self: Stage, item: Item, x: Bundle, context: Bundle, *, awaited: bool = False
-    ) -> Bundle:
+    def logged_forward(self: Stage, item: Item, x: Bundle, context: Bundle, *, awaited: bool = False) -> Bundle:
         log.weights[self.index, item.batch] = [layer.module.weight.detach().clone() for layer in self.layers]  # type: ignore[union-attr, operator]
         output = forward(self, item, x, context, awaited=awaited)
         if self.last:  # mean cross-entropy: (softmax - onehot) / rows

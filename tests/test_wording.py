@@ -25,8 +25,8 @@ from pipeline import Plan, PlanError, Recipe
 from pipeline.run.resolve import resolve
 from pipeline.user_code import place_of
 from pipeline.wording import escaped, said, shortened, text_of, traceback_of
-from workers.supervision import protocol
-from workers.supervision.protocol import ControlSocket
+from workers.supervision import control_records as control
+from workers.supervision.control_socket import ControlSocket
 from workers.telemetry import records
 from workers.worker.failure_report import failure_of
 
@@ -92,12 +92,12 @@ def test_what_ended_a_worker_fits_into_a_record(what: str) -> None:
     "record",
     [
         records.Failure(0, 7, LATIN_1, LATIN_1, 5, layer=LATIN_1, shown=LATIN_1),
-        protocol.Hello(0, 7, LATIN_1, "m", "p", [LATIN_1]),
-        protocol.Task([1], [LATIN_1], "p", True, ("host", 5), {LATIN_1: LATIN_1}),
-        protocol.Prepared([LATIN_1]),
+        control.Hello(0, 7, LATIN_1, "m", "p", [LATIN_1]),
+        control.Task([1], [LATIN_1], "p", True, ("host", 5), {LATIN_1: LATIN_1}),
+        control.Prepared([LATIN_1]),
     ],
 )
-def test_no_text_keeps_a_record_from_being_sent(record: protocol.Control) -> None:
+def test_no_text_keeps_a_record_from_being_sent(record: control.Control) -> None:
     here, there = (ControlSocket(end) for end in Pipe())
     here.send(record)
     received = there.receive()

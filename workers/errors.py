@@ -13,7 +13,7 @@ from pipeline.plan.replica_layout import called
 from workers.telemetry.records import Failure
 from workers.telemetry.status_table import Status
 
-__all__ = ["RunFailed", "Statuses", "killed", "nobody_moves", "process_state", "stalled"]
+__all__ = ["RunFailed", "Statuses", "killed", "nobody_moves", "process_state"]
 
 _WHERE_TO_LOOK = {-signal.SIGKILL: "look at the system's log for an out-of-memory kill"}
 _WAITING = (*WAITING, Span.OTHER)
@@ -77,11 +77,6 @@ class Statuses(Protocol):
     def read(self, worker: int) -> Status:
         """What a worker does."""
         ...
-
-
-def stalled(board: Statuses, pids: Sequence[int], stall_after_s: float, stacks: str, plan: Plan) -> RunFailed:
-    """As ``nobody_moves``, for workers of this host."""
-    return nobody_moves(board, [(f"pid {pid}", process_state(pid)) for pid in pids], stall_after_s, stacks, plan)
 
 
 def nobody_moves(

@@ -33,8 +33,10 @@ from pipeline.plan.replica_layout import called as called_in
 from workers.channels.gpu.nccl import nccl_here
 from workers.channels.shm.ring import new_prefix
 from workers.processes.context import end_fork_server
-from workers.supervision.protocol import Hello, WorkerStatus, connect_to
-from workers.supervision.rank_agent import DriverGone, serve
+from workers.supervision.control_records import Hello, WorkerStatus
+from workers.supervision.control_socket import connect_to
+from workers.supervision.driver_connection import DriverGone
+from workers.supervision.rank_agent import serve
 
 __all__ = ["THREAD_VARIABLES", "Call", "StageAgent"]
 

@@ -2,7 +2,7 @@
 
 this process    driver: console, run folder, verdict
    |  Ray       starts the actors, says where they are, and what it knows when one is gone
-   |  wire      everything else that driver and stages tell each other (workers.supervision.protocol)
+   |  wire      everything else that driver and stages tell each other (workers.supervision.control_records)
 actor k         agent -> worker of stage k
 """
 
@@ -13,7 +13,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from launch.on_ray.actor import Call
@@ -33,10 +32,9 @@ from pipeline.plan.device_choice import first_gpu
 from pipeline.run.resolved import Resolved
 from pipeline.wording import escaped
 from workers.errors import RunFailed
-from workers.supervision.protocol import Reception
+from workers.supervision.control_socket import Reception
 from workers.supervision.remote_workers import RemoteWorkers
 from workers.telemetry import records
-from workers.wiring.edges import rendezvous
 
 __all__ = ["bench_on_ray", "placed_on_nodes", "showing", "train_on_ray"]
 
@@ -70,10 +68,9 @@ def train_on_ray(recipe: str, arguments: list[str], parsed: Parsed, trained: Tra
     gpus = gpus_wanted(parsed.plan, options.ray.gpus)
     resolved = _resolved(parsed.source, parsed.plan, gpus)  # what cannot run is refused before Ray is asked
     with _staffed("train", recipe, arguments, parsed, gpus) as staff:
-        fleet, host = staff.fleet, staff.reception.host
+        fleet = staff.fleet
         resolved = placed_on_nodes(resolved, fleet, options, staff.names)
-        with rendezvous(resolved, host) as meeting:
-            fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
+        with fleet.prepared(resolved, profile(resolved)):
             working = showing(fleet, staff.show)
             return trained(recipe, arguments, parsed, resolved, Launcher("ray", working))
 
@@ -98,9 +95,7 @@ def bench_on_ray(recipe: str, arguments: list[str], parsed: Parsed, benched: Ben
             "sets no GPU aside: use torchrun, or choose device cpu and leave --ray.gpus out."
         )
     with _staffed("bench", recipe, arguments, parsed, 0.0) as staff:
-        another = partial(RemoteWorkers, parsed.plan.workers, staff.asked, lost=staff.lost)
-        coordinator = Coordinator(parsed, staff.fleet, staff.reception, another, memory=staff.memory)
-        return benched(recipe, arguments, parsed, coordinator.site("ray", resolve))
+        return benched(recipe, arguments, parsed, Coordinator(parsed, staff.fleet).site("ray", resolve))
 
 
 @dataclass(frozen=True)
@@ -108,11 +103,7 @@ class _Staff:
     """Actors that live, and what the driver knows them by."""
 
     fleet: RemoteWorkers
-    reception: Reception
-    asked: Callable[[], bool]
-    lost: Callable[[int, float], str | None]
     names: str
-    memory: str
     show: Callable[[str], Show]
 
 
@@ -142,12 +133,10 @@ def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed, gp
         stack.callback(fleet.hang_up)
         with fleet:
             actors.call(_calls(command, recipe, arguments, plan, gpus, reception))
-            here = f"{cluster.node_id}/{memory()}"
-            fleet.gather(None, reception, MEET_WITHIN_S, memory=here)
+            fleet.gather(reception, MEET_WITHIN_S, memory=f"{cluster.node_id}/{memory()}")
             if plan.link is not None and len(set(fleet.hosts)) > 1:
                 raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
-            names = f"{actors.run}-stage-K"
-            yield _Staff(fleet, reception, asked, actors.lost, names, here, lambda run: ray_cluster.Gauges(run).show)
+            yield _Staff(fleet, f"{actors.run}-stage-K", lambda run: ray_cluster.Gauges(run).show)
 
 
 def showing(
@@ -216,7 +205,8 @@ def placed_on_nodes(resolved: Resolved, fleet: RemoteWorkers, options: TrainOpti
         PlanError: a channel was asked for that does not fit the places.
     """
     if first_gpu(resolved.devices):
-        resolved = with_devices(resolved, fleet.devices, fleet.nccl)
+        devices = [hello.device for hello in fleet.hellos]
+        resolved = with_devices(resolved, devices, all(hello.nccl for hello in fleet.hellos))
     hosts = fleet.hosts
     channels = choose_channels(resolved.plan.channels, hosts, resolved.plan.replicas, resolved.devices, resolved.nccl)
     places = ", ".join(f"{worker} on {host}" for worker, host in enumerate(hosts))

@@ -26,12 +26,35 @@ from pipeline.wording import escaped
 from workers.channels.gpu.nccl import nccl_here
 from workers.channels.names import Names
 from workers.channels.net.gloo import Rendezvous
-from workers.supervision.protocol import Task
+from workers.supervision.control_records import Task
 from workers.worker.assignment import Assignment
 
-__all__ = ["assignment", "changed", "changes", "preparing", "profile", "resolved_on"]
+__all__ = ["OwnPart", "PrepareTask", "assignment", "changed", "changes", "preparing", "profile", "resolved_on"]
 
 T = TypeVar("T")
+PrepareTask = Callable[[Parsed | None], Callable[[Task], Assignment]]
+"""What is to be run -> what makes this rank's assignment of a task; the latter raises PlanError where they differ."""
+
+
+class OwnPart:
+    """The agent in the driver's own process: it need not resolve again.
+
+    Attributes:
+        resolved: what the driver has resolved, once it has.
+    """
+
+    def __init__(self) -> None:
+        self.resolved: Resolved | None = None
+
+    def prepare(self, parsed: Parsed | None) -> Callable[[Task], Assignment]:
+        """See ``PrepareTask``."""
+
+        def prepared(task: Task) -> Assignment:
+            assert parsed is not None, "the driver ends a run that it has not understood"
+            assert self.resolved is not None, "the driver resolves before it says what to do"
+            return assignment(0, parsed, self.resolved, task)
+
+        return prepared
 
 
 def preparing(index: int, parsed: Parsed | None) -> Callable[[Task], Assignment]:

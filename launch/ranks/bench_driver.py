@@ -9,10 +9,8 @@ coordinator  -- turns -->  participants             a standing fleet: signs of l
 from __future__ import annotations
 
 import contextlib
-import queue
 import time
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing import Pipe
 from pathlib import Path
 
 import msgspec
@@ -20,7 +18,7 @@ import msgspec
 from launch.bench.rivals import DDP, Hear, Rival, Said, TorchSchedule, Training
 from launch.bench.where_rows_run import Site
 from launch.options.options import Parsed
-from launch.ranks.agreement import assignment, changes, profile
+from launch.ranks.agreement import OwnPart, changes, profile
 from launch.ranks.bench_messages import (
     Agree,
     Answer,
@@ -33,52 +31,30 @@ from launch.ranks.bench_messages import (
     Turn,
     answer_in,
 )
-from launch.setup.rank import MEET_WITHIN_S
 from launch.training import Launcher, Working
 from pipeline import Plan, PlanError, Recipe
 from pipeline.run.resolved import Resolved
 from workers.channels.net.gloo import Rendezvous
 from workers.errors import RunFailed
-from workers.supervision.protocol import ControlSocket, Reception, Task
+from workers.supervision.control_records import Task
 from workers.supervision.remote_workers import RemoteWorkers
-from workers.wiring.edges import rendezvous
-from workers.worker.assignment import Assignment
 
-__all__ = ["Coordinator", "OwnPart"]
+__all__ = ["Coordinator", "working_on"]
 
 _AGREED_WITHIN_S = 300.0
 _HALTED_WITHIN_S = 20.0
 
 
-class OwnPart:
-    """The participant in the coordinator's own process: it calls through a pipe, and need not resolve again.
+def working_on(
+    workers: RemoteWorkers,
+) -> Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]:
+    """What `launch.training.Launcher.working` needs, of prepared workers."""
 
-    Attributes:
-        resolved: what the coordinator has resolved for the next turn.
-    """
+    @contextlib.contextmanager
+    def working(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
+        yield workers.run(run_dir), workers.end_early
 
-    def __init__(self) -> None:
-        self.resolved: Resolved | None = None
-        self._wires: queue.SimpleQueue[ControlSocket] = queue.SimpleQueue()
-
-    def call(self) -> ControlSocket:
-        """The participant's: a wire for one training run."""
-        mine, theirs = (ControlSocket(end) for end in Pipe())
-        self._wires.put(mine)
-        return theirs
-
-    def prepare(self, parsed: Parsed) -> Callable[[Task], Assignment]:
-        """The participant's: see ``launch.ranks.bench_rank.PrepareTask``."""
-
-        def prepare(task: Task) -> Assignment:
-            assert self.resolved is not None, "the coordinator resolves before it says what to do"
-            return assignment(0, parsed, self.resolved, task)
-
-        return prepare
-
-    def called(self) -> ControlSocket:
-        """The coordinator's end of the wire; blocks until the participant calls, at most 120 s."""
-        return self._wires.get(timeout=MEET_WITHIN_S)
+    return working
 
 
 class Coordinator:
@@ -87,23 +63,11 @@ class Coordinator:
     Args:
         parsed: recipe and plan, as all participants have read them.
         fleet: the participants, gathered.
-        reception: where they come for a training run.
-        another: makes the fleet of one training run.
         own: the participant in this process; None: there is none.
-        memory: names the shared memory that this process sees, where it has no agent of its own.
     """
 
-    def __init__(
-        self,
-        parsed: Parsed,
-        fleet: RemoteWorkers,
-        reception: Reception,
-        another: Callable[[], RemoteWorkers],
-        own: OwnPart | None = None,
-        memory: str | None = None,
-    ) -> None:
-        self._parsed, self._fleet, self._reception = parsed, fleet, reception
-        self._another, self._own, self._memory = another, own, memory
+    def __init__(self, parsed: Parsed, fleet: RemoteWorkers, own: OwnPart | None = None) -> None:
+        self._parsed, self._fleet, self._own = parsed, fleet, own or OwnPart()
         self._hosts = fleet.hosts
 
     def site(self, name: str, resolve: Callable[[Callable[[], Recipe], Plan], Resolved]) -> Site:
@@ -136,7 +100,7 @@ class Coordinator:
         weights = str(training.weights.resolve()) if training.weights is not None else None
         difference = changes(self._parsed.plan, training.plan)
         how = (training.warmup, training.evaluates, weights, ranks, threads, within_s)
-        with Rendezvous.hosted(self._reception.host) as meeting:
+        with Rendezvous.hosted(self._fleet.address) as meeting:
             self._tell(RaceTurn(rival, difference, *how, meeting), ranks)
             try:
                 yield self._hear
@@ -157,7 +121,7 @@ class Coordinator:
 
     def _agree(self, resolved: Resolved) -> None:
         """Raises PlanError where a participant sees another recipe or plan."""
-        self._resolved(resolved)
+        self._own.resolved = resolved
         task = Task(list(resolved.sizes), self._hosts, "", False, None, profile(resolved), list(resolved.devices))
         everybody = len(self._hosts)
         self._tell(Agree(task, changes(self._parsed.plan, resolved.plan)), everybody)
@@ -176,24 +140,12 @@ class Coordinator:
     @contextlib.contextmanager
     def _working(self, source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
         """One training run of ours; see ``launch.training.Launcher``."""
-        self._resolved(resolved)
+        self._own.resolved = resolved
         self._tell(TrainTurn(changes(self._parsed.plan, resolved.plan)), len(self._hosts))
-        fleet = self._another()
-        try:
-            with fleet:
-                own = self._own.called() if self._own is not None else None
-                fleet.gather(own, self._reception, MEET_WITHIN_S, self._memory)
-                with rendezvous(resolved, self._reception.host) as meeting:
-                    fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
-                    yield fleet.run(run_dir), fleet.end_early
-        finally:
-            fleet.hang_up()
+        with self._fleet.anew() as fleet, fleet.prepared(resolved, profile(resolved)):
+            yield fleet.run(run_dir), fleet.end_early
 
     # ------------------------------------------------------------------ private
-
-    def _resolved(self, resolved: Resolved) -> None:
-        if self._own is not None:
-            self._own.resolved = resolved
 
     def _tell(self, turn: Turn, ranks: int) -> None:
         """Tell the first so many participants."""

@@ -14,7 +14,7 @@ import msgspec
 
 from launch.bench.rivals import DDP, Said, TorchSchedule
 from workers.channels.net.gloo import Rendezvous
-from workers.supervision.protocol import Task
+from workers.supervision.control_records import Task
 
 __all__ = [
     "Agree",

@@ -21,23 +21,22 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from multiprocessing import Pipe
-from pathlib import Path
 
 from launch.bench.where_rows_run import Site
 from launch.options.options import BenchOptions, Parsed, RunOptions, parse
 from launch.options.ray_options import check_no_launcher
-from launch.ranks.agreement import assignment, preparing, profile, resolved_on
-from launch.ranks.bench_driver import Coordinator, OwnPart
+from launch.ranks.agreement import OwnPart, PrepareTask, preparing, profile, resolved_on
+from launch.ranks.bench_driver import Coordinator, working_on
 from launch.ranks.bench_rank import take_part
-from launch.setup.rank import MEET_WITHIN_S, Asked, Rank
-from launch.training import Launcher, Working
-from pipeline import PlanError, Recipe
+from launch.setup.rank import MEET_WITHIN_S, Asked, Rank, memory
+from launch.training import Launcher
+from pipeline import PlanError
 from pipeline.run.resolved import Resolved
-from workers.supervision.protocol import ControlSocket, Hello
-from workers.supervision.rank_agent import DriverGone, serve
+from workers.supervision.control_records import Hello
+from workers.supervision.control_socket import ControlSocket, connect_to
+from workers.supervision.driver_connection import DriverGone
+from workers.supervision.rank_agent import serve
 from workers.supervision.remote_workers import RemoteWorkers
-from workers.wiring.edges import rendezvous
 
 __all__ = ["BenchesRun", "TrainsRun", "bench_on_ranks", "train_on_ranks"]
 
@@ -45,8 +44,18 @@ TrainsRun = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
 """(recipe, arguments, what they say, the resolved plan, who starts the workers) -> exit status."""
 BenchesRun = Callable[[str, list[str], Parsed, Site], int]
 """(recipe, arguments, what they say, where the rows run) -> exit status."""
-_Part = Callable[[ControlSocket, Parsed | None, list[str], Asked], int]
-"""(wire to rank 0, what was understood, or why nothing was, whether to end) -> exit status."""
+_TakesPart = Callable[
+    [
+        ControlSocket,
+        Callable[[], Hello],
+        Parsed | None,
+        PrepareTask,
+        Callable[[], ControlSocket],
+        Callable[[], bool],
+    ],
+    int,
+]
+"""See ``launch.ranks.bench_rank.take_part``."""
 
 
 def train_on_ranks(rank: Rank, recipe: str, arguments: list[str], trained: TrainsRun) -> int:
@@ -69,13 +78,14 @@ def train_on_ranks(rank: Rank, recipe: str, arguments: list[str], trained: Train
     Blocks:
         until the training is over.
     """
-    if rank.index == 0:
-        return _drive(rank, recipe, arguments, trained)
-
-    def part(wire: ControlSocket, parsed: Parsed | None, problems: list[str], asked: Asked) -> int:
-        return serve(wire, rank.hello(problems), preparing(rank.index, parsed), asked)
-
-    return _follow(rank, partial(_parsed, rank, recipe, arguments), part)
+    parse = partial(_parsed, rank, recipe, arguments)
+    if rank.index:
+        return _follow(rank, parse, _train)
+    with _gathered(rank, parse, _train) as (parsed, workers, own):
+        gpus = [hello.gpus for hello in workers.hellos]
+        own.resolved = resolved = resolved_on(workers.hosts, parsed.source, parsed.plan, gpus=gpus)
+        with workers.prepared(resolved, profile(resolved)):
+            return trained(recipe, arguments, parsed, resolved, Launcher("torchrun", working_on(workers)))
 
 
 def bench_on_ranks(rank: Rank, recipe: str, arguments: list[str], benched: BenchesRun) -> int:
@@ -87,56 +97,49 @@ def bench_on_ranks(rank: Rank, recipe: str, arguments: list[str], benched: Bench
         arguments: the options.
         benched: on rank 0 runs the rows and shows what came out.
     """
-    if rank.index == 0:
-        return _coordinate(rank, recipe, arguments, benched)
+    parse = partial(_parsed_for_bench, rank, recipe, arguments)
+    if rank.index:
+        return _follow(rank, parse, take_part)
+    with _gathered(rank, parse, take_part) as (parsed, workers, own):
+        gpus = [hello.gpus for hello in workers.hellos]
+        resolve = partial(resolved_on, workers.hosts, gpus=gpus)
+        return benched(recipe, arguments, parsed, Coordinator(parsed, workers, own).site("torchrun", resolve))
 
-    def part(wire: ControlSocket, parsed: Parsed | None, problems: list[str], asked: Asked) -> int:
-        prepare, call = partial(preparing, rank.index), partial(rank.call, asked)
-        return take_part(wire, partial(rank.hello, problems), parsed, prepare, call, asked)
 
-    return _follow(rank, partial(_parsed_for_bench, rank, recipe, arguments), part)
+def _train(
+    wire: ControlSocket,
+    hello: Callable[[], Hello],
+    parsed: Parsed | None,
+    prepare: PrepareTask,
+    call: Callable[[], ControlSocket],
+    asked: Callable[[], bool],
+) -> int:
+    """As `take_part`, in one training run."""
+    return serve(wire, hello(), prepare(parsed), asked)
 
 
-def _drive(rank: Rank, recipe: str, arguments: list[str], trained: TrainsRun) -> int:
+@contextlib.contextmanager
+def _gathered(
+    rank: Rank, parse: Callable[[], Parsed], takes_part: _TakesPart
+) -> Iterator[tuple[Parsed, RemoteWorkers, OwnPart]]:
+    """Rank 0: the agents of all ranks, that of this process included, which is a thread."""
     with rank.reception() as reception:
-        parsed = _parsed(rank, recipe, arguments)
-        asked = Asked()
-        mine, agents = (ControlSocket(end) for end in Pipe())
-        fleet = RemoteWorkers(rank.world, asked)
-        atexit.register(fleet.hang_up)  # no rank may exit before this one has said why
-        with fleet:
-            agreed: list[Resolved] = []
-            own = threading.Thread(
-                target=_own_agent, args=(agents, rank.hello(), parsed, agreed, asked), name="agent", daemon=True
-            )
-            own.start()
-            fleet.gather(mine, reception, MEET_WITHIN_S)
-            resolved = resolved_on(fleet.hosts, parsed.source, parsed.plan, gpus=fleet.gpus)
-            agreed.append(resolved)
-            with rendezvous(resolved, reception.host) as meeting:
-                fleet.prepare(resolved, (meeting.host, meeting.port) if meeting else None, profile(resolved))
-                return trained(recipe, arguments, parsed, resolved, Launcher("torchrun", _working(fleet)))
+        parsed, asked, own = parse(), Asked(), OwnPart()
+        call = partial(connect_to, reception.host, reception.port, reception.key, MEET_WITHIN_S)
+
+        def take_own_part() -> None:
+            with contextlib.suppress(DriverGone), contextlib.closing(call()) as wire:
+                takes_part(wire, rank.hello, parsed, own.prepare, call, asked)
+
+        workers = RemoteWorkers(rank.world, asked)
+        atexit.register(workers.hang_up)  # no rank may exit before this one has said why
+        with workers:
+            threading.Thread(target=take_own_part, name="agent", daemon=True).start()
+            workers.gather(reception, MEET_WITHIN_S, memory())
+            yield parsed, workers, own
 
 
-def _coordinate(rank: Rank, recipe: str, arguments: list[str], benched: BenchesRun) -> int:
-    with rank.reception() as reception:
-        parsed = _parsed_for_bench(rank, recipe, arguments)
-        asked, own = Asked(), OwnPart()
-        mine, theirs = (ControlSocket(end) for end in Pipe())
-        fleet = RemoteWorkers(rank.world, asked)
-        atexit.register(fleet.hang_up)  # no rank may exit before this one has said why
-        with fleet:
-            thread = threading.Thread(
-                target=_own_part, args=(theirs, rank.hello, parsed, own, asked), name="participant", daemon=True
-            )
-            thread.start()
-            fleet.gather(mine, reception, MEET_WITHIN_S)
-            coordinator = Coordinator(parsed, fleet, reception, partial(RemoteWorkers, rank.world, asked), own)
-            site = coordinator.site("torchrun", partial(resolved_on, fleet.hosts, gpus=fleet.gpus))
-            return benched(recipe, arguments, parsed, site)
-
-
-def _follow(rank: Rank, parse: Callable[[], Parsed], part: _Part) -> int:
+def _follow(rank: Rank, parse: Callable[[], Parsed], takes_part: _TakesPart) -> int:
     """A rank other than 0: understand what rank 0 has understood, then take part."""
     problems: list[str] = []
     parsed: Parsed | None = None
@@ -152,8 +155,10 @@ def _follow(rank: Rank, parse: Callable[[], Parsed], part: _Part) -> int:
         problems = [f"it refuses the options: {' '.join(said.getvalue().split())}"]
     asked = Asked()
     try:
-        with contextlib.closing(rank.call(asked)) as wire:
-            return part(wire, parsed, problems, asked)
+        call = partial(rank.call, asked)
+        with contextlib.closing(call()) as wire:
+            hello, prepare = partial(rank.hello, problems), partial(preparing, rank.index)
+            return takes_part(wire, hello, parsed, prepare, call, asked)
     except (DriverGone, TimeoutError) as gone:
         if not (asked() or problems) and getattr(gone, "told", True):
             print(f"freewheel: rank {rank.index} on {socket.gethostname()}: {gone}", file=sys.stderr)
@@ -198,29 +203,3 @@ def _replicas(arguments: Sequence[str]) -> int:
             value = value if equals else following
             return max(1, int(value)) if value.isdecimal() else 1
     return 1
-
-
-def _working(
-    fleet: RemoteWorkers,
-) -> Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]:
-    @contextlib.contextmanager
-    def working(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
-        yield fleet.run(run_dir), fleet.end_early
-
-    return working
-
-
-def _own_part(
-    wire: ControlSocket, hello: Callable[[], Hello], parsed: Parsed, own: OwnPart, asked: Callable[[], bool]
-) -> None:
-    """The participant in the coordinator's process."""
-    with contextlib.suppress(DriverGone):
-        take_part(wire, hello, parsed, own.prepare, own.call, asked)
-
-
-def _own_agent(
-    wire: ControlSocket, hello: Hello, parsed: Parsed, agreed: Sequence[Resolved], asked: Callable[[], bool]
-) -> None:
-    """The agent in the driver's process: it needs not resolve again what the driver has."""
-    with contextlib.suppress(DriverGone):
-        serve(wire, hello, lambda task: assignment(0, parsed, agreed[0], task), asked)

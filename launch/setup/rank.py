@@ -1,7 +1,7 @@
 """This process as one rank of many that torchrun started, and how the ranks find each other.
 
 torchrun gives every rank a number and the address of a TCPStore. Rank 0 writes there where it can be reached, and a
-key; from then on the ranks talk to rank 0 directly (``workers.supervision.protocol``).
+key; from then on the ranks talk to rank 0 directly (``workers.supervision.control_socket``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from pipeline import PlanError
 from workers.channels.gpu.nccl import nccl_here
 from workers.channels.net.gloo import INTERFACE, address_towards
 from workers.channels.shm.ring import new_prefix
-from workers.supervision.protocol import ControlSocket, Hello, Reception, connect_to
+from workers.supervision.control_records import Hello
+from workers.supervision.control_socket import ControlSocket, Reception, connect_to
 
 __all__ = ["MEET_WITHIN_S", "Asked", "Rank", "memory"]
 

@@ -30,8 +30,8 @@ __all__ = [
     "end_of_fork_server",
     "folder_for_sockets",
     "forget_fork_server",
+    "has_own_temporary_folder",
     "listener",
-    "own_temporary_folder",
     "process_context",
     "remove_listener",
 ]
@@ -98,7 +98,9 @@ def listener() -> Path | None:
     """Where this program's fork server listens; starts it.
 
     Ctrl-C goes to all processes of a terminal, and would end the server while it imports, long before multiprocessing
-    has it ignored: it starts with SIGINT blocked, and ``fork_server``, which it imports first, ignores it.
+    has it ignored: it starts with SIGINT blocked, and ``fork_server``, which it imports first, ignores it. SIGTERM goes
+    to a whole process group as well, where torchrun ends a rank. The server, which reaps the workers, has it blocked,
+    and so have its children until they unblock it; the server ends by itself, after the program and all of them.
 
     Returns:
         the path of the socket; None: this version of multiprocessing does not tell.
@@ -108,7 +110,7 @@ def listener() -> Path | None:
     """
     _make_room_for_sockets()
     resource_tracker.ensure_running()  # on the way it would unblock what is blocked
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.ensure_running()
     finally:
@@ -196,11 +198,11 @@ def forget_fork_server() -> None:
             finalizer()
 
 
-def own_temporary_folder() -> None:
-    """Have multiprocessing make a folder for this process when it needs one: a process inherits the name of its
-    parent's, which `forget_fork_server` removes.
+def has_own_temporary_folder(process: BaseProcess) -> None:
+    """Have multiprocessing make a folder for a process, not yet started, when that needs one: else it gets the name of
+    this process's, which `forget_fork_server` removes.
     """
-    current_process()._config["tempdir"] = None  # type: ignore[attr-defined]
+    process._config["tempdir"] = None  # type: ignore[attr-defined]
 
 
 def end_fork_server() -> None:

@@ -29,14 +29,18 @@ class Interrupts:
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {}
         self._noted = False
 
+    def noted(self) -> bool:
+        """Whether a signal came since the last look."""
+        noted, self._noted = self._noted, False
+        return noted
+
     def raise_noted(self) -> None:
         """The safe point.
 
         Raises:
             KeyboardInterrupt: a signal came since the last look.
         """
-        if self._noted:
-            self._noted = False
+        if self.noted():
             raise KeyboardInterrupt
 
     def __enter__(self) -> Self:

@@ -1,45 +1,47 @@
-"""The driver's side of a run of many ranks: gather the agents, prepare and start them, listen, end them all.
+"""The driver's side of a run of many ranks: a connection to every rank's agent, and the verdict of `Supervisor`.
 
-    with RemoteWorkers(...) as fleet:        hangs up on nobody before the program ends: who hung up last has the word
-        fleet.gather(reception, ...)         every rank said hello, and the clocks are compared
-        fleet.prepare(tasks)                 every rank agrees with its task
-        for record in fleet.run():           what the workers report, on the driver's clock; the first real failure
+    with RemoteWorkers(...) as workers:
+        workers.gather(reception, ...)              every rank said hello, and the clocks are compared
+        with workers.prepared(resolved, ...):       every rank agrees with its task
+            for record in workers.run(run_dir):     what the workers report, on the driver's clock
 
-It is `LocalWorkers` with the workers out of reach: what they do now comes as a record, twice a second.
+Connections stay open behind the block, until `hang_up`: torchrun ends all ranks once one has exited, and an agent exits
+once its connection is closed, so the driver first reports what went wrong.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection as mp_connection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, NoReturn, Self, cast
 
 from pipeline.errors import PlanError
-from pipeline.plan.replica_layout import called
 from pipeline.run.resolved import Resolved
-from workers import errors
 from workers.channels.names import Names
-from workers.supervision import protocol
-from workers.supervision.protocol import ControlSocket, Reception
-from workers.supervision.rank_link import LOOK_FOR_RECORD_EVERY_S, RankLink
-from workers.supervision.stall import Progress
+from workers.errors import RunFailed
+from workers.supervision import control_records as control
+from workers.supervision.control_socket import ControlSocket, Reception
+from workers.supervision.rank_connection import RankConnection
+from workers.supervision.supervisor import LOOK_EVERY_S, Heard, Supervisor
 from workers.telemetry import records
 from workers.telemetry.status_table import Status
+from workers.wiring.edges import rendezvous
 from workers.worker.assignment import Assignment
 
 __all__ = ["RemoteWorkers"]
 
 _PREPARED_WITHIN_S = 300.0
 _LAST_WORDS_WITHIN_S = 1.0
+_STACKS_WITHIN_S = 2.0
 _REASON_WITHIN_S = 1.5
 _STOPPED_WITHIN_S = 6.0
 _ALIVE_EVERY_S = 5.0
 _SILENT_S = 60.0
-
-
+_STALL_FIRST_S = 0.5  # a run that stands still is a stall, whoever is silent
 _STATUS_OF: tuple[tuple[type | tuple[type, ...], int], ...] = (
     (type(None), 0),
     (PlanError, 2),
@@ -48,12 +50,12 @@ _STATUS_OF: tuple[tuple[type | tuple[type, ...], int], ...] = (
 )
 
 
-class RemoteWorkers:
-    """The agents of one run.
+class RemoteWorkers(Supervisor):
+    """The agents of one run, and their workers: one of each per rank.
 
     Args:
-        world: number of ranks, which is the number of workers.
-        asked: whether somebody asked this process to end (SIGINT, SIGTERM).
+        world: number of ranks.
+        asked: see `Supervisor`.
         lost: (rank, seconds to wait for an answer) -> what whoever started an agent knows about its end; None: nothing,
             or that it lives.
     """
@@ -61,24 +63,23 @@ class RemoteWorkers:
     def __init__(
         self, world: int, asked: Callable[[], bool], lost: Callable[[int, float], str | None] | None = None
     ) -> None:
-        self.members: list[RankLink] = []
-        self._world, self._asked, self._lost = world, asked, lost or _unknown
-        self._own: RankLink | None = None
-        self._resolved: Resolved | None = None
+        super().__init__(asked)
+        self.members: list[RankConnection] = []
+        self._world, self._lost = world, lost or (lambda rank, within_s: None)
+        self._met: tuple[Reception, float, str] | None = None
         self._stopped = False
-        self._alive_at = 0.0
-        self._attended_at = float("-inf")
+        self._patience_s = _SILENT_S
+        self._alive_at = self._looked_at = float("-inf")
 
-    def gather(
-        self, own: ControlSocket | None, reception: Reception, within_s: float, memory: str | None = None
-    ) -> None:
+    # ------------------------------------------------------------------ before the run
+
+    def gather(self, reception: Reception, within_s: float, memory: str) -> None:
         """Wait for all agents, and compare clocks with those on other hosts.
 
         Args:
-            own: the wire to the agent in this process; None: there is none.
-            reception: where the others come.
+            reception: where they come.
             within_s: until when they must have come, in seconds.
-            memory: names the shared memory that this process sees, as in `control.Hello`; None: that of its own agent.
+            memory: names the shared memory that this process sees, as in `control_records.Hello`.
 
         Raises:
             PlanError: somebody did not come, or says why it cannot take part.
@@ -87,34 +88,49 @@ class RemoteWorkers:
         Blocks:
             until all are there, at most ``within_s``, and 30 s for the answers.
         """
-        end = time.monotonic() + within_s
-        wires = [] if own is None else [own]
+        end, wires = time.monotonic() + within_s, list[ControlSocket]()
         while len(wires) < self._world and time.monotonic() < end:
-            if self._asked():
+            if self.asked():
                 raise KeyboardInterrupt
-            if (wire := reception.accept(LOOK_FOR_RECORD_EVERY_S)) is not None:
+            if (wire := reception.accept(LOOK_EVERY_S)) is not None:
                 wires.append(wire)
             elif dead := {rank: why for rank in range(self._world) if (why := self._lost(rank, 0.0))}:
                 raise PlanError(*(f"rank {rank} has ended before it came: {why}." for rank, why in dead.items()))
-        self.members = [RankLink(wire) for wire in wires]
+        self.members = [RankConnection(wire) for wire in wires]
         for member in self.members:
-            member.hello = member.answer(protocol.Hello, self._asked)
-        self._own = None if own is None else self.members[0]
+            member.hello = member.answer(control.Hello, self.asked)
         self.members.sort(key=lambda member: member.hello.rank)
-        missing = sorted(set(range(self._world)) - {member.hello.rank for member in self.members})
-        if missing:
+        if missing := sorted(set(range(self._world)) - {member.hello.rank for member in self.members}):
             raise PlanError(
                 f"ranks {', '.join(map(str, missing))} of {self._world} did not come within {within_s:.0f} s: look at "
                 "what was printed on their hosts, and whether they can connect to "
                 f"{reception.host}:{reception.port} (see GLOO_SOCKET_IFNAME in docs/deployment.md)."
             )
-        problems = [(member.hello, problem) for member in self.members for problem in member.hello.problems]
-        if problems:
-            raise PlanError(*(f"rank {hello.rank} on {hello.host}: {problem}" for hello, problem in problems))
-        here = memory or (self._own.hello.memory if self._own else None)
+        hellos = [member.hello for member in self.members]
+        if problems := [f"rank {one.rank} on {one.host}: {problem}" for one in hellos for problem in one.problems]:
+            raise PlanError(*problems)
+        self._met = reception, within_s, memory
         for member in self.members:
-            if member.hello.memory != here:
-                member.compare_clocks(self._asked)
+            if member.hello.memory != memory:
+                member.compare_clocks(self.asked)
+
+    @contextlib.contextmanager
+    def anew(self) -> Iterator[RemoteWorkers]:
+        """The same agents with new connections, which they open, for one run; hangs up on the way out."""
+        assert self._met is not None, "gather comes first"
+        workers = RemoteWorkers(self._world, self.asked, self._lost)
+        try:
+            with workers:
+                workers.gather(*self._met)
+                yield workers
+        finally:
+            workers.hang_up()
+
+    @property
+    def address(self) -> str:
+        """Of this host, as the agents reach it."""
+        assert self._met is not None, "gather comes first"
+        return self._met[0].host
 
     @property
     def hosts(self) -> list[str]:
@@ -129,22 +145,17 @@ class RemoteWorkers:
         return [names[member.hello.memory] for member in self.members]
 
     @property
-    def gpus(self) -> list[int]:
-        """How many GPUs the host of every rank has."""
-        return [member.hello.gpus for member in self.members]
+    def hellos(self) -> list[control.Hello]:
+        """How every rank has introduced itself."""
+        return [member.hello for member in self.members]
 
-    @property
-    def devices(self) -> list[str]:
-        """Where the worker of every rank computes, as whoever started its agent has said."""
-        return [member.hello.device for member in self.members]
+    @contextlib.contextmanager
+    def prepared(self, resolved: Resolved, profile: Mapping[str, str]) -> Iterator[Self]:
+        """Tell every agent its task, wait until all agree, and host where their workers meet, if they have to.
 
-    @property
-    def nccl(self) -> bool:
-        """Whether torch has NCCL at every rank."""
-        return all(member.hello.nccl for member in self.members)
-
-    def prepare(self, resolved: Resolved, meeting: tuple[str, int] | None, profile: Mapping[str, str]) -> None:
-        """Tell every agent its task, and wait until all agree; see ``control.Task``.
+        Args:
+            resolved: the run.
+            profile: see `control_records.Task`.
 
         Raises:
             PlanError: an agent cannot do it; what differs, and where.
@@ -152,62 +163,121 @@ class RemoteWorkers:
         Blocks:
             while the agents load the recipe and try the model once, at most 300 s.
         """
-        hosts, makers = self.hosts, dict[str, RankLink]()
-        for member, host in zip(self.members, hosts, strict=True):
-            makers.setdefault(host, member)
-        for member, host in zip(self.members, hosts, strict=True):
-            maker = makers[host]
-            task = protocol.Task(
-                list(resolved.sizes),
-                hosts,
-                maker.hello.prefix,
-                maker is member,
-                meeting,
-                dict(profile),
-                list(resolved.devices),
-            )
-            member.tell(task)
-        problems: list[str] = []
-        self._resolved = resolved
-        for member, record in self._until(protocol.Prepared, _PREPARED_WITHIN_S):
-            if isinstance(record, protocol.Prepared):
-                problems += [f"rank {member.hello.rank} on {member.hello.host}: {text}" for text in record.problems]
-        if problems:
-            raise PlanError(*problems)
+        self.resolved, hosts = resolved, self.hosts
+        makers: dict[str, RankConnection] = {}
+        with rendezvous(resolved, self.address) as meeting:
+            where = (meeting.host, meeting.port) if meeting else None
+            for member, host in zip(self.members, hosts, strict=True):
+                maker = makers.setdefault(host, member)
+                mine = maker.hello.prefix, maker is member, where
+                member.tell(control.Task(list(resolved.sizes), hosts, *mine, dict(profile), list(resolved.devices)))
+            problems: list[str] = []
+            for rank, record in self.until(control.Prepared, _PREPARED_WITHIN_S):
+                if isinstance(record, control.Prepared):
+                    problems += [f"rank {rank} on {self.host(rank)}: {text}" for text in record.problems]
+            if problems:
+                raise PlanError(*problems)
+            yield self
 
-    def run(self, run_dir: Path, start_within_s: float = 120.0) -> Iterator[records.Record]:
-        """Start the workers, then the training, and yield what the workers report, until all have finished.
+    # ------------------------------------------------------------------ the run
 
-        Times are on the driver's clock, and the files of all workers lie in ``run_dir`` in the end.
+    def run(self, run_dir: Path) -> Iterator[records.Record]:
+        """Start the workers, then the training; see `Supervisor.trained`.
 
-        Raises:
-            errors.RunFailed: a worker reported a failure or died, an agent is gone, or nobody made progress.
-            KeyboardInterrupt: this process, or an agent, was asked to end.
-
-        Blocks:
-            until something is reported; a stalled run ends after the plan's ``stall_after_s``.
+        The files of all workers lie in ``run_dir`` in the end: the agent in this process, if there is one, has its
+        worker write there, the others send theirs.
         """
-        assert self._resolved is not None, "prepare comes before run"
-        places = [divmod(rank, self._resolved.plan.stages) for rank in range(self._world)]
-        for member, (replica, stage) in zip(self.members, places, strict=True):
-            member.files = Assignment(stage, self._resolved, _none, Names(""), run_dir, replica=replica).files
+        assert self.resolved is not None, "prepared comes before run"
+        assert self._met is not None, "and gather before that"
+        self.run_dir = run_dir
+        for rank, member in enumerate(self.members):
+            replica, stage = divmod(rank, self.resolved.plan.stages)
+            member.files = Assignment(stage, self.resolved, _none, Names(""), run_dir, replica=replica).files
         for member in self.members:
-            member.tell(protocol.Start(str(run_dir) if member is self._own else None))
-        for _, record in self._until(records.Ready, start_within_s):
-            if isinstance(record, records.Ready):
-                yield record
+            own = (member.hello.pid, member.hello.memory) == (os.getpid(), self._met[2])
+            member.tell(control.Start(str(run_dir) if own else None))
+        yield from self.trained()
+
+    @property
+    def workers(self) -> Sequence[int]:
+        return range(self._world)
+
+    def hear(self) -> list[Heard]:
+        now = time.monotonic()
+        reachable = [member for member in self.members if member.gone is None]
+        if now - self._looked_at > _ALIVE_EVERY_S:  # nobody listened, so nobody was asked
+            for member in reachable:
+                member.heard_at = now
+        mp_connection.wait(cast(Any, [member.wire for member in reachable]), LOOK_EVERY_S)
+        self._looked_at = now = time.monotonic()
+        if now - self._alive_at > _ALIVE_EVERY_S:
+            self._alive_at = now
+            self._tell(control.ReadClock())
+        heard: list[Heard] = []
+        for rank, member in enumerate(self.members):
+            why = self._lost(rank, 0.0) if member.gone is None else None  # if so, it has said all it will
+            heard += [(rank, record) for record in member.drain()]
+            if now - member.heard_at > self._patience_s:
+                why = why or f"no word from it for {self._patience_s:.0f} s"
+            member.gone = member.gone or why
+            if member.gone is not None:
+                heard.append((rank, control.RankGone(member.gone)))
+        return heard
+
+    def until(self, last: type[control.Control], patience_s: float) -> Iterator[Heard]:
+        self._patience_s = patience_s + _STALL_FIRST_S
+        return super().until(last, patience_s)
+
+    def read(self, worker: int) -> Status:
+        return self.members[worker].status
+
+    def process(self, worker: int) -> tuple[str, str]:
+        member = self.members[worker]
+        return f"pid {member.pid} on {member.hello.host}", member.state
+
+    def host(self, worker: int) -> str:
+        return self.members[worker].hello.host
+
+    def go(self) -> None:
+        self._tell(records.Go())
+
+    def end_early(self) -> None:
+        """Ask the first stages to take no further training batch; all workers finish what is in the pipeline."""
+        stages = self.resolved.plan.stages if self.resolved is not None else self._world
+        for member in self.members[::stages]:
+            member.tell(control.Enough())
+
+    def dump(self) -> None:
+        self._tell(control.Dump())
+        end = time.monotonic() + _STACKS_WITHIN_S
+        while time.monotonic() < end:
+            self.hear()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End all workers, and wait until their agents have cleaned up, at most 6 s. The agents exit after `hang_up`,
+        with the status that ``error`` stands for.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        self._tell(control.Stop(next(status for kinds, status in _STATUS_OF if isinstance(error, kinds))))
+        end = time.monotonic() + _STOPPED_WITHIN_S
+        while time.monotonic() < end and not all(m.gone or control.AgentStopped in m.words for m in self.members):
+            self.hear()
+
+    def hang_up(self) -> None:
+        """Let the agents go."""
         for member in self.members:
-            member.tell(records.Go())
-        for _, record in self._until(records.Finished, self._resolved.plan.stall_after_s):
-            if isinstance(record, records.Observation | records.Finished):
-                yield record
+            member.wire.close()
+
+    # ------------------------------------------------------------------ agents that serve more than one run
 
     def note(self, rank: int, content: bytes) -> None:
-        """Tell one agent something that is not about a run of this fleet; see ``control.Note``. Does not block."""
-        self.members[rank].tell(protocol.Note(content))
+        """Tell one agent something that is not about a run of these workers (`control_records.Note`)."""
+        self.members[rank].tell(control.Note(content))
 
     def attend(self, patience_s: float = _SILENT_S) -> list[tuple[int, bytes]]:
-        """Listen to agents that are not in a run of this fleet; to be called often while they do anything.
+        """Listen to agents that are not in a run of these workers; to be called often while they do anything.
 
         Args:
             patience_s: how long an agent may be silent, in seconds.
@@ -216,172 +286,43 @@ class RemoteWorkers:
             the notes that came: (rank, content).
 
         Raises:
-            errors.RunFailed: an agent is gone, or silent for too long.
+            RunFailed: an agent is gone, or silent for too long.
             KeyboardInterrupt: this process, or an agent, was asked to end.
 
         Blocks:
             at most 0.2 s where nothing comes.
         """
-        now = time.monotonic()
-        if now - self._attended_at > _ALIVE_EVERY_S:  # nobody listened, so nobody was asked
-            for member in self.members:
-                member.heard = now
-        heard = self._hear()
-        self._attended_at = time.monotonic()
-        for member in self.members:
-            member.gone = member.gone or self._lost(member.hello.rank, 0.0)
-            if member.gone is None and self._attended_at - member.heard > patience_s:
-                member.gone = f"no word from it for {patience_s:.0f} s"
-        self._raise_failure(heard)
-        if self._asked() or any(isinstance(record, protocol.Interrupted) for _, record in heard):
-            self._raise_interrupt()
-        return [(member.hello.rank, record.content) for member, record in heard if isinstance(record, protocol.Note)]
+        self._patience_s = patience_s
+        heard = self.hear()
+        self.raise_failure(heard)
+        self.raise_interrupt(heard)
+        return [(rank, record.content) for rank, record in heard if isinstance(record, control.Note)]
 
-    def end_early(self) -> None:
-        """Ask the first stages to take no further training batch; all workers finish what is in the pipeline."""
-        stages = self._resolved.plan.stages if self._resolved is not None else self._world
-        for member in self.members[::stages]:
-            member.tell(protocol.Enough())
+    # ------------------------------------------------------------------ how it ends
 
-    def read(self, worker: int) -> Status:
-        """What a worker did when last heard of."""
-        return self.members[worker].status
-
-    def stop(self, status: int) -> None:
-        """End all workers, and wait until their agents have cleaned up; the agents exit once this program has.
-
-        Args:
-            status: what the agents exit with.
-
-        Blocks:
-            until all have answered, at most 6 s.
-        """
-        if self._stopped:
-            return
-        self._stopped = True
-        for member in self.members:
-            member.tell(protocol.Stop(status))
-        end = time.monotonic() + _STOPPED_WITHIN_S
-        while time.monotonic() < end and not all(m.gone or protocol.AgentStopped in m.words for m in self.members):
-            self._hear()
-
-    def hang_up(self) -> None:
-        """Let the agents go. After a failure only once it is reported: torchrun ends everybody when one exits."""
-        for member in self.members:
-            member.wire.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop(next(status for kinds, status in _STATUS_OF if isinstance(error, kinds)))
-
-    # ------------------------------------------------------------------ private
-
-    def _until(self, last: type, patience_s: float) -> Iterator[tuple[RankLink, protocol.Control]]:
-        """What is heard until every agent has sent one record of type ``last``."""
-        awaited = set(range(self._world))
-        assert self._resolved is not None, "nobody is waited for before prepare"
-        progress = Progress(self, self._resolved.plan, patience_s)
-        for member in self.members:
-            member.heard = time.monotonic()
-        while awaited:
-            heard = self._hear()
-            self._raise_failure(heard)
-            if self._asked() or any(isinstance(record, protocol.Interrupted) for _, record in heard):
-                self._raise_interrupt()
-            for member, record in heard:
-                if isinstance(record, last):
-                    awaited.discard(member.hello.rank)
-                yield member, record
-            spoke = {
-                m.hello.rank for m, record in heard if not isinstance(record, protocol.WorkerStatus | protocol.Time)
-            }
-            if progress.stalled(spoke, awaited):
-                raise self._stall(patience_s)
-            for member in self.members:
-                if member.hello.rank in awaited and (why := self._lost(member.hello.rank, 0.0)):
-                    member.gone = member.gone or why  # the next look reports it, after what it may still have said
-                if time.monotonic() - member.heard > patience_s:
-                    raise self._gone(member, f"no word from it for {patience_s:.0f} s")
-
-    def _raise_failure(self, heard: Sequence[tuple[RankLink, protocol.Control]]) -> None:
-        """The first thing that went wrong, if any: what a worker says, else a worker's death, else an agent's."""
-        wrong = (records.Failure, protocol.WorkerDied)
-        if not any(isinstance(record, wrong) for _, record in heard) and not any(m.gone for m in self.members):
-            return
-        heard = [*heard, *self._hear()]  # the cause was sent before its consequences, but maybe read after
-        failed = [(member, record) for member, record in heard if isinstance(record, records.Failure)]
-        died = [(member, record) for member, record in heard if isinstance(record, protocol.WorkerDied)]
-        if failed and not any(_by_signal(record) for _, record in died):
-            member, failure = min(failed, key=lambda one: one[1].time_ns)
-            raise errors.RunFailed.from_record(failure, member.hello.host)
-        if died:
-            member, death = min(died, key=lambda one: one[1].exit_code)
-            status = member.status
-            stage, name = self._place(member)
-            raise errors.killed(stage, death.pid, death.exit_code, status, member.hello.host, name)
-        lost = next(member for member in self.members if member.gone)
-        raise self._gone(lost, lost.gone or "")
-
-    def _raise_interrupt(self) -> None:
-        """Somebody asked this or another rank to end: torchrun, because a rank died, or because the user asked it."""
+    def interrupt(self) -> NoReturn:
+        """Torchrun, because a rank died, or the user: a failure that is heard within 1 s goes before."""
         end = time.monotonic() + _LAST_WORDS_WITHIN_S
         while time.monotonic() < end and not all(member.quiet for member in self.members):
-            self._raise_failure(self._hear())
-        raise KeyboardInterrupt
+            self.raise_failure(self.hear())
+        super().interrupt()
 
-    def _gone(self, member: RankLink, why: str) -> errors.RunFailed:
-        rank = member.hello.rank
-        why = self._lost(rank, _REASON_WITHIN_S) or why
-        stage, name = self._place(member)
-        return errors.RunFailed(
-            f"{name}: rank {rank} (pid {member.hello.pid} on {member.hello.host}) is gone without a word ({why}): "
+    def gone(self, worker: int, record: control.RankGone) -> RunFailed:
+        """A rank is gone; asks whoever started it once more for the reason, at most 1.5 s."""
+        hello, batch, (stage, name) = self.members[worker].hello, self.read(worker).batch, self.place(worker)
+        why = self._lost(worker, _REASON_WITHIN_S) or record.why
+        return RunFailed(
+            f"{name}: rank {worker} (pid {hello.pid} on {hello.host}) is gone without a word ({why}): "
             "it was killed, or its host or the network is down; look at the system's log there",
             stage=stage,
-            batch=member.status.batch if member.status.batch >= 0 else None,
+            batch=batch if batch >= 0 else None,
         )
 
-    def _place(self, member: RankLink) -> tuple[int, str]:
-        """The stage of a rank's worker, and what users see the worker called."""
-        if self._resolved is None:
-            return member.hello.rank, f"stage {member.hello.rank}"
-        plan = self._resolved.plan
-        replica, stage = divmod(member.hello.rank, plan.stages)
-        return stage, called(plan, replica, stage)
-
-    def _stall(self, patience_s: float) -> errors.RunFailed:
+    def _tell(self, record: control.Control) -> None:
+        """Tell all that can be reached."""
         for member in self.members:
-            member.tell(protocol.Dump())
-        end = time.monotonic() + 2 * _LAST_WORDS_WITHIN_S
-        while time.monotonic() < end:
-            self._hear()
-        workers = [(member.process, member.state) for member in self.members]
-        files = self.members[0].files
-        stacks = str(files["stacks"].with_name("*stacks-*.txt")) if files else "none"
-        assert self._resolved is not None, "nobody is waited for before prepare"
-        return errors.nobody_moves(self, workers, patience_s, stacks, self._resolved.plan)
-
-    def _hear(self) -> list[tuple[RankLink, protocol.Control]]:
-        """What has been said, times on the driver's clock; waits a moment for something to happen."""
-        reachable = [member for member in self.members if member.gone is None]
-        mp_connection.wait(cast(Any, [member.wire for member in reachable]), LOOK_FOR_RECORD_EVERY_S)
-        if time.monotonic() - self._alive_at > _ALIVE_EVERY_S:
-            self._alive_at = time.monotonic()
-            for member in reachable:
-                member.tell(protocol.ReadClock())
-        return [(member, record) for member in reachable for record in member.drain()]
-
-
-def _by_signal(death: protocol.WorkerDied) -> bool:
-    return death.exit_code < 0
+            member.tell(record)
 
 
 def _none() -> Any:
     raise AssertionError("the driver makes no recipe from an assignment")
-
-
-def _unknown(rank: int, within_s: float) -> None:
-    """Nobody knows more than what the wires say."""

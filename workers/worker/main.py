@@ -79,6 +79,7 @@ def worker_main(assignment: Assignment, connection: Connection, listener: Path |
     """
     os.setsid()  # a group of its own: Ctrl-C reaches the driver only, and the driver can end us with our children
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked in the fork server
     torch.set_num_threads(assignment.plan.threads)
     # A failure is reported before the channels close: it is seen first.
     with ends_with_the_driver(assignment, listener), contextlib.ExitStack() as stack:

@@ -1,11 +1,7 @@
-"""What driver and agents of a run tell each other across processes that have no common parent, and on what.
+"""Connections between the driver of a run and the ranks' agents: authenticated, nothing unpickled, with deadlines.
 
-    rank 0   driver  <---- one connection per rank ---->  agent  <--pipe-->  worker       every rank
-                     Task, Start, Go, Enough, Stop  -->
-                     <--  Hello, Prepared, Status, File, and what the worker says, word for word
-
-Records travel as MessagePack with a length in front: nothing is unpickled. Both sides prove that they know the run's
-key before anything else is read. Nothing is encrypted: whoever can read the network can read the training.
+Records travel as MessagePack with a length in front. Both sides prove that they know the run's key before anything else
+is read. Nothing is encrypted: whoever can read the network can read the training.
 
 ``multiprocessing.connection.Listener`` is not used: its accept and its handshake know no deadline.
 """
@@ -23,183 +19,17 @@ from typing import Any, Self
 
 import msgspec
 
+from workers.supervision import control_records as control
 from workers.telemetry import records
 
-__all__ = [
-    "AgentStopped",
-    "Control",
-    "ControlSocket",
-    "Dump",
-    "Enough",
-    "File",
-    "Gone",
-    "Hello",
-    "Interrupted",
-    "Note",
-    "Prepared",
-    "ReadClock",
-    "Reception",
-    "Start",
-    "Stop",
-    "Task",
-    "Time",
-    "WorkerDied",
-    "WorkerStatus",
-    "connect_to",
-]
+__all__ = ["ControlSocket", "Gone", "Reception", "connect_to"]
 
 _SEND_WITHIN_S = 20.0
 _GREET_WITHIN_S = 5.0
 _LARGEST_BYTES = 64 << 20
 _NONCE_BYTES = 32
 
-
-class Hello(msgspec.Struct, tag=True, frozen=True):
-    """An agent introduces itself.
-
-    Attributes:
-        rank: its rank, which is the number of its worker.
-        pid: its process.
-        host: name of its host.
-        memory: names the shared memory that it sees; agents that give the same one can share.
-        prefix: a start for names in that memory that belong to this process.
-        problems: why it cannot take part, one sentence each.
-        gpus: how many its host has, where the driver shares them out.
-        device: where its worker computes, where whoever started the agent has said so; empty: the driver says.
-        nccl: whether its torch has NCCL.
-    """
-
-    rank: int
-    pid: int
-    host: str
-    memory: str
-    prefix: str
-    problems: list[str] = []
-    gpus: int = 0
-    device: str = ""
-    nccl: bool = False
-
-
-class ReadClock(msgspec.Struct, tag=True, frozen=True):
-    """Driver to agent: what does your clock say? Also the sign that the driver lives."""
-
-
-class Time(msgspec.Struct, tag=True, frozen=True):
-    """The answer: nanoseconds of the host's own common clock."""
-
-    time_ns: int
-
-
-class Task(msgspec.Struct, tag=True, frozen=True):
-    """Driver to agent: what is to be run.
-
-    Attributes:
-        sizes: layers per stage, as resolved by the driver.
-        hosts: name of the host of every worker.
-        prefix: of the names in the shared memory of the agent's host.
-        makes_memory: whether this agent makes and removes what lies there.
-        meeting: (host, port) where workers without common memory meet; None: there are none.
-        profile: what recipe and plan look like to the driver, one text per property.
-        devices: where every worker computes; empty: as the agent finds, whose plan it is.
-    """
-
-    sizes: list[int]
-    hosts: list[str]
-    prefix: str
-    makes_memory: bool
-    meeting: tuple[str, int] | None
-    profile: dict[str, str]
-    devices: list[str] = []
-
-
-class Prepared(msgspec.Struct, tag=True, frozen=True):
-    """The agent has looked at its task, and made the memory if that is its part."""
-
-    problems: list[str] = []
-
-
-class Start(msgspec.Struct, tag=True, frozen=True):
-    """Driver to agent: everybody is prepared, start the worker.
-
-    ``run_dir`` is where it writes; None: into unnamed files on its own host, and the driver gets them by wire.
-    """
-
-    run_dir: str | None
-
-
-class WorkerStatus(msgspec.Struct, tag=True, frozen=True):
-    """What the worker does now (``status_table.Status``). ``state`` is the process's letter in /proc, or empty."""
-
-    span: int
-    batch: int
-    start_ns: int
-    progress: int
-    state: str
-
-
-class WorkerDied(msgspec.Struct, tag=True, frozen=True):
-    """The worker ended without a word."""
-
-    pid: int
-    exit_code: int
-
-
-class File(msgspec.Struct, tag=True, frozen=True):
-    """A piece of a file that the worker wrote, by its name in ``assignment.FILES``; ``last`` is its last piece."""
-
-    what: str
-    data: bytes
-    last: bool
-
-
-class Note(msgspec.Struct, tag=True, frozen=True):
-    """Either way: a record of those who use a wire for more than one run, as MessagePack."""
-
-    content: bytes
-
-
-class Enough(msgspec.Struct, tag=True, frozen=True):
-    """Driver to agent: take no further training batch, finish what is in the pipeline."""
-
-
-class Dump(msgspec.Struct, tag=True, frozen=True):
-    """Driver to agent: send the stacks of the worker's threads."""
-
-
-class Interrupted(msgspec.Struct, tag=True, frozen=True):
-    """Somebody sent the agent SIGINT or SIGTERM."""
-
-
-class Stop(msgspec.Struct, tag=True, frozen=True):
-    """Driver to agent: end the worker; then exit with ``status``, once the driver has hung up."""
-
-    status: int
-
-
-class AgentStopped(msgspec.Struct, tag=True, frozen=True):
-    """The agent's worker has ended, and its memory is removed."""
-
-
-Control = (
-    Hello
-    | ReadClock
-    | Time
-    | Task
-    | Prepared
-    | Start
-    | WorkerStatus
-    | WorkerDied
-    | File
-    | Note
-    | Enough
-    | Dump
-    | Interrupted
-    | Stop
-    | AgentStopped
-    | records.Record
-)
-
-_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Control)
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(control.Control)
 
 
 class Gone(ConnectionError):
@@ -216,7 +46,7 @@ class ControlSocket:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def send(self, record: Control) -> None:
+    def send(self, record: control.Control) -> None:
         """Send one record.
 
         Raises:
@@ -234,7 +64,7 @@ class ControlSocket:
         """Whether something can be received, if only the end. Never blocks."""
         return self._connection.poll()
 
-    def receive(self) -> Control:
+    def receive(self) -> control.Control:
         """Receive one record; poll first.
 
         Raises:
@@ -248,7 +78,7 @@ class ControlSocket:
             content = self._connection.recv_bytes(_LARGEST_BYTES)
         except (EOFError, OSError) as error:
             raise Gone(str(error) or "it hung up") from error
-        record: Control = _decoder.decode(content)
+        record: control.Control = _decoder.decode(content)
         return record
 
     def fileno(self) -> int:

@@ -1,12 +1,12 @@
-"""One agent, as the driver of a run of many ranks sees it: what it said last, by whose clock, and where its files go.
+"""The driver's connection to one rank's agent: what that said last, by whose clock, and where its files go.
 
-agent --records--> drain: statuses and files are taken in here, times put on the driver's clock --> the fleet
+agent  --records-->  drain: takes in statuses and files, puts times on the driver's clock  -->  the verdict
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import connection as mp_connection
 from pathlib import Path
@@ -19,23 +19,22 @@ from pipeline.errors import PlanError
 from pipeline.metrics.spans import SPAN_DTYPE, Span
 from workers.clock import now_ns
 from workers.files import writing
-from workers.supervision import protocol
-from workers.supervision.protocol import ControlSocket
+from workers.supervision import control_records as control
+from workers.supervision.control_socket import ControlSocket, Gone
+from workers.supervision.supervisor import LOOK_EVERY_S
 from workers.telemetry import records
 from workers.telemetry.status_table import Status
 
-__all__ = ["LOOK_FOR_RECORD_EVERY_S", "RankLink"]
+__all__ = ["RankConnection"]
 
-LOOK_FOR_RECORD_EVERY_S = 0.2
-"""How long a look for records waits for one, in seconds."""
 _CLOCK_ROUNDS = 8
 _ANSWER_WITHIN_S = 30.0
 
-_Record = TypeVar("_Record", bound=protocol.Control)
+_Record = TypeVar("_Record", bound=control.Control)
 
 
 @dataclass
-class RankLink:
+class RankConnection:
     """One agent.
 
     Attributes:
@@ -45,19 +44,19 @@ class RankLink:
         status: what its worker does, on the driver's clock.
         state: the state letter of its worker's process.
         pid: its worker's process, once that is ready.
-        heard: when it last said anything, on this program's clock in seconds.
+        heard_at: when it last said anything, on this program's clock in seconds.
         gone: why nothing comes from it any more.
         words: the types of the records it has sent.
         files: where what its worker writes is to lie, by its name in ``Assignment.files``.
     """
 
     wire: ControlSocket
-    hello: protocol.Hello = field(default_factory=lambda: protocol.Hello(-1, 0, "?", "", ""))
+    hello: control.Hello = field(default_factory=lambda: control.Hello(-1, 0, "?", "", ""))
     offset_ns: int = 0
     status: Status = field(default_factory=lambda: Status(Span.OTHER, -1, now_ns(), 0))
     state: str = ""
     pid: int = 0
-    heard: float = field(default_factory=time.monotonic)
+    heard_at: float = field(default_factory=time.monotonic)
     gone: str | None = None
     words: set[type] = field(default_factory=set)
     files: Mapping[str, Path] = field(default_factory=dict)
@@ -66,7 +65,7 @@ class RankLink:
     def quiet(self) -> bool:
         """Whether no more is to be expected of it after an interrupt."""
         return self.gone is not None or not self.words.isdisjoint(
-            {protocol.Interrupted, protocol.WorkerDied, records.Failure}
+            {control.Interrupted, control.WorkerDied, records.Failure}
         )
 
     @property
@@ -74,24 +73,26 @@ class RankLink:
         """Its worker's process, for people: ``pid 17 on beta``."""
         return f"pid {self.pid} on {self.hello.host}"
 
-    def tell(self, record: protocol.Control) -> None:
+    def tell(self, record: control.Control) -> None:
         """Send it a record, if it can be reached; if not, that is noted. Does not block."""
         if self.gone is None:
             try:
                 self.wire.send(record)
-            except protocol.Gone as gone:
+            except Gone as gone:
                 self.gone = str(gone)
 
-    def drain(self) -> Iterator[protocol.Control]:
+    def drain(self) -> list[control.Control]:
         """What it has said since the last look, times on the driver's clock. Does not block."""
+        heard: list[control.Control] = []
         try:
-            while self.wire.poll():
+            while self.gone is None and self.wire.poll():
                 record = self._taken(self.wire.receive())
                 self.words.add(type(record))
-                self.heard = time.monotonic()
-                yield record
-        except (protocol.Gone, msgspec.DecodeError) as gone:
+                self.heard_at = time.monotonic()
+                heard.append(record)
+        except (Gone, msgspec.DecodeError) as gone:
             self.gone = str(gone)
+        return heard
 
     def answer(self, kind: type[_Record], asked: Callable[[], bool]) -> _Record:
         """The next record of a kind from it, before anything else runs.
@@ -111,7 +112,7 @@ class RankLink:
         while time.monotonic() < end and self.gone is None:
             if asked():
                 raise KeyboardInterrupt
-            mp_connection.wait(cast(Any, [self.wire]), LOOK_FOR_RECORD_EVERY_S)
+            mp_connection.wait(cast(Any, [self.wire]), LOOK_EVERY_S)
             for record in self.drain():
                 if isinstance(record, kind):
                     return record
@@ -128,19 +129,19 @@ class RankLink:
         offsets: dict[int, int] = {}
         for _ in range(_CLOCK_ROUNDS):
             before_ns = now_ns()
-            self.tell(protocol.ReadClock())
-            answer = self.answer(protocol.Time, asked)
+            self.tell(control.ReadClock())
+            answer = self.answer(control.Time, asked)
             after_ns = now_ns()
             offsets[after_ns - before_ns] = answer.time_ns - (before_ns + after_ns) // 2
         self.offset_ns = offsets[min(offsets)]
 
-    def _taken(self, record: protocol.Control) -> protocol.Control:
+    def _taken(self, record: control.Control) -> control.Control:
         """Note what is for the driver's eyes, and turn times into the driver's own."""
-        if isinstance(record, protocol.WorkerStatus):
+        if isinstance(record, control.WorkerStatus):
             start_ns = record.start_ns - self.offset_ns if record.start_ns else self.status.start_ns
             self.status = Status(Span(record.span), record.batch, start_ns, record.progress)
             self.state = record.state
-        elif isinstance(record, protocol.File):
+        elif isinstance(record, control.File):
             self._write(record)
         elif isinstance(record, records.Ready):
             self.pid = record.pid
@@ -153,7 +154,7 @@ class RankLink:
             return msgspec.structs.replace(record, **times)
         return record
 
-    def _write(self, piece: protocol.File) -> None:
+    def _write(self, piece: control.File) -> None:
         path = self.files[piece.what]
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,185 @@
+"""What the driver of a run on many ranks and the ranks' agents tell each other, as records.
+
+driver  ----  Task, Start, Go, Enough, Dump, Stop  ------------------------->  agent     one connection per rank
+        <---  Hello, Prepared, WorkerStatus, File, what the worker says  ----
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from workers.telemetry import records
+
+__all__ = [
+    "AgentStopped",
+    "Control",
+    "Dump",
+    "Enough",
+    "File",
+    "Hello",
+    "Interrupted",
+    "Note",
+    "Prepared",
+    "RankGone",
+    "ReadClock",
+    "Start",
+    "Stop",
+    "Task",
+    "Time",
+    "WorkerDied",
+    "WorkerStatus",
+]
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """An agent introduces itself.
+
+    Attributes:
+        rank: its rank, which is the number of its worker.
+        pid: its process.
+        host: name of its host.
+        memory: names the shared memory that it sees; agents that give the same one can share.
+        prefix: a start for names in that memory that belong to this process.
+        problems: why it cannot take part, one sentence each.
+        gpus: how many its host has, where the driver shares them out.
+        device: where its worker computes, where whoever started the agent has said so; empty: the driver says.
+        nccl: whether its torch has NCCL.
+    """
+
+    rank: int
+    pid: int
+    host: str
+    memory: str
+    prefix: str
+    problems: list[str] = []
+    gpus: int = 0
+    device: str = ""
+    nccl: bool = False
+
+
+class ReadClock(msgspec.Struct, tag=True, frozen=True):
+    """Driver to agent: what does your clock say? Also the sign that the driver lives."""
+
+
+class Time(msgspec.Struct, tag=True, frozen=True):
+    """The answer: nanoseconds of the host's own common clock."""
+
+    time_ns: int
+
+
+class Task(msgspec.Struct, tag=True, frozen=True):
+    """Driver to agent: what is to be run.
+
+    Attributes:
+        sizes: layers per stage, as resolved by the driver.
+        hosts: name of the host of every worker.
+        prefix: of the names in the shared memory of the agent's host.
+        makes_memory: whether this agent makes and removes what lies there.
+        meeting: (host, port) where workers without common memory meet; None: there are none.
+        profile: what recipe and plan look like to the driver, one text per property.
+        devices: where every worker computes; empty: as the agent finds, whose plan it is.
+    """
+
+    sizes: list[int]
+    hosts: list[str]
+    prefix: str
+    makes_memory: bool
+    meeting: tuple[str, int] | None
+    profile: dict[str, str]
+    devices: list[str] = []
+
+
+class Prepared(msgspec.Struct, tag=True, frozen=True):
+    """The agent has looked at its task, and made the memory if that is its part."""
+
+    problems: list[str] = []
+
+
+class Start(msgspec.Struct, tag=True, frozen=True):
+    """Driver to agent: everybody is prepared, start the worker.
+
+    ``run_dir`` is where it writes; None: into unnamed files on its own host, and the driver gets them by wire.
+    """
+
+    run_dir: str | None
+
+
+class WorkerStatus(msgspec.Struct, tag=True, frozen=True):
+    """What the worker does now (``status_table.Status``). ``state`` is the process's letter in /proc, or empty."""
+
+    span: int
+    batch: int
+    start_ns: int
+    progress: int
+    state: str
+
+
+class WorkerDied(msgspec.Struct, tag=True, frozen=True):
+    """The worker ended without a word; ``why``: it is the fork server that ended, and how."""
+
+    pid: int
+    exit_code: int
+    why: str = ""
+
+
+class RankGone(msgspec.Struct, tag=True, frozen=True):
+    """What the driver notes once nothing comes from an agent any more. Is never sent."""
+
+    why: str
+
+
+class File(msgspec.Struct, tag=True, frozen=True):
+    """A piece of a file that the worker wrote, by its name in ``assignment.FILES``; ``last`` is its last piece."""
+
+    what: str
+    data: bytes
+    last: bool
+
+
+class Note(msgspec.Struct, tag=True, frozen=True):
+    """Either way: a record of those who use a wire for more than one run, as MessagePack."""
+
+    content: bytes
+
+
+class Enough(msgspec.Struct, tag=True, frozen=True):
+    """Driver to agent: take no further training batch, finish what is in the pipeline."""
+
+
+class Dump(msgspec.Struct, tag=True, frozen=True):
+    """Driver to agent: send the stacks of the worker's threads."""
+
+
+class Interrupted(msgspec.Struct, tag=True, frozen=True):
+    """Somebody sent the agent SIGINT or SIGTERM."""
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    """Driver to agent: end the worker; then exit with ``status``, once the driver has hung up."""
+
+    status: int
+
+
+class AgentStopped(msgspec.Struct, tag=True, frozen=True):
+    """The agent's worker has ended, and its memory is removed."""
+
+
+Control = (
+    Hello
+    | ReadClock
+    | Time
+    | Task
+    | Prepared
+    | Start
+    | WorkerStatus
+    | WorkerDied
+    | File
+    | Note
+    | Enough
+    | Dump
+    | Interrupted
+    | RankGone
+    | Stop
+    | AgentStopped
+    | records.Record
+)
