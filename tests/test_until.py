@@ -470,9 +470,7 @@ def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, str]:
     console.rich = RichConsole(width=80, record=True, highlight=False, file=io.StringIO())
     plan = Plan(steps=600, until="accuracy=0.9", evaluate_every=5)
     rows = ("backprop", "ddp", "naive", "unlocked")
-    report = run_bench(
-        NamedRecipe("digits"), plan, BenchOptions(rounds=1, runs=folder, rows=rows), ["bench"], console
-    )
+    report = run_bench(NamedRecipe("digits"), plan, BenchOptions(rounds=1, runs=folder, rows=rows), ["bench"], console)
     return report, console.rich.export_text()
 
 

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from launch.bench.cost_ledger import Account, entry, show_ledger
 from launch.bench.rows import Contender, RowOutcome
-from launch.bench.span_cost import cost_by_count, cost_of_spans, record_s
 from launch.bench.spread import Spread
 from launch.bench.time_to_goal import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, rivals
 from launch.results.dni_quality import QUALITY_LEGEND, StageQuality, quality_table
@@ -26,7 +25,7 @@ from pipeline.metrics.measurements import Measured
 from pipeline.run.resolved import Resolved
 from pipeline.schedule.modes import MODES
 
-__all__ = ["BenchRow", "Report", "bench_verdict", "cost_of", "emulated_by", "show"]
+__all__ = ["BenchRow", "Report", "bench_verdict", "emulated_by", "show"]
 
 
 @dataclass
@@ -49,7 +48,6 @@ class BenchRow:
             return "one process" if c.threads == 1 else f"one process, {c.threads} threads"
         name = {"ddp": "DDP", "torch": f"torch {_SHORT.get(c.mode, c.mode)}"}.get(c.engine, c.mode)
         name = f"{name}, {c.variant}" if c.variant else name
-        name = name if c.spans else f"{name}, bare"
         return f"{name} x{c.microbatches}" if c.microbatches else name
 
     @property
@@ -111,7 +109,6 @@ class BenchRow:
             "replicas": contender.replicas,
             "threads": contender.threads,
             "microbatches": contender.microbatches,
-            "spans": contender.spans if contender.engine == "freewheel" else None,
             "emulated": emulated,
             "launcher": contender.launcher,
             "samples_per_s": Spread.of(self.rates).as_dict(),
@@ -148,7 +145,6 @@ class Report:
         rows: the contenders; ratios are over the first one.
         left_out: rows that could not run here, with the reason.
         race: the way of the rows to ``plan.until``, if there is one.
-        cost: what the spans cost, where that was compared.
         quality: of the synthetic gradients, by stage, from a run of its own; empty where nothing was sampled.
     """
 
@@ -161,7 +157,6 @@ class Report:
     rows: list[BenchRow]
     left_out: dict[str, str]
     race: Race | None = None
-    cost: str | None = None
     quality: list[StageQuality] = field(default_factory=list)
 
     @property
@@ -185,10 +180,8 @@ class Report:
         return max((row for row in self.rows if row.exact), key=lambda row: Spread.of(row.rates).median, default=None)
 
     def beaten_by(self, row: BenchRow) -> bool:
-        """Whether a row is faster than the unlocked one, round by round; not one that is unlocked as well."""
-        if self.unlocked is None or row.contender.mode == self.unlocked.contender.mode:
-            return False
-        return row.speedup(self.unlocked).median > 1
+        """Whether a row is faster than the unlocked one, round by round."""
+        return self.unlocked is not None and row.speedup(self.unlocked).median > 1
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of bench.json."""
@@ -198,7 +191,6 @@ class Report:
             "command": self.command,
             "environment": self.environment,
             "rows": self.row_dicts(),
-            "instrumentation": self.cost,
             "quality": [each.as_dict() for each in self.quality] or None,
             "left_out": self.left_out,
             "over_stages": None,
@@ -283,8 +275,6 @@ def show(report: Report, console: Console) -> None:
         print_table(console.rich, quality_table(report.quality))
         console.rich.print(f"[dim]{QUALITY_LEGEND}[/dim]")
     _show_ledger(report.rows, console)
-    if report.cost is not None and report.cost != report.verdict:
-        console.rich.print(report.cost)
 
 
 def _outcome(figures: dict[str, Any], scored: bool) -> tuple[str, str]:
@@ -303,17 +293,6 @@ def _show_ledger(rows: Sequence[BenchRow], console: Console) -> None:
     locked = max((row for row in rows if row.exact), key=lambda row: Spread.of(row.rates).median, default=None)
     compared = [row.account if row is not None else None for row in (unlocked, alone, locked)]
     show_ledger(console.rich, [row.account for row in rows], *compared)
-
-
-def cost_of(rows: Sequence[BenchRow]) -> str | None:
-    """What the spans cost, if both rows were run."""
-    full, bare = (
-        [row for row in rows if row.contender.mode == "unlocked" and row.contender.spans is s] for s in (True, False)
-    )
-    if not full or not bare:
-        return None
-    counted = [cost_by_count(full[0].typical, record_s())] if full[0].typical is not None else []
-    return " ".join([cost_of_spans(full[0].rates, bare[0].rates), *counted])
 
 
 def _percentage(shares: Sequence[float] | None) -> str:

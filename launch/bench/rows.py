@@ -71,7 +71,6 @@ class Contender:
         stages: number of processes that share the work of a batch.
         threads: compute threads of each.
         microbatches: where batches are cut.
-        spans: whether our workers record what they do.
         flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
         predicted: batches per second by the cost model; None: nothing is emulated, or it cannot say.
         note: why operations could not be counted.
@@ -86,7 +85,6 @@ class Contender:
     stages: int
     threads: int
     microbatches: int | None = None
-    spans: bool = True
     predicted: float | None = None
     flop: Work | None = None
     note: str | None = None
@@ -198,10 +196,9 @@ def _check_plain(resolved: Resolved, who: str) -> None:
         raise PlanError(f"{who} is compared on the CPU in float32 only: leave {' and '.join(given)} out, or that row.")
 
 
-def _ours(mode: str, *, bare: bool = False, variant: str | None = None) -> PrepareRow:
+def _ours(mode: str, variant: str | None = None) -> PrepareRow:
     def prepare(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
         plan = _in_mode(resolved.plan, mode)
-        plan = replace(plan, spans=plan.spans and not bare)
         plan = replace(plan, optimizer=_VARIANTS[variant](plan.optimizer, resolved.steps)) if variant else plan
         cuts = MODES[mode].cuts_batches
         if cuts and plan.microbatches == 1:
@@ -213,7 +210,6 @@ def _ours(mode: str, *, bare: bool = False, variant: str | None = None) -> Prepa
             stages=plan.stages,
             threads=plan.threads,
             microbatches=plan.microbatches if cuts else None,
-            spans=plan.spans,
             variant=variant,
             predicted=predicted_batches_per_s(mine.plan, mine.warmup),
             replicas=plan.replicas,
@@ -286,10 +282,9 @@ ROWS: dict[str, PrepareRow] = {
     "torch-zbv-zero-bubble": _torch("ZBVZeroBubble"),
     **{mode: _ours(mode) for mode in MODES},
     "async-1f1b-nadamw": _ours("async-1f1b", variant="nadamw"),
-    "unlocked-bare": _ours("unlocked", bare=True),
 }
-"""Rows by name, in the order of the table; ``unlocked-bare`` records no spans."""
+"""Rows by name, in the order of the table."""
 
 DEFAULT_ROWS = ("backprop", "naive", "unlocked")
-EMULATED_ROWS = (*MODES, "unlocked-bare")
+EMULATED_ROWS = tuple(MODES)
 """Rows that emulated stages and links can run."""
