@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launch.bench.rivals.loop import Training, broadcast
 from launch.bench.rivals.ranks import HERE, Places, run_ranks
-from launch.bench.rivals.record import RankRun, RivalRun, merged
+from launch.bench.rivals.record import RankRun, RivalRun
 from pipeline.data.recipe import Recipe, build_model
 from pipeline.errors import PlanError
 from pipeline.model.optimizers import build_optimizer
@@ -61,7 +61,7 @@ def run_ddp(
     if rows % ranks:
         raise PlanError(f"{ranks} ranks for batches of {rows} rows: give a number of ranks that divides the rows.")
     rival, training = DDP(rows // ranks, ranks), Training(source, resolved.plan, warmup, weights=weights)
-    return merged(run_ranks("DDP", rival, training, ranks=ranks, threads=threads, within_s=within_s, places=places))
+    return run_ranks("DDP", rival, training, ranks=ranks, threads=threads, within_s=within_s, places=places)
 
 
 class DDP(msgspec.Struct, tag=True, frozen=True):
