@@ -24,7 +24,7 @@ from launch.sweep.findings import findings_of, label_of, verdict_of
 from launch.sweep.grid import Grid, Setting, grid_of
 from launch.sweep.options import SweepOptions
 from launch.sweep.picture import abscissa_of, sweep_curves
-from launch.sweep.points import Outcome, Store
+from launch.sweep.points import Outcome, Store, followed
 from launch.sweep.presets import PRESETS, with_preset
 from launch.sweep.work import run_point
 from pipeline import Plan, PlanError, StageError, run_reference
@@ -317,6 +317,12 @@ def test_a_point_of_other_code_is_run_again(tmp_path: Path, recipe_file: Path) -
     assert store.outdated(point)
 
 
+def test_the_code_that_counts_is_that_of_all_rooms() -> None:
+    """Once only the files directly in pipeline/ counted, and a point outlived a change of what a stage does."""
+    names = {path.name for path in followed("mine.py")}
+    assert {"stage.py", "runner.py", "loss_model.py", "digits.py", "mine.py"} <= names
+
+
 # ---------------------------------------------------------------- a run
 
 
@@ -338,7 +344,7 @@ def test_a_point_records_what_the_reference_driver_gives() -> None:
 
 def test_a_run_that_diverges_is_a_finding_and_one_that_fails_is_not() -> None:
     source, plan = NamedRecipe("mine.py"), Plan(steps=20)
-    diverged = run_point(source, replace(plan, optimizer=replace(plan.optimizer, rule="sgd", lr=1e30)))
+    diverged = run_point(source, replace(plan, optimizer=replace(plan.optimizer, rule="sgd", lr=1e9)))
     assert diverged.diverged is not None
     assert re.match(r"stage \d.*, batch \d+: ", diverged.diverged)
     assert (diverged.loss, diverged.accuracy) == (None, None)

@@ -5,6 +5,7 @@ verdict  ->  one table of all rows  ->  race to the goal  ->  where the time of 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,11 @@ class BenchRow:
         return [outcome.samples_per_s for outcome in self.outcomes]
 
     @property
+    def rate(self) -> float:
+        """Median samples per second."""
+        return statistics.median(self.rates)
+
+    @property
     def last(self) -> RowOutcome:
         """The last round."""
         return self.outcomes[-1]
@@ -90,17 +96,26 @@ class BenchRow:
         total_s = contender.stages * contender.replicas / self.middle.samples_per_s
         return Account(name=self.name, seconds=seconds, flop=contender.flop, total_s=total_s, note=contender.note)
 
+    @property
+    def latency_s(self) -> tuple[float, float] | None:
+        """(p50, p99) of the update latency of stage 0, where it is known."""
+        return self.typical.stages[0].update_latency_s if self.typical else None
+
+    def mean_percent(self, share: str) -> str:
+        """``busy``, ``dni`` or another share of the time of our stages, mean over them; of others a dash."""
+        stages = self.typical.stages if self.typical else ()
+        shares = [stage.busy if share == "busy" else stage.shares[share] for stage in stages]
+        return f"{100 * sum(shares) / len(shares):.0f}" if shares else "-"
+
     def speedup(self, other: BenchRow) -> Spread:
         """Throughput over that of another row, round by round."""
-        return Spread.of([mine / theirs for mine, theirs in zip(self.rates, other.rates, strict=True)])
+        return self.line.speedup(other.line)
 
     def as_dict(self, yardstick: BenchRow, batch_rows: int, emulated: bool) -> dict[str, Any]:
         """One entry of ``rows`` in bench.json; what does not apply is null."""
         measured, contender, line = self.typical, self.contender, self.line
         stages = measured.stages if measured else ()
-        first = stages[0] if stages else None
-        latency, age = (first.update_latency_s, first.gradient_age_updates) if first else (None, None)
-        age_s = first.gradient_age_s if first else None
+        age, age_s = (stages[0].gradient_age_updates, stages[0].gradient_age_s) if stages else (None, None)
         return {
             "engine": contender.engine,
             "mode": contender.mode,
@@ -114,9 +129,9 @@ class BenchRow:
             "samples_per_s": Spread.of(self.rates).as_dict(),
             "predicted_samples_per_s": contender.predicted and contender.predicted * batch_rows,
             "speedup": self.speedup(yardstick).as_dict(),
-            "update_latency_s": {"p50": latency[0], "p99": latency[1]} if latency else None,
-            "gradient_age_updates": {"p50": age[0], "max": age[1]} if age else None,
-            "gradient_age_s": {"p50": age_s[0], "max": age_s[1]} if age_s else None,
+            "update_latency_s": _named(("p50", "p99"), self.latency_s),
+            "gradient_age_updates": _named(("p50", "max"), age),
+            "gradient_age_s": _named(("p50", "max"), age_s),
             "busy_share": [stage.busy for stage in stages] or None,
             "bubble_share": [stage.shares["waiting"] for stage in stages] or None,
             "dni_share": [stage.shares["dni"] for stage in stages] or None,
@@ -129,6 +144,10 @@ class BenchRow:
             "until_s": line.seconds,
             "until_samples": None if line.updates is None else line.updates * batch_rows,
         }
+
+
+def _named(names: Sequence[str], figures: Sequence[float] | None) -> dict[str, float] | None:
+    return dict(zip(names, figures, strict=True)) if figures else None
 
 
 @dataclass
@@ -175,9 +194,14 @@ class Report:
         return next((row for row in self.rows if row.contender.mode == "unlocked"), None)
 
     @property
+    def fastest(self) -> BenchRow:
+        """The row of the highest median throughput."""
+        return max(self.rows, key=lambda row: row.rate)
+
+    @property
     def best_locked(self) -> BenchRow | None:
         """The fastest of our rows that equal single-process training."""
-        return max((row for row in self.rows if row.exact), key=lambda row: Spread.of(row.rates).median, default=None)
+        return max((row for row in self.rows if row.exact), key=lambda row: row.rate, default=None)
 
     def beaten_by(self, row: BenchRow) -> bool:
         """Whether a row is faster than the unlocked one, round by round."""
@@ -206,7 +230,7 @@ def bench_verdict(rows: Sequence[BenchRow], resolved: Resolved, race: Race | Non
     """What unlocking bought, against the best of every kind that was run; losses are said like gains."""
     unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
     if unlocked is None:
-        best = max(rows, key=lambda row: Spread.of(row.rates).median)
+        best = max(rows, key=lambda row: row.rate)
         return f"The fastest was {best.name}. Nothing unlocked was run."
     emulated, rounded = emulated_by(resolved.plan), resolved.plan.wire_dtype is not None
     parts, slower = [], []
@@ -245,16 +269,14 @@ def show(report: Report, console: Console) -> None:
     for name in ("samples/s", f"x {report.rows[0].name}", "update ms", "busy%", "dni%", *outcome):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
-        figures = row.as_dict(report.rows[0], report.batch_rows, report.emulated)
-        latency, speedup = figures["update_latency_s"], row.speedup(report.rows[0])
         table.add_row(
             row.name,
-            f"{figures['samples_per_s']['median']:,.0f}",
-            f"{speedup.median:.2f} ({speedup.min:.2f}-{speedup.max:.2f})",
-            f"{latency['p50'] * 1e3:.2f}" if latency else "-",
-            _percentage(figures["busy_share"]),
-            _percentage(figures["dni_share"]),
-            *(_predicted(figures) if report.emulated else _outcome(figures, scored)),
+            f"{row.rate:,.0f}",
+            row.speedup(report.rows[0]).brief(),
+            f"{row.latency_s[0] * 1e3:.2f}" if row.latency_s else "-",
+            row.mean_percent("busy"),
+            row.mean_percent("dni"),
+            *(_predicted(row, report) if report.emulated else _outcome(row, scored)),
         )
     print_table(console.rich, table)
     if report.emulated:
@@ -274,30 +296,19 @@ def show(report: Report, console: Console) -> None:
         console.rich.print()
         print_table(console.rich, quality_table(report.quality))
         console.rich.print(f"[dim]{QUALITY_LEGEND}[/dim]")
-    _show_ledger(report.rows, console)
+    alone = next((row for row in report.rows if row.contender.engine == "single"), None)
+    compared = [row.account if row is not None else None for row in (report.unlocked, alone, report.best_locked)]
+    show_ledger(console.rich, [row.account for row in report.rows], *compared)
 
 
-def _outcome(figures: dict[str, Any], scored: bool) -> tuple[str, str]:
-    learned = f"{figures['accuracy']:.2%}" if scored else f"{figures['loss']:.4f}"
-    return f"{max(figures['peak_memory_bytes']) / 2**20:,.0f}", learned
+def _outcome(row: BenchRow, scored: bool) -> tuple[str, str]:
+    learned = f"{row.last.accuracy:.2%}" if scored else f"{row.last.loss:.4f}"
+    return f"{max(row.last.peak_memory_bytes) / 2**20:,.0f}", learned
 
 
-def _predicted(figures: dict[str, Any]) -> tuple[str]:
-    predicted = figures["predicted_samples_per_s"]
-    return ("-" if predicted is None else f"{predicted:,.0f}",)
-
-
-def _show_ledger(rows: Sequence[BenchRow], console: Console) -> None:
-    unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
-    alone = next((row for row in rows if row.contender.engine == "single"), None)
-    locked = max((row for row in rows if row.exact), key=lambda row: Spread.of(row.rates).median, default=None)
-    compared = [row.account if row is not None else None for row in (unlocked, alone, locked)]
-    show_ledger(console.rich, [row.account for row in rows], *compared)
-
-
-def _percentage(shares: Sequence[float] | None) -> str:
-    """Mean over the stages."""
-    return "-" if not shares else f"{100 * sum(shares) / len(shares):.0f}"
+def _predicted(row: BenchRow, report: Report) -> tuple[str]:
+    predicted = row.contender.predicted
+    return (f"{predicted * report.batch_rows:,.0f}" if predicted else "-",)
 
 
 def emulated_by(plan: Plan) -> bool:

@@ -34,6 +34,13 @@ WIDE = 20.0
 TOP_PX, BELOW_PX = 50, 90  # above and below the axes
 _WIDTH_PX, _HEIGHT_PX, _LEFTS_PX = 400, 420, (90, 660)
 _LABEL_PX = 22  # least distance of two labels
+_BESIDE: dict[str, Any] = {
+    "xycoords": "axes fraction",
+    "xytext": (8, 0),
+    "textcoords": "offset points",
+    "va": "center",
+    "annotation_clip": False,
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def draw_curves(sweep: ScalingReport, path: Path) -> Path:
     ours = Look(style.ACCENT, style.ACCENT, 2.2, weight="bold")
     for left, (what, heading) in zip(_LEFTS_PX, panels, strict=True):
         axes = style.axes_at(figure, left, headline.height_px + TOP_PX, _WIDTH_PX, _HEIGHT_PX)
-        axes.set_xlabel(sweep.axis.label, color=style.MUTED, fontsize=style.TEXT, labelpad=8)
+        style.name_across(axes, sweep.axis.label)
         if sweep.axis.name == "stages":
             axes.set_xscale("log", base=2)
         values = [value for value, _ in sweep.points]
@@ -128,7 +135,7 @@ def draw_panel(
         wide: largest over smallest value from which the axis is logarithmic.
         zero: whether an axis that is not logarithmic begins at 0.
     """
-    axes.text(0, 1.04, heading, transform=axes.transAxes, color=style.INK, fontsize=style.TEXT, fontweight="bold")
+    style.write(axes, 0, 1.04, heading, color=style.INK, fontweight="bold")
     axes.grid(axis="y", color=style.FAINT, linewidth=0.8)
     low = min((min(curve.low) for curve in curves if curve.low), default=0.0)
     high = max((max(curve.high) for curve in curves if curve.high), default=1.0)
@@ -154,18 +161,8 @@ def draw_panel(
         ends.append(float(axes.transData.transform((0, curve.middle[-1] if curve.middle else top))[1]))
     lowest, highest = (float(axes.transAxes.transform((0, edge))[1]) for edge in (0, 1))
     for curve, look, y in zip(curves, looks, apart(ends, _LABEL_PX, lowest, highest), strict=True):
-        axes.annotate(
-            curve.name,
-            (1.0, (y - lowest) / (highest - lowest)),
-            xycoords="axes fraction",
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=style.TEXT,
-            color=look.ink,
-            fontweight=look.weight,
-            annotation_clip=False,
-        )
+        at = 1.0, (y - lowest) / (highest - lowest)
+        axes.annotate(curve.name, at, fontsize=style.TEXT, color=look.ink, fontweight=look.weight, **_BESIDE)
 
 
 def apart(positions: Sequence[float], distance: float, lowest: float, highest: float) -> list[float]:
@@ -191,7 +188,7 @@ def apart(positions: Sequence[float], distance: float, lowest: float, highest: f
 
 
 def _latency(row: BenchRow) -> tuple[float, float, float] | None:
-    latency = row.typical.stages[0].update_latency_s if row.typical else None
+    latency = row.latency_s
     return (latency[0] * 1e3, latency[0] * 1e3, latency[1] * 1e3) if latency else None
 
 

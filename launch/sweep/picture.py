@@ -50,7 +50,7 @@ def draw_grid(grid: Grid, findings: Sequence[Finding], verdict: str, path: Path)
         if across.numbers and min(places) > 0 and max(places) / min(places) > WIDE:
             axes.set_xscale("log")
         axes.set_xticks(places, across.labels)
-        axes.set_xlabel(across.name, color=style.MUTED, fontsize=style.TEXT, labelpad=8)
+        style.name_across(axes, across.name)
     heading = f"held-out {METRICS[grid.metric].heading} (mean, band: smallest to largest of the seeds)"
     draw_panel(axes, heading, curves, _looks(curves), WIDE / 4, zero=False)
     return style.save(figure, path)
