@@ -48,11 +48,6 @@ class Comparison:
     def run_round(self, number: int, console: Console, what: str) -> None:
         """Run every row once; blocks until all are over.
 
-        Args:
-            number: of the round, from 0.
-            console: shows what runs.
-            what: shown in front of the row.
-
         Raises:
             RunFailed: a run failed.
         """
@@ -143,14 +138,7 @@ def prepare_rows(
 ) -> Comparison:
     """Make rows ready: some find their number of microbatches first, in short runs that this blocks on.
 
-    Args:
-        names: of ``ROWS``.
-        source: makes the recipe.
-        resolved: the unlocked run.
-        folder: where the runs go.
-        console: shows what runs.
-        site: where the rows run.
-        everything: leave out what cannot run here, instead of refusing.
+    With ``everything``, rows that cannot run here are left out instead of refused.
 
     Raises:
         PlanError: a row cannot run here.

@@ -31,10 +31,7 @@ class ScalingAxis:
 
     Attributes:
         name: of a point's value in bench.json; ``over_<name>`` is the option and the field with the points.
-        label: for a picture.
-        heading: for a column.
-        unit: in a sentence, behind a number.
-        picture: file name of its picture.
+        label: of the picture, whose file is ``picture``; ``heading`` of a column, ``unit`` behind a number.
         of: the value that a plan has.
         place: (plan, value) -> the plan with that value.
     """
@@ -58,12 +55,8 @@ class ScalingAxis:
         return values
 
 
-def _link_of(plan: Plan) -> Link:
-    return plan.links or Link()
-
-
 def _with_latency(plan: Plan, latency_ms: float) -> Plan:
-    bandwidth = _link_of(plan).bandwidth_mbps
+    bandwidth = (plan.links or Link()).bandwidth_mbps
     limit = f",bandwidth_mbps={bandwidth:g}" if bandwidth else ""
     return replace(plan, link=f"latency_ms={latency_ms:g}{limit}")
 
@@ -86,7 +79,7 @@ AXES = (
         heading="hop ms",
         unit="ms a hop",
         picture="link.png",
-        of=lambda plan: _link_of(plan).latency_ms,
+        of=lambda plan: (plan.links or Link()).latency_ms,
         place=_with_latency,
     ),
 )

@@ -37,15 +37,8 @@ def run_single(
 ) -> RivalRun:
     """Train the unsplit model in a fresh process with ``threads`` compute threads.
 
-    Args:
-        source: makes the recipe.
-        plan: steps, seed and optimizer, and what ends the run before its last step.
-        threads: compute threads.
-        warmup: first batches that are not timed.
-        within_s: how long it may take; this blocks no longer.
-        look: called twice a second meanwhile; what it raises ends the run.
-        device: where it computes. On a GPU the forward pass is timed until it is queued; the loss is read at every
-            step, which waits for the rest, and so does the clock.
+    Args as in ``Training`` and ``run_ranks``. On a GPU the forward pass is timed until it is queued; the loss is read
+    at every step, which waits for the rest, and so does the clock.
 
     Raises:
         RunFailed: the process failed or took too long.

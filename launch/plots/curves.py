@@ -31,7 +31,8 @@ __all__ = [
 
 WIDE = 20.0
 """Largest over smallest value from which an axis is logarithmic."""
-TOP_PX, BELOW_PX = 50, 90  # above and below the axes
+TOP_PX = 50  # above the axes
+BELOW_PX = 90
 _WIDTH_PX, _HEIGHT_PX, _LEFTS_PX = 400, 420, (90, 660)
 _LABEL_PX = 22  # least distance of two labels
 _BESIDE: dict[str, Any] = {

@@ -13,6 +13,27 @@ from matplotlib.figure import Figure
 
 from workers.files import replacing
 
+__all__ = [
+    "ACCENT",
+    "FAINT",
+    "GREY",
+    "INK",
+    "LANE",
+    "MUTED",
+    "PHASE_COLOURS",
+    "RIVAL",
+    "SEPARATOR",
+    "SMALL",
+    "TEXT",
+    "WIDTH_PX",
+    "Headline",
+    "axes_at",
+    "name_across",
+    "new_figure",
+    "save",
+    "write",
+]
+
 WIDTH_PX = 1200
 _DPI = 150
 _LEFT_PX, _TOP_PX = 40, 24

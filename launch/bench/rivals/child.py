@@ -24,10 +24,7 @@ class ChildDied(Exception):
 class Child:
     """A process that runs ``work(pipe, *arguments)``; it ends with this one, and Ctrl-C is not for it.
 
-    Args:
-        name: of the process.
-        work: a function of a module, which says what it has to say by ``pipe.send``.
-        arguments: can be pickled.
+    ``work`` is a function of a module; what it has to say goes over its pipe.
 
     Attributes:
         pipe: to the process, which stays until it is killed, or this end is closed.

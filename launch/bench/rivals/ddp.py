@@ -40,15 +40,7 @@ def run_ddp(
     Layers that look at the whole batch (BatchNorm) see their rank's slice only, and rank 0's statistics count.
     Each rank looks at its share of the held-out batches.
 
-    Args:
-        source: makes the recipe.
-        resolved: steps, seed and optimizer; stages play no part.
-        ranks: number of processes; divides the rows of a batch.
-        threads: compute threads of each.
-        warmup: first batches that are not timed.
-        within_s: how long it may take.
-        weights: where to write the final weights (safetensors, the unsplit model's names); None: nowhere.
-        places: where the ranks run.
+    Args as in ``Training`` and ``run_ranks``; ``ranks`` divides the rows of a batch, stages play no part.
 
     Raises:
         PlanError: the rows of a batch cannot be shared out evenly.

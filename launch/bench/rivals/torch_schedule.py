@@ -61,17 +61,7 @@ def run_torch_schedule(
     microbatches: the step is that of the whole batch. BatchNorm sees one microbatch at a time. A look at the held-out
     data takes its batches through the same stages, forward only.
 
-    Args:
-        source: makes the recipe.
-        resolved: steps, seed, optimizer, number of ranks (its stages) and sizes.
-        schedule: one of ``TORCH_SCHEDULES``.
-        microbatches: into how many microbatches a batch is cut.
-        threads: compute threads of each rank.
-        warmup: first batches that are not timed.
-        within_s: how long it may take.
-        evaluates: whether to look at the held-out batches at the end.
-        weights: where to write the final weights (safetensors, the unsplit model's names); None: nowhere.
-        places: where the ranks run.
+    Args as in ``Training`` and ``run_ranks``; ``schedule`` is one of ``TORCH_SCHEDULES``.
 
     Raises:
         PlanError: the schedule cannot run so; nothing was started.
@@ -101,16 +91,7 @@ def best_microbatches(
 ) -> dict[int, float]:
     """Try 1, 2, 4 and 8 microbatches, as far as batch and schedule allow, for a few steps each.
 
-    Args:
-        source: makes the recipe.
-        resolved: the run.
-        schedule: one of ``TORCH_SCHEDULES``.
-        threads: compute threads of each rank.
-        steps: batches of each trial, with the warm-up.
-        warmup: first batches of each trial that are not timed.
-        rounds: how often each number is tried, in turns.
-        within_s: how long one trial may take.
-        places: where the ranks run.
+    Args as in ``run_torch_schedule``, of each trial; ``rounds`` says how often each number is tried, in turns.
 
     Returns:
         Samples per second of every number, in its fastest round: noise only ever adds time.
