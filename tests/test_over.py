@@ -128,8 +128,8 @@ def test_curves_are_the_figures_of_bench_json(over_stages: ScalingReport) -> Non
     points = over_stages.as_dict()["over_stages"]
     for curve in curves_of(over_stages, "latency"):
         rows = [_row(point, curve.name) for point in points]
-        assert curve.values == (1, 2, 4)
-        assert curve.unlocked == (curve.name == "unlocked")
+        assert curve.at == (1, 2, 4)
+        assert (curve.kind == "unlocked") == (curve.name == "unlocked")
         assert curve.middle == tuple(row["update_latency_s"]["p50"] * 1e3 for row in rows)
         assert curve.high == tuple(row["update_latency_s"]["p99"] * 1e3 for row in rows)
     throughput = {curve.name: curve for curve in curves_of(over_stages, "throughput")}

@@ -98,21 +98,18 @@ def test_ddp_equals_training_alone(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("schedule", "microbatches", "stages_per_rank"),
+    ("schedule", "microbatches"),
     [
-        ("GPipe", 1, None),
-        ("GPipe", 4, None),
-        ("1F1B", 4, None),
-        ("Interleaved1F1B", 4, None),
-        ("InterleavedZeroBubble", 4, 1),
-        ("InterleavedZeroBubble", 4, 2),
-        ("ZBVZeroBubble", 1, None),
-        ("ZBVZeroBubble", 4, None),
+        ("GPipe", 1),
+        ("GPipe", 4),
+        ("1F1B", 4),
+        ("Interleaved1F1B", 4),
+        ("InterleavedZeroBubble", 4),
+        ("ZBVZeroBubble", 1),
+        ("ZBVZeroBubble", 4),
     ],
 )
-def test_torch_schedules_equal_training_alone(
-    schedule: str, microbatches: int, stages_per_rank: int | None, tmp_path: Path
-) -> None:
+def test_torch_schedules_equal_training_alone(schedule: str, microbatches: int, tmp_path: Path) -> None:
     resolved, weights = _resolved(recipe, sizes=(3, 5), balance="time"), tmp_path / "weights"
     run = run_torch_schedule(
         recipe,
@@ -121,7 +118,6 @@ def test_torch_schedules_equal_training_alone(
         microbatches=microbatches,
         threads=1,
         warmup=1,
-        stages_per_rank=stages_per_rank,
         within_s=WITHIN_S,
         weights=weights,
     )
@@ -131,9 +127,9 @@ def test_torch_schedules_equal_training_alone(
 @pytest.mark.processes
 def test_the_fastest_number_of_microbatches_is_chosen() -> None:
     source = partial(problems.wide_recipe, 4, 32, 12)
-    choice = best_microbatches(source, _resolved(source), "1F1B", threads=1, steps=3, warmup=1, within_s=WITHIN_S)
-    assert choice.tried.keys() == {2, 4}, "1 is too few for 1F1B on two ranks, 8 does not divide 12 rows"
-    assert choice.tried[choice.microbatches] == max(choice.tried.values())
+    tried = best_microbatches(source, _resolved(source), "1F1B", threads=1, steps=3, warmup=1, within_s=WITHIN_S)
+    assert tried.keys() == {2, 4}, "1 is too few for 1F1B on two ranks, 8 does not divide 12 rows"
+    assert min(tried.values()) > 0
 
 
 # ---------------------------------------------------------------- failures (conftest looks for what is left behind)
@@ -174,7 +170,8 @@ def test_a_failing_model_under_ddp() -> None:
 @pytest.mark.processes
 def test_the_rank_that_was_killed_is_named_not_the_one_that_noticed() -> None:
     source = partial(recipe, partial(problems.suicidal, int(signal.SIGKILL)))
-    run = partial(run_torch_schedule, source, _resolved(source, steps=1000), "GPipe", microbatches=2)
+    resolved = _resolved(source, steps=1000, sizes=(2, 2), balance="time")
+    run = partial(run_torch_schedule, source, resolved, "GPipe", microbatches=2)
     failure = _fails(partial(run, threads=1, warmup=1, within_s=WITHIN_S))
     assert str(failure) == "torch's GPipe: rank 1 of 2 was killed by SIGKILL"
 
@@ -200,7 +197,6 @@ def test_rows_that_cannot_be_shared_out_are_refused() -> None:
         ("GPip", 1, {}, "unknown schedule 'GPip'; did you mean 'GPipe'"),
         ("GPipe", 3, {}, "3 microbatches for batches of 16 rows"),
         ("1F1B", 1, {}, "1 microbatches on 2 ranks: 1F1B needs as many microbatches as ranks"),
-        ("GPipe", 2, {"stages_per_rank": 2}, "2 stages per rank: GPipe runs here with 1"),
         ("GPipe", 2, {"warmup": STEPS}, "warmup is 5 for 5 steps"),
     ],
 )
@@ -232,5 +228,5 @@ def test_virtual_stages_are_balanced_by_measured_time_and_placed_in_a_loop_or_a_
 
 def test_without_measured_time_layers_count_alike_and_one_stage_per_rank_is_the_runs_own() -> None:
     resolved = _resolved(recipe, sizes=(3, 5), balance="time")
-    assert place(recipe(), resolved, "InterleavedZeroBubble", 4, 2).sizes == (2, 2, 2, 2)
-    assert place(recipe(), resolved, "InterleavedZeroBubble", 4, 1).sizes == (3, 5)
+    assert place(recipe(), resolved, "InterleavedZeroBubble", 4).sizes == (2, 2, 2, 2)
+    assert place(recipe(), resolved, "1F1B", 4).sizes == (3, 5)

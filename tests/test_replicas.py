@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from launch import Result, RunFailed, train
 from launch.bench.compare import run_bench
-from launch.bench.global_batch import GlobalBatchRecipe
+from launch.bench.global_batch import global_batch_recipe
 from launch.options.options import BenchOptions
 from launch.recipes.digits import digits
 from launch.show.console import Console
@@ -511,7 +511,7 @@ def test_joined_batches_are_drawn_as_the_replicas_draw_them() -> None:
     """From the seeds of their own numbers, not from that of the step."""
     source = replace(recipe(), batches=random_batch)
     plan = Plan(replicas=3, seed=7)
-    inputs, labels = GlobalBatchRecipe(lambda: source, plan)().seeded_batch(7, 2)
+    inputs, labels = global_batch_recipe(lambda: source, plan).seeded_batch(7, 2)
     mine = [source.seeded_batch(7, number) for number in (6, 7, 8)]
     assert torch.equal(inputs, torch.cat([one for one, _ in mine]))
     assert torch.equal(labels, torch.cat([one for _, one in mine]))

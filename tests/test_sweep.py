@@ -24,7 +24,7 @@ from launch.sweep.findings import findings_of, label_of, verdict_of
 from launch.sweep.grid import Grid, Setting, grid_of
 from launch.sweep.options import SweepOptions
 from launch.sweep.picture import abscissa_of, sweep_curves
-from launch.sweep.points import Outcome, Store
+from launch.sweep.points import Outcome, Store, followed
 from launch.sweep.presets import PRESETS, with_preset
 from launch.sweep.work import run_point
 from pipeline import Plan, PlanError, StageError, run_reference
@@ -317,6 +317,12 @@ def test_a_point_of_other_code_is_run_again(tmp_path: Path, recipe_file: Path) -
     assert store.outdated(point)
 
 
+def test_the_code_that_counts_is_that_of_all_rooms() -> None:
+    """Once only the files directly in pipeline/ counted, and a point outlived a change of what a stage does."""
+    names = {path.name for path in followed("mine.py")}
+    assert {"stage.py", "runner.py", "loss_model.py", "digits.py", "mine.py"} <= names
+
+
 # ---------------------------------------------------------------- a run
 
 
@@ -338,7 +344,7 @@ def test_a_point_records_what_the_reference_driver_gives() -> None:
 
 def test_a_run_that_diverges_is_a_finding_and_one_that_fails_is_not() -> None:
     source, plan = NamedRecipe("mine.py"), Plan(steps=20)
-    diverged = run_point(source, replace(plan, optimizer=replace(plan.optimizer, rule="sgd", lr=1e30)))
+    diverged = run_point(source, replace(plan, optimizer=replace(plan.optimizer, rule="sgd", lr=1e9)))
     assert diverged.diverged is not None
     assert re.match(r"stage \d.*, batch \d+: ", diverged.diverged)
     assert (diverged.loss, diverged.accuracy) == (None, None)
@@ -478,12 +484,12 @@ def test_the_picture_has_a_curve_per_mode_over_the_numbers(swept: tuple[Ended, P
     store = Store(folder / "runs" / "mine-sweep-mode-hop-steps")
     outcomes = {key: found for key, point in grid.points.items() if (found := store.find(point))}
     curves = sweep_curves(grid, findings_of(grid, outcomes))
-    assert [(curve.name, curve.at, curve.backprop) for curve in curves] == [
-        ("naive", (0.0, 3.0), True),
-        ("unlocked", (0.0, 3.0), False),
-        ("async-1f1b", (0.0, 3.0), False),
+    assert [(curve.name, curve.at, curve.kind) for curve in curves] == [
+        ("naive", (0.0, 3.0), "backprop"),
+        ("unlocked", (0.0, 3.0), "unlocked"),
+        ("async-1f1b", (0.0, 3.0), ""),
     ]
-    assert all(low <= mean <= high for c in curves for low, mean, high in zip(c.low, c.mean, c.high, strict=True))
+    assert all(low <= mean <= high for c in curves for low, mean, high in zip(c.low, c.middle, c.high, strict=True))
     png = (folder / "runs" / "mine-sweep-mode-hop-steps" / "sweep.png").read_bytes()
     assert struct.unpack(">I", png[16:20]) == (1200,)
 

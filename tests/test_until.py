@@ -28,7 +28,7 @@ from launch.bench.compare import run_bench
 from launch.bench.report import Report
 from launch.bench.rivals import RivalRun, run_ddp, run_torch_schedule
 from launch.bench.rivals.timed_loop import TimedLoop
-from launch.bench.single_process import SingleRun, run_single
+from launch.bench.single_process import run_single
 from launch.bench.time_to_goal import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, break_even
 from launch.options.options import BenchOptions, RunOptions, parse
 from launch.setup.recipe_source import NamedRecipe
@@ -303,7 +303,7 @@ def _between() -> tuple[str, int]:
     return f"loss={(losses[4] + losses[5]) / 2:.6g}", 6 * EVERY
 
 
-def _run_single(plan: Plan) -> SingleRun:
+def _run_single(plan: Plan) -> RivalRun:
     return run_single(plain, resolve_source(plain, plan).plan, threads=1, warmup=1, within_s=WITHIN_S)
 
 
@@ -317,7 +317,7 @@ def _run_schedule(schedule: str, microbatches: int, plan: Plan) -> RivalRun:
     return run_torch_schedule(plain, resolved, schedule, **options)
 
 
-PEER_RUNS: dict[str, Callable[[Plan], SingleRun | RivalRun]] = {
+PEER_RUNS: dict[str, Callable[[Plan], RivalRun]] = {
     "single": _run_single,
     "ddp": _run_ddp,
     "GPipe": partial(_run_schedule, "GPipe", 4),

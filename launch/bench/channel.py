@@ -12,20 +12,17 @@ memory and gloo then carry it through pinned memory of the host.
 from __future__ import annotations
 
 import contextlib
-import signal
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from launch.bench.rivals.child import Child, ChildDied, ending
 from launch.bench.spread import Spread
 from pipeline.errors import PlanError
 from pipeline.messages.bundle import Item
@@ -35,10 +32,9 @@ from pipeline.plan.device_choice import CPU
 from pipeline.plan.topology import Edge
 from workers.channels.gpu.nccl import nccl_here
 from workers.channels.interface import Receiver, Sender
-from workers.channels.net.gloo import Meeting, Rendezvous
+from workers.channels.net.gloo import Rendezvous
 from workers.channels.shm.ring import check_shared_memory, create_ring, new_prefix, ring_bytes, sweep_stale, unlink_ring
 from workers.processes.claim_gpu import claim, finish
-from workers.processes.context import process_context
 from workers.wiring.edges import ChannelSpec, open_receiver, open_sender
 
 __all__ = ["SIZES", "ChannelRow", "bench_channel", "print_rows"]
@@ -48,7 +44,6 @@ _STEP_DEADLINE_S = 20.0  # for one message; the whole has a deadline of its own
 _NUM_WARM_UP = 20
 _NUM_PINGS = 300
 _STREAM_BYTES = 512 << 20
-_WAYS = {"there": (0, 1), "back": (1, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,28 +84,38 @@ def bench_channel(
         sizes: bytes of each message, multiples of 4.
         rounds: how often everything is measured, interleaved.
         slots: slots of each channel.
-        deadline_s: for everything together, in seconds.
+        deadline_s: for everything together, in seconds; this blocks no longer.
         devices: where the two processes have their tensors.
 
     Returns:
-        one row per kind of channel and size.
+        one row per kind of channel and size. No process and no shared memory is left.
 
     Raises:
         ValueError: a size is not a positive multiple of 4, or rounds is below 1.
         PlanError: too little shared memory.
         RuntimeError: a process failed or died.
         TimeoutError: the deadline passed.
-
-    Blocks:
-        until measured, at most ``deadline_s``. It leaves no process and no shared memory.
     """
     if rounds < 1 or not sizes or any(size < 4 or size % 4 for size in sizes):
         raise ValueError(f"sizes must be positive multiples of 4 and rounds at least 1, not {sizes}, {rounds}")
     end = time.monotonic() + deadline_s
     tracks = _tracks(new_prefix(), sizes, slots, devices)
-    with Rendezvous.hosted() as meet:
-        samples = _measured(tracks, meet, rounds, end)
-    return [_row(track, samples[i]) for i, track in enumerate(tracks)]
+    both: list[Child] = []
+    with Rendezvous.hosted() as meet, _rings(tracks) as unlink, ending(both):
+        for name, work in (("pinger", _ping), ("ponger", _pong)):
+            both.append(Child(name, work, tracks, meet, rounds))
+        said: list[Any] = []
+        while len(said) < 3:  # both have attached; then the pinger's samples
+            ready: Sequence[Any] = wait(both, max(0.0, end - time.monotonic()))  # type: ignore[arg-type]
+            if not ready:
+                raise TimeoutError("the channel benchmark did not finish before its deadline")
+            try:
+                said += [child.take() for child in ready]
+            except ChildDied as died:
+                raise RuntimeError(f"a process of the channel benchmark {died}") from None
+            if len(said) == 2:
+                unlink()  # nothing stays behind, whatever happens from here on
+    return [_row(track, samples) for track, samples in zip(tracks, said[-1], strict=True)]
 
 
 def print_rows(rows: Sequence[ChannelRow], console: Console | None = None) -> None:
@@ -126,24 +131,6 @@ def print_rows(rows: Sequence[ChannelRow], console: Console | None = None) -> No
         console.print(table)
 
 
-def _measured(
-    tracks: Sequence[_Track], meet: Rendezvous, rounds: int, end: float
-) -> list[list[tuple[float, float, float]]]:
-    context = process_context(__name__)
-    from_ping, to_us = context.Pipe(duplex=False)
-    from_pong, to_us_too = context.Pipe(duplex=False)
-    processes = [
-        context.Process(target=_ping, args=(tracks, meet, rounds, to_us), daemon=True),
-        context.Process(target=_pong, args=(tracks, meet, rounds, to_us_too), daemon=True),
-    ]
-    with from_ping, from_pong, to_us, to_us_too, _rings(tracks) as unlink, _running(processes):
-        _report(from_ping, processes, end)
-        _report(from_pong, processes, end)
-        unlink()  # both have attached: nothing stays behind, whatever happens from here on
-        samples: list[list[tuple[float, float, float]]] = _report(from_ping, processes, end)
-        return samples
-
-
 @dataclass(frozen=True)
 class _Track:
     """A size of message on a kind of channel, and the channels it takes."""
@@ -155,14 +142,13 @@ class _Track:
 
 
 def _tracks(prefix: str, sizes: Sequence[int], slots: int, devices: tuple[str, str]) -> tuple[_Track, ...]:
-    def channel(kind: str, way: str, i: int, size: int) -> ChannelSpec:
-        name, (source, target) = f"{prefix}-{kind[0]}{i}{way[0]}", _WAYS[way]
-        label = f"{way} ({kind}, {size} bytes)"  # ends over gloo find each other by it
-        ends, size = (devices[source], devices[target]), layout_of(_message(size)).total_bytes
-        return ChannelSpec(Edge(source, target, "activations", 0), kind, name, label, slots, size, None, *ends)
+    def channel(way: str, source: int, kind: str, i: int, size: int) -> ChannelSpec:
+        name, label = f"{prefix}-{kind[0]}{i}{way[0]}", f"{way} ({kind}, {size} bytes)"  # ends over gloo meet under it
+        ends, size = (devices[source], devices[1 - source]), layout_of(_message(size)).total_bytes
+        return ChannelSpec(Edge(source, 1 - source, "activations", 0), kind, name, label, slots, size, None, *ends)
 
     return tuple(
-        _Track(kind, size, channel(kind, "there", i, size), channel(kind, "back", i, size))
+        _Track(kind, size, channel("there", 0, kind, i, size), channel("back", 1, kind, i, size))
         for kind in CHANNELS
         if _reaches(kind, devices)
         for i, size in enumerate(sizes)
@@ -196,64 +182,41 @@ def _rings(tracks: Sequence[_Track]) -> Iterator[Callable[[], None]]:
         unlink()
 
 
-@contextlib.contextmanager
-def _running(processes: Sequence[BaseProcess]) -> Iterator[None]:
-    resource_tracker.ensure_running()  # its own start would unblock the signal below
-    try:
-        # Processes inherit the mask: Ctrl-C reaches every process of a terminal, and the parent ends these.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for process in processes:
-                process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join(10)
+# ---------------------------------------------------------------- in the two processes
 
 
-def _report(connection: Connection, processes: Sequence[BaseProcess], end: float) -> Any:
-    """The next report of a process; raises when one of them died or the time is up."""
-    while not connection.poll():
-        alive = [process.sentinel for process in processes if process.exitcode is None]
-        if not wait([connection, *alive], max(0.0, end - time.monotonic())):
-            raise TimeoutError("the channel benchmark did not finish before its deadline")
-        for process in processes:
-            if process.exitcode:
-                raise RuntimeError(f"process {process.pid} of the benchmark died, exit code {process.exitcode}")
-    return connection.recv()
-
-
-def _ping(tracks: Sequence[_Track], meet: Rendezvous, rounds: int, parent: Connection) -> None:
-    """Report "attached", then by track and round (p50 us, p99 us, GB/s)."""
+def _attached(pipe: Connection, tracks: Sequence[_Track], meet: Rendezvous, place: int) -> tuple[str, list[Any]]:
+    """The device of the pinger (place 0) or the ponger (1), and its ends (there, back) of every track."""
     torch.set_num_threads(1)
-    device = tracks[0].there.source_device
+    device = (tracks[0].there.source_device, tracks[0].there.target_device)[place]
     claim(device)
-    meeting = meet.join(_STEP_DEADLINE_S)
-    ends = [(_sender(track.there, meeting), _receiver(track.back, meeting)) for track in tracks]
-    parent.send("attached")
+    meeting, doors = meet.join(_STEP_DEADLINE_S), (open_sender, open_receiver)
+
+    def opened(channel: ChannelSpec, door: int) -> Sender | Receiver:
+        return doors[door](channel, lambda stage: None, meeting, _STEP_DEADLINE_S)  # no bell: one channel at a time
+
+    ends = [(opened(track.there, place), opened(track.back, 1 - place)) for track in tracks]
+    pipe.send("attached")
+    return device, ends
+
+
+def _ping(pipe: Connection, tracks: Sequence[_Track], meet: Rendezvous, rounds: int) -> None:
+    """Says, by track and round, (p50 us, p99 us, GB/s)."""
+    device, ends = _attached(pipe, tracks, meet, 0)
     samples: list[list[tuple[float, float, float]]] = [[] for _ in tracks]
     for _ in range(rounds):
-        for i, (track, (there, back)) in enumerate(zip(tracks, ends, strict=True)):
+        for found, track, (there, back) in zip(samples, tracks, ends, strict=True):
             message, count = _message(track.size, device), _num_streamed(track.size)
-            hops_us = [_round_trip_s(there, back, message, device) / 2 * 1e6 for _ in range(_NUM_PINGS)]
+            hops_us = [_seconds(there, back, message, 1, device) / 2 * 1e6 for _ in range(_NUM_PINGS)]
             hops_us = sorted(hops_us[_NUM_WARM_UP:])
             p50, p99 = (hops_us[int(share * len(hops_us))] for share in (0.50, 0.99))
-            samples[i].append((p50, p99, track.size * count / _stream_s(there, back, message, count) / 1e9))
-    parent.send(samples)
+            found.append((p50, p99, track.size * count / _seconds(there, back, message, count) / 1e9))
+    pipe.send(samples)
 
 
-def _pong(tracks: Sequence[_Track], meet: Rendezvous, rounds: int, parent: Connection) -> None:
-    """The mirror image of `_ping`: echo the pings, swallow the stream and confirm it."""
-    torch.set_num_threads(1)
-    device = tracks[0].there.target_device
-    claim(device)
-    meeting = meet.join(_STEP_DEADLINE_S)
-    ends = [(_receiver(track.there, meeting), _sender(track.back, meeting)) for track in tracks]
-    parent.send("attached")
+def _pong(pipe: Connection, tracks: Sequence[_Track], meet: Rendezvous, rounds: int) -> None:
+    """Echoes the pings, swallows the stream and confirms it."""
+    device, ends = _attached(pipe, tracks, meet, 1)
     for _ in range(rounds):
         for track, (there, back) in zip(tracks, ends, strict=True):
             for _ in range(_NUM_PINGS):
@@ -266,34 +229,15 @@ def _pong(tracks: Sequence[_Track], meet: Rendezvous, rounds: int, parent: Conne
             back.send(_message(4, device), _STEP_DEADLINE_S)
 
 
-def _round_trip_s(there: Sender, back: Receiver, message: Message, device: str) -> float:
-    start = time.perf_counter()
-    there.send(message, _STEP_DEADLINE_S)
-    back.receive(_STEP_DEADLINE_S)
-    back.release()
-    finish(device)
-    return time.perf_counter() - start
-
-
-def _stream_s(there: Sender, back: Receiver, message: Message, count: int) -> float:
+def _seconds(there: Sender, back: Receiver, message: Message, count: int, finished: str = CPU) -> float:
+    """From the first of ``count`` messages to the answer, and until the device has it."""
     start = time.perf_counter()
     for _ in range(count):
         there.send(message, _STEP_DEADLINE_S)
     back.receive(_STEP_DEADLINE_S)
     back.release()
+    finish(finished)
     return time.perf_counter() - start
-
-
-def _sender(channel: ChannelSpec, meeting: Meeting) -> Sender:
-    return open_sender(channel, _no_bell, meeting, _STEP_DEADLINE_S)
-
-
-def _receiver(channel: ChannelSpec, meeting: Meeting) -> Receiver:
-    return open_receiver(channel, _no_bell, meeting, _STEP_DEADLINE_S)
-
-
-def _no_bell(stage: int) -> None:
-    """Whoever has one channel at a time waits on it."""
 
 
 def _message(size: int, device: str = CPU) -> Message:
@@ -304,19 +248,13 @@ def _num_streamed(size: int) -> int:
     return max(32, min(2000, _STREAM_BYTES // size))
 
 
+# ---------------------------------------------------------------- in words
+
+
 def _row(track: _Track, samples: Sequence[tuple[float, float, float]]) -> ChannelRow:
-    p50, p99, rate = (
-        Spread(median=statistics.median(figures), min=min(figures), max=max(figures))
-        for figures in zip(*samples, strict=True)
-    )
-    return ChannelRow(
-        channel=CHANNELS[track.kind],
-        message_bytes=track.size,
-        rounds=len(samples),
-        hop_p50_us=p50,
-        hop_p99_us=p99,
-        gb_per_s=rate,
-    )
+    names = ("hop_p50_us", "hop_p99_us", "gb_per_s")
+    figures = {name: Spread.of(values) for name, values in zip(names, zip(*samples, strict=True), strict=True)}
+    return ChannelRow(channel=CHANNELS[track.kind], message_bytes=track.size, rounds=len(samples), **figures)
 
 
 def _spread(spread: Spread) -> str:

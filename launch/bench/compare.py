@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.bench.report import BenchRow, Report, bench_verdict, cost_of, emulated_by, show
+from launch.bench.report import BenchRow, Report, bench_verdict, emulated_by, show
 from launch.bench.rows import DEFAULT_ROWS, EMULATED_ROWS, ROWS
-from launch.bench.span_cost import PAIR
 from launch.bench.time_to_goal import Race, break_even
 from launch.bench.where_rows_run import LOCAL, Site
 from launch.options.options import BenchOptions
@@ -46,20 +45,13 @@ class Comparison:
     left_out: dict[str, str]
     site: Site
 
-    def run_round(self, number: int, console: Console, what: str, *, backwards: bool = False) -> None:
+    def run_round(self, number: int, console: Console, what: str) -> None:
         """Run every row once; blocks until all are over.
-
-        Args:
-            number: of the round, from 0.
-            console: shows what runs.
-            what: shown in front of the row.
-            backwards: the last row first.
 
         Raises:
             RunFailed: a run failed.
         """
-        turns = list(self.rows.items())
-        for name, row in reversed(turns) if backwards else turns:
+        for name, row in self.rows.items():
             with console.rich.status(f"{what}: {row.name}"):
                 row.outcomes.append(row.contender.train(self.folder, f"{name}-{number + 1}"))
 
@@ -69,11 +61,9 @@ class Comparison:
         lines, goal = [row.line for row in rows], self.resolved.plan.goal
         race = Race(goal, self.resolved, lines) if goal is not None else None
         sentences = [bench_verdict(rows, self.resolved, race), break_even(lines), race.verdict() if race else ""]
-        verdict, cost = " ".join(sentence for sentence in sentences if sentence), cost_of(rows)
-        if cost is not None and set(self.rows) == set(PAIR):
-            verdict = cost
+        verdict = " ".join(sentence for sentence in sentences if sentence)
         where = {**environment(), "hosts": list(self.site.hosts) or None}
-        return Report(self.recipe, self.resolved, self.folder, verdict, command, where, rows, self.left_out, race, cost)
+        return Report(self.recipe, self.resolved, self.folder, verdict, command, where, rows, self.left_out, race)
 
 
 def run_bench(
@@ -92,18 +82,16 @@ def run_bench(
         PlanError: the plan, or a row that was asked for by name, cannot run.
         RunFailed: a run failed.
     """
-    names = list(PAIR) if options.pairs else chosen_rows(options.rows, plan)
+    names = chosen_rows(options.rows, plan)
     resolved = site.resolve(source, replace(plan, quality_every=None))
     site.agree(resolved)
     folder = run_folder.new_run_dir(options.runs, options.name or run_folder.default_name(source().name, "bench"))
     console.decided(source().name, resolved, folder)
     comparison = prepare_rows(names, source, resolved, folder, console, site, everything="all" in options.rows)
-    rounds = options.pairs or options.rounds
-    for number in range(rounds):
-        backwards = bool(options.pairs) and number % 2 == 1
-        comparison.run_round(number, console, f"round {number + 1} of {rounds}", backwards=backwards)
+    for number in range(options.rounds):
+        comparison.run_round(number, console, f"round {number + 1} of {options.rounds}")
     report = comparison.report(command)
-    if options.quality and "unlocked" in names and not options.pairs and not report.emulated and plan.stages > 1:
+    if options.quality and "unlocked" in names and not report.emulated and plan.stages > 1:
         with console.rich.status("unlocked once more, with samples of the true gradient"):
             report.quality = _quality(source, resolved, plan.quality_every, folder, site)
     show(report, console)
@@ -150,14 +138,7 @@ def prepare_rows(
 ) -> Comparison:
     """Make rows ready: some find their number of microbatches first, in short runs that this blocks on.
 
-    Args:
-        names: of ``ROWS``.
-        source: makes the recipe.
-        resolved: the unlocked run.
-        folder: where the runs go.
-        console: shows what runs.
-        site: where the rows run.
-        everything: leave out what cannot run here, instead of refusing.
+    With ``everything``, rows that cannot run here are left out instead of refused.
 
     Raises:
         PlanError: a row cannot run here.

@@ -88,15 +88,7 @@ def show_ledger(
     alone: Account | None,
     locked: Account | None,
 ) -> None:
-    """Print the ledger and what follows from it.
-
-    Args:
-        console: where to.
-        accounts: the rows.
-        unlocked: that of unlocked training; with the next two see ``same_work``.
-        alone: that of one process.
-        locked: that of the best exact locked row.
-    """
+    """Print the ledger and what follows from it."""
     console.print()
     print_table(console, _table(accounts))
     console.print(f"[dim]{_LEGEND}[/dim]")

@@ -1,16 +1,17 @@
 """The work of several replicas as one process does it: the batches of a step put together.
 
 replicas    step i    batch 2 i  |  batch 2 i + 1          R batches of n rows, one in each replica
-joined      step i    batch 2 i and batch 2 i + 1          one batch of R n rows
+together    step i    batch 2 i and batch 2 i + 1          one batch of R n rows
 
-Locked replicas equal training on joined batches, so that is what a benchmark has everybody else train on: the same
+Locked replicas equal training on global batches, so that is what a benchmark has everybody else train on: the same
 samples, and as many updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -19,39 +20,10 @@ from pipeline import Batch, Plan, Recipe
 from pipeline.plan.replica_layout import batch_of
 from pipeline.run.resolved import Resolved
 
-__all__ = ["GlobalBatchRecipe", "RecipeSource", "global_batches"]
+__all__ = ["RecipeSource", "global_batch_recipe", "global_batches"]
 
 RecipeSource = Callable[[], Recipe]
 """Makes a recipe, in any process."""
-
-
-@dataclass(frozen=True)
-class GlobalBatchRecipe:
-    """A recipe whose batch i is what all replicas train on in step i.
-
-    Args:
-        source: makes the recipe.
-        plan: the plan with replicas.
-    """
-
-    source: RecipeSource
-    plan: Plan
-
-    def __call__(self) -> Recipe:
-        """Make the recipe."""
-        recipe = self.source()
-        return replace(recipe, batches=_Joined(recipe, self.plan))
-
-
-@dataclass(frozen=True)
-class _Joined:
-    recipe: Recipe
-    plan: Plan
-
-    def __call__(self, step: int) -> Batch:
-        numbers = (batch_of(self.plan, replica, step) for replica in range(self.plan.replicas))
-        inputs, labels = zip(*(self.recipe.seeded_batch(self.plan.seed, number) for number in numbers), strict=True)
-        return torch.cat(inputs), torch.cat(labels)
 
 
 def global_batches(source: RecipeSource, resolved: Resolved) -> tuple[RecipeSource, Resolved]:
@@ -63,5 +35,17 @@ def global_batches(source: RecipeSource, resolved: Resolved) -> tuple[RecipeSour
     plan = resolved.plan
     if plan.replicas == 1:
         return source, resolved
-    together = GlobalBatchRecipe(source, plan)
+    together = partial(global_batch_recipe, source, plan)
     return together, resolve_source(together, replace(plan, replicas=1, average_every=Plan().average_every))
+
+
+def global_batch_recipe(source: RecipeSource, plan: Plan) -> Recipe:
+    """The recipe whose batch i is what all replicas of ``plan`` train on in step i."""
+    recipe = source()
+    return replace(recipe, batches=partial(_global_batch, recipe, plan))
+
+
+def _global_batch(recipe: Recipe, plan: Plan, step: int) -> Batch:
+    numbers = (batch_of(plan, replica, step) for replica in range(plan.replicas))
+    inputs, labels = zip(*(recipe.seeded_batch(plan.seed, number) for number in numbers), strict=True)
+    return torch.cat(inputs), torch.cat(labels)

@@ -5,6 +5,7 @@ verdict  ->  one table of all rows  ->  race to the goal  ->  where the time of 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,6 @@ from rich.table import Table
 
 from launch.bench.cost_ledger import Account, entry, show_ledger
 from launch.bench.rows import Contender, RowOutcome
-from launch.bench.span_cost import cost_by_count, cost_of_spans, record_s
 from launch.bench.spread import Spread
 from launch.bench.time_to_goal import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, rivals
 from launch.results.dni_quality import QUALITY_LEGEND, StageQuality, quality_table
@@ -26,7 +26,7 @@ from pipeline.metrics.measurements import Measured
 from pipeline.run.resolved import Resolved
 from pipeline.schedule.modes import MODES
 
-__all__ = ["BenchRow", "Report", "bench_verdict", "cost_of", "emulated_by", "show"]
+__all__ = ["BenchRow", "Report", "bench_verdict", "emulated_by", "show"]
 
 
 @dataclass
@@ -49,7 +49,6 @@ class BenchRow:
             return "one process" if c.threads == 1 else f"one process, {c.threads} threads"
         name = {"ddp": "DDP", "torch": f"torch {_SHORT.get(c.mode, c.mode)}"}.get(c.engine, c.mode)
         name = f"{name}, {c.variant}" if c.variant else name
-        name = name if c.spans else f"{name}, bare"
         return f"{name} x{c.microbatches}" if c.microbatches else name
 
     @property
@@ -69,6 +68,11 @@ class BenchRow:
     def rates(self) -> list[float]:
         """Samples per second of every round."""
         return [outcome.samples_per_s for outcome in self.outcomes]
+
+    @property
+    def rate(self) -> float:
+        """Median samples per second."""
+        return statistics.median(self.rates)
 
     @property
     def last(self) -> RowOutcome:
@@ -92,17 +96,26 @@ class BenchRow:
         total_s = contender.stages * contender.replicas / self.middle.samples_per_s
         return Account(name=self.name, seconds=seconds, flop=contender.flop, total_s=total_s, note=contender.note)
 
+    @property
+    def latency_s(self) -> tuple[float, float] | None:
+        """(p50, p99) of the update latency of stage 0, where it is known."""
+        return self.typical.stages[0].update_latency_s if self.typical else None
+
+    def mean_percent(self, share: str) -> str:
+        """``busy``, ``dni`` or another share of the time of our stages, mean over them; of others a dash."""
+        stages = self.typical.stages if self.typical else ()
+        shares = [stage.busy if share == "busy" else stage.shares[share] for stage in stages]
+        return f"{100 * sum(shares) / len(shares):.0f}" if shares else "-"
+
     def speedup(self, other: BenchRow) -> Spread:
         """Throughput over that of another row, round by round."""
-        return Spread.of([mine / theirs for mine, theirs in zip(self.rates, other.rates, strict=True)])
+        return self.line.speedup(other.line)
 
     def as_dict(self, yardstick: BenchRow, batch_rows: int, emulated: bool) -> dict[str, Any]:
         """One entry of ``rows`` in bench.json; what does not apply is null."""
         measured, contender, line = self.typical, self.contender, self.line
         stages = measured.stages if measured else ()
-        first = stages[0] if stages else None
-        latency, age = (first.update_latency_s, first.gradient_age_updates) if first else (None, None)
-        age_s = first.gradient_age_s if first else None
+        age, age_s = (stages[0].gradient_age_updates, stages[0].gradient_age_s) if stages else (None, None)
         return {
             "engine": contender.engine,
             "mode": contender.mode,
@@ -111,15 +124,14 @@ class BenchRow:
             "replicas": contender.replicas,
             "threads": contender.threads,
             "microbatches": contender.microbatches,
-            "spans": contender.spans if contender.engine == "freewheel" else None,
             "emulated": emulated,
             "launcher": contender.launcher,
             "samples_per_s": Spread.of(self.rates).as_dict(),
             "predicted_samples_per_s": contender.predicted and contender.predicted * batch_rows,
             "speedup": self.speedup(yardstick).as_dict(),
-            "update_latency_s": {"p50": latency[0], "p99": latency[1]} if latency else None,
-            "gradient_age_updates": {"p50": age[0], "max": age[1]} if age else None,
-            "gradient_age_s": {"p50": age_s[0], "max": age_s[1]} if age_s else None,
+            "update_latency_s": _named(("p50", "p99"), self.latency_s),
+            "gradient_age_updates": _named(("p50", "max"), age),
+            "gradient_age_s": _named(("p50", "max"), age_s),
             "busy_share": [stage.busy for stage in stages] or None,
             "bubble_share": [stage.shares["waiting"] for stage in stages] or None,
             "dni_share": [stage.shares["dni"] for stage in stages] or None,
@@ -132,6 +144,10 @@ class BenchRow:
             "until_s": line.seconds,
             "until_samples": None if line.updates is None else line.updates * batch_rows,
         }
+
+
+def _named(names: Sequence[str], figures: Sequence[float] | None) -> dict[str, float] | None:
+    return dict(zip(names, figures, strict=True)) if figures else None
 
 
 @dataclass
@@ -148,7 +164,6 @@ class Report:
         rows: the contenders; ratios are over the first one.
         left_out: rows that could not run here, with the reason.
         race: the way of the rows to ``plan.until``, if there is one.
-        cost: what the spans cost, where that was compared.
         quality: of the synthetic gradients, by stage, from a run of its own; empty where nothing was sampled.
     """
 
@@ -161,7 +176,6 @@ class Report:
     rows: list[BenchRow]
     left_out: dict[str, str]
     race: Race | None = None
-    cost: str | None = None
     quality: list[StageQuality] = field(default_factory=list)
 
     @property
@@ -180,15 +194,18 @@ class Report:
         return next((row for row in self.rows if row.contender.mode == "unlocked"), None)
 
     @property
+    def fastest(self) -> BenchRow:
+        """The row of the highest median throughput."""
+        return max(self.rows, key=lambda row: row.rate)
+
+    @property
     def best_locked(self) -> BenchRow | None:
         """The fastest of our rows that equal single-process training."""
-        return max((row for row in self.rows if row.exact), key=lambda row: Spread.of(row.rates).median, default=None)
+        return max((row for row in self.rows if row.exact), key=lambda row: row.rate, default=None)
 
     def beaten_by(self, row: BenchRow) -> bool:
-        """Whether a row is faster than the unlocked one, round by round; not one that is unlocked as well."""
-        if self.unlocked is None or row.contender.mode == self.unlocked.contender.mode:
-            return False
-        return row.speedup(self.unlocked).median > 1
+        """Whether a row is faster than the unlocked one, round by round."""
+        return self.unlocked is not None and row.speedup(self.unlocked).median > 1
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of bench.json."""
@@ -198,7 +215,6 @@ class Report:
             "command": self.command,
             "environment": self.environment,
             "rows": self.row_dicts(),
-            "instrumentation": self.cost,
             "quality": [each.as_dict() for each in self.quality] or None,
             "left_out": self.left_out,
             "over_stages": None,
@@ -214,7 +230,7 @@ def bench_verdict(rows: Sequence[BenchRow], resolved: Resolved, race: Race | Non
     """What unlocking bought, against the best of every kind that was run; losses are said like gains."""
     unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
     if unlocked is None:
-        best = max(rows, key=lambda row: Spread.of(row.rates).median)
+        best = max(rows, key=lambda row: row.rate)
         return f"The fastest was {best.name}. Nothing unlocked was run."
     emulated, rounded = emulated_by(resolved.plan), resolved.plan.wire_dtype is not None
     parts, slower = [], []
@@ -253,16 +269,14 @@ def show(report: Report, console: Console) -> None:
     for name in ("samples/s", f"x {report.rows[0].name}", "update ms", "busy%", "dni%", *outcome):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
-        figures = row.as_dict(report.rows[0], report.batch_rows, report.emulated)
-        latency, speedup = figures["update_latency_s"], row.speedup(report.rows[0])
         table.add_row(
             row.name,
-            f"{figures['samples_per_s']['median']:,.0f}",
-            f"{speedup.median:.2f} ({speedup.min:.2f}-{speedup.max:.2f})",
-            f"{latency['p50'] * 1e3:.2f}" if latency else "-",
-            _percentage(figures["busy_share"]),
-            _percentage(figures["dni_share"]),
-            *(_predicted(figures) if report.emulated else _outcome(figures, scored)),
+            f"{row.rate:,.0f}",
+            row.speedup(report.rows[0]).brief(),
+            f"{row.latency_s[0] * 1e3:.2f}" if row.latency_s else "-",
+            row.mean_percent("busy"),
+            row.mean_percent("dni"),
+            *(_predicted(row, report) if report.emulated else _outcome(row, scored)),
         )
     print_table(console.rich, table)
     if report.emulated:
@@ -282,43 +296,19 @@ def show(report: Report, console: Console) -> None:
         console.rich.print()
         print_table(console.rich, quality_table(report.quality))
         console.rich.print(f"[dim]{QUALITY_LEGEND}[/dim]")
-    _show_ledger(report.rows, console)
-    if report.cost is not None and report.cost != report.verdict:
-        console.rich.print(report.cost)
+    alone = next((row for row in report.rows if row.contender.engine == "single"), None)
+    compared = [row.account if row is not None else None for row in (report.unlocked, alone, report.best_locked)]
+    show_ledger(console.rich, [row.account for row in report.rows], *compared)
 
 
-def _outcome(figures: dict[str, Any], scored: bool) -> tuple[str, str]:
-    learned = f"{figures['accuracy']:.2%}" if scored else f"{figures['loss']:.4f}"
-    return f"{max(figures['peak_memory_bytes']) / 2**20:,.0f}", learned
+def _outcome(row: BenchRow, scored: bool) -> tuple[str, str]:
+    learned = f"{row.last.accuracy:.2%}" if scored else f"{row.last.loss:.4f}"
+    return f"{max(row.last.peak_memory_bytes) / 2**20:,.0f}", learned
 
 
-def _predicted(figures: dict[str, Any]) -> tuple[str]:
-    predicted = figures["predicted_samples_per_s"]
-    return ("-" if predicted is None else f"{predicted:,.0f}",)
-
-
-def _show_ledger(rows: Sequence[BenchRow], console: Console) -> None:
-    unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
-    alone = next((row for row in rows if row.contender.engine == "single"), None)
-    locked = max((row for row in rows if row.exact), key=lambda row: Spread.of(row.rates).median, default=None)
-    compared = [row.account if row is not None else None for row in (unlocked, alone, locked)]
-    show_ledger(console.rich, [row.account for row in rows], *compared)
-
-
-def cost_of(rows: Sequence[BenchRow]) -> str | None:
-    """What the spans cost, if both rows were run."""
-    full, bare = (
-        [row for row in rows if row.contender.mode == "unlocked" and row.contender.spans is s] for s in (True, False)
-    )
-    if not full or not bare:
-        return None
-    counted = [cost_by_count(full[0].typical, record_s())] if full[0].typical is not None else []
-    return " ".join([cost_of_spans(full[0].rates, bare[0].rates), *counted])
-
-
-def _percentage(shares: Sequence[float] | None) -> str:
-    """Mean over the stages."""
-    return "-" if not shares else f"{100 * sum(shares) / len(shares):.0f}"
+def _predicted(row: BenchRow, report: Report) -> tuple[str]:
+    predicted = row.contender.predicted
+    return (f"{predicted * report.batch_rows:,.0f}" if predicted else "-",)
 
 
 def emulated_by(plan: Plan) -> bool:

@@ -1,7 +1,7 @@
 """The rows of a benchmark: every way to train that can be compared, ours and theirs, behind one call each.
 
 ROWS[name](source, resolved, runs, site) -> contender    finds what has to be found first (microbatches); may refuse
-contender.train(runs, name) -> Outcome                   one training run, in fresh processes
+contender.train(runs, name) -> RowOutcome                one training run, in fresh processes
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from launch.bench.cost_ledger import Work, seconds_of
 from launch.bench.global_batch import RecipeSource, global_batches
 from launch.bench.rivals import RivalRun, best_microbatches, run_ddp, run_torch_schedule
-from launch.bench.single_process import SingleRun, run_single
+from launch.bench.single_process import run_single
 from launch.bench.where_rows_run import Site
 from launch.show.console import Console
 from launch.training import run
@@ -71,7 +71,6 @@ class Contender:
         stages: number of processes that share the work of a batch.
         threads: compute threads of each.
         microbatches: where batches are cut.
-        spans: whether our workers record what they do.
         flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
         predicted: batches per second by the cost model; None: nothing is emulated, or it cannot say.
         note: why operations could not be counted.
@@ -86,7 +85,6 @@ class Contender:
     stages: int
     threads: int
     microbatches: int | None = None
-    spans: bool = True
     predicted: float | None = None
     flop: Work | None = None
     note: str | None = None
@@ -99,46 +97,16 @@ class Contender:
 PrepareRow = Callable[[RecipeSource, Resolved, Path, Site], Contender]
 
 
-def _outcome(done: SingleRun | RivalRun, resolved: Resolved) -> RowOutcome:
-    samples = done.batches * resolved.batch_shape[0]
-    if isinstance(done, RivalRun):
-        peaks, spent = done.peak_memory_bytes, None
-    else:
-        rest_s = done.seconds - done.forward_s - done.backward_s
-        parts = {"forward": done.forward_s, "backward": done.backward_s, "other": rest_s}
-        peaks, spent = (done.peak_memory_bytes,), Work(**{name: s / samples for name, s in parts.items()})
-    return RowOutcome(samples / done.seconds, done.loss, done.accuracy, peaks, reached=done.reached, spent_s=spent)
-
-
-def _counted(source: RecipeSource, resolved: Resolved, plan: Plan) -> dict[str, Any]:
-    """``flop`` and ``note`` of a contender that runs ``plan``, by a look at the real stages."""
-    if plan.emulation is not None:
-        return {}
-    try:
-        stages = count_flops(source(), plan, resolved.cuts)
-    except Exception as error:  # the run meets it too and says where; a count is not worth a benchmark
-        return {"note": said(error)}
-    return {"flop": Work.of_flops(stages, resolved.batch_shape[0])}
-
-
-def _counted_unsplit(source: RecipeSource, resolved: Resolved) -> dict[str, Any]:
-    """The same for whoever trains the unsplit model. A cut adds no product, nor does splitting the backward pass."""
-    plan = replace(_in_mode(resolved.plan, "naive"), stages=1, sizes=(sum(resolved.sizes),))
-    return _counted(source, resolved, plan)
+# ---------------------------------------------------------------- theirs
 
 
 def _single(threads: int) -> PrepareRow:
     def prepare(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
         source, resolved = global_batches(source, resolved)
-
-        def train(runs: Path, name: str) -> RowOutcome:
-            device = first_gpu(resolved.devices) or CPU
-            warmup = resolved.warmup
-            done = run_single(source, resolved.plan, threads=threads, warmup=warmup, look=site.look, device=device)
-            return _outcome(done, resolved)
-
-        counted = _counted_unsplit(source, resolved)
-        return Contender(engine="single", mode="backprop", stages=1, threads=threads, train=train, **counted)
+        device = first_gpu(resolved.devices) or CPU
+        train = partial(run_single, source, resolved.plan, threads=threads, look=site.look, device=device)
+        train = partial(train, warmup=resolved.warmup)
+        return _rival(source, resolved, train, "single", "backprop", 1, threads)
 
     return prepare
 
@@ -147,45 +115,56 @@ def _ddp(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Co
     ranks, threads = resolved.plan.workers, resolved.plan.threads
     _check_plain(resolved, "ddp")
     source, resolved = global_batches(source, resolved)
-
-    def train(runs: Path, name: str) -> RowOutcome:
-        done = run_ddp(source, resolved, ranks=ranks, threads=threads, warmup=resolved.warmup, places=site.places)
-        return _outcome(done, resolved)
-
-    counted = _counted_unsplit(source, resolved)
-    return Contender(engine="ddp", mode="backprop", stages=ranks, threads=threads, train=train, **counted)
+    options: dict[str, Any] = {"ranks": ranks, "warmup": resolved.warmup, "places": site.places}
+    train = partial(run_ddp, source, resolved, threads=threads, **options)
+    return _rival(source, resolved, train, "ddp", "backprop", ranks, threads)
 
 
 def _torch(schedule: str) -> PrepareRow:
     def prepare(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
         _check_plain(resolved, f"torch's {schedule}")
         source, resolved = global_batches(source, resolved)
-        threads = resolved.plan.threads
-        parts = best_microbatches(source, resolved, schedule, threads=threads, places=site.places).microbatches
-
-        def train(runs: Path, name: str) -> RowOutcome:
-            done = run_torch_schedule(
-                source,
-                resolved,
-                schedule,
-                microbatches=parts,
-                threads=threads,
-                warmup=resolved.warmup,
-                places=site.places,
-            )
-            return _outcome(done, resolved)
-
-        return Contender(
-            engine="torch",
-            mode=schedule,
-            stages=resolved.plan.stages,
-            threads=threads,
-            microbatches=parts,
-            train=train,
-            **_counted_unsplit(source, resolved),
-        )
+        stages, threads = resolved.plan.stages, resolved.plan.threads
+        tried = best_microbatches(source, resolved, schedule, threads=threads, places=site.places)
+        parts = max(tried, key=tried.__getitem__)
+        options: dict[str, Any] = {"microbatches": parts, "warmup": resolved.warmup, "places": site.places}
+        train = partial(run_torch_schedule, source, resolved, schedule, threads=threads, **options)
+        return _rival(source, resolved, train, "torch", schedule, stages, threads, parts)
 
     return prepare
+
+
+def _rival(
+    source: RecipeSource,
+    resolved: Resolved,
+    train: Callable[[], RivalRun],
+    engine: str,
+    mode: str,
+    stages: int,
+    threads: int,
+    parts: int | None = None,
+) -> Contender:
+    """Operations are those of the unsplit model: a cut adds no product, nor does splitting the backward pass."""
+    plan = replace(_in_mode(resolved.plan, "naive"), stages=1, sizes=(sum(resolved.sizes),))
+    return Contender(
+        engine=engine,
+        mode=mode,
+        stages=stages,
+        threads=threads,
+        microbatches=parts,
+        train=lambda runs, name: _outcome(train(), resolved.batch_shape[0]),
+        **_counted(source, resolved, plan),
+    )
+
+
+def _outcome(done: RivalRun, rows: int) -> RowOutcome:
+    samples, spent = done.batches * rows, None
+    if done.forward_s is not None and done.backward_s is not None:
+        rest_s = done.seconds - done.forward_s - done.backward_s
+        parts = {"forward": done.forward_s, "backward": done.backward_s, "other": rest_s}
+        spent = Work(**{name: seconds / samples for name, seconds in parts.items()})
+    rate, peaks = samples / done.seconds, done.peak_memory_bytes
+    return RowOutcome(rate, done.loss, done.accuracy, peaks, reached=done.reached, spent_s=spent)
 
 
 def _check_plain(resolved: Resolved, who: str) -> None:
@@ -198,11 +177,14 @@ def _check_plain(resolved: Resolved, who: str) -> None:
         raise PlanError(f"{who} is compared on the CPU in float32 only: leave {' and '.join(given)} out, or that row.")
 
 
-def _ours(mode: str, *, bare: bool = False, variant: str | None = None) -> PrepareRow:
+# ---------------------------------------------------------------- ours
+
+
+def _ours(mode: str, variant: str | None = None) -> PrepareRow:
     def prepare(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
         plan = _in_mode(resolved.plan, mode)
-        plan = replace(plan, spans=plan.spans and not bare)
-        plan = replace(plan, optimizer=_VARIANTS[variant](plan.optimizer, resolved.steps)) if variant else plan
+        if variant == "nadamw":
+            plan = replace(plan, optimizer=_nesterov(plan.optimizer, resolved.steps))
         cuts = MODES[mode].cuts_batches
         if cuts and plan.microbatches == 1:
             plan = replace(plan, microbatches=_fastest_cut(source, plan, resolved.batch_shape[0], runs, site))
@@ -213,7 +195,6 @@ def _ours(mode: str, *, bare: bool = False, variant: str | None = None) -> Prepa
             stages=plan.stages,
             threads=plan.threads,
             microbatches=plan.microbatches if cuts else None,
-            spans=plan.spans,
             variant=variant,
             predicted=predicted_batches_per_s(mine.plan, mine.warmup),
             replicas=plan.replicas,
@@ -273,7 +254,16 @@ def _nesterov(plan: OptimizerPlan, steps: int) -> OptimizerPlan:
     return replace(plan, rule="nadamw", momentum=None, warmup_steps=plan.warmup_steps or max(1, steps // 10))
 
 
-_VARIANTS: dict[str, Callable[[OptimizerPlan, int], OptimizerPlan]] = {"nadamw": _nesterov}
+def _counted(source: RecipeSource, resolved: Resolved, plan: Plan) -> dict[str, Any]:
+    """``flop`` and ``note`` of a contender that runs ``plan``, by a look at the real stages."""
+    if plan.emulation is not None:
+        return {}
+    try:
+        stages = count_flops(source(), plan, resolved.cuts)
+    except Exception as error:  # the run meets it too and says where; a count is not worth a benchmark
+        return {"note": said(error)}
+    return {"flop": Work.of_flops(stages, resolved.batch_shape[0])}
+
 
 ROWS: dict[str, PrepareRow] = {
     "backprop": _single(1),
@@ -286,10 +276,9 @@ ROWS: dict[str, PrepareRow] = {
     "torch-zbv-zero-bubble": _torch("ZBVZeroBubble"),
     **{mode: _ours(mode) for mode in MODES},
     "async-1f1b-nadamw": _ours("async-1f1b", variant="nadamw"),
-    "unlocked-bare": _ours("unlocked", bare=True),
 }
-"""Rows by name, in the order of the table; ``unlocked-bare`` records no spans."""
+"""Rows by name, in the order of the table."""
 
 DEFAULT_ROWS = ("backprop", "naive", "unlocked")
-EMULATED_ROWS = (*MODES, "unlocked-bare")
+EMULATED_ROWS = tuple(MODES)
 """Rows that emulated stages and links can run."""

@@ -5,8 +5,7 @@ round 1: every row at 1 stage, at 2, at 4, at 8    round 2: the same    ...    t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,6 @@ from rich.table import Table
 
 from launch.bench.compare import chosen_rows, prepare_rows
 from launch.bench.report import BenchRow, Report, show
-from launch.bench.spread import Spread
 from launch.bench.where_rows_run import LOCAL, Site
 from launch.options.options import BenchOptions
 from launch.results import run_folder
@@ -33,10 +31,7 @@ class ScalingAxis:
 
     Attributes:
         name: of a point's value in bench.json; ``over_<name>`` is the option and the field with the points.
-        label: for a picture.
-        heading: for a column.
-        unit: in a sentence, behind a number.
-        picture: file name of its picture.
+        label: of the picture, whose file is ``picture``; ``heading`` of a column, ``unit`` behind a number.
         of: the value that a plan has.
         place: (plan, value) -> the plan with that value.
     """
@@ -60,12 +55,8 @@ class ScalingAxis:
         return values
 
 
-def _link_of(plan: Plan) -> Link:
-    return plan.links or Link()
-
-
 def _with_latency(plan: Plan, latency_ms: float) -> Plan:
-    bandwidth = _link_of(plan).bandwidth_mbps
+    bandwidth = (plan.links or Link()).bandwidth_mbps
     limit = f",bandwidth_mbps={bandwidth:g}" if bandwidth else ""
     return replace(plan, link=f"latency_ms={latency_ms:g}{limit}")
 
@@ -88,7 +79,7 @@ AXES = (
         heading="hop ms",
         unit="ms a hop",
         picture="link.png",
-        of=lambda plan: _link_of(plan).latency_ms,
+        of=lambda plan: (plan.links or Link()).latency_ms,
         place=_with_latency,
     ),
 )
@@ -121,8 +112,9 @@ class ScalingReport(Report):
         text = f"From {first:g} to {last:g} {self.axis.unit}: "
         parts = []
         for row in (high.unlocked, high.best_locked):
-            pair = [_latency_ms(_same(row, report)) for report in (low, high)] if row else []
-            if row and all(not math.isnan(value) for value in pair):
+            same = [_same(row, report) for report in (low, high)] if row else []
+            pair = [each.latency_s[0] * 1e3 for each in same if each and each.latency_s]
+            if row and len(pair) == 2:
                 parts.append(f"{mode_name(row)} {pair[0]:,.1f} to {pair[1]:,.1f} ms")
         text += f"update latency of stage 0, {'; '.join(parts)}." if parts else "no update latency was measured."
         gains = [
@@ -214,34 +206,12 @@ def _table(sweep: ScalingReport) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for value, report in sweep.points:
         for index, row in enumerate(report.rows):
-            speedup = row.speedup(report.rows[0])
-            table.add_row(
-                "" if index else f"{value:g}",
-                row.name,
-                f"{Spread.of(row.rates).median:,.0f}",
-                f"{speedup.median:.2f} ({speedup.min:.2f}-{speedup.max:.2f})",
-                *_latencies(row),
-                _busy(row),
-            )
+            latencies = [f"{seconds * 1e3:,.2f}" for seconds in row.latency_s] if row.latency_s else ["-", "-"]
+            first, rate, busy = "" if index else f"{value:g}", f"{row.rate:,.0f}", row.mean_percent("busy")
+            table.add_row(first, row.name, rate, row.speedup(report.rows[0]).brief(), *latencies, busy)
         if value != sweep.points[-1][0]:
             table.add_row()
     return table
-
-
-def _latencies(row: BenchRow) -> Sequence[str]:
-    latency = row.typical.stages[0].update_latency_s if row.typical else None
-    return [f"{seconds * 1e3:,.2f}" for seconds in latency] if latency else ["-", "-"]
-
-
-def _busy(row: BenchRow) -> str:
-    stages = row.typical.stages if row.typical else ()
-    return f"{100 * sum(stage.busy for stage in stages) / len(stages):.0f}" if stages else "-"
-
-
-def _latency_ms(row: BenchRow | None) -> float:
-    """Median update latency of stage 0; nan where there is none."""
-    latency = row.typical.stages[0].update_latency_s if row and row.typical else None
-    return latency[0] * 1e3 if latency else math.nan
 
 
 def _same(row: BenchRow, report: Report) -> BenchRow | None:

@@ -26,6 +26,10 @@ class Spread:
         """JSON-able values."""
         return asdict(self)
 
+    def brief(self) -> str:
+        """As in a table: ``1.85 (1.83-1.87)``."""
+        return f"{self.median:.2f} ({self.min:.2f}-{self.max:.2f})"
+
     def times(self) -> str:
         """As a ratio: ``1.85x (1.83 to 1.87)``."""
         return f"{self.median:.2f}x ({self.min:.2f} to {self.max:.2f})"

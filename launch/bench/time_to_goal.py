@@ -146,11 +146,10 @@ class Race:
             if line.seconds is None or line.updates is None:
                 table.add_row(line.name, share, *"----")
                 continue
-            spread = Spread.of([one.seconds for one in line.found])
+            seconds = Spread.of([one.seconds for one in line.found]).brief()
             x_seconds, x_batches = (
                 [f"{ratio.median:.2f}" for ratio in line.over(yardstick)] if yardstick.always else "--"
             )
-            seconds = f"{spread.median:.2f} ({spread.min:.2f}-{spread.max:.2f})"
             table.add_row(line.name, share, seconds, x_seconds, f"{line.updates:,.0f}", x_batches)
         return table
 

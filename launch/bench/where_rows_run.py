@@ -14,14 +14,6 @@ from pipeline.run.resolved import Resolved
 __all__ = ["LOCAL", "Site"]
 
 
-def _nothing() -> None:
-    """There is nobody to look after."""
-
-
-def _of_one_mind(resolved: Resolved) -> None:
-    """There is nobody else."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """Everything a row needs to know of the place it runs at; by default this host.
@@ -38,8 +30,8 @@ class Site:
     launcher: Launcher | None = None
     places: Places = HERE
     resolve: Callable[[Callable[[], Recipe], Plan], Resolved] = resolve_source
-    agree: Callable[[Resolved], None] = _of_one_mind
-    look: Callable[[], None] = _nothing
+    agree: Callable[[Resolved], None] = lambda resolved: None
+    look: Callable[[], None] = lambda: None
     hosts: tuple[str, ...] = ()
 
     @property

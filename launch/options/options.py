@@ -76,7 +76,7 @@ class BenchOptions(RunOptions):
     rows: tuple[str, ...] = ("backprop", "naive", "unlocked")
     """Rows: backprop, backprop-all-cores, ddp, torch-gpipe, torch-1f1b, torch-interleaved-1f1b,
     torch-interleaved-zero-bubble, torch-zbv-zero-bubble, our modes, async-1f1b-nadamw (with Nesterov momentum and
-    learning-rate warm-up), unlocked-bare (no spans), or all."""
+    learning-rate warm-up), or all."""
     rounds: int = 5
     """Rounds; in each, every row runs once."""
     quality: bool = True
@@ -85,19 +85,12 @@ class BenchOptions(RunOptions):
     """Compare at these numbers of stages too, e.g. 1 2 4 8: throughput and update latency over the number of stages."""
     over_latency_ms: tuple[float, ...] = ()
     """Compare with links of these latencies too, e.g. 0 10 50 100; links are emulated then, as with --link."""
-    pairs: int | None = None
-    """Measure what the spans cost instead: rounds of unlocked and unlocked-bare, in turns; few steps will do."""
 
     def problems(self) -> Iterator[str]:
         """What cannot work, one sentence each."""
         yield from super().problems()
         yield from count_problems(rounds=self.rounds)
         yield from _over_problems(self)
-        if self.pairs is not None:
-            yield from count_problems(pairs=self.pairs)
-            for name in ("rows", "rounds"):
-                if getattr(self, name) != getattr(BenchOptions(), name):
-                    yield f"{name} has no effect with pairs: leave one of them out."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,6 @@ INSTALL = "pip install 'freewheel[plots]'"
 def draw(report: Report, console: Console) -> list[Path]:
     """Draw whatever the report has data for, and say where; without matplotlib, say what to install.
 
-    Args:
-        report: of ``bench`` or ``bench_over``.
-        console: told in one line.
-
     Returns:
         The PNG files, 1200 pixels wide, in the report's folder.
     """

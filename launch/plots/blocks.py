@@ -36,14 +36,7 @@ _MOST_BATCHES = 80  # of the faster run: with more, blocks are too narrow to be 
 
 @dataclass(frozen=True)
 class SpanBlock:
-    """One phase of one batch.
-
-    Attributes:
-        phase: a value of ``PHASES``.
-        batch: the batch id, or -1.
-        start_ns: on the common clock.
-        end_ns: on the common clock.
-    """
+    """One phase, a value of ``PHASES``, of one batch (-1: of none), on the common clock."""
 
     phase: str
     batch: int
@@ -53,12 +46,7 @@ class SpanBlock:
 
 @dataclass(frozen=True)
 class ShownTime:
-    """A part of a run.
-
-    Attributes:
-        start_ns: on the common clock.
-        end_ns: on the common clock.
-    """
+    """A part of a run, on the common clock."""
 
     start_ns: int
     end_ns: int

@@ -1,13 +1,14 @@
-"""latency.png and link.png: update latency and throughput over the number of stages, or over the latency of a link."""
+"""Curves over an axis, each named at its end: latency.png and link.png of a benchmark, sweep.png of a sweep."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from launch.bench.report import BenchRow
 from launch.bench.scaling import ScalingReport, mode_name
@@ -15,12 +16,32 @@ from launch.bench.spread import Spread
 from launch.plots import style
 from launch.plots.words import curves_title, subtitle
 
-__all__ = ["Curve", "apart", "curves_of", "draw_curves"]
+__all__ = [
+    "BELOW_PX",
+    "TOP_PX",
+    "WIDE",
+    "_HEIGHT_PX",
+    "Curve",
+    "Look",
+    "apart",
+    "curves_of",
+    "draw_curves",
+    "draw_panel",
+]
 
-_TOP_PX, _WIDTH_PX, _HEIGHT_PX = 50, 400, 420
-_LEFTS_PX = (90, 660)
-_WIDE = 20.0  # largest over smallest value from which an axis is logarithmic
+WIDE = 20.0
+"""Largest over smallest value from which an axis is logarithmic."""
+TOP_PX = 50  # above the axes
+BELOW_PX = 90
+_WIDTH_PX, _HEIGHT_PX, _LEFTS_PX = 400, 420, (90, 660)
 _LABEL_PX = 22  # least distance of two labels
+_BESIDE: dict[str, Any] = {
+    "xycoords": "axes fraction",
+    "xytext": (8, 0),
+    "textcoords": "offset points",
+    "va": "center",
+    "annotation_clip": False,
+}
 
 
 @dataclass(frozen=True)
@@ -29,19 +50,32 @@ class Curve:
 
     Attributes:
         name: of the row.
-        unlocked: whether it is ours.
-        values: points on the axis.
+        kind: ``unlocked``, ``backprop`` or empty.
+        at: places on the axis with a figure.
         middle: the figure at each.
         low: lower edge of the band.
         high: upper edge of the band.
+        lost: places without a figure, as what was run there diverged.
     """
 
     name: str
-    unlocked: bool
-    values: tuple[float, ...]
+    kind: str
+    at: tuple[float, ...]
     middle: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
+    lost: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a curve is drawn, and its name written."""
+
+    colour: str
+    ink: str
+    width: float = 1.8
+    line: str = "-"
+    weight: str = "normal"
 
 
 def curves_of(sweep: ScalingReport, what: str) -> list[Curve]:
@@ -59,82 +93,77 @@ def curves_of(sweep: ScalingReport, what: str) -> list[Curve]:
             if figure is not None:
                 c = row.contender
                 keyed.setdefault((c.engine, c.mode, c.threads), []).append((value, row, figure))
-    return [
-        Curve(
-            mode_name(found[0][1]),
-            found[0][1].contender.mode == "unlocked",
-            tuple(value for value, _, _ in found),
-            *(tuple(figure[i] for _, _, figure in found) for i in range(3)),
-        )
-        for found in keyed.values()
-    ]
+    curves = []
+    for found in keyed.values():
+        at, rows, figures = zip(*found, strict=True)
+        kind = "unlocked" if rows[0].contender.mode == "unlocked" else ""
+        curves.append(Curve(mode_name(rows[0]), kind, at, *zip(*figures, strict=True)))
+    return curves
 
 
 def draw_curves(sweep: ScalingReport, path: Path) -> Path:
     """Update latency on the left, throughput on the right, one line per row, named at its end."""
     headline = style.Headline(curves_title(sweep), subtitle(sweep, over=sweep.axis.name), sweep.emulated)
-    figure = style.new_figure(headline, _TOP_PX + _HEIGHT_PX + 90)
+    figure = style.new_figure(headline, TOP_PX + _HEIGHT_PX + BELOW_PX)
     panels = (
         ("latency", "update latency of stage 0, ms (p50, band: p99)"),
         ("throughput", "samples/s (median, band: all rounds)"),
     )
+    ours = Look(style.ACCENT, style.ACCENT, 2.2, weight="bold")
     for left, (what, heading) in zip(_LEFTS_PX, panels, strict=True):
-        axes = style.axes_at(figure, left, headline.height_px + _TOP_PX, _WIDTH_PX, _HEIGHT_PX)
-        axes.text(0, 1.045, heading, transform=axes.transAxes, color=style.INK, fontsize=style.TEXT, fontweight="bold")
-        axes.set_xlabel(sweep.axis.label, color=style.MUTED, fontsize=style.TEXT, labelpad=8)
-        _draw_panel(axes, curves_of(sweep, what), [value for value, _ in sweep.points], sweep)
+        axes = style.axes_at(figure, left, headline.height_px + TOP_PX, _WIDTH_PX, _HEIGHT_PX)
+        style.name_across(axes, sweep.axis.label)
+        if sweep.axis.name == "stages":
+            axes.set_xscale("log", base=2)
+        values = [value for value, _ in sweep.points]
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        curves = curves_of(sweep, what)
+        looks = [ours if curve.kind == "unlocked" else Look(style.MUTED, style.INK, 1.4) for curve in curves]
+        draw_panel(axes, heading, curves, looks)
     return style.save(figure, path)
 
 
-def _draw_panel(axes: Axes, curves: Sequence[Curve], values: Sequence[float], sweep: ScalingReport) -> None:
-    smallest = min((min(curve.low) for curve in curves), default=0.0)
-    largest = max((max(curve.high) for curve in curves), default=1.0)
-    logarithmic = smallest > 0 and largest / smallest > _WIDE
-    if sweep.axis.name == "stages":
-        axes.set_xscale("log", base=2)
-    axes.set_xticks(values, [f"{value:g}" for value in values])
-    axes.minorticks_off()
+def draw_panel(
+    axes: Axes, heading: str, curves: Sequence[Curve], looks: Sequence[Look], wide: float = WIDE, *, zero: bool = True
+) -> None:
+    """Draw the curves with their bands, and a cross at the upper edge for what was lost.
+
+    Args:
+        axes: with their values across.
+        heading: above them.
+        curves: what is drawn.
+        looks: of each curve.
+        wide: largest over smallest value from which the axis is logarithmic.
+        zero: whether an axis that is not logarithmic begins at 0.
+    """
+    style.write(axes, 0, 1.04, heading, color=style.INK, fontweight="bold")
     axes.grid(axis="y", color=style.FAINT, linewidth=0.8)
-    if logarithmic:
+    low = min((min(curve.low) for curve in curves if curve.low), default=0.0)
+    high = max((max(curve.high) for curve in curves if curve.high), default=1.0)
+    if low > 0 and high / low > wide:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.set_ylim(smallest * 0.8, largest * 1.25)
+        axes.set_ylim(low * 0.85, high * 1.2)
     else:
-        axes.set_ylim(0, largest * 1.06)
+        margin = 0.07 * (high - (0 if zero else low) or high or 1.0)
+        axes.set_ylim(0 if zero else low - margin, high + margin)
     axes.yaxis.set_major_formatter("{x:,g}")
-    axes.tick_params(which="minor", length=0, labelsize=0)
-    for curve in sorted(curves, key=lambda curve: curve.unlocked):
-        colour = style.ACCENT if curve.unlocked else style.MUTED
-        axes.fill_between(curve.values, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
+    for each in (axes.xaxis, axes.yaxis):
+        each.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", length=0)
+    top, ends = axes.get_ylim()[1], []
+    for curve, look in zip(curves, looks, strict=True):
+        drawn: dict[str, Any] = {"color": look.colour, "clip_on": False, "zorder": 3 if curve.kind == "unlocked" else 2}
+        axes.fill_between(curve.at, curve.low, curve.high, color=look.colour, alpha=0.15, linewidth=0)
         axes.plot(
-            curve.values,
-            curve.middle,
-            color=colour,
-            linewidth=2.2 if curve.unlocked else 1.4,
-            marker="o",
-            markersize=4.5 if curve.unlocked else 3.5,
-            clip_on=False,
+            curve.at, curve.middle, look.line, linewidth=look.width, marker="o", markersize=2.25 * look.width, **drawn
         )
-    _label_ends(axes, curves)
-
-
-def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Name every curve at its last point."""
-    at = [float(axes.transData.transform((curve.values[-1], curve.middle[-1]))[1]) for curve in curves]
+        axes.plot(curve.lost, [top] * len(curve.lost), linestyle="", marker="x", markersize=6, **drawn)
+        ends.append(float(axes.transData.transform((0, curve.middle[-1] if curve.middle else top))[1]))
     lowest, highest = (float(axes.transAxes.transform((0, edge))[1]) for edge in (0, 1))
-    for curve, y in zip(curves, apart(at, _LABEL_PX, lowest, highest), strict=True):
-        axes.annotate(
-            curve.name,
-            (1.0, (y - lowest) / (highest - lowest)),
-            xycoords="axes fraction",
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=style.TEXT,
-            color=style.ACCENT if curve.unlocked else style.INK,
-            fontweight="bold" if curve.unlocked else "normal",
-            annotation_clip=False,
-        )
+    for curve, look, y in zip(curves, looks, apart(ends, _LABEL_PX, lowest, highest), strict=True):
+        at = 1.0, (y - lowest) / (highest - lowest)
+        axes.annotate(curve.name, at, fontsize=style.TEXT, color=look.ink, fontweight=look.weight, **_BESIDE)
 
 
 def apart(positions: Sequence[float], distance: float, lowest: float, highest: float) -> list[float]:
@@ -160,7 +189,7 @@ def apart(positions: Sequence[float], distance: float, lowest: float, highest: f
 
 
 def _latency(row: BenchRow) -> tuple[float, float, float] | None:
-    latency = row.typical.stages[0].update_latency_s if row.typical else None
+    latency = row.latency_s
     return (latency[0] * 1e3, latency[0] * 1e3, latency[1] * 1e3) if latency else None
 
 

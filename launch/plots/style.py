@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,8 +28,10 @@ __all__ = [
     "WIDTH_PX",
     "Headline",
     "axes_at",
+    "name_across",
     "new_figure",
     "save",
+    "write",
 ]
 
 WIDTH_PX = 1200
@@ -97,26 +100,27 @@ def new_figure(headline: Headline, below_px: int) -> Figure:
         figure.text(x, y, text, fontsize=size, color=colour, fontweight=weight, va="top")
         top += size * _DPI / 72 * _LINE
     if headline.emulated:
-        figure.text(
-            1 - _LEFT_PX / WIDTH_PX,
-            1 - (_TOP_PX + 7) / height_px,
-            "EMULATED",
-            fontsize=SMALL,
-            color=RIVAL,
-            fontweight="bold",
-            va="top",
-            ha="right",
-            bbox={"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": RIVAL, "linewidth": 0.8},
-        )
+        box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": RIVAL, "linewidth": 0.8}
+        how: dict[str, Any] = {"fontsize": SMALL, "color": RIVAL, "fontweight": "bold", "va": "top", "ha": "right"}
+        figure.text(1 - _LEFT_PX / WIDTH_PX, 1 - (_TOP_PX + 7) / height_px, "EMULATED", bbox=box, **how)
     return figure
+
+
+def write(axes: Axes, x: float, y: float, text: str, **how: Any) -> None:
+    """Write at a place of the axes, in parts of them, unless another ``transform`` is given."""
+    axes.text(x, y, text, **{"transform": axes.transAxes, "color": MUTED, "fontsize": TEXT, **how})
+
+
+def name_across(axes: Axes, text: str) -> None:
+    """Say what the axis across is."""
+    axes.set_xlabel(text, color=MUTED, fontsize=TEXT, labelpad=8)
 
 
 def axes_at(figure: Figure, left: int, top: int, width: int, height: int) -> Axes:
     """Axes without a frame; pixels from the upper left corner."""
     height_px = figure.get_figheight() * _DPI
     axes = figure.add_axes((left / WIDTH_PX, 1 - (top + height) / height_px, width / WIDTH_PX, height / height_px))
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=TEXT, labelcolor=MUTED)
     axes.set_axisbelow(True)
     return axes

@@ -14,6 +14,13 @@ __all__ = ["draw_throughput"]
 
 _LEFT_PX, _RIGHT_PX, _ROW_PX = 250, 440, 56
 _COLUMNS_PX = (110, 215, 395)  # right edges of the columns with figures, from the right edge of the bars
+_RIGHT: dict[str, Any] = {"ha": "right", "va": "center"}
+_ABOVE: dict[str, Any] = {
+    "xytext": (0, 4),
+    "textcoords": "offset points",
+    "fontsize": style.SMALL,
+    "annotation_clip": False,
+}
 
 
 def draw_throughput(report: Report, path: Path) -> Path:
@@ -29,39 +36,23 @@ def draw_throughput(report: Report, path: Path) -> Path:
     axes.grid(axis="x", color=style.FAINT, linewidth=0.8)
     axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    note = "samples/s: median of the rounds, whiskers from slowest to fastest"
-    axes.set_xlabel(note, color=style.MUTED, fontsize=style.TEXT, labelpad=8)
+    style.name_across(axes, "samples/s: median of the rounds, whiskers from slowest to fastest")
     for y, (row, spread) in enumerate(zip(rows, spreads, strict=True)):
         colour, whiskers = _colour(row, report), [[spread.median - spread.min], [spread.max - spread.median]]
         axes.barh(y, spread.median, height=0.62, color=colour)
         axes.errorbar(spread.median, y, xerr=whiskers, fmt="none", ecolor=style.INK, elinewidth=1.0, capsize=2.5)
         ink, weight = (style.INK, "normal") if colour == style.GREY else (colour, "bold")
         for x, text in zip((-14, *(width + edge for edge in _COLUMNS_PX)), _words(row, report), strict=True):
-            axes.text(
-                x / width,
-                y,
-                text,
-                transform=axes.get_yaxis_transform(),  # x in parts of the axes, y in rows
-                ha="right",
-                va="center",
-                color=ink,
-                fontweight=weight,
-                fontsize=style.TEXT,
-            )
+            rows_down = axes.get_yaxis_transform()  # x in parts of the axes, y in rows
+            style.write(axes, x / width, y, text, transform=rows_down, color=ink, fontweight=weight, **_RIGHT)
     yardstick = Spread.of(report.rows[0].rates).median
     axes.axvline(yardstick, color=style.INK, linewidth=1.0, linestyle=(0, (4, 3)))
-    above: dict[str, Any] = {
-        "xytext": (0, 4),
-        "textcoords": "offset points",
-        "fontsize": style.SMALL,
-        "annotation_clip": False,
-    }
     side = "center" if yardstick < axes.get_xlim()[1] * 0.9 else "right"
-    axes.annotate("yardstick", (yardstick, 1), xycoords=("data", "axes fraction"), ha=side, **above)
+    axes.annotate("yardstick", (yardstick, 1), xycoords=("data", "axes fraction"), ha=side, **_ABOVE)
     for edge, text in zip(_COLUMNS_PX, ("samples/s", "x yardstick", "x unlocked"), strict=True):
         if text != "x unlocked" or report.unlocked is not None:
             at = ((width + edge) / width, 1.0)
-            axes.annotate(text, at, xycoords="axes fraction", ha="right", color=style.MUTED, **above)
+            axes.annotate(text, at, xycoords="axes fraction", ha="right", color=style.MUTED, **_ABOVE)
     return style.save(figure, path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,6 +22,7 @@ _LEFT_PX, _RIGHT_PX = 120, 100
 _KEY_PX, _GAP_PX, _NAME_PX, _AXIS_PX = 40, 26, 34, 70
 _LANES_PX = 900  # what all lanes of all rows may take together
 _DIGIT_PX = 10  # of a batch id in its block
+_CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline"}
 
 
 def shown_rows(report: Report) -> list[BenchRow]:
@@ -54,7 +56,7 @@ def draw_timeline(report: Report, path: Path) -> Path:
         if index < len(rows) - 1:
             axes.tick_params(labelbottom=False)
         else:
-            axes.set_xlabel("milliseconds", color=style.MUTED, fontsize=style.TEXT, labelpad=6)
+            style.name_across(axes, "milliseconds")
         top += _NAME_PX + height + _GAP_PX
     _draw_key(figure, [phase for phase in dict.fromkeys(PHASES.values()) if phase in seen], headline.height_px)
     return style.save(figure, path)
@@ -62,31 +64,13 @@ def draw_timeline(report: Report, path: Path) -> Path:
 
 def _name_lanes(axes: Axes, row: BenchRow, report: Report) -> None:
     colour = style.ACCENT if row is report.unlocked else style.INK
-    axes.text(
-        0,
-        1.0,
-        row.name,
-        transform=axes.transAxes,
-        va="bottom",
-        color=colour,
-        fontweight="bold",
-        fontsize=style.TEXT + 1.5,
-    )
-    axes.text(1.012, 1.0, "busy\n", transform=axes.transAxes, va="center", color=style.MUTED, fontsize=style.SMALL)
+    style.write(axes, 0, 1.0, row.name, va="bottom", color=colour, fontweight="bold", fontsize=style.TEXT + 1.5)
+    style.write(axes, 1.012, 1.0, "busy\n", va="center", fontsize=style.SMALL)
     stages = row.typical.stages if row.typical else ()
     step = 1 if len(stages) <= 16 else 4
-    beside = axes.get_yaxis_transform()
     axes.set_yticks(range(0, len(stages), step), [f"stage {k}" for k in range(0, len(stages), step)])
     for lane in range(0, len(stages), step):
-        axes.text(
-            1.012,
-            lane,
-            f"{stages[lane].busy:.0%}",
-            transform=beside,
-            va="center",
-            color=style.MUTED,
-            fontsize=style.TEXT,
-        )
+        style.write(axes, 1.012, lane, f"{stages[lane].busy:.0%}", transform=axes.get_yaxis_transform(), va="center")
 
 
 def _draw_lane(axes: Axes, lane: int, found: Sequence[SpanBlock], start_ns: int, lane_px: int) -> None:
@@ -102,16 +86,7 @@ def _draw_lane(axes: Axes, lane: int, found: Sequence[SpanBlock], start_ns: int,
         text, width_ms = str(block.batch), (block.end_ns - block.start_ns) * 1e-6
         if block.phase == "forward" and width_ms * px_per_ms > _DIGIT_PX * len(text) + 4 and lane_px >= 18:
             middle = ((block.start_ns + block.end_ns) / 2 - start_ns) * 1e-6
-            axes.text(
-                middle,
-                lane,
-                text,
-                ha="center",
-                va="center_baseline",
-                color=style.INK,
-                fontsize=style.SMALL,
-                clip_on=True,
-            )
+            axes.text(middle, lane, text, color=style.INK, fontsize=style.SMALL, clip_on=True, **_CENTRED)
 
 
 def _draw_key(figure: Figure, phases: Sequence[str], top: int) -> None:
@@ -131,12 +106,6 @@ def _draw_key(figure: Figure, phases: Sequence[str], top: int) -> None:
         )
         figure.add_artist(square)
         label = f"{name} (number: batch)" if name == "forward" else name
-        figure.text(
-            (x + 24) / style.WIDTH_PX,
-            1 - (y + 8) / height_px,
-            label,
-            va="center",
-            color=style.MUTED,
-            fontsize=style.TEXT,
-        )
+        at = (x + 24) / style.WIDTH_PX, 1 - (y + 8) / height_px
+        figure.text(*at, label, va="center", color=style.MUTED, fontsize=style.TEXT)
         x += 24 + round(len(label) * 10.2) + 26

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from launch.bench.report import Report
 from launch.bench.scaling import ScalingReport
-from launch.bench.spread import Spread
 from launch.plots.style import SEPARATOR
 
 __all__ = ["curves_title", "subtitle", "throughput_title", "timeline_title", "times"]
@@ -30,7 +29,7 @@ def throughput_title(report: Report) -> str:
     """Unlocked against the yardstick and the best exact locked row."""
     unlocked = report.unlocked
     if unlocked is None:
-        return f"{max(report.rows, key=lambda row: Spread.of(row.rates).median).name} is fastest"
+        return f"{report.fastest.name} is fastest"
     rivals = {row.name: row for row in (report.rows[0], report.best_locked) if row and row is not unlocked}
     gains = [f"{times(unlocked.speedup(row).median)} {name}" for name, row in rivals.items()]
     faster = [row for row in report.rows if report.beaten_by(row)]
@@ -56,11 +55,9 @@ def curves_title(sweep: ScalingReport) -> str:
     text = f"At {value:g} {sweep.axis.unit}: "
     unlocked, locked = report.unlocked, report.best_locked
     if unlocked is None or locked is None:
-        best = max(report.rows, key=lambda row: Spread.of(row.rates).median)
-        return f"{text}{best.name} is fastest"
+        return f"{text}{report.fastest.name} is fastest"
     text += f"unlocked {times(unlocked.speedup(locked).median)} the throughput of {locked.name}"
-    mine, theirs = (row.typical.stages[0].update_latency_s if row.typical else None for row in (unlocked, locked))
-    if mine and theirs:
+    if (mine := unlocked.latency_s) and (theirs := locked.latency_s):
         text += f", updates after {_ms(mine[0])} instead of {_ms(theirs[0])} ms"
     return text
 

@@ -83,11 +83,6 @@ def option_names(recipe: str) -> list[str]:
 def read_axes(recipe: str, parsed: Parsed, texts: Sequence[str]) -> list[Axis]:
     """The axes of ``--vary``.
 
-    Args:
-        recipe: name or path.
-        parsed: all options of the command.
-        texts: ``NAME[,NAME]=VALUE,VALUE...`` each.
-
     Raises:
         PlanError: no such option, the same one twice, or no values. A value of the wrong kind ends the program with
             status 2, as it does on the command line.
@@ -153,13 +148,7 @@ def with_value(parsed: Parsed, option: str, value: Any) -> Parsed:
 
 
 def arguments_for(recipe: str, parsed: Parsed, left_out: Sequence[str] = ()) -> list[str]:
-    """The shortest options that give these values.
-
-    Args:
-        recipe: name or path.
-        parsed: the values.
-        left_out: fields to leave out.
-    """
+    """The shortest options that give these values."""
     entry = entry_of(recipe)
     defaults = {f.name: f.default for f in dataclasses.fields(recipe_options(entry.make))}
     arguments = []

@@ -42,10 +42,6 @@ __all__ = ["keep_aside", "sweep"]
 def sweep(recipe: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Run what is missing of a grid and show all of it.
 
-    Args:
-        recipe: name or path.
-        arguments: the options.
-
     Returns:
         The content of sweep.json.
 
@@ -94,10 +90,6 @@ def sweep(recipe: str, arguments: Sequence[str]) -> dict[str, Any]:
     return content
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 def _name(grid: Grid) -> str:
     """The same for the same question, so that a second call finds what the first one left."""
     varied = "-".join(axis.name for axis in grid.axes) or "seeds"
@@ -124,8 +116,9 @@ def _announce(grid: Grid, missing: Sequence[Point], store: Store, options: Sweep
     asked = len(grid.settings) * len(grid.seeds)
     product = " x ".join(str(len(axis.labels)) for axis in grid.axes if len(axis.labels) > 1)
     settings = f"{len(grid.settings)} settings" + (f" ({product})" if " x " in product else "")
+    seeds = f"{len(grid.seeds)} {'seed' if len(grid.seeds) == 1 else 'seeds'}"
     console.rich.print(
-        f"[bold]{escape(grid.title)}[/bold]: sweep of {settings} with {_count(len(grid.seeds), 'seed')} each in the "
+        f"[bold]{escape(grid.title)}[/bold]: sweep of {settings} with {seeds} each in the "
         f"reference driver, {plan.steps:,} batches of {grid.first.batch_shape[0]}",
         soft_wrap=True,
     )
@@ -232,13 +225,16 @@ def _next(
             command += ["--vary", f"mode={parsed.plan.mode},naive"]
         return shlex.join(command), "beside backpropagation, on the same work"
     if len(grid.seeds) < 3:
-        return shlex.join(
-            [*_without(command, "--seeds"), "--seeds", "0,1,2"]
-        ), "how much of it is chance; what is there is not run again"
-    best = min((f for f in findings if f.mean is not None), key=_rank, default=findings[0])
+        command = [*_without(command, "--seeds"), "--seeds", "0,1,2"]
+        return shlex.join(command), "how much of it is chance; what is there is not run again"
+    whole = [(f.setting.backprop, f.mean, index) for index, f in enumerate(findings) if f.mean is not None]
+    best = findings[min(whole, default=(False, 0.0, 0))[2]]  # what is not backpropagation comes first
+    what = "backpropagation" if best.setting.backprop else "the best of them"
     arguments = arguments_for(recipe, best.setting.wish, left_out=("hop_steps",))
     seconds = statistics.median(outcome.seconds for f in findings for outcome in f.outcomes.values())
-    return shlex.join(["freewheel", "train", recipe, *arguments]), f"{_why(best)}; here a run took {seconds:.0f} s"
+    return shlex.join(
+        ["freewheel", "train", recipe, *arguments]
+    ), f"{what} in real processes; here a run took {seconds:.0f} s"
 
 
 def _without(arguments: Sequence[str], option: str) -> Iterator[str]:
@@ -249,13 +245,3 @@ def _without(arguments: Sequence[str], option: str) -> Iterator[str]:
             next(rest, None)
         elif not argument.startswith(f"{option}="):
             yield argument
-
-
-def _rank(finding: Finding) -> tuple[bool, float]:
-    """What is not backpropagation comes first."""
-    assert finding.mean is not None
-    return finding.setting.backprop, finding.mean
-
-
-def _why(finding: Finding) -> str:
-    return "backpropagation in real processes" if finding.setting.backprop else "the best of them in real processes"

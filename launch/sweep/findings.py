@@ -82,24 +82,17 @@ class Finding:
         """Over the seeds; None: not every run gave a figure."""
         return statistics.fmean(self.figures.values()) if self.figures and not self.diverged else None
 
-    def median_of(self, figure: str) -> list[float]:
-        """Median over the seeds of a figure of the synthetic gradients, cut by cut; empty without any."""
+    @property
+    def cosines(self) -> list[float]:
+        """Median over the seeds of the synthetic gradients' cosine with the true ones, per cut; empty without any."""
         by_cut: dict[int, list[float]] = {}
-        for outcome in self.outcomes.values():
-            for quality in outcome.quality:
-                value = getattr(quality, figure)
-                if value is not None:
-                    by_cut.setdefault(quality.stage, []).append(value)
+        for quality in (each for outcome in self.outcomes.values() for each in outcome.quality):
+            by_cut.setdefault(quality.stage, []).append(quality.cosine)
         return [statistics.median(by_cut[stage]) for stage in sorted(by_cut)]
 
 
 def findings_of(grid: Grid, outcomes: Mapping[str, Outcome]) -> list[Finding]:
-    """One per setting of which anything is there, in the order of the table.
-
-    Args:
-        grid: what was asked for.
-        outcomes: by key of the point.
-    """
+    """One per setting of which anything is there, in the order of the table."""
     metric = METRICS[grid.metric]
     bare = []
     for setting in grid.settings:

@@ -106,11 +106,6 @@ class Grid:
 def grid_of(recipe: str, arguments: Sequence[str], parsed: Parsed) -> Grid:
     """The grid of a command line; every point of it can run.
 
-    Args:
-        recipe: name or path.
-        arguments: the options.
-        parsed: the same, parsed.
-
     Raises:
         PlanError: an unknown option, or points that cannot run; all of them are named.
     """

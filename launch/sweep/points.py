@@ -22,7 +22,7 @@ import launch.recipes
 import pipeline
 from launch.sweep.grid import Point
 
-__all__ = ["CutQuality", "Outcome", "Store", "code_of", "finite"]
+__all__ = ["CutQuality", "Outcome", "Store", "code_of", "finite", "followed"]
 
 
 class CutQuality(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +83,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class _File(msgspec.Struct, frozen=True, kw_only=True):
+class _File(msgspec.Struct, frozen=True):
     """A point's file."""
 
     key: str
@@ -117,14 +117,8 @@ class Store:
     def put(self, point: Point, outcome: Outcome) -> None:
         """Write the point's file, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = _File(
-            key=point.key,
-            code=code_of(point.source.name),
-            recipe=point.source.name,
-            options={name: str(value) for name, value in point.source.options},
-            plan=point.plan.as_dict(),
-            outcome=outcome,
-        )
+        name, options = point.source.name, {name: str(value) for name, value in point.source.options}
+        file = _File(point.key, code_of(name), name, options, point.plan.as_dict(), outcome)
         half = self.folder / f".{point.key}.{os.getpid()}"
         half.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
         half.replace(self._path(point))
@@ -146,13 +140,18 @@ def code_of(recipe: str) -> str:
 
     Comments and docstrings do not count.
     """
-    packages = (Path(path) for package in (pipeline, launch.recipes) for path in package.__path__)
-    files = sorted(file for folder in packages for file in folder.glob("*.py"))
     digest = hashlib.blake2b(digest_size=12)
-    for file in (*files, *([Path(recipe)] if recipe.endswith(".py") else [])):
+    for file in followed(recipe):
         digest.update(file.name.encode())
         digest.update(_without_words(ast.parse(file.read_bytes())).encode())
     return digest.hexdigest()
+
+
+def followed(recipe: str) -> list[Path]:
+    """The files of that code."""
+    packages = (Path(path) for package in (pipeline, launch.recipes) for path in package.__path__)
+    files = sorted(file for folder in packages for file in folder.rglob("*.py"))
+    return [*files, *([Path(recipe)] if recipe.endswith(".py") else [])]
 
 
 def _without_words(tree: ast.Module) -> str:

@@ -44,7 +44,7 @@ def table_of(grid: Grid, findings: Sequence[Finding]) -> Table:
 def _cells(finding: Finding, metric: Metric) -> list[str]:
     outcomes = finding.outcomes.values()
     train = [outcome.train_loss for outcome in outcomes if outcome.train_loss is not None]
-    cosines, shares = finding.median_of("cosine"), [o.dni_share for o in outcomes if o.dni_share is not None]
+    cosines, shares = finding.cosines, [o.dni_share for o in outcomes if o.dni_share is not None]
     return [
         _mean(finding, metric),
         _spread(finding.figures, metric),

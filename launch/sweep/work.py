@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from multiprocessing import connection as mp_connection
-from multiprocessing import parent_process
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from typing import Any, cast
 
-import msgspec
 import torch
 
+from launch.bench.rivals.child import Child, ChildDied, ending
 from launch.results.dni_quality import summarised
 from launch.setup.recipe_source import NamedRecipe
 from launch.sweep.grid import Point
@@ -32,7 +28,6 @@ from pipeline import Plan, StageError, run_reference
 from pipeline.run.flops import count_flops
 from pipeline.run.reference import Reference
 from pipeline.wording import said, traceback_of
-from workers.processes.context import process_context
 from workers.processes.interrupts import Interrupts
 from workers.telemetry.records import Judged
 
@@ -41,13 +36,9 @@ __all__ = ["Broken", "run_point", "run_points"]
 _LOOK_S = 0.2  # between two looks for an interrupt or a run that takes too long
 
 
-class Broken(msgspec.Struct, frozen=True, tag=True):
-    """A point without an outcome: not a finding, something went wrong.
-
-    Attributes:
-        message: what.
-        details: a traceback, or empty.
-    """
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """A point without an outcome: not a finding, something went wrong; ``details`` is a traceback, or empty."""
 
     message: str
     details: str = ""
@@ -108,79 +99,46 @@ def run_points(
     Blocks:
         until the next one is over. No process is left when the iteration ends or is closed.
     """
-    waiting, crew = deque(points), [_Process() for _ in range(min(jobs, len(points)))]
-    with Interrupts() as interrupts, contextlib.ExitStack() as stack:
-        for each in crew:
-            stack.callback(each.end)
-        while waiting or any(each.point for each in crew):
+    waiting, idle = deque(points), list[Child]()
+    at_work: dict[Child, tuple[Point, float]] = {}
+    everybody: list[Child] = []
+    with Interrupts() as interrupts, ending(everybody):
+        while waiting or at_work:
             interrupts.raise_noted()
-            for each in crew:
-                if each.point is None and waiting:
-                    each.take(waiting.popleft(), within_s)
-            busy = [each.pipe for each in crew if each.point]
-            ready = mp_connection.wait(busy, _LOOK_S)
-            for each in crew:
-                if each.point and (each.pipe in ready or time.monotonic() > each.deadline):
-                    yield each.point, each.hear(within_s)
-                    each.point = None
+            while waiting and len(at_work) < jobs:
+                if not idle:
+                    idle.append(Child("sweep", _work))
+                    everybody.append(idle[-1])
+                child, point = idle.pop(), waiting.popleft()
+                at_work[child] = point, time.monotonic() + within_s
+                with contextlib.suppress(BrokenPipeError):  # it died: that is heard next
+                    child.pipe.send((point.source, point.plan))
+            ready: Sequence[object] = mp_connection.wait(cast(Any, list(at_work)), _LOOK_S)
+            for child, (point, deadline) in list(at_work.items()):
+                if child in ready or time.monotonic() > deadline:
+                    del at_work[child]
+                    said = _heard(child, within_s, late=child not in ready)
+                    if not isinstance(said, str):
+                        idle.append(child)
+                        yield point, said
+                    else:
+                        everybody.remove(child)
+                        yield point, Broken(f"the run (pid {child.pid}) {said}")
 
 
-class _Process:
-    """A process that runs one point at a time; started when it gets one, and anew after it died."""
-
-    def __init__(self) -> None:
-        self.point: Point | None = None
-        self.deadline = 0.0
-        self._process: BaseProcess | None = None
-        self._pipe: Connection | None = None
-
-    @property
-    def pipe(self) -> Connection:
-        """To the process."""
-        assert self._pipe is not None, "it was given a point"
-        return self._pipe
-
-    def take(self, point: Point, within_s: float) -> None:
-        """Begin a point."""
-        if self._process is None:
-            context = process_context(__name__)
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_main, args=(theirs,), name="sweep", daemon=True)
-            try:
-                self._process.start()
-            finally:
-                theirs.close()
-        self.point, self.deadline = point, time.monotonic() + within_s
-        with contextlib.suppress(BrokenPipeError):  # it died: that is heard next
-            self.pipe.send((point.source, point.plan))
-
-    def hear(self, within_s: float) -> Outcome | Broken:
-        """What became of the point; a process that is dead, or too late, is ended."""
-        process = self._process
-        assert process is not None, "it was given a point"
+def _heard(child: Child, within_s: float, *, late: bool) -> Outcome | Broken | str:
+    """What became of the point; of a process that is dead or too late, which is ended, how."""
+    if not late:
         try:
-            if self.pipe.poll():
-                return msgspec.msgpack.decode(self.pipe.recv_bytes(), type=_Said).said
-            how = f"did not end within {within_s:g} s: give it longer with --within-s"
-        except (EOFError, ConnectionError):
-            process.join(5.0)
-            code = process.exitcode or 0
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            how += "; look at the system's log for an out-of-memory kill"
-        self.end()
-        return Broken(f"the run (pid {process.pid}) {how}")
-
-    def end(self) -> None:
-        """End the process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join(5.0)
-            self.pipe.close()
-            self._process = None
-
-
-class _Said(msgspec.Struct):
-    said: Outcome | Broken
+            said: Outcome | Broken = child.take()
+            return said
+        except ChildDied as died:
+            how = f"{died}; look at the system's log for an out-of-memory kill"
+    else:
+        how = f"did not end within {within_s:g} s: give it longer with --within-s"
+    child.kill()
+    child.reap()
+    return how
 
 
 def _quality(result: Reference) -> tuple[CutQuality, ...]:
@@ -193,31 +151,14 @@ def _quality(result: Reference) -> tuple[CutQuality, ...]:
     return tuple(CutQuality(**{**each, "error": finite(each["error"])}) for each in found)
 
 
-# ---------------------------------------------------------------- in a process
-
-
-def _main(connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends us
-    _end_with_the_driver()
+def _work(pipe: Connection) -> None:
+    """In a process: point after point, as the driver sends them."""
     torch.set_num_threads(1)
-    while True:
-        try:
-            source, plan = connection.recv()
-        except EOFError:
-            return
-        try:
-            found: Outcome | Broken = run_point(source, plan)
-        except Exception as error:
-            found = Broken(said(error), traceback_of(error))
-        connection.send_bytes(msgspec.msgpack.encode(_Said(found)))
-
-
-def _end_with_the_driver() -> None:
-    driver = parent_process()
-    assert driver is not None, "a process of a sweep has a driver"
-
-    def watch() -> None:
-        mp_connection.wait([driver.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="driver-watch", daemon=True).start()
+    with contextlib.suppress(EOFError):
+        while True:
+            source, plan = pipe.recv()
+            try:
+                found: Outcome | Broken = run_point(source, plan)
+            except Exception as error:
+                found = Broken(said(error), traceback_of(error))
+            pipe.send(found)

@@ -6,21 +6,19 @@
 Same initial weights, batches, optimizer and threads as our own rows, in fresh processes that talk over gloo.
 """
 
-from launch.bench.rivals.best import MicrobatchChoice, best_microbatches
 from launch.bench.rivals.ddp import DDP, run_ddp
 from launch.bench.rivals.loop import Rival, Training
 from launch.bench.rivals.placement import TORCH_SCHEDULES
 from launch.bench.rivals.rank_process import RankProcess, Seat
 from launch.bench.rivals.ranks import HERE, Hear, Places
 from launch.bench.rivals.record import RivalRun, Said
-from launch.bench.rivals.torch_schedule import TorchSchedule, run_torch_schedule
+from launch.bench.rivals.torch_schedule import TorchSchedule, best_microbatches, run_torch_schedule
 
 __all__ = [
     "DDP",
     "HERE",
     "TORCH_SCHEDULES",
     "Hear",
-    "MicrobatchChoice",
     "Places",
     "RankProcess",
     "Rival",

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launch.bench.rivals.loop import Training, broadcast
 from launch.bench.rivals.ranks import HERE, Places, run_ranks
-from launch.bench.rivals.record import RankRun, RivalRun, merged
+from launch.bench.rivals.record import RankRun, RivalRun
 from pipeline.data.recipe import Recipe, build_model
 from pipeline.errors import PlanError
 from pipeline.model.optimizers import build_optimizer
@@ -40,15 +40,7 @@ def run_ddp(
     Layers that look at the whole batch (BatchNorm) see their rank's slice only, and rank 0's statistics count.
     Each rank looks at its share of the held-out batches.
 
-    Args:
-        source: makes the recipe.
-        resolved: steps, seed and optimizer; stages play no part.
-        ranks: number of processes; divides the rows of a batch.
-        threads: compute threads of each.
-        warmup: first batches that are not timed.
-        within_s: how long it may take.
-        weights: where to write the final weights (safetensors, the unsplit model's names); None: nowhere.
-        places: where the ranks run.
+    Args as in ``Training`` and ``run_ranks``; ``ranks`` divides the rows of a batch, stages play no part.
 
     Raises:
         PlanError: the rows of a batch cannot be shared out evenly.
@@ -61,7 +53,7 @@ def run_ddp(
     if rows % ranks:
         raise PlanError(f"{ranks} ranks for batches of {rows} rows: give a number of ranks that divides the rows.")
     rival, training = DDP(rows // ranks, ranks), Training(source, resolved.plan, warmup, weights=weights)
-    return merged(run_ranks("DDP", rival, training, ranks=ranks, threads=threads, within_s=within_s, places=places))
+    return run_ranks("DDP", rival, training, ranks=ranks, threads=threads, within_s=within_s, places=places)
 
 
 class DDP(msgspec.Struct, tag=True, frozen=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,15 +10,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from launch.bench.rivals.record import HeldOut, RankRun
+from launch.bench.rivals.record import RankRun
 from launch.bench.rivals.timed_loop import TimedLoop
 from pipeline.data.recipe import Recipe, build_model, open_data
 from pipeline.errors import PlanError
+from pipeline.model.compute import ComputeContext
 from pipeline.model.partition import Layer, layers_of
+from pipeline.plan.device_choice import CPU
 from pipeline.plan.plan import Plan
 from pipeline.stage.evaluation import EvaluationMetrics, scores_of
+from workers.processes.claim_gpu import peak_memory_bytes
 
 __all__ = ["Rival", "Training", "assembled", "broadcast"]
 
@@ -53,6 +55,7 @@ class Training:
         step: Callable[[int], float | None],
         whole: Callable[[], Sequence[Layer]],
         look: Callable[[], EvaluationMetrics] | None,
+        computing: ComputeContext | None = None,
     ) -> RankRun:
         """Train, then evaluate and write the weights in rank 0.
 
@@ -63,26 +66,22 @@ class Training:
             whole: gives the trained network; called in all ranks or in none.
             look: this rank's part of the scores of one pass over the held-out batches; called between steps, in all
                 ranks or in none. None: nothing is to be reached.
+            computing: where and how the network computes; None: plainly, on the CPU.
         """
         summed = None if look is None else partial(_summed, look)
-        loop, value = TimedLoop(self.plan, self.warmup, summed, dist.barrier), None
+        loop, value, held_out = TimedLoop(self.plan, self.warmup, summed, dist.barrier), None, None
         open_data(recipe, self.plan)
         for index in loop:
             value = step(index)
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        held_out = None
-        if (self.evaluates and recipe.evaluation is not None) or self.weights is not None:
-            layers = whole()
-            held_out = self._finish(recipe, layers) if rank == 0 else None
-        return RankRun(loop.batches, loop.seconds, value, held_out, peak_bytes, loop.reached)
-
-    def _finish(self, recipe: Recipe, layers: Sequence[Layer]) -> HeldOut | None:
-        if self.weights is not None:
+        peak_bytes = peak_memory_bytes(str(computing.device) if computing else CPU)
+        evaluates = self.evaluates and recipe.evaluation is not None
+        layers = whole() if evaluates or self.weights is not None else []
+        if rank == 0 and self.weights is not None:
             save_file({name: tensor.clone() for layer in layers for name, tensor in _state(layer)}, self.weights)
-        if not self.evaluates or recipe.evaluation is None:
-            return None
-        scores = scores_of(recipe, torch.nn.Sequential(*(layer.module for layer in layers)))
-        return HeldOut(scores.loss(), scores.accuracy())
+        if rank == 0 and evaluates:
+            scores = scores_of(recipe, nn.Sequential(*(layer.module for layer in layers)), computing)
+            held_out = (scores.loss(), scores.accuracy()) if scores.rows else None
+        return RankRun(loop.batches, loop.seconds, value, held_out, peak_bytes, loop.reached)
 
 
 Rival = Callable[[Training, int], RankRun]
@@ -90,7 +89,7 @@ Rival = Callable[[Training, int], RankRun]
 
 
 @torch.no_grad()
-def assembled(recipe: Recipe, plan: Plan, mine: Sequence[Layer], owners: Sequence[int], rank: int) -> list[Layer]:
+def assembled(recipe: Recipe, plan: Plan, mine: Sequence[Layer], owners: Sequence[int]) -> list[Layer]:
     """The whole trained network, in every rank: its layers broadcast by those that trained them.
 
     Args:
@@ -98,7 +97,6 @@ def assembled(recipe: Recipe, plan: Plan, mine: Sequence[Layer], owners: Sequenc
         plan: gives the seed.
         mine: the layers this rank trained.
         owners: the rank that trained each layer of the whole network.
-        rank: of this process.
     """
     trained, whole = {layer.index: layer for layer in mine}, layers_of(build_model(recipe, plan.seed))
     for layer in whole:

@@ -8,7 +8,7 @@ A rank may have several *virtual stages*. With 2 ranks and 4 virtual stages:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pipeline.data.recipe import Recipe, build_model
 from pipeline.errors import PlanError, nearest
-from pipeline.model.partition import Layer, balanced_split, layers_of, split
+from pipeline.model.partition import balanced_split, layers_of, split
 from pipeline.model.proof import check_partition
 from pipeline.run.resolved import Resolved
 
-__all__ = ["TORCH_SCHEDULES", "Boundary", "Placement", "Schedule", "check_microbatches", "place", "schedule_named"]
+__all__ = ["TORCH_SCHEDULES", "Boundary", "Placement", "Schedule", "check_microbatches", "place"]
 
 
 @dataclass(frozen=True)
@@ -28,30 +28,30 @@ class Schedule:
     """What one of torch's schedules asks for.
 
     Attributes:
-        stages_per_rank: the possible numbers of virtual stages per rank; the first one is the default.
+        per_rank: virtual stages per rank.
         takes: (microbatches, ranks) -> whether it can run so.
         needs: the same in words.
         v: virtual stages placed as a V, not as a loop.
     """
 
-    stages_per_rank: tuple[int, ...]
-    takes: Callable[[int, int], bool]
-    needs: str
+    per_rank: int = 1
+    takes: Callable[[int, int], bool] = lambda microbatches, ranks: True
+    needs: str = ""
     v: bool = False
 
 
-def _in_equal_rounds(microbatches: int, ranks: int) -> bool:
-    return microbatches % max(1, microbatches // ranks) == 0
-
-
-_EQUAL_ROUNDS = "microbatches that make full rounds over the ranks"
+_INTERLEAVED = Schedule(
+    2,
+    lambda microbatches, ranks: microbatches % max(1, microbatches // ranks) == 0,
+    "microbatches that make full rounds over the ranks",
+)
 
 TORCH_SCHEDULES = {
-    "GPipe": Schedule((1,), lambda microbatches, ranks: True, ""),
-    "1F1B": Schedule((1,), lambda microbatches, ranks: microbatches >= ranks, "as many microbatches as ranks"),
-    "Interleaved1F1B": Schedule((2,), _in_equal_rounds, _EQUAL_ROUNDS),
-    "InterleavedZeroBubble": Schedule((2, 1), _in_equal_rounds, _EQUAL_ROUNDS),
-    "ZBVZeroBubble": Schedule((2,), lambda microbatches, ranks: True, "", v=True),
+    "GPipe": Schedule(),
+    "1F1B": Schedule(1, lambda microbatches, ranks: microbatches >= ranks, "as many microbatches as ranks"),
+    "Interleaved1F1B": _INTERLEAVED,
+    "InterleavedZeroBubble": _INTERLEAVED,
+    "ZBVZeroBubble": Schedule(2, v=True),
 }
 """The schedules of torch.distributed.pipelining that are compared with, by torch's own names."""
 
@@ -103,33 +103,22 @@ class Placement:
         return [stage for stage, owner in enumerate(self.ranks) if owner == rank]
 
 
-def schedule_named(name: str) -> Schedule:
-    """One of ``TORCH_SCHEDULES``.
-
-    Raises:
-        PlanError: there is none of this name.
-    """
-    if name not in TORCH_SCHEDULES:
-        raise PlanError(nearest(name, TORCH_SCHEDULES, "schedule"))
-    return TORCH_SCHEDULES[name]
-
-
 def check_microbatches(name: str, resolved: Resolved, microbatches: int) -> None:
     """Whether the schedule can cut the batches so.
 
     Raises:
-        PlanError: microbatches of unequal size, or a number that the schedule does not take.
+        PlanError: no such schedule, microbatches of unequal size, or a number that the schedule does not take.
     """
-    rows, ranks, schedule = resolved.batch_shape[0], resolved.plan.stages, schedule_named(name)
+    if name not in TORCH_SCHEDULES:
+        raise PlanError(nearest(name, TORCH_SCHEDULES, "schedule"))
+    rows, ranks, schedule = resolved.batch_shape[0], resolved.plan.stages, TORCH_SCHEDULES[name]
     if microbatches < 1 or rows % microbatches:
         raise PlanError(f"{microbatches} microbatches for batches of {rows} rows: give a number that divides the rows.")
     if not schedule.takes(microbatches, ranks):
         raise PlanError(f"{microbatches} microbatches on {ranks} ranks: {name} needs {schedule.needs}.")
 
 
-def place(
-    recipe: Recipe, resolved: Resolved, name: str, microbatches: int, stages_per_rank: int | None = None
-) -> Placement:
+def place(recipe: Recipe, resolved: Resolved, name: str, microbatches: int) -> Placement:
     """Cut the network for a schedule. Runs it once on a microbatch, in evaluation mode.
 
     One virtual stage per rank: the run's own sizes. Several: balanced by the measured seconds of the layers if there
@@ -138,44 +127,26 @@ def place(
     Raises:
         PlanError: too few layers, weights tied across virtual stages, a first stage that has nothing to train.
     """
-    per_rank = _stages_per_rank(name, stages_per_rank)
-    ranks = resolved.plan.stages
+    schedule, ranks = TORCH_SCHEDULES[name], resolved.plan.stages
     model = build_model(recipe, resolved.plan.seed)
-    layers = layers_of(model)
-    sizes = resolved.sizes if per_rank == 1 else _virtual_sizes(resolved, layers, name, ranks * per_rank)
+    layers, sizes = layers_of(model), resolved.sizes
+    if schedule.per_rank > 1:
+        if len(layers) < ranks * schedule.per_rank:
+            raise PlanError(
+                f"{name} on {ranks} ranks needs {ranks * schedule.per_rank} layers, and the model has {len(layers)}: "
+                "use fewer stages, or GPipe or 1F1B."
+            )
+        seconds = resolved.layer_seconds or [1.0] * len(layers)
+        sizes = balanced_split(layers, seconds, ranks * schedule.per_rank)
     stages = split(layers, sizes)
     inputs = recipe.batch(0)[0][: resolved.batch_shape[0] // microbatches]
     outputs = check_partition(model, layers, stages, inputs)
-    _check_first(name, stages[0])
+    if not any(p.requires_grad for layer in stages[0] for p in layer.module.parameters()):
+        # torch's stages give a gradient to every activation, and without parameters there is none
+        names = ", ".join(layer.name for layer in stages[0])
+        raise PlanError(f"the first stage under {name} ({names}) has nothing to train: give it a layer with weights.")
     values = [inputs, *(outputs[stage[-1].index] for stage in stages)]
     edges = tuple(Boundary(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for value in values)
-    return Placement(sizes, _ranks(len(sizes), ranks, schedule_named(name).v), edges)
-
-
-def _stages_per_rank(name: str, wanted: int | None) -> int:
-    possible = schedule_named(name).stages_per_rank
-    if wanted is not None and wanted not in possible:
-        raise PlanError(f"{wanted} stages per rank: {name} runs here with {' or '.join(map(str, possible))}.")
-    return wanted or possible[0]
-
-
-def _virtual_sizes(resolved: Resolved, layers: Sequence[Layer], name: str, stages: int) -> tuple[int, ...]:
-    if len(layers) < stages:
-        raise PlanError(
-            f"{name} on {resolved.plan.stages} ranks needs {stages} layers, and the model has {len(layers)}: "
-            "use fewer stages, or GPipe or 1F1B."
-        )
-    return balanced_split(layers, resolved.layer_seconds or [1.0] * len(layers), stages)
-
-
-def _ranks(stages: int, ranks: int, v: bool) -> tuple[int, ...]:
     there = range(ranks)
-    back = reversed(there) if v else there
-    return (*there, *back)[:stages]
-
-
-def _check_first(name: str, layers: list[Layer]) -> None:
-    """torch's stages give a gradient to every activation, and without parameters there is none."""
-    if not any(p.requires_grad for layer in layers for p in layer.module.parameters()):
-        names = ", ".join(layer.name for layer in layers)
-        raise PlanError(f"the first stage under {name} ({names}) has nothing to train: give it a layer with weights.")
+    back = reversed(there) if schedule.v else there
+    return Placement(sizes, (*there, *back)[: len(sizes)], edges)

@@ -1,7 +1,4 @@
-"""The process of one rank of a rival, as whoever starts it sees it, and what it does.
-
-    starter  RankProcess(...) -> waits on it -> take() -> kill(), reap()
-    rank     joins the gloo group at a store -> works -> sends its record, or how it failed
+"""The process of one rank of a rival: it joins the gloo group at a store, works, and sends its record or how it failed.
 
 A rank that failed keeps its connections open until it is killed, so that the others do not fail in its wake.
 """
@@ -9,27 +6,21 @@ A rank that failed keeps its connections open until it is killed, so that the ot
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
-import msgspec
 import torch
 import torch.distributed as dist
 
+from launch.bench.rivals.child import Child, ChildDied
 from launch.bench.rivals.loop import Rival, Training
-from launch.bench.rivals.record import Failed, RankRun, RivalDied, Said
+from launch.bench.rivals.record import Failed, Said
 from launch.setup.network import interface_towards
 from pipeline.wording import said, traceback_of
 from workers.channels.net.gloo import INTERFACE, Rendezvous
-from workers.processes.context import process_context
-from workers.processes.end_with_parent import end_with_the_parent
 
 __all__ = ["RankProcess", "Seat"]
-
-_REAP_WITHIN_S = 5.0
-_EXIT_WITHIN_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -51,71 +42,34 @@ class Seat:
     meeting: Rendezvous
 
 
-class RankProcess:
-    """One rank in a process of its own, which this starts.
+class RankProcess(Child):
+    """One rank in a process of its own.
 
     The group listens at this host's address on the way to the meeting; ``GLOO_SOCKET_IFNAME`` in the environment names
     another interface.
-
-    Args:
-        rival: what it does.
-        training: on what.
-        seat: where.
     """
 
     def __init__(self, rival: Rival, training: Training, seat: Seat) -> None:
-        context = process_context(__name__)
-        self._pipe, theirs = context.Pipe()
-        arguments = (rival, training, seat, theirs)
-        self._process = context.Process(target=_main, args=arguments, name=f"rank-{seat.rank}", daemon=True)
-        try:
-            self._process.start()
-        finally:
-            theirs.close()
-
-    def fileno(self) -> int:
-        """For ``multiprocessing.connection.wait``: ready when it has said its last word, or died."""
-        return self._pipe.fileno()
+        super().__init__(f"rank-{seat.rank}", _work, rival, training, seat)
 
     def take(self) -> Said:
-        """Its last word; once.
-
-        Blocks:
-            until it comes, and 2 s for the exit code of a process that died.
-        """
+        """Its last word; once. Blocks as `Child.take`."""
         try:
-            said: Said = msgspec.msgpack.decode(self._pipe.recv_bytes(), type=Said)
-            return said
-        except (EOFError, ConnectionError):
-            self._process.join(_EXIT_WITHIN_S)
-            code = self._process.exitcode or 0
-            return RivalDied(
-                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            )
-
-    def kill(self) -> None:
-        """End it. Does not block; `reap` afterwards."""
-        self._process.kill()
-
-    def reap(self) -> None:
-        """Wait until it has ended; at most 5 s."""
-        self._process.join(_REAP_WITHIN_S)
-        self._pipe.close()
+            word: Said = super().take()
+            return word
+        except ChildDied as died:
+            return Failed(str(died), "", died=True)
 
 
-def _main(rival: Rival, training: Training, seat: Seat, connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the starter's, who ends us
-    end_with_the_parent()
+def _work(pipe: Connection, rival: Rival, training: Training, seat: Seat) -> None:
     torch.set_num_threads(seat.threads)
     try:
         _join(seat)
-        found: RankRun | Failed = rival(training, seat.rank)
+        found: Said = rival(training, seat.rank)
         dist.barrier()  # nobody leaves while another one still talks to it
     except BaseException as error:
-        cause = _root(error)
-        found = Failed(said(cause), traceback_of(error))
-    connection.send_bytes(msgspec.msgpack.encode(found))
-    connection.poll(seat.within_s)  # until everybody has been heard, and we are killed
+        found = Failed(said(_root(error)), traceback_of(error))
+    pipe.send(found)
 
 
 def _join(seat: Seat) -> None:

@@ -1,6 +1,6 @@
 """A run of a rival: start its ranks, wait for what they found, and end them all, whatever happens.
 
-    run_ranks -> places.started -> hear, with a deadline -> records, or one error     places: this host, or several
+    run_ranks -> places.started -> hear, with a deadline -> one record, or one error     places: this host, or several
 
 Whoever started them has a place for every rank and a store at which they form their group, a fresh one for every run.
 """
@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import connection as mp_connection
 from typing import Any, Protocol, cast
 
+from launch.bench.rivals.child import ending
 from launch.bench.rivals.loop import Rival, Training
 from launch.bench.rivals.rank_process import RankProcess, Seat
-from launch.bench.rivals.record import Failed, RankRun, RivalDied, Said
+from launch.bench.rivals.record import Failed, RankRun, RivalRun, Said, merged
 from workers.channels.net.gloo import Rendezvous
 from workers.errors import RunFailed
 
@@ -43,8 +44,16 @@ class Places(Protocol):
 
 
 def run_ranks(
-    peer: str, rival: Rival, training: Training, *, ranks: int, threads: int, within_s: float, places: Places
-) -> list[RankRun]:
+    peer: str,
+    rival: Rival,
+    training: Training,
+    *,
+    ranks: int,
+    threads: int,
+    within_s: float,
+    places: Places,
+    look: Callable[[], None] = lambda: None,
+) -> RivalRun:
     """Run ``rival(training, rank)`` in ``ranks`` fresh processes that form one gloo group.
 
     Args:
@@ -55,9 +64,7 @@ def run_ranks(
         threads: compute threads of each.
         within_s: how long everything may take.
         places: where they run.
-
-    Returns:
-        What the ranks found, by rank.
+        look: called twice a second meanwhile; what it raises ends the run.
 
     Raises:
         RunFailed: a rank failed or died, with its traceback; or it took too long.
@@ -67,42 +74,27 @@ def run_ranks(
     """
     said: dict[int, Said] = {}
     with places.started(rival, training, ranks=ranks, threads=threads, within_s=within_s) as hear:
-        end = time.monotonic() + within_s
-        while len(said) < ranks:
-            said |= hear(min(_LOOK_EVERY_S, max(0.0, end - time.monotonic())))
-            if not all(isinstance(one, RankRun) for one in said.values()):
-                said |= _aftermath(hear, ranks - len(said))
-                raise _failure(peer, said, ranks, places)
-            if len(said) < ranks and time.monotonic() >= end:
-                missing = [rank for rank in range(ranks) if rank not in said]
-                raise RunFailed(
-                    f"{peer} did not end within {within_s:.0f} s: rank {', '.join(map(str, missing))} of {ranks} "
-                    "still ran",
-                    stage=missing[0],
-                )
-    return [one for _, one in sorted(said.items()) if isinstance(one, RankRun)]
-
-
-def _aftermath(hear: Hear, missing: int) -> dict[int, Said]:
-    said: dict[int, Said] = {}
-    end = time.monotonic() + _AFTERMATH_S
-    while len(said) < missing and time.monotonic() < end:
-        said |= hear(max(0.0, end - time.monotonic()))
-    return said
+        end, failed = time.monotonic() + within_s, False
+        while len(said) < ranks and (left := end - time.monotonic()) > 0:
+            look()
+            said |= hear(min(_LOOK_EVERY_S, left))
+            if not failed and any(isinstance(one, Failed) for one in said.values()):
+                end, failed = time.monotonic() + _AFTERMATH_S, True
+        if failed:
+            raise _failure(peer, said, ranks, places)
+        if missing := [rank for rank in range(ranks) if rank not in said]:
+            which = f"rank {', '.join(map(str, missing))} of {ranks} still ran"
+            raise RunFailed(f"{peer} did not end within {within_s:.0f} s: {which}", stage=missing[0])
+    return merged([one for _, one in sorted(said.items()) if isinstance(one, RankRun)])
 
 
 def _failure(peer: str, said: Mapping[int, Said], ranks: int, places: Places) -> RunFailed:
     """A rank that died comes first: the others only saw it go."""
-
-    def called(rank: int) -> str:
-        host = places.host(rank)
-        return f"{peer}: rank {rank} of {ranks}{f' on {host}' if host else ''}"
-
-    for rank, word in sorted(said.items()):
-        if isinstance(word, RivalDied):
-            return RunFailed(f"{called(rank)} {word.how}", stage=rank)
-    rank, failed = next((rank, word) for rank, word in sorted(said.items()) if isinstance(word, Failed))
-    return RunFailed(f"{called(rank)} failed: {failed.message}", stage=rank, details=failed.trace)
+    failed = {rank: word for rank, word in said.items() if isinstance(word, Failed)}
+    rank = min(failed, key=lambda rank: (not failed[rank].died, rank))
+    host, word = places.host(rank), failed[rank]
+    called = f"{peer}: rank {rank} of {ranks}{f' on {host}' if host else ''}" if ranks > 1 else peer
+    return RunFailed(f"{called}{'' if word.died else ' failed:'} {word.message}", stage=rank, details=word.trace)
 
 
 class _Here:
@@ -113,24 +105,18 @@ class _Here:
 
     @contextmanager
     def started(self, rival: Rival, training: Training, *, ranks: int, threads: int, within_s: float) -> Iterator[Hear]:
-        crew: dict[int, RankProcess] = {}
-        with Rendezvous.hosted() as meeting:
-            try:
-                for rank in range(ranks):
-                    crew[rank] = RankProcess(rival, training, Seat(rank, ranks, threads, within_s, meeting))
-                waiting = dict(crew)
+        children: list[RankProcess] = []
+        with Rendezvous.hosted() as meeting, ending(children):
+            for rank in range(ranks):
+                children.append(RankProcess(rival, training, Seat(rank, ranks, threads, within_s, meeting)))
+            waiting = dict(enumerate(children))
 
-                def hear(within_s: float) -> Mapping[int, Said]:
-                    ready: Sequence[object] = mp_connection.wait(cast(Any, list(waiting.values())), within_s)
-                    heard = [rank for rank, one in waiting.items() if one in ready]
-                    return {rank: waiting.pop(rank).take() for rank in heard}
+            def hear(within_s: float) -> Mapping[int, Said]:
+                ready: Sequence[object] = mp_connection.wait(cast(Any, list(waiting.values())), within_s)
+                heard = [rank for rank, one in waiting.items() if one in ready]
+                return {rank: waiting.pop(rank).take() for rank in heard}
 
-                yield hear
-            finally:
-                for one in crew.values():
-                    one.kill()
-                for one in crew.values():
-                    one.reap()
+            yield hear
 
 
 HERE: Places = _Here()

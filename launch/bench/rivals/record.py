@@ -9,19 +9,7 @@ import msgspec
 
 from pipeline.plan.goal import Reached
 
-__all__ = ["Failed", "HeldOut", "RankRun", "RivalDied", "RivalRun", "Said", "merged"]
-
-
-class HeldOut(msgspec.Struct, frozen=True):
-    """One pass over the held-out batches.
-
-    Attributes:
-        loss: mean per row.
-        accuracy: share of right answers, if the recipe counts them.
-    """
-
-    loss: float
-    accuracy: float | None
+__all__ = ["Failed", "RankRun", "RivalRun", "Said", "merged"]
 
 
 class RankRun(msgspec.Struct, frozen=True, tag="finished"):
@@ -31,43 +19,43 @@ class RankRun(msgspec.Struct, frozen=True, tag="finished"):
         batches: training batches after the warm-up.
         seconds: how long they took this rank; all ranks start the clock behind one barrier.
         last_loss: training loss of the last batch (of this rank's rows of it), or None where the loss is not computed.
-        held_out: the trained model on held-out data; rank 0 only, and only if the recipe has some.
-        peak_memory_bytes: peak resident memory up to the end of the training.
+        held_out: (loss, accuracy) of the trained model on held-out data; rank 0 only, and only if the recipe has some.
+        peak_memory_bytes: peak memory up to the end of the training: of the GPU, or resident.
         reached: when ``plan.until`` was met, by this rank's clock; None: never, or not asked for.
+        forward_s: of the seconds, in forward passes; None where nobody knows.
+        backward_s: of them, in the loss, the backward passes and the optimizer, as in the last stage of a pipeline.
     """
 
     batches: int
     seconds: float
     last_loss: float | None
-    held_out: HeldOut | None
+    held_out: tuple[float, float | None] | None
     peak_memory_bytes: int
     reached: Reached | None = None
+    forward_s: float | None = None
+    backward_s: float | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """How a rank failed.
 
     Attributes:
-        message: the error in a line.
+        message: the error in a line; of a process that ended without a word, what completes the sentence.
         trace: its traceback.
+        died: whether the process ended without a word.
     """
 
     message: str
     trace: str
+    died: bool = False
 
 
-class RivalDied(msgspec.Struct, frozen=True, tag="died"):
-    """A rank's process ended without a word; ``how`` completes the sentence."""
-
-    how: str
-
-
-Said = RankRun | Failed | RivalDied
+Said = RankRun | Failed
 """The last word of a rank."""
 
 
 class RivalRun(msgspec.Struct, frozen=True):
-    """What a rival measured.
+    """What a rival measured: see ``RankRun``.
 
     Attributes:
         batches: training batches after the warm-up.
@@ -75,8 +63,10 @@ class RivalRun(msgspec.Struct, frozen=True):
         loss: held-out loss, or the last training loss without held-out data.
         accuracy: held-out accuracy, if the recipe counts right answers.
         last_loss: training loss of the last batch.
-        peak_memory_bytes: peak resident memory of every rank.
-        reached: when ``plan.until`` was met, by the slowest clock; None: never, or not asked for.
+        peak_memory_bytes: of every rank.
+        reached: when ``plan.until`` was met, by the slowest clock.
+        forward_s: of one rank that trains alone.
+        backward_s: of one rank that trains alone.
     """
 
     batches: int
@@ -85,20 +75,26 @@ class RivalRun(msgspec.Struct, frozen=True):
     accuracy: float | None
     last_loss: float
     peak_memory_bytes: tuple[int, ...]
-    reached: Reached | None = None
+    reached: Reached | None
+    forward_s: float | None
+    backward_s: float | None
 
 
 def merged(ranks: Sequence[RankRun]) -> RivalRun:
     """One record for all ranks: the slowest clock, the mean of the losses."""
+    first = ranks[0]
     losses = [run.last_loss for run in ranks if run.last_loss is not None]
-    last_loss, held_out = sum(losses) / len(losses), ranks[0].held_out
+    last_loss = sum(losses) / len(losses)
+    loss, accuracy = first.held_out or (last_loss, None)
     reached = [run.reached for run in ranks if run.reached is not None]
     return RivalRun(
-        batches=ranks[0].batches,
+        batches=first.batches,
         seconds=max(run.seconds for run in ranks),
-        loss=held_out.loss if held_out else last_loss,
-        accuracy=held_out.accuracy if held_out else None,
+        loss=loss,
+        accuracy=accuracy,
         last_loss=last_loss,
         peak_memory_bytes=tuple(run.peak_memory_bytes for run in ranks),
         reached=replace(reached[0], seconds=max(one.seconds for one in reached)) if reached else None,
+        forward_s=first.forward_s,
+        backward_s=first.backward_s,
     )

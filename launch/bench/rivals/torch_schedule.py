@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import torch
@@ -24,8 +25,9 @@ from launch.bench.rivals.forward import ForwardPass
 from launch.bench.rivals.loop import Training, assembled
 from launch.bench.rivals.placement import Placement, check_microbatches, place
 from launch.bench.rivals.ranks import HERE, Places, run_ranks
-from launch.bench.rivals.record import RankRun, RivalRun, merged
+from launch.bench.rivals.record import RankRun, RivalRun
 from pipeline.data.recipe import Recipe, build_model
+from pipeline.errors import PlanError
 from pipeline.model.optimizers import build_optimizer
 from pipeline.model.partition import Layer, layers_of, split
 from pipeline.run.resolved import Resolved
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
     from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
-__all__ = ["TorchSchedule", "run_torch_schedule"]
+__all__ = ["TorchSchedule", "best_microbatches", "run_torch_schedule"]
+
+_CANDIDATES = (1, 2, 4, 8)
 
 
 def run_torch_schedule(
@@ -46,7 +50,6 @@ def run_torch_schedule(
     microbatches: int,
     threads: int,
     warmup: int,
-    stages_per_rank: int | None = None,
     within_s: float = 3600.0,
     evaluates: bool = True,
     weights: Path | None = None,
@@ -58,18 +61,7 @@ def run_torch_schedule(
     microbatches: the step is that of the whole batch. BatchNorm sees one microbatch at a time. A look at the held-out
     data takes its batches through the same stages, forward only.
 
-    Args:
-        source: makes the recipe.
-        resolved: steps, seed, optimizer, number of ranks (its stages) and sizes.
-        schedule: one of ``SCHEDULES``.
-        microbatches: into how many microbatches a batch is cut.
-        threads: compute threads of each rank.
-        warmup: first batches that are not timed.
-        stages_per_rank: virtual stages per rank, where the schedule leaves a choice; None: its default.
-        within_s: how long it may take.
-        evaluates: whether to look at the held-out batches at the end.
-        weights: where to write the final weights (safetensors, the unsplit model's names); None: nowhere.
-        places: where the ranks run.
+    Args as in ``Training`` and ``run_ranks``; ``schedule`` is one of ``TORCH_SCHEDULES``.
 
     Raises:
         PlanError: the schedule cannot run so; nothing was started.
@@ -79,17 +71,59 @@ def run_torch_schedule(
         until it is over, at most ``within_s``.
     """
     check_microbatches(schedule, resolved, microbatches)
-    placement = place(source(), resolved, schedule, microbatches, stages_per_rank)
-    rival, training = (
-        TorchSchedule(schedule, microbatches, placement),
-        Training(source, resolved.plan, warmup, evaluates, weights),
-    )
+    rival = TorchSchedule(schedule, microbatches, place(source(), resolved, schedule, microbatches))
+    training = Training(source, resolved.plan, warmup, evaluates, weights)
     peer, ranks = f"torch's {schedule}", resolved.plan.stages
-    return merged(run_ranks(peer, rival, training, ranks=ranks, threads=threads, within_s=within_s, places=places))
+    return run_ranks(peer, rival, training, ranks=ranks, threads=threads, within_s=within_s, places=places)
+
+
+def best_microbatches(
+    source: Callable[[], Recipe],
+    resolved: Resolved,
+    schedule: str,
+    *,
+    threads: int,
+    steps: int = 6,
+    warmup: int = 2,
+    rounds: int = 2,
+    within_s: float = 3600.0,
+    places: Places = HERE,
+) -> dict[int, float]:
+    """Try 1, 2, 4 and 8 microbatches, as far as batch and schedule allow, for a few steps each.
+
+    Args as in ``run_torch_schedule``, of each trial; ``rounds`` says how often each number is tried, in turns.
+
+    Returns:
+        Samples per second of every number, in its fastest round: noise only ever adds time.
+
+    Raises:
+        PlanError: no number fits, or the schedule cannot run.
+        RunFailed: a trial failed.
+    """
+    short = replace(resolved, plan=replace(resolved.plan, steps=steps, evaluate_every=None, until=None))
+    options: dict[str, Any] = {"threads": threads, "warmup": warmup, "within_s": within_s, "places": places}
+    tried: dict[int, float] = {}
+    for parts in _possible(schedule, resolved) * rounds:
+        run = run_torch_schedule(source, short, schedule, microbatches=parts, evaluates=False, **options)
+        tried[parts] = max(tried.get(parts, 0.0), run.batches * resolved.batch_shape[0] / run.seconds)
+    return tried
+
+
+def _possible(schedule: str, resolved: Resolved) -> list[int]:
+    refusals, possible = [], []
+    for parts in _CANDIDATES:
+        try:
+            check_microbatches(schedule, resolved, parts)
+            possible.append(parts)
+        except PlanError as error:
+            refusals.append(str(error))
+    if not possible:
+        raise PlanError(*refusals)
+    return possible
 
 
 class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
-    """What a rank does: one of ``SCHEDULES``, into how many microbatches batches are cut, and who has which layers."""
+    """What a rank does: a schedule, into how many microbatches batches are cut, and who has which layers."""
 
     schedule: str
     microbatches: int
@@ -97,9 +131,7 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
 
     def __call__(self, training: Training, rank: int) -> RankRun:
         """Train; the process group stands. Blocks until the training is over."""
-        logging.getLogger("torch.distributed.pipelining").setLevel(
-            logging.CRITICAL
-        )  # an error would print the schedule
+        logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # it would print the schedule
         recipe, plan = training.source(), training.plan
         mine = self.placement.stages_of(rank)
         stages = split(layers_of(build_model(recipe, plan.seed)), self.placement.sizes)
@@ -113,16 +145,17 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
         first, last = 0 in mine, len(stages) - 1 in mine
 
         def step(index: int) -> float | None:
-            given, options = _batch(recipe, plan.seed, index) if first or last else ((), {})
+            inputs, labels = recipe.seeded_batch(plan.seed, index) if first or last else (None, None)
+            given, target = ((inputs,) if first else ()), cast(dict[str, Any], {"target": labels} if last else {})
             losses: list[Tensor] = []
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
-            schedule.step(*(given if first else ()), losses=losses, return_outputs=False, **(options if last else {}))
+            schedule.step(*given, losses=losses, return_outputs=False, **target)
             if optimizer is not None:
                 optimizer.step()
             return float(torch.stack(losses).detach().mean()) if last else None
 
-        whole = partial(assembled, recipe, plan, local, self.placement.owners, rank)
+        whole = partial(assembled, recipe, plan, local, self.placement.owners)
         return training.run(recipe, rank, step, whole, look)
 
     def _stage(self, index: int, chain: nn.Sequential) -> PipelineStage:
@@ -145,12 +178,6 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
         given = stages if issubclass(kind, PipelineScheduleMulti) else stages[0]
         schedule: PipelineScheduleSingle | PipelineScheduleMulti = kind(given, self.microbatches, loss_fn=recipe.loss)
         return schedule
-
-
-def _batch(recipe: Recipe, seed: int, index: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """What ``schedule.step`` takes: the inputs in the first stage, the labels in the last one."""
-    inputs, labels = recipe.seeded_batch(seed, index)
-    return (inputs,), {"target": labels}
 
 
 class _Own(nn.Module):
