@@ -20,7 +20,6 @@ __all__ = [
     "BELOW_PX",
     "TOP_PX",
     "WIDE",
-    "_HEIGHT_PX",
     "Curve",
     "Look",
     "apart",
