@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from pipeline.plan.plan import Plan
 from pipeline.plan.replica_layout import worker_of
 
-__all__ = ["LOADER", "Edge", "What", "data_edge", "edges_of", "label_of"]
+__all__ = ["LOADER", "Edge", "What", "data_edge", "edges_of", "name_of"]
 
 LOADER = -1
 """Stands for a worker where the data comes from."""
@@ -58,7 +58,7 @@ def data_edge(plan: Plan, replica: int) -> Edge:
     return Edge(LOADER, worker_of(plan, replica, 0), "activations", LOADER)
 
 
-def label_of(edge: Edge, plan: Plan) -> str:
+def name_of(edge: Edge, plan: Plan) -> str:
     """What errors call an edge: ``gradients 1->0``, ``averages 0->1 of stage 2``."""
     source, target = (divmod(worker, plan.stages) for worker in (edge.source, edge.target))
     if edge.what == "averages":

@@ -22,7 +22,7 @@ from pipeline.messages.queue_ends import Inlet, Outlet
 from pipeline.plan.device_choice import CPU, choose_devices
 from pipeline.plan.plan import Plan
 from pipeline.plan.replica_layout import plan_of, policy_of, worker_of
-from pipeline.plan.topology import Edge, data_edge, edges_of, label_of
+from pipeline.plan.topology import Edge, data_edge, edges_of, name_of
 from pipeline.replicas.all_gather import ROOM, gathering
 from pipeline.replicas.averaging import averager_of
 from pipeline.run.hollow_stage import HollowStage
@@ -254,7 +254,7 @@ def _queues(plan: Plan, costs: Costs, clock: VirtualClock) -> dict[Edge, Virtual
             "averages": ROOM,
         }[edge.what]
         wire_dtype = None if edge.what == "averages" else plan.wire_dtype
-        late = partial(costs.late, label_of(edge, plan))
+        late = partial(costs.late, name_of(edge, plan))
         queues[edge] = VirtualQueue(clock, capacity, hop, wire_dtype, late)
     return queues
 

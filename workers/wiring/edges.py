@@ -18,7 +18,7 @@ from pipeline.messages.message import Kind, Message, layout_of
 from pipeline.model.cut import Cut
 from pipeline.plan.channel_choice import kind_between, narrowed
 from pipeline.plan.device_choice import CPU, on_gpu
-from pipeline.plan.topology import Edge, edges_of, label_of
+from pipeline.plan.topology import Edge, edges_of, name_of
 from pipeline.replicas.averaging import share_bytes
 from pipeline.run.resolved import Resolved
 from workers.channels.gpu.cuda_engine import CudaEngine
@@ -98,7 +98,7 @@ def _channel_of(edge: Edge, resolved: Resolved, names: Names) -> ChannelSpec:
         goes_down, wire_dtype = edge.what == "activations", plan.wire_dtype
         slots, size = (plan.activation_slots, down) if goes_down else (plan.gradient_slots_at(edge.cut), up)
     here, there = places[0][1], places[1][1]
-    name, label = names.channel(edge), label_of(edge, plan)
+    name, label = names.channel(edge), name_of(edge, plan)
     return ChannelSpec(edge, kind, name, label, slots, size, wire_dtype, here, there, names.generation)
 
 
