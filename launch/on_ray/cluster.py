@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -33,20 +32,17 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.on_ray.actor import Call, StageAgent
+from launch.on_ray.environment import ray_environment
 from launch.on_ray.gpus import SEE_ALL, check_own_room
 from launch.on_ray.head import RayHead, connects
 from launch.setup.local_gpus import gpus_here
 from launch.show.bounded_exit import tidied
 from pipeline import PlanError
-from workers.processes.context import folder_for_sockets
 
 __all__ = ["NAMESPACE", "Actors", "Cluster", "Gauges", "connected"]
 
 NAMESPACE = "freewheel"
 """Ray namespace of our actors, which are called RUN-stage-K."""
-_MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-_NICENESS = "RAY_worker_niceness"
-_SOCKET_BYTES = len("/ray/session_2027-01-05_10-02-33_123456_1234567/sockets/plasma_store")
 _LOOK_EVERY_S = 0.2
 _REACH_WITHIN_S = 5.0
 _BORN_WITHIN_S = 120.0  # every actor imports torch
@@ -58,11 +54,6 @@ _KILLED_WITHIN_S = 10.0
 @contextlib.contextmanager
 def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator[Cluster]:
     """Connect this process to Ray.
-
-    How to authenticate is set explicitly meanwhile, as Ray would otherwise decide by itself and leave it set: as
-    ``RAY_AUTH_MODE`` says if it is set; else with a token of this run's own for a local Ray, and for another with the
-    user's token if there is one. The actors of a local Ray are no nicer than this program, as local workers are not,
-    unless ``RAY_worker_niceness`` says so; Ray's own default, 15, leaves them what nobody else wants.
 
     Args:
         address: ``auto``, ``local`` or HOST:PORT.
@@ -76,7 +67,7 @@ def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator
         until connected; 5 s where nobody answers. Ray's own start takes seconds.
     """
     local = address == "local"
-    with _environment(own=local):
+    with ray_environment(local, _forget_authentication):
         where = _own(needs, stages) if local else {"address": _reachable(address)}
         try:
             ray.init(**where, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=True)
@@ -96,7 +87,6 @@ class Cluster:
         head: the cluster's head, looked after.
 
     Attributes:
-        head: as given.
         node_id: id of the node that this process is on.
         host: address of that node, as the others reach it.
     """
@@ -209,11 +199,7 @@ class Actors:
         return "its actor has ended"
 
     def end(self) -> None:
-        """End all actors; their workers end with them.
-
-        Blocks:
-            at most 15 s.
-        """
+        """End all actors; their workers end with them. Blocks at most 15 s."""
         if self._runs:  # those that were told to stop return by themselves
             ended = partial(ray.wait, self._runs, num_returns=len(self._runs), timeout=_REACH_WITHIN_S)
             tidied(_TIDY_WITHIN_S + _REACH_WITHIN_S, ended)
@@ -277,32 +263,6 @@ _ACTOR: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups=
 def _own_address() -> str:
     address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     return address
-
-
-@contextlib.contextmanager
-def _environment(*, own: bool) -> Iterator[None]:
-    """Set how to authenticate explicitly, and put back every variable of Ray's, which it changes on its own too.
-
-    ``own``: for a Ray of this run's own.
-    """
-    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-    if own:
-        os.environ.setdefault(_NICENESS, "0")
-        os.environ.setdefault("RAY_TMPDIR", folder_for_sockets(_SOCKET_BYTES))
-    if _MODE not in before:
-        if own:
-            os.environ[_TOKEN] = secrets.token_hex(32)
-            os.environ.pop(_TOKEN_PATH, None)
-        sources = os.environ.get(_TOKEN), os.environ.get(_TOKEN_PATH), (Path.home() / ".ray" / "auth_token").exists()
-        os.environ[_MODE] = "token" if any(sources) else "disabled"
-    _forget_authentication()
-    try:
-        yield
-    finally:
-        for name in [name for name in os.environ if name.startswith("RAY_")]:
-            del os.environ[name]
-        os.environ.update(before)
-        _forget_authentication()
 
 
 def _forget_authentication() -> None:
