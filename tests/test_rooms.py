@@ -61,7 +61,6 @@ ROOMS = (
 MOST_MODULES, MOST_LINES, MEDIAN_LINES = 15, 350, 130
 LONGER = {
     "launch/on_ray/cluster.py",
-    "pipeline/dni/forms.py",
     "workers/supervision/protocol.py",
     "workers/supervision/remote_workers.py",
 }

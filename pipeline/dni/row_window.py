@@ -29,15 +29,9 @@ __all__ = ["RowSubsample", "on_rows"]
 
 @dataclass(frozen=True)
 class RowSubsample:
-    """The samples that count at one cut.
+    """The samples that count at one cut: ``size`` of ``batch_size`` in one window, which needs no copy.
 
-    A window, because it copies nothing; samples come in random order, so it is as good as any other choice.
-
-    Attributes:
-        seed: seed of the run.
-        cut: index of the cut.
-        batch_size: samples in a batch.
-        size: samples in the window.
+    Samples come in random order, so it is as good as any other choice.
     """
 
     seed: int
@@ -61,16 +55,16 @@ class RowSubsample:
 
 
 def on_rows(module: nn.Module, leaf: Tensor, samples: slice) -> Callable[[Tensor], Tensor] | None:
-    """``module``, but in its backward pass only ``leaf`` gets an input gradient.
+    """A stage's first layer, but in its backward pass only ``leaf`` gets an input gradient.
 
     Args:
-        module: a stage's first layer.
+        module: x [batch, ...] -> ``module(x)``.
         leaf: [window, ...] ``x[samples]`` of the input x to come, detached, requiring a gradient.
         samples: the window.
 
     Returns:
-        x [batch, ...] -> what ``module(x)`` gives; None where that cannot be had for less than the gradient of all: the
-        layer neither is nor begins with a plain ``nn.Linear``, or somebody listens to it with a hook.
+        None where that cannot be had for less than the gradient of all: the layer neither is nor begins with a plain
+        ``nn.Linear``, or has hooks.
     """
     if _listened_to(module) or torch.is_autocast_enabled("cpu"):
         return None

@@ -76,14 +76,10 @@ class StageLayers:
         self._modes.switch(mode)
 
     def forward(self, batch: int, seeded: int, x: Bundle, stash: Stash, enter: _Entrance | None) -> Bundle:
-        """The output, with its graph; a layer that fails is named.
+        """The output, with its graph, of the layers run on the ``stash``; a layer that fails is named.
 
-        Args:
-            batch: batch id, for errors.
-            seeded: what the random numbers of every layer follow from: the batch, or the number of the microbatch.
-            x: what goes in.
-            stash: what the layers run on.
-            enter: stands for the first layer; None: that itself.
+        The random numbers of every layer follow from ``seeded``: the batch, or the number of the microbatch. ``enter``
+        stands for the first layer, if given.
         """
         with self._computing.autocast():
             h = as_bundle(self.within(stash, self._forward, batch, seeded, enter, *x))
