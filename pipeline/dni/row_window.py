@@ -14,7 +14,7 @@ twelve with n = 4 and half the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,26 +66,15 @@ def on_rows(module: nn.Module, leaf: Tensor, samples: slice) -> Callable[[Tensor
         None where that cannot be had for less than the gradient of all: the layer neither is nor begins with a plain
         ``nn.Linear``, or has hooks.
     """
-    if _listened_to(module) or torch.is_autocast_enabled("cpu"):
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) or torch.is_autocast_enabled("cpu"):
         return None
     if type(module) is nn.Sequential and len(module):
-        first, *rest = module
-        enter = on_rows(first, leaf, samples)
-        return None if enter is None else lambda x: _through(rest, enter(x))
+        enter, rest = on_rows(module[0], leaf, samples), module[1:]
+        return None if enter is None else lambda x: rest(enter(x))
     if type(module) is nn.Linear:
         return lambda x: _linear_on_window(x, leaf, module.weight, module.bias, samples)
     return None
-
-
-def _listened_to(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
-
-
-def _through(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
-    for module in modules:
-        x = module(x)
-    return x
 
 
 class _LinearOnWindow(torch.autograd.Function):

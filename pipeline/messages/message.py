@@ -104,13 +104,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the parts of an encoded message lie.
-
-    Attributes:
-        header: the typed record.
-        offsets: byte offset of every tensor.
-        total_bytes: what a slot must hold.
-    """
+    """Where the parts of an encoded message lie: its header, and the byte offset of every tensor."""
 
     header: bytes
     offsets: tuple[int, ...]

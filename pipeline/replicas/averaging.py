@@ -231,12 +231,8 @@ def averager_of(
 ) -> Averager:
     """The averaging of one stage of one replica, as the plan's mode says.
 
-    Args:
-        plan: of the run.
-        tensors: the stage's parameters and buffers, as ``Stage.state_tensors`` gives them.
-        exchange: this replica's end.
-        asked: whether somebody asked the run to end before its last batch.
-        record: told when the worker turns to averaging.
+    ``tensors`` are the stage's parameters and buffers (``Stage.state_tensors``), and ``record`` is told when the worker
+    turns to averaging.
     """
     if plan.replicas == 1:
         return Averager(asked)

@@ -60,10 +60,7 @@ class Guard:
     """Watches one stage. Whatever looks at something raises a ``StageError`` where the run has to end.
 
     Args:
-        plan: of the run.
-        stage: its index.
-        layers: its layers.
-        cut: above it, where it has a DNI.
+        cut: above the stage, where it has a DNI.
         computing: how its layers compute; None: as the plan says, on the CPU.
     """
 
@@ -164,14 +161,9 @@ class Guard:
             raise self._failed(batch, "the gradient for the stage below is not finite: lower the learning rate")
 
     def target(self, batch: int, dni: DNI, h: Tensor, labels: Tensor, gradient: Tensor) -> None:
-        """Look at a target, and hold the DNI's prediction against every 16th.
+        """Look at a target, or at the part of it that the DNI trains on, and hold the prediction against every 16th.
 
-        Args:
-            batch: its batch id.
-            dni: of the cut above; it is asked, not changed. A user's own module is not asked: that might change it.
-            h: the activation.
-            labels: its labels.
-            gradient: the target, or the part of it that the DNI trains on.
+        The DNI is asked, not changed. A user's own module is not asked: that might change it.
         """
         self._num_targets += 1
         if not self._plan.guard or self._num_targets % _ONE_IN or isinstance(dni.form, Custom):

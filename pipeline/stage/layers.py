@@ -40,13 +40,7 @@ _Entrance = Callable[[Tensor], Tensor]
 
 
 class StageLayers:
-    """The layers of one stage.
-
-    Args:
-        layers: in order, already initialised.
-        index: the stage.
-        plan: of the run.
-        computing: where and how; the layers are moved there.
+    """The layers of one stage, already initialised; they are moved to where it computes.
 
     Attributes:
         parameters: those that are trained, each once.
@@ -119,7 +113,7 @@ class StageLayers:
             parameter.grad, copied.grad = copied.grad, None
 
     def within(self, stash: Stash, call: Callable[..., Any], *given: object, **named: object) -> Any:
-        """Call something with the stash in the place of parameters and buffers; whatever replaces one there goes in."""
+        """Call something with the stash in the place of parameters and buffers; what is assigned there lands in it."""
         if not stash:
             return call(*given, **named)
         return functional_call(self._modules, stash, (partial(call, *given, **named),), tie_weights=False)

@@ -27,14 +27,7 @@ __all__ = ["Predictor"]
 
 
 class Predictor:
-    """Predicts the gradient of one tensor of a stage's output: the differentiable one.
-
-    Args:
-        cut: above the stage; None: nothing is predicted.
-        plan: of the run.
-        layers: of the stage.
-        computing: where it computes.
-        guard: looks at targets.
+    """Predicts the gradient of one tensor of a stage's output: the differentiable one. Without a cut above: nothing.
 
     Attributes:
         dni: in the mode ``unlocked``.

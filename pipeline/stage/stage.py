@@ -198,18 +198,16 @@ class Stage:
             with self._computing.autocast():
                 kept.loss = float(self._loss(detached(kept.h), kept.context))
             self._guard.loss(item.batch, kept.loss)
-        elif kept.route.relays and self.plan.targets == "mixed":
-            self.predict(item)
-        if not self.last:
+        else:
+            if kept.route.relays and self.plan.targets == "mixed":
+                self.predict(item)
             self.in_flight.updated(item)
         self.record(Span.STEP, item.batch)
 
     def learn(self, item: Item, gradient: Bundle) -> Bundle | None:
-        """Train the DNI on a target, and relay it. Targets may come in any order.
+        """Train the DNI on a target, and relay it. Targets may come in any order; what was kept of the batch goes.
 
-        Args:
-            item: what was kept of it goes.
-            gradient: like the stage's output, or its samples that ``dni`` trains on where nothing is relayed.
+        The gradient is like the stage's output, or its samples that ``dni`` trains on where nothing is relayed.
 
         Returns:
             What the stage below is to get: J^T g (``true``), J^T (lambda g + (1 - lambda) s) (``mixed``; BP(lambda),
