@@ -18,7 +18,6 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pipeline.model.cut import Cut
-from pipeline.plan.plan import DNIPlan
 
 __all__ = ["HIDDEN", "Activation", "Form", "Labels", "Scalar", "clip", "root_mean_square"]
 
@@ -34,6 +33,8 @@ Scalar = Float[Tensor, ""]
 class Form(nn.Module):
     """A module (h, labels) -> the gradient at h, in units of sigma and in memory that nobody else has.
 
+    Those a plan can name are built from (cut, plan), of which they read what they need.
+
     Attributes:
         name: what a plan calls it.
         reads: which of the options that not every form reads (``hidden``, ``labels``, ``temperature``) it reads.
@@ -45,9 +46,6 @@ class Form(nn.Module):
     reads: ClassVar[tuple[str, ...]] = ()
     most_rows: ClassVar[int | None] = None
     every: ClassVar[int] = 1
-
-    def __init__(self, cut: Cut, plan: DNIPlan) -> None:
-        super().__init__()
 
     @classmethod
     def misfit(cls, cut: Cut) -> str | None:

@@ -36,7 +36,7 @@ class LabelResidual(Form):
     scale: Tensor
 
     def __init__(self, cut: Cut, plan: DNIPlan) -> None:
-        super().__init__(cut, plan)
+        super().__init__()
         assert cut.classes is not None, "this form fits class labels only"
         self.features = cut.features
         self.local = nn.Linear(cut.features, cut.classes)  # C

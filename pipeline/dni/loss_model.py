@@ -50,7 +50,7 @@ class LossModel(Form):
     size: Tensor
 
     def __init__(self, cut: Cut, plan: DNIPlan) -> None:
-        super().__init__(cut, plan)
+        super().__init__()
         self.batch_size = cut.activation.shape[0]
         self.head = head_for(cut, plan.hidden)
         self._slope = _slope_of(cut)

@@ -26,7 +26,7 @@ class _Regressor(Form):
     body: nn.Module
 
     def __init__(self, cut: Cut, plan: DNIPlan) -> None:
-        super().__init__(cut, plan)
+        super().__init__()
         self.features = cut.features
         self.code = _LabelCode(cut)
 
@@ -74,7 +74,7 @@ class Conv(Form):
     reads = ("hidden", "labels")
 
     def __init__(self, cut: Cut, plan: DNIPlan) -> None:
-        super().__init__(cut, plan)
+        super().__init__()
         channels, hidden = cut.activation.shape[1], plan.hidden or HIDDEN
         self.code = _LabelCode(cut)
         self.first = nn.Conv2d(channels, hidden, 3, padding=1)
@@ -104,7 +104,7 @@ class Custom(Form):
     name = "factory"
 
     def __init__(self, cut: Cut, plan: DNIPlan) -> None:
-        super().__init__(cut, plan)
+        super().__init__()
         assert plan.factory is not None, "this form is chosen by giving a factory"
         self.module = plan.factory(cut)
 
