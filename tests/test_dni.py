@@ -15,11 +15,12 @@ from cuts import changed, cut_like
 from oracle import assert_same_state
 from torch import Tensor, nn
 
-from pipeline.dni.dni import DNI, _Adam, build_dni, describe_form, target_every
+from pipeline.dni.dni import DNI, FORMS, _Adam, build_dni, describe_form, target_every
 from pipeline.dni.heads import Head, head_for
 from pipeline.dni.loss_model import _cross_entropy_slope, _slope_of
 from pipeline.errors import PlanError
 from pipeline.model.cut import Cut
+from pipeline.plan.names import DNI_FORMS
 from pipeline.plan.plan import DNIPlan
 
 ROWS, WIDTH, CLASSES = 32, 12, 5
@@ -413,7 +414,7 @@ def test_label_residual_has_the_gradients_autograd_gives(cut: Cut) -> None:
     target, flat = torch.randn_like(g), labels.flatten()
     prediction, size = dni.form.meet(h, labels, torch.ones(()), slice(0, len(h)))
     scale = dni.form.scale.clone()
-    expected = dni.form.predict(h, labels, dni.sigma).detach()
+    expected = dni.form(h, labels).detach()
     dni.form.gradients(h, labels, target, dni.sigma)
 
     weight, bias, back = (parameter.detach().requires_grad_() for parameter in _parts(dni))
@@ -647,6 +648,13 @@ def test_a_form_that_does_not_fit_is_refused_with_the_remedy(cut: Cut, form: str
         with pytest.raises(PlanError) as refusal:
             ask(DNIPlan(form=form))
         assert sentence in str(refusal.value)
+
+
+def test_a_plan_names_the_forms_of_the_table_and_a_form_says_what_it_reads() -> None:
+    assert ("auto", *FORMS) == (*DNI_FORMS, "factory")
+    readers = {name: [form.name for form in FORMS.values() if name in form.reads] for name in ("hidden", "labels")}
+    assert readers == {"hidden": ["mlp", "conv", "loss_model"], "labels": ["linear", "mlp", "conv"]}
+    assert all(hasattr(DNIPlan(), option) for form in FORMS.values() for option in form.reads)
 
 
 @pytest.mark.parametrize("cut", [CLASSIFIER, IMAGES, REGRESSION, TOKENS, PIXELS])

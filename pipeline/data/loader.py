@@ -10,7 +10,7 @@ average their weights, TRAINED comes behind the last training batch, before the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -49,56 +49,55 @@ def inputs(
         PlanError: a training batch of another shape than batch 0, on reaching it.
     """
     first: Batch | None = None
-    evaluates = recipe.evaluation is not None and replica == 0
-    passes = evaluation_steps(plan, steps) if evaluates else set()
-    seen = -1  # after how many batches the last pass was
-    for step in range(steps):
-        if enough(step):
-            steps = step
-            break
-        batch = recipe.seeded_batch(plan.seed, batch_of(plan, replica, step))
+
+    def microbatches(step: int) -> Iterable[Batch]:
+        nonlocal first
+        index = batch_of(plan, replica, step)
+        batch = recipe.seeded_batch(plan.seed, index)
         first = first or batch
-        same_shape(batch_of(plan, replica, step), batch, first)
-        for index, part in enumerate(_cut(batch, plan.microbatches)):
-            yield Message(Kind.ACTIVATION, Item(step, index), SOURCE, part[:1], part[1:])
-        if step + 1 in passes and step + 1 < steps:
-            yield from _held_out(recipe, step + 1)
-            seen = step + 1
-    if _says_trained(plan):
-        yield Message(Kind.TRAINED, Item(steps), SOURCE)
-    if evaluates and (seen < steps or _says_trained(plan)):
-        yield from _held_out(recipe, steps)
-    yield Message(Kind.END, Item(steps), SOURCE)
+        same_shape(index, batch, first)
+        return zip(batch[0].chunk(plan.microbatches), batch[1].chunk(plan.microbatches), strict=True)
+
+    evaluates = recipe.evaluation is not None and replica == 0
+    return _in_order(plan, steps, enough, microbatches, recipe.held_out if evaluates else None)
 
 
 def phantom_inputs(plan: Plan, steps: int, held_out_batches: int, replica: int = 0) -> Iterator[Message]:
     """The same order of messages without any data: for planning."""
-    passes = evaluation_steps(plan, steps) if held_out_batches and replica == 0 else set()
-    nothing = (torch.empty(0),)
+    nothing: Batch = (torch.empty(0), torch.empty(0))
+    parts, held_out = [nothing] * plan.microbatches, [nothing] * held_out_batches
+    evaluates = bool(held_out) and replica == 0
+    return _in_order(plan, steps, lambda step: False, lambda step: parts, (lambda: held_out) if evaluates else None)
+
+
+def _in_order(
+    plan: Plan,
+    steps: int,
+    enough: Callable[[int], bool],
+    microbatches: Callable[[int], Iterable[Batch]],
+    held_out: Callable[[], Iterable[Batch]] | None,
+) -> Iterator[Message]:
+    says_trained = plan.replicas > 1 and MODES[plan.mode].averages == "weights"
+    passes = evaluation_steps(plan, steps) - {steps}
+    evaluated = -1  # after how many batches the last pass was
     for step in range(steps):
-        for index in range(plan.microbatches):
-            yield Message(Kind.ACTIVATION, Item(step, index), SOURCE, nothing, nothing)
-        if step + 1 == steps and _says_trained(plan):
-            yield Message(Kind.TRAINED, Item(steps), SOURCE)
-        if step + 1 in passes:
-            yield from (
-                Message(Kind.EVALUATION, Item(index), SOURCE, nothing, nothing) for index in range(held_out_batches)
-            )
-            yield Message(Kind.REPORT, Item(step + 1), SOURCE)
+        if enough(step):
+            steps = step
+            break
+        for index, part in enumerate(microbatches(step)):
+            yield Message(Kind.ACTIVATION, Item(step, index), SOURCE, part[:1], part[1:])
+        if held_out is not None and step + 1 in passes:
+            yield from _pass(held_out(), step + 1)
+            evaluated = step + 1
+    if says_trained:
+        yield Message(Kind.TRAINED, Item(steps), SOURCE)
+    if held_out is not None and (evaluated < steps or says_trained):
+        yield from _pass(held_out(), steps)
     yield Message(Kind.END, Item(steps), SOURCE)
 
 
-def _held_out(recipe: Recipe, updates: int) -> Iterator[Message]:
+def _pass(batches: Iterable[Batch], updates: int) -> Iterator[Message]:
     """One pass over the held-out batches, after so many training batches."""
-    if recipe.evaluation is not None:
-        for index, batch in enumerate(recipe.held_out()):
-            yield Message(Kind.EVALUATION, Item(index), SOURCE, tuple(batch)[:1], tuple(batch)[1:])
-        yield Message(Kind.REPORT, Item(updates), SOURCE)
-
-
-def _says_trained(plan: Plan) -> bool:
-    return plan.replicas > 1 and MODES[plan.mode].averages == "weights"
-
-
-def _cut(batch: Batch, parts: int) -> Iterator[Batch]:
-    return zip(batch[0].chunk(parts), batch[1].chunk(parts), strict=True)
+    for index, batch in enumerate(batches):
+        yield Message(Kind.EVALUATION, Item(index), SOURCE, tuple(batch)[:1], tuple(batch)[1:])
+    yield Message(Kind.REPORT, Item(updates), SOURCE)

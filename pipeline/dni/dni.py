@@ -4,7 +4,7 @@
     h, labels --> what the form learns without g --> Adam             meet, with the same forward pass as predict
     g --> sigma,  g / sigma --> the form's objective --> Adam         learn
 
-Gradients are tiny and their scale drifts, so a form (dni_forms.py, loss_model.py) sees them in units of
+Gradients are tiny and their scale drifts, so a form (forms.py) sees them in units of
 sigma, their running root mean square. Without that and the clip, unlocked training diverged in every trial.
 """
 
@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from pipeline.dni.forms import HIDDEN, MLP, Conv, Custom, Form, LabelResidual, Linear, root_mean_square
+from pipeline.dni.forms import Activation, Form, Labels, Scalar, root_mean_square
+from pipeline.dni.label_residual import LabelResidual
 from pipeline.dni.loss_model import LossModel
+from pipeline.dni.regressors import MLP, Conv, Custom, Linear
 from pipeline.dni.row_window import RowSubsample
 from pipeline.errors import PlanError, nearest
 from pipeline.model.cut import Cut
@@ -29,16 +30,11 @@ from pipeline.plan.plan import DNIPlan
 from pipeline.seeding import seeded
 from pipeline.state import State, load_module, module_state
 
-__all__ = ["DNI", "build_dni", "describe_form", "target_every", "training_window"]
+__all__ = ["DNI", "FORMS", "build_dni", "describe_form", "target_every", "training_window"]
 
-_FORMS: dict[str, type[Form]] = {
-    "linear": Linear,
-    "mlp": MLP,
-    "conv": Conv,
-    "label_residual": LabelResidual,
-    "loss_model": LossModel,
-    "factory": Custom,
-}
+FORMS: dict[str, type[Form]] = {form.name: form for form in (Linear, MLP, Conv, LabelResidual, LossModel, Custom)}
+"""All forms by name; a plan names them (``plan.names.DNI_FORMS``), but for a user's own, which is given."""
+
 _DECAY = 0.99  # of sigma: it averages over the last 100 targets or so
 _TINY = 1e-30
 
@@ -47,14 +43,7 @@ class DNI(nn.Module):
     """One form with what all forms share: the unit sigma, the clip, the window of samples, the optimizer.
 
     What it remembers is in ``state``. The only random numbers it draws after construction, the samples to train on, are
-    a hash of (seed, cut, batch).
-    Works in float32, or in float64 where the activation is float64.
-
-    Args:
-        form: what predicts, in units of sigma.
-        cut: where it works.
-        plan: how it trains.
-        seed: seed of the choice of samples.
+    a hash of (seed, cut, batch). Works in float32, or in float64 where the activation is float64.
     """
 
     mean_square: Tensor
@@ -80,23 +69,15 @@ class DNI(nn.Module):
         return [optimizer for optimizer in (self._own_optimizer, self._optimizer) if optimizer is not None]
 
     @property
-    def sigma(self) -> Float[Tensor, ""]:
+    def sigma(self) -> Scalar:
         """Running root mean square of the true gradient, bias-corrected; 0 until the first target came."""
         return (self.mean_square / self.weight.clamp(min=_TINY)).sqrt()
 
-    def predict(
-        self, h: Float[Tensor, " batch *features"], labels: Shaped[Tensor, " batch *rest"]
-    ) -> Float[Tensor, " batch *features"]:
-        """The synthetic gradient dL/dh of one batch: zeros until the first target came.
+    def predict(self, h: Activation, labels: Labels) -> Activation:
+        """The synthetic gradient dL/dh of one batch, detached, its root mean square at most ``sigma``.
 
-        Waits for the device once, to see that the prediction is finite.
-
-        Args:
-            h: the stage's activation; neither differentiated nor changed.
-            labels: its labels.
-
-        Returns:
-            Detached, of the shape and dtype of ``h``; its root mean square is at most ``sigma``.
+        Zeros until the first target came. Neither differentiates nor changes ``h``. Waits for the device once, to see
+        that the prediction is finite.
 
         Raises:
             FloatingPointError: the prediction is not finite.
@@ -106,15 +87,8 @@ class DNI(nn.Module):
         with torch.no_grad():
             return self._checked(*self.form.clipped(h.detach().to(self._dtype), labels, self.unit), h)
 
-    def meet(
-        self, h: Float[Tensor, " batch *features"], labels: Shaped[Tensor, " batch *rest"], batch: int
-    ) -> Float[Tensor, " batch *features"]:
+    def meet(self, h: Activation, labels: Labels, batch: int) -> Activation:
         """What ``predict`` gives for a batch that the stage has just computed; learns what needs no gradient to come.
-
-        Args:
-            h: the stage's activation; neither differentiated nor changed.
-            labels: its labels.
-            batch: its batch id; which samples are trained on follows from it.
 
         Raises:
             FloatingPointError: the prediction is not finite; the DNI is then unchanged.
@@ -126,24 +100,13 @@ class DNI(nn.Module):
             self._own_optimizer.step()
         return prediction if self._num_targets else torch.zeros_like(h)
 
-    def relative_error(
-        self,
-        h: Float[Tensor, " batch *features"],
-        labels: Shaped[Tensor, " batch *rest"],
-        g: Float[Tensor, " batch *features"],
-    ) -> Float[Tensor, ""]:
+    def relative_error(self, h: Activation, labels: Labels, g: Activation) -> Scalar:
         """|s - g|^2 / |g|^2 of the prediction s for (h, labels): 1 is no better than zeros."""
         error: Tensor = torch.linalg.vector_norm(self.predict(h, labels) - g)
         relative: Tensor = error / torch.linalg.vector_norm(g).clamp(min=_TINY)
         return relative.square()
 
-    def learn(
-        self,
-        h: Float[Tensor, " batch *features"],
-        labels: Shaped[Tensor, " batch *rest"],
-        g: Float[Tensor, " batch *features"],
-        batch: int,
-    ) -> bool:
+    def learn(self, h: Activation, labels: Labels, g: Tensor, batch: int) -> bool:
         """Take the gradient that came back for a batch, true or bootstrapped, as the target of (h, labels).
 
         Waits for the device once, to see that the target is finite.
@@ -165,11 +128,8 @@ class DNI(nn.Module):
         g = (g[samples] if len(g) == len(h) else g).detach().to(self._dtype)
         size = root_mean_square(g)
         if not math.isfinite(float(size)):
-            raise FloatingPointError(
-                self._not_finite(
-                    f"got a target for batch {batch}", "lower the learning rate, or look at the loss above"
-                )
-            )
+            what, remedy = f"got a target for batch {batch}", "lower the learning rate, or look at the loss above"
+            raise FloatingPointError(self._not_finite(what, remedy))
         if self._num_targets == 0 and not size:
             return False
         self.mean_square.lerp_(size.square(), 1 - _DECAY)
@@ -248,31 +208,23 @@ def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer | 
 def build_dni(cut: Cut, plan: DNIPlan, seed: int) -> DNI:
     """The DNI of ``cut``; its weights depend on (seed, cut) alone, the global generator is left as it was.
 
-    Args:
-        cut: where it works.
-        plan: form, size and training.
-        seed: seed of the run.
-
     Raises:
-        PlanError: the form is unknown or does not fit the cut.
+        PlanError: as ``describe_form``.
     """
-    form, _ = describe_form(cut, plan)
+    form = _form_of(cut, plan)
     with seeded(seed, "dni", cut.index):
-        return DNI(_build_form(form, cut, plan), cut, plan, seed)
+        return DNI(form(cut, plan), cut, plan, seed)
 
 
 def training_window(cut: Cut, plan: DNIPlan, seed: int) -> RowSubsample:
     """The samples of a batch whose true gradient the DNI of ``cut`` trains on.
 
-    The plan's fraction (``rows``), no more rows than the form wants, at least one sample; all where a form that asks
-    the loss has one of whole batches only.
+    The plan's fraction (``rows``), no more rows than the form wants, at least one sample.
 
     Raises:
-        PlanError: the form is unknown or does not fit the cut.
+        PlanError: as ``describe_form``.
     """
-    form, _ = describe_form(cut, plan)
-    whole = cut.whole_batches and _FORMS[form] is LossModel
-    most_rows = None if whole else _FORMS[form].most_rows
+    most_rows = _form_of(cut, plan).most_rows_at(cut)
     batch_size = cut.activation.shape[0]
     size = math.ceil(plan.rows * batch_size)
     if most_rows is not None:
@@ -284,13 +236,13 @@ def target_every(cuts: Sequence[Cut], plan: DNIPlan) -> int:
     """Of how many batches one gives a target: as planned, or as the form wants; the least where the cuts differ.
 
     Raises:
-        PlanError: the form is unknown or does not fit a cut.
+        PlanError: as ``describe_form``.
     """
-    return plan.every or min((_FORMS[describe_form(cut, plan)[0]].every for cut in cuts), default=1)
+    return plan.every or min((_form_of(cut, plan).every for cut in cuts), default=1)
 
 
 def describe_form(cut: Cut, plan: DNIPlan) -> tuple[str, str]:
-    """The form the DNI of ``cut`` gets, and why, as half a sentence.
+    """The name of the form the DNI of ``cut`` gets, and why, as half a sentence.
 
     Raises:
         PlanError: the form is unknown or does not fit the cut; the sentence says which to take.
@@ -301,43 +253,15 @@ def describe_form(cut: Cut, plan: DNIPlan) -> tuple[str, str]:
             "have a gradient; cut the network after a later layer."
         )
     if plan.factory is not None:
-        return "factory", "the plan gives a factory"
+        return Custom.name, "the plan gives a factory"
     if plan.form not in DNI_FORMS:
         raise PlanError(nearest(plan.form, DNI_FORMS, "DNI form"))
     if plan.form == "auto":
-        return "loss_model", "it takes any loss and any activations, and learned best on the whole"
-    misfit = _misfit(cut, plan.form)
-    if misfit is not None:
+        return LossModel.name, "it takes any loss and any activations, and learned best on the whole"
+    if (misfit := FORMS[plan.form].misfit(cut)) is not None:
         raise PlanError(f"DNI form {plan.form} does not fit cut {cut.index}: {misfit}")
     return plan.form, "the plan says so"
 
 
-def _misfit(cut: Cut, form: str) -> str | None:
-    """Why a known form cannot work at this cut, with the remedy; None: it can."""
-    labels, shape = f"{list(cut.labels.shape)} {cut.labels.dtype}", list(cut.activation.shape)
-    if form == "label_residual" and cut.classes is None:
-        return f"labels {labels} are no classes of an output {list(cut.output.shape)}; choose loss_model."
-    if form == "label_residual" and len(cut.labels.shape) > 1 and not cut.per_token:
-        return f"labels {labels} are not one class per row of the activation {shape}; choose loss_model."
-    if form == "conv" and len(shape) != 4:
-        return f"the activation is {shape}, not [batch, channels, height, width]; choose loss_model or mlp."
-    if form == "conv" and cut.classes is not None and len(cut.labels.shape) > 1:
-        return f"labels {labels} are not one class per sample; choose loss_model."
-    return None
-
-
-def _build_form(form: str, cut: Cut, plan: DNIPlan) -> Form:
-    match form:
-        case "linear":
-            return Linear(cut)
-        case "mlp":
-            return MLP(cut, plan.hidden or HIDDEN)
-        case "conv":
-            return Conv(cut, plan.hidden or HIDDEN)
-        case "label_residual":
-            return LabelResidual(cut)
-        case "loss_model":
-            return LossModel(cut, plan.hidden, plan.temperature)
-        case _:
-            assert plan.factory is not None, f"describe_form gave {form}"
-            return Custom(plan.factory(cut))
+def _form_of(cut: Cut, plan: DNIPlan) -> type[Form]:
+    return FORMS[describe_form(cut, plan)[0]]

@@ -73,23 +73,37 @@ class Head(nn.Module):
         return at_h
 
 
-class _LinearHead(Head):
-    """A linear layer on the features as they are, or normalised.
+class _FlatHead(Head):
+    """Reads rows of features, normalised or as they are; the first dimensions of h and of the output count the rows."""
+
+    def __init__(self, features: int, leading: int, output: tuple[int, ...], *, normalises: bool) -> None:
+        super().__init__()
+        self.leading, self.output = leading, output[leading:]
+        self.num_outputs = torch.Size(self.output).numel()
+        self.norm = nn.LayerNorm(features) if normalises else None
+
+    def _read(self, features: Tensor) -> Tensor:
+        read: Tensor = features if self.norm is None else self.norm(features)
+        return read
+
+    def _outputs(self, h: Tensor, rows: Tensor) -> Tensor:
+        return rows.reshape(*h.shape[: self.leading], *self.output)
+
+
+class _LinearHead(_FlatHead):
+    """A linear layer.
 
     Differentiated by hand, with the operations that autograd would call: entering and leaving it takes longer than they
     do.
     """
 
     def __init__(self, features: int, leading: int, output: tuple[int, ...], *, normalises: bool) -> None:
-        super().__init__()
-        self.leading, self.output = leading, output[leading:]
-        self.norm = nn.LayerNorm(features) if normalises else None
-        self.linear = nn.Linear(features, torch.Size(self.output).numel())
+        super().__init__(features, leading, output, normalises=normalises)
+        self.linear = nn.Linear(features, self.num_outputs)
 
     def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
         """The output."""
-        rows = self._rows(h)
-        return self._outputs(h, self.linear(rows if self.norm is None else self.norm(rows)))
+        return self._outputs(h, self.linear(self._read(self._rows(h))))
 
     @torch.no_grad()
     def differentiated(self, h: Tensor, slope: Slope, learned: Slope | None = None) -> Tensor:
@@ -116,9 +130,6 @@ class _LinearHead(Head):
     def _rows(self, h: Tensor) -> Float[Tensor, "rows features"]:
         return h.reshape(-1, self.linear.in_features)
 
-    def _outputs(self, h: Tensor, rows: Tensor) -> Tensor:
-        return rows.view(*h.shape[: self.leading], *self.output)
-
 
 def _normalised(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
     """The rows as ``norm`` gives them, their means, and one over their standard deviations."""
@@ -135,33 +146,22 @@ def _back(
     return found
 
 
-class _ReadingHead(Head):
+class _ReadingHead(_FlatHead):
     """What may come before a linear layer: pooling, a normalisation, a hidden layer."""
 
     def __init__(
-        self,
-        features: int,
-        hidden: int | None,
-        leading: int,
-        output: tuple[int, ...],
-        *,
-        pools: bool,
-        normalises: bool,
+        self, features: int, hidden: int | None, leading: int, output: tuple[int, ...], *, pools: bool, normalises: bool
     ) -> None:
-        super().__init__()
-        self.leading, self.output = leading, output[leading:]
-        outputs = torch.Size(self.output).numel()
+        super().__init__(features, leading, output, normalises=normalises)
         self.pool = nn.AdaptiveAvgPool2d(_POOLED) if pools else nn.Identity()
-        self.norm = nn.LayerNorm(features) if normalises else nn.Identity()
         if hidden is None:
-            self.body: nn.Module = nn.Linear(features, outputs)
+            self.body: nn.Module = nn.Linear(features, self.num_outputs)
         else:
-            self.body = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+            self.body = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, self.num_outputs))
 
     def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
         """The output."""
-        output: Tensor = self.body(self.norm(self.pool(h).flatten(self.leading)))
-        return output.reshape(*h.shape[: self.leading], *self.output)
+        return self._outputs(h, self.body(self._read(self.pool(h).flatten(self.leading))))
 
 
 class _ImageHead(Head):

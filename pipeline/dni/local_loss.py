@@ -23,13 +23,7 @@ __all__ = ["LocalLoss"]
 
 
 class LocalLoss(nn.Module):
-    """A small head with the shape of the network's output, trained on the stage's activation.
-
-    Args:
-        cut: where it works.
-        plan: ``hidden`` and ``lr`` count.
-        seed: seed of the run.
-    """
+    """A small head with the shape of the network's output, trained on the stage's activation."""
 
     def __init__(self, cut: Cut, plan: DNIPlan, seed: int) -> None:
         super().__init__()

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from pipeline.dni.forms import Form, clip
+from pipeline.dni.forms import Activation, Form, Labels, Scalar, clip
 from pipeline.dni.heads import head_for
 from pipeline.model.cut import Cut
 from pipeline.model.unwritten import Unwritten
+from pipeline.plan.plan import DNIPlan
 
 __all__ = ["LossModel", "temperature_for"]
 
@@ -38,58 +39,45 @@ class LossModel(Form):
     Differs from Jaderberg et al. 2017: nothing is regressed from h. Related: local losses in greedy training (Nøkland
     and Eidnes 2019), which are this form without its size and its temperature.
 
-    Args:
-        cut: where it works.
-        hidden: hidden units (channels) of C; None: as ``head_for`` says.
-        temperature: under cross-entropy L is that of C(h) / temperature for a prediction, while C learns from L as it
-            is; None: as ``temperature_for`` says. Any other loss stays as it is.
+    Under cross-entropy L is that of C(h) / temperature for a prediction (``temperature_for``), while C learns from L as
+    it is. Any other loss stays as it is.
     """
 
+    name = "loss_model"
+    reads = ("hidden", "temperature")
     most_rows = 128
     every = 4
     squares: Tensor
     size: Tensor
 
-    def __init__(self, cut: Cut, hidden: int | None, temperature: float | None = None) -> None:
+    def __init__(self, cut: Cut, plan: DNIPlan) -> None:
         super().__init__()
         self.batch_size = cut.activation.shape[0]
-        self.head = head_for(cut, hidden)
+        self.head = head_for(cut, plan.hidden)
         self._slope = _slope_of(cut)
-        self._temperature = temperature_for(cut, temperature)
+        self._temperature = temperature_for(cut, plan.temperature)
         self.register_buffer("squares", torch.zeros(2))  # |g|^2 and |m|^2, running sums
         self.register_buffer("size", torch.ones(()))  # a, in units of sigma
+
+    @classmethod
+    def most_rows_at(cls, cut: Cut) -> int | None:
+        """All, where the loss is one of whole batches only."""
+        return None if cut.whole_batches else cls.most_rows
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Those of C: all there are."""
         return list(self.head.parameters())
 
-    def predict(
-        self,
-        h: Float[Tensor, " batch *features"],
-        labels: Shaped[Tensor, " batch *rest"],
-        sigma: Float[Tensor, ""],
-    ) -> Float[Tensor, " batch *features"]:
-        """The prediction, in units of ``sigma``."""
+    def forward(self, h: Activation, labels: Labels) -> Activation:
+        """The prediction."""
         return self._of_model(h, labels).mul_(self.size)
 
-    def meet(
-        self,
-        h: Float[Tensor, " batch *features"],
-        labels: Shaped[Tensor, " batch *rest"],
-        sigma: Float[Tensor, ""],
-        samples: slice,
-    ) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, ""]]:
+    def meet(self, h: Activation, labels: Labels, sigma: Scalar, samples: slice) -> tuple[Activation, Scalar]:
         """As ``clipped``; the same backward pass gives the gradient of C, from all samples."""
         return clip(self._of_model(h, labels, learns=True), sigma, self.size)
 
     @torch.no_grad()
-    def gradients(
-        self,
-        h: Float[Tensor, " rows *features"],
-        labels: Shaped[Tensor, " rows *rest"],
-        target: Float[Tensor, " rows *features"],
-        sigma: Float[Tensor, ""],
-    ) -> None:
+    def gradients(self, h: Activation, labels: Labels, target: Activation, sigma: Scalar) -> None:
         """No gradients: of a target its size alone is learned. a^2 = sum |g|^2 / sum |m|^2, over the last 20 or so."""
         norms = torch.linalg.vector_norm(target) * sigma, torch.linalg.vector_norm(self._of_model(h, labels))
         self.squares.mul_(_REMEMBERED).add_(torch.stack(norms).square())

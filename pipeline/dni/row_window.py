@@ -14,7 +14,7 @@ twelve with n = 4 and half the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,15 +29,9 @@ __all__ = ["RowSubsample", "on_rows"]
 
 @dataclass(frozen=True)
 class RowSubsample:
-    """The samples that count at one cut.
+    """The samples that count at one cut: ``size`` of ``batch_size`` in one window, which needs no copy.
 
-    A window, because it copies nothing; samples come in random order, so it is as good as any other choice.
-
-    Attributes:
-        seed: seed of the run.
-        cut: index of the cut.
-        batch_size: samples in a batch.
-        size: samples in the window.
+    Samples come in random order, so it is as good as any other choice.
     """
 
     seed: int
@@ -61,37 +55,26 @@ class RowSubsample:
 
 
 def on_rows(module: nn.Module, leaf: Tensor, samples: slice) -> Callable[[Tensor], Tensor] | None:
-    """``module``, but in its backward pass only ``leaf`` gets an input gradient.
+    """A stage's first layer, but in its backward pass only ``leaf`` gets an input gradient.
 
     Args:
-        module: a stage's first layer.
+        module: x [batch, ...] -> ``module(x)``.
         leaf: [window, ...] ``x[samples]`` of the input x to come, detached, requiring a gradient.
         samples: the window.
 
     Returns:
-        x [batch, ...] -> what ``module(x)`` gives; None where that cannot be had for less than the gradient of all: the
-        layer neither is nor begins with a plain ``nn.Linear``, or somebody listens to it with a hook.
+        None where that cannot be had for less than the gradient of all: the layer neither is nor begins with a plain
+        ``nn.Linear``, or has hooks.
     """
-    if _listened_to(module) or torch.is_autocast_enabled("cpu"):
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) or torch.is_autocast_enabled("cpu"):
         return None
     if type(module) is nn.Sequential and len(module):
-        first, *rest = module
-        enter = on_rows(first, leaf, samples)
-        return None if enter is None else lambda x: _through(rest, enter(x))
+        enter, rest = on_rows(module[0], leaf, samples), module[1:]
+        return None if enter is None else lambda x: rest(enter(x))
     if type(module) is nn.Linear:
         return lambda x: _linear_on_window(x, leaf, module.weight, module.bias, samples)
     return None
-
-
-def _listened_to(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
-
-
-def _through(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
-    for module in modules:
-        x = module(x)
-    return x
 
 
 class _LinearOnWindow(torch.autograd.Function):

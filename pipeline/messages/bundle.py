@@ -11,7 +11,7 @@ None where a tensor is not differentiable.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -81,12 +81,9 @@ Specs = tuple[TensorSpec | None, ...]
 
 
 def specs_of(bundle: Bundle, name: str, *, differentiable: bool = False) -> Specs:
-    """The specs of a bundle.
+    """The specs of a bundle of a whole batch, called ``name``, with their number behind it where there are several.
 
-    Args:
-        bundle: of a whole batch.
-        name: of its tensor; of several with their number behind it.
-        differentiable: whether gradients come back for those that hold floating-point numbers.
+    ``differentiable``: whether gradients come back for those that hold floating-point numbers.
     """
     return tuple(
         None
@@ -117,14 +114,14 @@ def present(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def is_differentiable(tensor: Tensor | None) -> bool:
+def is_differentiable(tensor: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a gradient comes back for what lies in a place."""
     return tensor is not None and tensor.is_floating_point()
 
 
 def differentiable(bundle: Bundle) -> list[Tensor]:
     """The tensors that gradients come back for."""
-    return [tensor for tensor in bundle if tensor is not None and tensor.is_floating_point()]
+    return [tensor for tensor in bundle if is_differentiable(tensor)]
 
 
 def detached(bundle: Bundle) -> Bundle:
@@ -137,8 +134,6 @@ def gradients_like(found: Bundle, x: Bundle, samples: slice = slice(None)) -> Bu
     differentiable; of these ``samples`` alone.
     """
     return tuple(
-        (torch.zeros_like(tensor) if gradient is None else gradient)[samples]
-        if tensor is not None and tensor.is_floating_point()
-        else None
+        (torch.zeros_like(tensor) if gradient is None else gradient)[samples] if is_differentiable(tensor) else None
         for gradient, tensor in zip(found, x, strict=True)
     )

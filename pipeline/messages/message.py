@@ -28,7 +28,6 @@ __all__ = ["ALIGNMENT_BYTES", "Kind", "Layout", "Message", "decode", "decode_ove
 ALIGNMENT_BYTES = 64
 _HEADER = struct.Struct("<BBBHIqHHq")  # kind, tensors of payload and context, stage, generation, item, sent
 _TENSOR = struct.Struct("<BB")  # dtype code, number of dimensions
-_DIMENSION = struct.Struct("<q")
 
 _DTYPES = (
     torch.float32,
@@ -105,13 +104,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the parts of an encoded message lie.
-
-    Attributes:
-        header: the typed record.
-        offsets: byte offset of every tensor.
-        total_bytes: what a slot must hold.
-    """
+    """Where the parts of an encoded message lie: its header, and the byte offset of every tensor."""
 
     header: bytes
     offsets: tuple[int, ...]
@@ -124,8 +117,7 @@ def layout_of(message: Message) -> Layout:
     Raises:
         TypeError: a tensor's dtype is not one that travels.
     """
-    m = message
-    counts = len(m.payload), len(m.context)
+    m, counts = message, (len(message.payload), len(message.context))
     parts = [_HEADER.pack(m.kind, *counts, m.stage, m.generation, *m.item, m.sent_ns)]
     for tensor in (*m.payload, *m.context):
         if tensor is None:
@@ -135,8 +127,7 @@ def layout_of(message: Message) -> Layout:
         if code is None:
             raise TypeError(f"cannot send dtype {tensor.dtype}: one of {', '.join(map(str, _DTYPES))} can travel")
         parts.append(_TENSOR.pack(code, tensor.dim()))
-        parts.extend(_DIMENSION.pack(size) for size in tensor.shape)
-        parts.append(bytes(_order(tensor)))
+        parts.append(_dimensions(tensor.dim()).pack(*tensor.shape, bytes(_order(tensor))))
     header = b"".join(parts)
     offsets, end = [], len(header)
     for tensor in message.tensors:
@@ -175,9 +166,7 @@ def decode(buffer: memoryview) -> Message:
 def decode_over(header: memoryview, memory: Tensor) -> Message:
     """A message whose header lies in one place and whose bytes in another; its tensors are in place.
 
-    Args:
-        header: begins with the header of an encoded message.
-        memory: [bytes] uint8, on any device; stands for the message's bytes from the first on, header included.
+    ``memory`` [bytes] uint8, on any device, stands for the message's bytes from the first on, header included.
 
     Raises:
         ValueError: the message does not fit the memory.
@@ -215,15 +204,18 @@ def _specs(buffer: memoryview, count: int) -> tuple[list[_Spec | None], int]:
     position, specs = _HEADER.size, list[_Spec | None]()
     for _ in range(count):
         code, num_dims = _TENSOR.unpack_from(buffer, position)
-        position += _TENSOR.size
-        shape = tuple(_DIMENSION.unpack_from(buffer, position + i * _DIMENSION.size)[0] for i in range(num_dims))
-        position += num_dims * _DIMENSION.size
-        order = bytes(buffer[position : position + num_dims])
-        position += num_dims
+        dimensions = _dimensions(num_dims)
+        *shape, order = dimensions.unpack_from(buffer, position + _TENSOR.size)
+        position += _TENSOR.size + dimensions.size
         if sorted(order) != list(range(num_dims)):
             raise ValueError(f"{list(order)} is no order of {num_dims} dimensions")
-        specs.append(None if code == _NOTHING else (_DTYPES[code], shape, order))
+        specs.append(None if code == _NOTHING else (_DTYPES[code], tuple(shape), order))
     return specs, position
+
+
+def _dimensions(count: int) -> struct.Struct:
+    """Sizes of the dimensions, and their order in memory."""
+    return struct.Struct(f"<{count}q{count}s")
 
 
 def _order(tensor: Tensor) -> Sequence[int]:
@@ -239,12 +231,9 @@ def _laid(flat: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
 
 
 def _view(buffer: memoryview, offset: int, dtype: torch.dtype, shape: Sequence[int], order: Sequence[int]) -> Tensor:
-    count = 1
-    for size in shape:
-        if size < 0:
-            raise ValueError(f"negative size in shape {shape}")
-        count *= size
-    if count == 0:
+    if min(shape, default=0) < 0:
+        raise ValueError(f"negative size in shape {shape}")
+    if not (count := math.prod(shape)):
         return torch.empty(shape, dtype=dtype)
     if count * dtype.itemsize > len(buffer) - offset:  # torch's own check overflows with absurd sizes
         raise ValueError(f"{list(shape)} {dtype} at byte {offset} does not fit")

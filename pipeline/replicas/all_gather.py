@@ -29,13 +29,7 @@ ROOM = 3
 
 
 class AllGather:
-    """One replica's end.
-
-    Args:
-        stage: whose replicas these are.
-        replica: this one.
-        outlets: to each of the others, by replica.
-        inlets: from each of the others.
+    """One replica's end, with a queue to and from each of the others, by replica.
 
     Attributes:
         round: number of the round that is open or comes next.
@@ -62,9 +56,7 @@ class AllGather:
     def offer(self, tensors: tuple[Tensor, ...], *, last: bool = False) -> None:
         """Give the others a share, and begin a round; a last share gives up the round that is open.
 
-        Args:
-            tensors: must stay as they are until the round is over.
-            last: whether nothing follows.
+        The tensors must stay as they are until the round is over.
         """
         assert last or self._own is None, "a round is open"
         self._own = Message(Kind.LAST_SHARE if last else Kind.SHARE, Item(self.round), self._replica, tensors)
@@ -129,11 +121,7 @@ def gathering(
 
 
 class Packing:
-    """Tensors as one vector per dtype: few parts of a message, few operations.
-
-    Args:
-        tensors: the ones to be packed, or others of their shapes.
-    """
+    """Tensors of given shapes as one vector per dtype: few parts of a message, few operations."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._shapes = [tensor.shape for tensor in tensors]

@@ -22,7 +22,6 @@ own replica's cut, follows within some hundred targets, and is not part of the r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,31 +30,38 @@ from pipeline.metrics.spans import Recorder, Span, silent
 from pipeline.plan.plan import Plan
 from pipeline.replicas.all_gather import AllGather, Packing
 from pipeline.schedule.modes import MODES
-from pipeline.state import State, Stateful, attributes, set_attributes
+from pipeline.state import State, attributes, set_attributes
 
-__all__ = ["ALONE", "Alone", "Averager", "GradientAverager", "WeightAverager", "averager_of", "share_bytes"]
+__all__ = ["ALONE", "Averager", "GradientAverager", "WeightAverager", "averager_of", "share_bytes"]
 
 _SLACK_BYTES = 2048  # of a message: header, alignment of one vector per dtype
 
+Asked = Callable[[], bool]
+"""Whether somebody asked the run to end before its last batch."""
 
-class Averager(Stateful, Protocol):
-    """What a runner asks of the averaging of its stage. Nothing blocks.
 
-    Attributes:
-        held: the stage may do nothing but take the average.
-        ready: the average can be taken.
-    """
+class Averager:
+    """What a runner asks of the averaging of its stage, answered for a stage that has no replicas. Nothing blocks."""
+
+    def __init__(self, asked: Asked = lambda: False) -> None:
+        self._asked = asked
 
     @property
-    def held(self) -> bool: ...
+    def held(self) -> bool:
+        """Whether the stage may do nothing but take the average."""
+        return False
+
     @property
-    def ready(self) -> bool: ...
+    def ready(self) -> bool:
+        """Whether the average can be taken."""
+        return False
 
     def poll(self) -> None:
         """Look into the queues."""
 
     def before_step(self) -> bool:
         """The gradients of a batch are there. Whether the step has to wait for an average."""
+        return False
 
     def after_step(self) -> None:
         """A step was made."""
@@ -65,92 +71,61 @@ class Averager(Stateful, Protocol):
 
     def take(self) -> bool:
         """Take the average that is ready. Whether the step that waited for it is now to be made."""
-
-    def enough(self, step: int) -> bool:
-        """Whether the first stage is to take no batch for this step, nor for any after it."""
-
-
-class Alone:
-    """The averaging of a stage that has no replicas: none.
-
-    Args:
-        asked: whether somebody asked the run to end before its last batch.
-    """
-
-    held = ready = False
-
-    def __init__(self, asked: Callable[[], bool] = lambda: False) -> None:
-        self._asked = asked
-
-    def poll(self) -> None:
-        """Nothing comes."""
-
-    def before_step(self) -> bool:
-        """No step waits."""
-        return False
-
-    def after_step(self) -> None:
-        """Nothing is given."""
-
-    def after_training(self) -> None:
-        """Nothing is given."""
-
-    def take(self) -> bool:
-        """Never called."""
         raise AssertionError("there is no average")
 
     def enough(self, step: int) -> bool:
-        """As soon as somebody asked."""
+        """Whether the first stage is to take no batch for this step, nor for any after it: as soon as somebody asked,
+        each replica by itself.
+        """
         return self._asked()
 
     def state(self) -> State:
-        """Nothing."""
+        """What is remembered between two batches."""
         return {}
 
     def load_state(self, state: State) -> None:
-        """Nothing to take up."""
+        """Take up ``state``."""
 
 
-ALONE = Alone()
+ALONE = Averager()
 
 
-class GradientAverager:
+class _Replica(Averager):
+    """The averaging of a stage that has replicas; see ``averager_of``."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], exchange: AllGather, asked: Asked, record: Recorder) -> None:
+        super().__init__(asked)
+        trained = (t for t in tensors.values() if isinstance(t, nn.Parameter) and t.requires_grad)
+        self._parameters = list({id(parameter): parameter for parameter in trained}.values())
+        self._packing = Packing(self._parameters)
+        self._exchange, self._record = exchange, record
+        self._steps = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the shares of all are here."""
+        return self._exchange.ready
+
+    def poll(self) -> None:
+        """Look into the queues."""
+        self._exchange.poll()
+
+
+class GradientAverager(_Replica):
     """Every step is made with the mean of the gradients of all replicas.
 
     A parameter without a gradient counts as zeros where another replica has one; where none has, it keeps none.
 
     The replicas take the same number of steps. A wish to end early travels with the gradients, and by then the next
     batch may have been taken: all end after it.
-
-    Args:
-        tensors: the stage's parameters and buffers, as ``Stage.state_tensors`` gives them.
-        exchange: this replica's end.
-        asked: whether somebody asked the run to end before its last batch.
-        record: told when the worker turns to averaging.
     """
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], exchange: AllGather, asked: Callable[[], bool], record: Recorder
-    ) -> None:
-        self._parameters = _parameters(tensors)
-        self._packing = Packing(self._parameters)
-        self._exchange, self._asked, self._record = exchange, asked, record
-        self._steps = 0
-        self._end: int | None = None
+    _end: int | None = None
 
     @property
     def held(self) -> bool:
         """While a step waits."""
         return self._exchange.open
-
-    @property
-    def ready(self) -> bool:
-        """Whether the gradients of all are here."""
-        return self._exchange.ready
-
-    def poll(self) -> None:
-        """Look into the queues."""
-        self._exchange.poll()
 
     def before_step(self) -> bool:
         """Give the gradients; the step waits."""
@@ -159,12 +134,6 @@ class GradientAverager:
         marks = [p.grad is not None for p in self._parameters]
         self._exchange.offer((*self._packing.packed(gradients), torch.tensor([*marks, self._asked()])))
         return True
-
-    def after_step(self) -> None:
-        """Nothing is given."""
-
-    def after_training(self) -> None:
-        """The weights are the same already."""
 
     def take(self) -> bool:
         """Put the mean in the place of the gradients."""
@@ -196,31 +165,17 @@ class GradientAverager:
         self._exchange.round = state["round"]
 
 
-class WeightAverager:
-    """Weights are averaged every n steps, off the critical path, and at the end.
-
-    Args:
-        tensors: the stage's parameters and buffers, as ``Stage.state_tensors`` gives them.
-        exchange: this replica's end.
-        asked: whether somebody asked the run to end before its last batch.
-        record: told when the worker turns to averaging.
-        every: steps from one snapshot to the next.
-    """
+class WeightAverager(_Replica):
+    """Weights are averaged every n steps (``every``), off the critical path, and at the end."""
 
     def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        exchange: AllGather,
-        asked: Callable[[], bool],
-        record: Recorder,
-        every: int,
+        self, tensors: Mapping[str, Tensor], exchange: AllGather, asked: Asked, record: Recorder, every: int
     ) -> None:
-        self._parameters: list[Tensor] = list(_parameters(tensors))
+        super().__init__(tensors, exchange, asked, record)
         buffers = {id(t): t for t in tensors.values() if not isinstance(t, nn.Parameter) and t.is_floating_point()}
-        self._state = [*self._parameters, *buffers.values()]
-        self._packing, self._whole = Packing(self._parameters), Packing(self._state)
-        self._exchange, self._asked, self._record, self._every = exchange, asked, record, every
-        self._steps = self._since = 0
+        self._state: list[Tensor] = [*self._parameters, *buffers.values()]
+        self._whole = Packing(self._state)
+        self._every, self._since = every, 0
         self._snapshot: tuple[Tensor, ...] = ()
         self._at_the_end = False
 
@@ -228,19 +183,6 @@ class WeightAverager:
     def held(self) -> bool:
         """After the last step, until the last average."""
         return self._at_the_end and self._exchange.open
-
-    @property
-    def ready(self) -> bool:
-        """Whether the snapshots of all are here."""
-        return self._exchange.ready
-
-    def poll(self) -> None:
-        """Look into the queues."""
-        self._exchange.poll()
-
-    def before_step(self) -> bool:
-        """No step waits."""
-        return False
 
     def after_step(self) -> None:
         """Give a snapshot if one is due and the round before is over."""
@@ -270,10 +212,6 @@ class WeightAverager:
             parameter.add_(value)
         return False
 
-    def enough(self, step: int) -> bool:
-        """As soon as somebody asked, each replica by itself."""
-        return self._asked()
-
     def state(self) -> State:
         """Steps made, and since the last snapshot; a round that is open is given up, and its snapshot due again."""
         due = max(self._since, self._every) if self._exchange.open else self._since
@@ -288,38 +226,26 @@ def averager_of(
     plan: Plan,
     tensors: Mapping[str, Tensor],
     exchange: AllGather,
-    asked: Callable[[], bool] = lambda: False,
+    asked: Asked = lambda: False,
     record: Recorder = silent,
 ) -> Averager:
     """The averaging of one stage of one replica, as the plan's mode says.
 
-    Args:
-        plan: the plan of the run.
-        tensors: the stage's parameters and buffers, as ``Stage.state_tensors`` gives them.
-        exchange: this replica's end.
-        asked: whether somebody asked the run to end before its last batch.
-        record: told when the worker turns to averaging.
+    ``tensors`` are the stage's parameters and buffers (``Stage.state_tensors``), and ``record`` is told when the worker
+    turns to averaging.
     """
     if plan.replicas == 1:
-        return Alone(asked)
+        return Averager(asked)
     if MODES[plan.mode].averages == "gradients":
         return GradientAverager(tensors, exchange, asked, record)
     return WeightAverager(tensors, exchange, asked, record, plan.average_every)
 
 
 def share_bytes(state_bytes: int) -> int:
-    """Bytes that the largest message of an exchange takes, encoded, at most.
-
-    Args:
-        state_bytes: of the stage's parameters and buffers, and one more for each of them.
+    """Bytes that the largest message of an exchange takes, encoded, at most; ``state_bytes`` are those of the stage's
+    parameters and buffers, and one more for each of them.
     """
     return state_bytes + _SLACK_BYTES
-
-
-def _parameters(tensors: Mapping[str, Tensor]) -> list[nn.Parameter]:
-    """Those that are trained, each once."""
-    trained = (t for t in tensors.values() if isinstance(t, nn.Parameter) and t.requires_grad)
-    return list({id(parameter): parameter for parameter in trained}.values())
 
 
 def _mean(shares: list[list[Tensor]]) -> tuple[Tensor, ...]:

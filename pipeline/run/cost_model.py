@@ -17,16 +17,10 @@ _TICKS_PER_MS = 1000
 
 
 def predicted_batches_per_s(plan: Plan, warmup: int) -> float | None:
-    """Throughput of an emulated plan in the steady state.
+    """Steps per second of a replica of a resolved plan, between the last stage's update number ``warmup`` and its last.
 
-    Args:
-        plan: resolved.
-        warmup: first batches that do not count.
-
-    Returns:
-        Steps per second of a replica, between the last stage's update number ``warmup`` and its last; None where
-        nothing is emulated, a stage takes no time, or a link's bandwidth is limited, of which the virtual clock knows
-        nothing.
+    None where nothing is emulated, a stage takes no time, or a link's bandwidth is limited, of which the virtual clock
+    knows nothing.
     """
     lengths, link = plan.emulation, plan.links
     if lengths is None or (link is not None and link.bandwidth_mbps) or plan.steps is None or plan.steps <= warmup:

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
@@ -61,25 +60,13 @@ class StageFlops:
         """All of them."""
         return self.forward + self.backward + self.dni + self.relay
 
-    def at_random(self, probability: float) -> StageFlops:
-        """Where one batch in 1 / ``probability`` is updated from, and gives a target."""
-        p = probability
-        return StageFlops(forward=self.forward, backward=p * self.backward, dni=p * self.dni, relay=p * self.relay)
-
 
 def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageFlops, ...]:
-    """Count what every stage of a plan does for a batch, by running the stages, one after the other, on batch 0.
+    """Count what every stage of a resolved plan does for a batch, by running them, one after the other, on batch 0.
 
     Leaves no trace: the model is built anew from the seed, and the global generator is left as it was. Takes a forward
-    and a backward pass of the whole network, two with DNIs, on as many threads as torch has.
-
-    Args:
-        recipe: the problem.
-        plan: resolved (``resolve(...).plan``): its sizes and steps are there; nothing in it is emulated.
-        cuts: what is known at each cut; the loss is taken from the recipe.
-
-    Returns:
-        One entry per stage.
+    and a backward pass of the whole network, two with DNIs, on as many threads as torch has. The loss is taken from the
+    recipe, not from the cuts.
 
     Raises:
         StageError: a layer failed.
@@ -89,20 +76,22 @@ def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageF
     inputs, labels = recipe.seeded_batch(plan.seed, 0)
     x: Bundle = (inputs,)
     counted = []
+    counting = dataclasses.replace(
+        plan, quality_every=None, update_probability=1.0, warmup_steps=0, unlock="always", compile=False
+    )
     with seeded(plan.seed, "flops"):  # stages seed the global generator for their layers
         for index, layers in enumerate(split(layers_of(build_model(recipe, plan.seed)), plan.sizes)):
             cut = dataclasses.replace(cuts[index], loss=recipe.loss) if index < plan.stages - 1 else None
-            counting = dataclasses.replace(
-                plan, quality_every=None, update_probability=1.0, warmup_steps=0, unlock="always", compile=False
-            )
             stage = Stage(layers, index, counting, recipe, cut, cuts[index - 1] if index else None)
-            flops, x = _counted(stage, counting, x, (labels,))
-            counted.append(flops.at_random(plan.update_probability))
+            spans, x = _counted(stage, counting, x, (labels,))
+            flops = {f.name: sum(spans[s] for s in GROUPS[f.name]) for f in dataclasses.fields(StageFlops)}
+            p = plan.update_probability  # so many batches are updated from, and give a target
+            counted.append(StageFlops(**{name: n if name == "forward" else p * n for name, n in flops.items()}))
     return tuple(counted)
 
 
-def _counted(stage: Stage, plan: Plan, x: Bundle, context: Bundle) -> tuple[StageFlops, Bundle]:
-    """What a stage does for a batch, and its output.
+def _counted(stage: Stage, plan: Plan, x: Bundle, context: Bundle) -> tuple[dict[Span, float], Bundle]:
+    """What a stage does for a batch, by span, and its output.
 
     Batch 0 does not count: a DNI predicts zeros until its first target came, and a stage finds out about its layers.
     """
@@ -113,24 +102,26 @@ def _counted(stage: Stage, plan: Plan, x: Bundle, context: Bundle) -> tuple[Stag
     _train(stage, plan, 0, x, context)
     spans: defaultdict[Span, float] = defaultdict(float)
     for batch, weight in weights.items():
-        meter = _Meter()
-        stage.record = meter
+        stage.record = meter = _Meter()
         with meter.counter:
             output = _train(stage, plan, batch, x, context)
         meter(Span.OTHER, batch)
         for span, flops in meter.flops.items():
             spans[span] += flops * weight
-    return StageFlops(**{f.name: sum(spans[s] for s in GROUPS[f.name]) for f in dataclasses.fields(StageFlops)}), output
+    return spans, output
 
 
 def _train(stage: Stage, plan: Plan, batch: int, x: Bundle, context: Bundle) -> Bundle:
     """Everything a stage does with one batch; a constant stands in for the gradient that the stage above sends."""
-    parts = zip(_chunks(x, plan.microbatches), _chunks(context, plan.microbatches), strict=True)
+    count = plan.microbatches
+    chunks = [[[None] * count if each is None else each.chunk(count) for each in bundle] for bundle in (x, context)]
+    parts = zip(*(zip(*bundle, strict=True) for bundle in chunks), strict=True)
     outputs = [stage.forward(Item(batch, part), *bundles) for part, bundles in enumerate(parts)]
     learns = stage.in_flight.of(Item(batch)).route.wants_target
     for part, h in enumerate(outputs):
         item = Item(batch, part)
-        from_above = None if stage.last else tuple(map(_constant, h))
+        constant = tuple(torch.full_like(each, 1 / each.numel()) if is_differentiable(each) else None for each in h)
+        from_above = None if stage.last else constant
         stage.backward(item, from_above if MODES[plan.mode].gradient == "true" else stage.predict(item))
     stage.step(batch)
     if stage.last:
@@ -138,15 +129,6 @@ def _train(stage: Stage, plan: Plan, batch: int, x: Bundle, context: Bundle) -> 
     elif learns and from_above is not None:
         stage.learn(Item(batch), from_above)
     return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs, strict=True))
-
-
-def _chunks(bundle: Bundle, count: int) -> Iterator[Bundle]:
-    """A bundle cut into microbatches."""
-    return zip(*([None] * count if tensor is None else tensor.chunk(count) for tensor in bundle), strict=True)
-
-
-def _constant(h: Tensor | None) -> Tensor | None:
-    return torch.full_like(h, 1 / h.numel()) if is_differentiable(h) and h is not None else None
 
 
 class _Meter:

@@ -30,14 +30,9 @@ _NOTHING = (TensorSpec("nothing", (0,), torch.float32, differentiable=True),)
 
 
 class HollowStage:
-    """See ``StageLike``.
+    """See ``StageLike``. It gives ``output`` for a batch.
 
-    Args:
-        index: the stage.
-        plan: its plan; with ``emulate`` it says how long the stage's work takes.
-        output: what the stage gives for a batch.
-        record: told what the stage turns to.
-        lasting: makes a block last; None: nothing takes any time.
+    With ``emulate`` the plan says how long its work takes, and ``lasting`` makes it last; None: nothing takes any time.
     """
 
     def __init__(
@@ -73,7 +68,7 @@ class HollowStage:
         if not self.last:
             self._record(Span.DNI, item.batch)
             with self._lasting(self._dni_ms / 2):
-                return None
+                pass
         return None
 
     def backward(self, item: Item, gradient: Bundle | None) -> Bundle | None:
@@ -82,8 +77,9 @@ class HollowStage:
         with self._lasting(self._part_ms * 2 / 3):
             kept = self.in_flight.of(item)
             self._sampled = kept.route.samples
-            self._end(item)
-            return gradients_like((None,) * len(kept.x), kept.x) if kept.route.sends_now else None
+            below = gradients_like((None,) * len(kept.x), kept.x) if kept.route.sends_now else None
+            self._updated(item)
+            return below
 
     def step(self, batch: int) -> None:
         """Part of the stage's time already."""
@@ -91,7 +87,7 @@ class HollowStage:
 
     def skip(self, item: Item) -> None:
         """No time at all."""
-        self._end(item)
+        self._updated(item)
         self._record(Span.STEP, item.batch)
 
     def learn(self, item: Item, gradient: Bundle) -> Bundle | None:
@@ -143,7 +139,6 @@ class HollowStage:
             None if spec is None else torch.zeros(rows, *spec.shape[1:], dtype=spec.dtype) for spec in self._output
         )
 
-    def _end(self, item: Item) -> None:
-        """Keep what is still needed of a batch after its update, as a stage does."""
-        if not self.last and not self.in_flight[item].route.wants_target:
-            del self.in_flight[item]
+    def _updated(self, item: Item) -> None:
+        if not self.last:
+            self.in_flight.updated(item)

@@ -96,7 +96,7 @@ class Reference:
         events: what every stage did when.
         others: the trained stages of the other replicas.
         qualities: of every stage below the last: its synthetic gradients of the sampled batches against the true ones.
-        switches: when a stage of replica 0 locked or unlocked (``pipeline.stage.unlock``), in order.
+        switches: when a stage of replica 0 locked or unlocked, in order.
     """
 
     resolved: Resolved
@@ -128,10 +128,8 @@ class Reference:
 def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Reference:
     """Train in this process as the plan says; a hop takes ``plan.hop_steps``.
 
-    Uses torch's current number of threads; processes use ``plan.threads``. Device ``auto`` is the CPU here.
-
-    With ``until``, no batch is taken once the
-    last stage has met the goal; what is in the pipeline by then is finished.
+    Uses torch's current number of threads; processes use ``plan.threads``. Device ``auto`` is the CPU here. With
+    ``until``, no batch is taken once the last stage has met the goal; what is in the pipeline by then is finished.
 
     Raises:
         PlanError: recipe or plan cannot run.

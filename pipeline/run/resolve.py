@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.data.recipe import Batch, Recipe, build_model, check_batches
-from pipeline.dni.dni import describe_form, target_every
+from pipeline.dni.dni import FORMS, describe_form, target_every
 from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
 from pipeline.messages.bundle import TensorSpec, as_bundle, differentiable, specs_of
@@ -47,11 +47,6 @@ Measure = Callable[[Sequence[Layer], Sequence[Tensor]], list[float]]
 """(layers, what goes into each of them) -> seconds of forward and backward of each."""
 
 _QUALITY_EVERY = 20  # with unlock auto, where nobody says
-_FORMS_THAT_READ = {
-    "hidden": ("mlp", "conv", "loss_model"),
-    "labels": ("linear", "mlp", "conv"),
-    "temperature": ("loss_model",),
-}
 
 
 def resolve(
@@ -199,8 +194,9 @@ def _unread_options(plan: Plan, cuts: Sequence[Cut]) -> Iterator[str]:
     if not (cuts and plan.unlocked):
         return
     forms = {describe_form(cut, plan.dni)[0] for cut in cuts}
-    for name, readers in _FORMS_THAT_READ.items():
-        if name in given and not forms & set(readers):
+    for name in sorted(given & {option for form in FORMS.values() for option in form.reads}):
+        readers = [reader for reader, form in FORMS.items() if name in form.reads]
+        if not forms & set(readers):
             remedy = f"leave it out, or choose {' or '.join(readers)}."
             yield NoEffect(f"dni.{name}", f"with the DNI form {' and '.join(sorted(forms))}: {remedy}")
     highest = max(temperature_for(cut, plan.dni.temperature) for cut in cuts)

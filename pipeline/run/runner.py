@@ -44,7 +44,7 @@ class Runner:
     Attributes:
         stage: does the work.
         policy: says what is next.
-        inlets: where messages come in: activations (from the stage below, or the data) and gradients, by edge.
+        inlets: where activations (from the stage below, or the data) and gradients come in, by edge.
         outlets: where they go out, by edge.
         ahead: how many batches async-1f1b may have open besides one; None: as many as there are stages above.
         averager: what the stage averages with its replicas.
@@ -155,8 +155,8 @@ class Runner:
             self._skip()
         elif action is Action.LEARN:
             self._learn()
-        elif action is Action.AVERAGE:
-            self._average()
+        elif action is Action.AVERAGE and self.averager.take():
+            self._step(self.updated)
         self.record(Span.OTHER, -1)
 
     # ------------------------------------------------------------------ what comes from below
@@ -194,7 +194,7 @@ class Runner:
         if item.microbatch == 0:
             self._open.append(route)
         if route.locked:
-            self.stage.predict(item)  # used for nothing: what the DNI learns without a gradient it learns here
+            self.stage.predict(item)  # not used: the DNI learns here what it learns without a gradient
         if (switch := self.stage.switched()) is not None:
             self.on_switch(switch)
 
@@ -240,10 +240,6 @@ class Runner:
         if self.stage.last:
             self.on_loss(batch, self.stage.loss_of(batch))
 
-    def _average(self) -> None:
-        if self.averager.take():
-            self._step(self.updated)
-
     def _after_training(self) -> None:
         """Once no training batch will come and none is open."""
         if self._trained_below and self.forwarded == self.backwarded:
@@ -252,7 +248,7 @@ class Runner:
     # ------------------------------------------------------------------ what comes from above
 
     def _take_in(self, message: Message) -> None:
-        """Something came from above: hold a gradient until its turn, take word at once."""
+        """Something came from above: a gradient is held until its turn, the rest takes effect at once."""
         item, index = message.item, self.stage.index
         if message.kind is Kind.END:
             if self.forwarded != self.backwarded:

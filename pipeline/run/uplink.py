@@ -53,7 +53,7 @@ class Uplink:
         return drops
 
     def tell_dropped(self, oldest: int) -> None:
-        """Tell that no target of a batch older than ``oldest`` follows; later word says it all."""
+        """Tell that no target of a batch older than ``oldest`` follows; takes the place of an earlier one."""
         if self.outlet is not None:
             self._unsent = [waiting for waiting in self._unsent if waiting.kind is not Kind.DROPPED]
             self._unsent.append(Message(Kind.DROPPED, Item(oldest), self.stage))

@@ -103,6 +103,11 @@ class View(NamedTuple):
         return self.forwarded - self.backwarded
 
     @property
+    def all_forwarded(self) -> bool:
+        """Whether every microbatch of the batch that is open is forwarded."""
+        return self.forwarded == (self.backwarded // self.microbatches + 1) * self.microbatches
+
+    @property
     def forward_if_possible(self) -> Action:
         """Forward, or wait until that is possible."""
         return Action.FORWARD if self.activation and self.room else Action.WAIT
@@ -123,17 +128,13 @@ def naive(view: View) -> Action:
 
 def gpipe(view: View) -> Action:
     """Locked: all microbatches of a batch forward, then all backward (Huang et al. 2019, GPipe, section 2.3)."""
-    batches = view.backwarded // view.microbatches
-    all_forwarded = view.forwarded == (batches + 1) * view.microbatches
-    return view.backward_if_possible if all_forwarded else view.forward_if_possible
+    return view.backward_if_possible if view.all_forwarded else view.forward_if_possible
 
 
 def one_f_one_b(view: View) -> Action:
     """Locked: at most K - k open microbatches (PipeDream-flush; Narayanan et al. 2021, section 2.2)."""
-    batches = view.backwarded // view.microbatches
-    all_forwarded = view.forwarded == (batches + 1) * view.microbatches
     full = view.open > view.stages_above
-    return view.backward_if_possible if all_forwarded or full else view.forward_if_possible
+    return view.backward_if_possible if view.all_forwarded or full else view.forward_if_possible
 
 
 def async_1f1b(view: View) -> Action:
@@ -175,8 +176,7 @@ def averaged(policy: Policy) -> Policy:
 def scripted(order: Sequence[Action]) -> Policy:
     """Follow a fixed order of actions, waiting for what each needs: this makes an unlocked run repeatable.
 
-    Args:
-        order: the actions of one stage, e.g. from ``reference.schedule``; after its end the stage waits.
+    After the end of the order (e.g. from ``reference.schedule``) the stage waits.
     """
 
     def policy(view: View) -> Action:
@@ -186,11 +186,9 @@ def scripted(order: Sequence[Action]) -> Policy:
         ready = {
             Action.FORWARD: view.forward_if_possible is Action.FORWARD,
             Action.BACKWARD: view.backward_if_possible is Action.BACKWARD,
-            Action.UPDATE: view.open > 0,
-            Action.SKIP: view.open > 0,
             Action.LEARN: view.gradient,
             Action.AVERAGE: view.average,
         }
-        return action if ready[action] else Action.WAIT
+        return action if ready.get(action, view.open > 0) else Action.WAIT
 
     return policy

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from pipeline.dni.dni import DNI, training_window
-from pipeline.dni.forms import Custom, root_mean_square
+from pipeline.dni.forms import root_mean_square
+from pipeline.dni.regressors import Custom
 from pipeline.errors import StageError
 from pipeline.messages.bundle import Bundle, as_bundle, as_value, differentiable
 from pipeline.model.compute import ComputeContext
@@ -56,13 +57,10 @@ _SLOWER = "lower the learning rate, or clip (--optimizer.clip 1)"
 
 
 class Guard:
-    """Watches one stage.
+    """Watches one stage. Whatever looks at something raises a ``StageError`` where the run has to end.
 
     Args:
-        plan: of the run.
-        stage: its index.
-        layers: its layers.
-        cut: above it, where it has a DNI.
+        cut: above the stage, where it has a DNI.
         computing: how its layers compute; None: as the plan says, on the CPU.
     """
 
@@ -95,16 +93,9 @@ class Guard:
         self._largest = 0.0  # median of the squares of the last targets; later on one outlier does not move it
 
     def activation(self, batch: int, seeded: int, x: Bundle, h: Bundle) -> None:
-        """Look at the output of a forward pass.
+        """Look at what a forward pass made of ``x``; the layer that made it not finite is named.
 
-        Args:
-            batch: batch id.
-            seeded: what its layers were seeded with: the batch, or the number of the microbatch.
-            x: [rows, ...] each, what went in.
-            h: [rows, ...] each, what came out, detached.
-
-        Raises:
-            StageError: it is not finite; the layer is named.
+        Its layers were ``seeded`` with the batch, or with the number of the microbatch.
         """
         if not all(map(_finite, differentiable(h))):
             came_broken = not all(map(_finite, differentiable(x)))
@@ -114,11 +105,7 @@ class Guard:
             raise self._failed(batch, f"{what} is not finite: {remedy}", layer)
 
     def loss(self, batch: int, loss: float) -> None:
-        """Look at the training loss of a batch, before its backward pass.
-
-        Raises:
-            StageError: it is not finite, or has run away.
-        """
+        """Look at the training loss of a batch, before its backward pass."""
         if not math.isfinite(loss):
             remedy = "lower the learning rate, or look at the inputs of this batch"
             raise self._failed(batch, f"the loss is {loss}: {remedy}")
@@ -129,7 +116,7 @@ class Guard:
             self._first_losses.append(loss)
             return
         start, now = (sum(losses) / len(losses) for losses in (self._first_losses, self._losses))
-        if start <= 0:  # no measure for what is much
+        if start <= 0:  # nothing to compare with
             return
         if now < 2 * start:
             self._rising_since = None
@@ -142,11 +129,7 @@ class Guard:
             raise self._failed(batch, f"{what}: {_SLOWER}; {_REGARDLESS}")
 
     def true_gradient(self, batch: int, gradient: Bundle) -> None:
-        """Look at a true gradient [rows, ...] at the stage's output, before it is used.
-
-        Raises:
-            StageError: it is not finite, or has exploded.
-        """
+        """Look at a true gradient at the stage's output, before it is used."""
         size = max((float(root_mean_square(each)) for each in differentiable(gradient)), default=0.0)
         if not math.isfinite(size):
             raise self._failed(batch, "the gradient from above is not finite: lower the learning rate")
@@ -160,15 +143,9 @@ class Guard:
             raise self._failed(batch, f"{what}: {_SLOWER}; {_REGARDLESS}")
 
     def gradients(self, batch: int, below: Bundle) -> None:
-        """Look at what a backward pass gave, before anything is sent on or stepped with.
+        """Look at what a backward pass gave, also for the input (``below``), before it is sent on or stepped with.
 
-        Args:
-            batch: batch id.
-            below: [rows, ...] each, the gradients of the input, where there are any.
-
-        Raises:
-            StageError: the gradient of a parameter is not finite, and the topmost layer with such a one is named, where
-                it began; or that of the input is not.
+        The topmost layer with a gradient that is not finite is named: there it began.
         """
         found = [parameter.grad.sum() for parameter in self._thin if parameter.grad is not None]
         if found and not math.isfinite(float(torch.stack(found).sum())):
@@ -179,26 +156,14 @@ class Guard:
         self.gradient_below(batch, below)
 
     def gradient_below(self, batch: int, gradient: Bundle) -> None:
-        """Look at a gradient [rows, ...] before it is sent to the stage below.
-
-        Raises:
-            StageError: it is not finite.
-        """
+        """Look at a gradient before it is sent to the stage below."""
         if not all(map(_finite, differentiable(gradient))):
             raise self._failed(batch, "the gradient for the stage below is not finite: lower the learning rate")
 
     def target(self, batch: int, dni: DNI, h: Tensor, labels: Tensor, gradient: Tensor) -> None:
-        """Look at a target, and hold the DNI's prediction against every 16th.
+        """Look at a target, or at the part of it that the DNI trains on, and hold the prediction against every 16th.
 
-        Args:
-            batch: its batch id.
-            dni: of the cut above; it is asked, not changed. A user's own module is not asked: that might change it.
-            h: [rows, ...] the activation.
-            labels: [rows, ...].
-            gradient: [rows, ...] the target, or the part of it that the DNI trains on.
-
-        Raises:
-            StageError: the DNI is silent, or wrong beyond reason.
+        The DNI is asked, not changed. A user's own module is not asked: that might change it.
         """
         self._num_targets += 1
         if not self._plan.guard or self._num_targets % _ONE_IN or isinstance(dni.form, Custom):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.messages.bundle import Bundle, differentiable, gradients_like, is_differentiable
 
-__all__ = ["Quality", "Sample", "Samples", "compare"]
+__all__ = ["Quality", "Sample", "compare"]
 
 
 @dataclass(frozen=True)
@@ -62,58 +62,28 @@ class Sample:
     gradients: Sequence[Tensor | None] | None
     grad: _Gradients
 
-
-class Samples:
-    """The sampled batches of one stage whose true gradients are still to come."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, Sample] = {}
-
-    def keep(self, batch: int, sample: Sample) -> None:
-        """Keep a sampled batch until ``judge``."""
-        self._kept[batch] = sample
-
-    def __contains__(self, batch: int) -> bool:
-        return batch in self._kept
-
     def judge(self, batch: int, g: Tensor) -> tuple[Quality, Bundle | None]:
-        """Compare the synthetic gradient of a kept batch with the true one.
-
-        Args:
-            batch: its batch id.
-            g: the true gradient, like ``h``.
-
-        Returns:
-            The quality, and the true gradient for ``x``; None in the first stage.
-        """
-        sample = self._kept.pop(batch)
-        under_s = sample.gradients
+        """The quality under the true gradient ``g`` of ``h``, and that of ``x``; None in the first stage."""
+        under_s = self.gradients
         if under_s is None:
-            under_s = sample.grad([sample.h], sample.leaves, [sample.synthetic], True)
-        count = len(sample.leaves)
-        found = sample.grad([sample.h], [*sample.leaves, *differentiable(sample.x)], [g], False)
-        quality = compare(batch, sample.synthetic, g, under_s or [sample.synthetic], found[:count] or [g])
-        if not sample.x:
+            under_s = self.grad([self.h], self.leaves, [self.synthetic], True)
+        count = len(self.leaves)
+        found = self.grad([self.h], [*self.leaves, *differentiable(self.x)], [g], False)
+        quality = compare(batch, self.synthetic, g, under_s or [self.synthetic], found[:count] or [g])
+        if not self.x:
             return quality, None
         rest = iter(found[count:])
-        below = tuple(next(rest) if is_differentiable(tensor) else None for tensor in sample.x)
-        return quality, gradients_like(below, sample.x)
+        below = tuple(next(rest) if is_differentiable(tensor) else None for tensor in self.x)
+        return quality, gradients_like(below, self.x)
 
 
 def compare(
     batch: int, s: Tensor, g: Tensor, under_s: Sequence[Tensor | None], under_g: Sequence[Tensor | None]
 ) -> Quality:
-    """The quality of ``s``.
+    """The quality of a synthetic gradient ``s`` beside the true ``g``, from the gradients of all parameters under both.
 
-    Args:
-        batch: batch id.
-        s: [batch, ...] the synthetic gradient.
-        g: [batch, ...] the true one.
-        under_s: gradient of every parameter under s; None: zeros.
-        under_g: the same under g.
-
-    Returns:
-        Cosine and ratio are 0 where one of the norms is; the error is infinite where g is zero and s is not.
+    A None among these counts as zeros. Cosine and ratio are 0 where one of the norms is; the error is infinite where g
+    is zero and s is not.
     """
     dot = sum(_dot(a, b) for a, b in zip(under_s, under_g, strict=True))
     norm_s, norm_g = (sum(_dot(a, a) for a in gradients) ** 0.5 for gradients in (under_s, under_g))

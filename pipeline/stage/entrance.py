@@ -24,13 +24,6 @@ class Entrance:
     """The entrance of one stage.
 
     Where the stage below only trains its DNI on what it gets, it gets no more than the samples that this one trains on.
-
-    Args:
-        below: the cut below; None for the first stage.
-        plan: of the run.
-        flow: of the stage.
-        layers: of the stage.
-        computing: where they compute.
     """
 
     def __init__(

@@ -50,12 +50,7 @@ def scores_of(
 ) -> EvaluationMetrics:
     """Go through the held-out batches with a whole network in evaluation mode; afterwards its modules train as before.
 
-    Args:
-        recipe: gives the batches (none: scores of no rows), the loss and what is right.
-        network: inputs -> output.
-        computing: where and how; None: plainly, on the CPU.
-        first: index of the first batch to take.
-        every: take every n-th batch from there on.
+    Takes every n-th batch (``every``) from ``first`` on. Without ``computing``: plainly, on the CPU.
     """
     scores, computing = EvaluationMetrics(), computing or ComputeContext(Plan())
     modes = ModuleModes(network)

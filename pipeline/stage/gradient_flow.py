@@ -54,7 +54,8 @@ class Route(NamedTuple):
         relays: the true gradient will be taken through the stage after the update.
         samples: its true gradient travels all the way down, to see how good the synthetic ones were.
         stashes: the weights will change between its forward and the last backward through it.
-        from_true: what the stage, below the last one, updates with surely is the gradient of the loss.
+        from_true: a stage below the last one updates with the gradient of the loss, not with one that a DNI had a part
+            in.
     """
 
     locks: Locks
@@ -75,12 +76,7 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class Flow:
-    """What one stage sends to the stage below.
-
-    Args:
-        plan: the plan of the run.
-        index: the stage.
-    """
+    """What one stage sends to the stage below."""
 
     plan: Plan
     index: int

@@ -47,10 +47,6 @@ class Kept:
         """The first of the context."""
         return present(self.context[0])
 
-    def for_target(self) -> None:
-        """Keep only what a DNI learns from: h and the context, without a graph."""
-        self.h, self.x, self.leaves, self.synthetic, self.stash = detached(self.h), (), [], None, {}
-
 
 class InFlight(dict[Item, Kept]):
     """The pieces of work of one stage that something is still kept of.
@@ -72,6 +68,14 @@ class InFlight(dict[Item, Kept]):
         if item not in self:
             raise self.out_of_place(item.batch, f"something for microbatch {item.microbatch}")
         return self[item]
+
+    def updated(self, item: Item) -> None:
+        """Keep of a batch after its update only what its target needs: h and the labels, the graph too, or nothing."""
+        kept = self[item]
+        if not kept.route.wants_target:
+            del self[item]
+        elif not kept.route.relays:
+            kept.h, kept.x, kept.leaves, kept.synthetic, kept.stash = detached(kept.h), (), [], None, {}
 
     def relaying(self) -> list[int]:
         """The batches whose true gradient is still to be taken through the stage."""

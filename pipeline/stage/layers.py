@@ -40,13 +40,7 @@ _Entrance = Callable[[Tensor], Tensor]
 
 
 class StageLayers:
-    """The layers of one stage.
-
-    Args:
-        layers: in order, already initialised.
-        index: the stage.
-        plan: of the run.
-        computing: where and how; the layers are moved there.
+    """The layers of one stage, already initialised; they are moved to where it computes.
 
     Attributes:
         parameters: those that are trained, each once.
@@ -76,14 +70,10 @@ class StageLayers:
         self._modes.switch(mode)
 
     def forward(self, batch: int, seeded: int, x: Bundle, stash: Stash, enter: _Entrance | None) -> Bundle:
-        """The output, with its graph; a layer that fails is named.
+        """The output, with its graph, of the layers run on the ``stash``; a layer that fails is named.
 
-        Args:
-            batch: batch id, for errors.
-            seeded: what the random numbers of every layer follow from: the batch, or the number of the microbatch.
-            x: what goes in.
-            stash: what the layers run on.
-            enter: stands for the first layer; None: that itself.
+        The random numbers of every layer follow from ``seeded``: the batch, or the number of the microbatch. ``enter``
+        stands for the first layer, if given.
         """
         with self._computing.autocast():
             h = as_bundle(self.within(stash, self._forward, batch, seeded, enter, *x))
@@ -123,7 +113,7 @@ class StageLayers:
             parameter.grad, copied.grad = copied.grad, None
 
     def within(self, stash: Stash, call: Callable[..., Any], *given: object, **named: object) -> Any:
-        """Call something with the stash in the place of parameters and buffers; whatever replaces one there goes in."""
+        """Call something with the stash in the place of parameters and buffers; what is assigned there lands in it."""
         if not stash:
             return call(*given, **named)
         return functional_call(self._modules, stash, (partial(call, *given, **named),), tie_weights=False)

@@ -18,7 +18,7 @@ from pipeline.model.cut import Cut
 from pipeline.plan.plan import Plan
 from pipeline.schedule.modes import MODES
 from pipeline.stage.divergence import Guard
-from pipeline.stage.dni_quality import Quality, Sample, Samples
+from pipeline.stage.dni_quality import Quality, Sample
 from pipeline.stage.in_flight import Kept
 from pipeline.stage.layers import StageLayers
 from pipeline.state import State
@@ -27,14 +27,7 @@ __all__ = ["Predictor"]
 
 
 class Predictor:
-    """Predicts the gradient of one tensor of a stage's output: the differentiable one.
-
-    Args:
-        cut: above the stage; None: nothing is predicted.
-        plan: of the run.
-        layers: of the stage.
-        computing: where it computes.
-        guard: looks at targets.
+    """Predicts the gradient of one tensor of a stage's output: the differentiable one. Without a cut above: nothing.
 
     Attributes:
         dni: in the mode ``unlocked``.
@@ -48,7 +41,7 @@ class Predictor:
         self._plan, self._layers, self._guard = plan, layers, guard
         self.dni: DNI | None = None
         self.local: LocalLoss | None = None
-        self.samples = Samples()
+        self.samples: dict[int, Sample] = {}
         self._place = 0 if cut is None else cut.specs.index(cut.activation)
         gradient = MODES[plan.mode].gradient
         if cut is not None and gradient == "synthetic":
@@ -89,11 +82,11 @@ class Predictor:
         under_s = None if kept.route.locked else gradients  # a locked stage has those under the gradient from above
         x = () if first else kept.x
         grad = partial(self._layers.gradients, kept.stash)
-        self.samples.keep(batch, Sample(x, self.output(kept), kept.leaves, kept.synthetic, under_s, grad))
+        self.samples[batch] = Sample(x, self.output(kept), kept.leaves, kept.synthetic, under_s, grad)
 
     def judge(self, batch: int, gradient: Bundle) -> tuple[Quality, Bundle | None]:
         """Compare a kept sample with its true gradient; the latter's input gradient, where a stage below wants it."""
-        return self.samples.judge(batch, self.of(gradient))
+        return self.samples.pop(batch).judge(batch, self.of(gradient))
 
     def state(self) -> State:
         """That of the DNI, or of the local loss."""

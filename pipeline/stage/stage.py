@@ -1,4 +1,4 @@
-"""A stage: a consecutive group of layers, its optimizer and the DNI of the cut above it. It knows how, not when.
+"""A stage: a consecutive group of layers, its optimizer and the DNI of the cut above it. It is told what to do when.
 
 What happens to one batch, unlocked, in a stage that is neither first nor last:
 
@@ -97,18 +97,15 @@ class Stage:
     # ------------------------------------------------------------------ one training batch
 
     def forward(self, item: Item, x: Bundle, context: Bundle, *, awaited: bool = False) -> Bundle:
-        """Compute the stage's output for a training batch and keep what the backward pass needs.
+        """Compute the stage's output for a training batch, detached, and keep what the backward pass needs.
 
         The batch's ``Route``, and whether the stage is locked for it (``pipeline.stage.unlock``), is decided here.
 
         Args:
             item: with the seed and the layer it fixes every random number.
-            x: [rows, ...] each, the output of the stage below, or the inputs.
-            context: [rows, ...] each, the labels first.
+            x: the output of the stage below, or the inputs.
+            context: the labels first.
             awaited: the stage below is locked and waits for the gradient of the whole batch.
-
-        Returns:
-            [rows, ...] each, the output, detached.
 
         Raises:
             StageError: a layer failed; it is named.
@@ -176,7 +173,8 @@ class Stage:
                 self._predictor.sample(kept, batch, first=self.index == 0)
         sends_now = route.sends_now and any(tensor.requires_grad for tensor in differentiable(kept.x))
         sent = gradients_like(below, kept.x, kept.samples) if sends_now else None
-        self._keep_for_target(item)
+        if not self.last:
+            self.in_flight.updated(item)
         return sent
 
     def step(self, batch: int) -> None:
@@ -200,17 +198,16 @@ class Stage:
             with self._computing.autocast():
                 kept.loss = float(self._loss(detached(kept.h), kept.context))
             self._guard.loss(item.batch, kept.loss)
-        elif kept.route.relays and self.plan.targets == "mixed":
-            self.predict(item)
-        self._keep_for_target(item)
+        else:
+            if kept.route.relays and self.plan.targets == "mixed":
+                self.predict(item)
+            self.in_flight.updated(item)
         self.record(Span.STEP, item.batch)
 
     def learn(self, item: Item, gradient: Bundle) -> Bundle | None:
-        """Train the DNI on a target, and relay it. Targets may come in any order.
+        """Train the DNI on a target, and relay it. Targets may come in any order; what was kept of the batch goes.
 
-        Args:
-            item: what was kept of it goes.
-            gradient: like the stage's output, or its samples that ``dni`` trains on where nothing is relayed.
+        The gradient is like the stage's output, or its samples that ``dni`` trains on where nothing is relayed.
 
         Returns:
             What the stage below is to get: J^T g (``true``), J^T (lambda g + (1 - lambda) s) (``mixed``; BP(lambda),
@@ -244,14 +241,8 @@ class Stage:
         return gradient
 
     def judge(self, batch: int, gradient: Bundle) -> tuple[Quality, Bundle | None]:
-        """Compare the synthetic gradient of a sampled batch with the true one.
-
-        Args:
-            batch: its batch id.
-            gradient: the true gradient, like the stage's output.
-
-        Returns:
-            The quality, and the true gradient of the stage below; None in the first stage.
+        """Compare the synthetic gradient of a sampled batch with the true one; the latter's input gradient goes to the
+        stage below, if there is one.
 
         Raises:
             StageError: the stage keeps no such sample.
@@ -330,13 +321,3 @@ class Stage:
 
     def _loss(self, h: Bundle, context: Bundle) -> Tensor:
         return self.recipe.careful_loss(as_value(h), as_value(context))
-
-    def _keep_for_target(self, item: Item) -> None:
-        """Keep of a batch only what is still needed: the loss, h and the labels, the graph too, or nothing."""
-        if self.last:
-            return
-        kept = self.in_flight[item]
-        if not kept.route.wants_target:
-            del self.in_flight[item]
-        elif not kept.route.relays:
-            kept.for_target()

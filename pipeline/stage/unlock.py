@@ -70,12 +70,7 @@ class Switch:
 
 
 class Lock:
-    """Says of every batch whether a stage waits for its gradient.
-
-    Args:
-        plan: of the run.
-        stage: its index.
-    """
+    """Says of every batch whether a stage waits for its gradient."""
 
     def __init__(self, plan: Plan, stage: int) -> None:
         self._plan, self._stage = plan, stage
