@@ -37,7 +37,7 @@ from workers.channels.shm.ring import ring_bytes
 from workers.supervision.protocol import ControlSocket, Hello, Task
 from workers.supervision.rank_link import RankLink
 from workers.supervision.remote_workers import RemoteWorkers
-from workers.wiring.edges import edges_of
+from workers.wiring.edges import edges_of, ring_slot_bytes
 from workers.wiring.run_memory import needed_bytes
 
 NO_GPU = not torch.cuda.device_count()
@@ -228,9 +228,9 @@ def test_edges_know_the_devices_of_their_ends_and_peer_memory_takes_little_of_th
     assert (down.kind, down.source_device, down.target_device) == ("shm", "cpu", "cuda:0")
     share = edges["averages 0->1 of stage 2"]
     assert (share.kind, share.source_device, share.target_device) == ("cuda", "cuda:0", "cuda:1")
-    assert up.ring_slot_bytes == HEADER_SLOT_BYTES
-    assert down.ring_slot_bytes == down.slot_bytes
-    expected = [ring_bytes(e.slots, e.ring_slot_bytes) for e in edges.values() if e.ring_slot_bytes is not None]
+    assert ring_slot_bytes(up) == HEADER_SLOT_BYTES
+    assert ring_slot_bytes(down) == down.slot_bytes
+    expected = [ring_bytes(e.slots, size) for e in edges.values() if (size := ring_slot_bytes(e)) is not None]
     assert needed_bytes(there) == sum(expected)
 
 

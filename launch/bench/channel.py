@@ -15,7 +15,7 @@ import contextlib
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -27,19 +27,19 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.bench.spread import Spread
-from pipeline.errors import PlanError
 from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message, layout_of
-from pipeline.plan.channel_choice import CHANNELS, choose_channels
+from pipeline.plan.channel_choice import CHANNELS, obstacle
 from pipeline.plan.device_choice import CPU
 from pipeline.plan.topology import Edge
 from workers.channels.gpu.nccl import nccl_here
 from workers.channels.interface import Receiver, Sender
 from workers.channels.net.gloo import Meeting, Rendezvous
-from workers.channels.shm.ring import check_shared_memory, create_ring, new_prefix, ring_bytes, sweep_stale, unlink_ring
+from workers.channels.shm.ring import new_prefix
 from workers.processes.claim_gpu import claim, finish
 from workers.processes.context import process_context
 from workers.wiring.edges import ChannelSpec, open_receiver, open_sender
+from workers.wiring.run_memory import rings
 
 __all__ = ["SIZES", "ChannelRow", "bench_channel", "print_rows"]
 
@@ -136,7 +136,8 @@ def _measured(
         context.Process(target=_ping, args=(tracks, meet, rounds, to_us), daemon=True),
         context.Process(target=_pong, args=(tracks, meet, rounds, to_us_too), daemon=True),
     ]
-    with from_ping, from_pong, to_us, to_us_too, _rings(tracks) as unlink, _running(processes):
+    channels = [channel for track in tracks for channel in (track.there, track.back)]
+    with from_ping, from_pong, to_us, to_us_too, rings(channels) as unlink, _running(processes):
         _report(from_ping, processes, end)
         _report(from_pong, processes, end)
         unlink()  # both have attached: nothing stays behind, whatever happens from here on
@@ -164,36 +165,9 @@ def _tracks(prefix: str, sizes: Sequence[int], slots: int, devices: tuple[str, s
     return tuple(
         _Track(kind, size, channel(kind, "there", i, size), channel(kind, "back", i, size))
         for kind in CHANNELS
-        if _reaches(kind, devices)
+        if (kind != "nccl" or nccl_here()) and obstacle(kind, *(("here", device) for device in devices)) is None
         for i, size in enumerate(sizes)
     )
-
-
-def _reaches(kind: str, devices: tuple[str, str]) -> bool:
-    """Whether this kind of channel is for these devices of this host."""
-    try:
-        return bool(choose_channels(kind, ("here", "here"), devices=devices, nccl=nccl_here()))
-    except PlanError:
-        return False
-
-
-@contextlib.contextmanager
-def _rings(tracks: Sequence[_Track]) -> Iterator[Callable[[], None]]:
-    sweep_stale()
-    channels = [channel for track in tracks for channel in (track.there, track.back)]
-    rings = [(channel, size) for channel in channels if (size := channel.ring_slot_bytes) is not None]
-    check_shared_memory(sum(ring_bytes(channel.slots, size) for channel, size in rings))
-
-    def unlink() -> None:
-        for channel, _ in rings:
-            unlink_ring(channel.name)
-
-    try:
-        for channel, size in rings:
-            create_ring(channel.name, channel.slots, size)
-        yield unlink
-    finally:
-        unlink()
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ ends, since others may still copy into it."""
 
 
 class CudaEngine:
-    """A ``staging.Engine``, ``cuda_ipc.PeerEngine`` and ``nccl_ends.LinkEngine`` in one.
+    """See ``workers.channels.engine.Engine``.
 
     Args:
         device: as torch names it, e.g. ``cuda:0``; the computing stream is whichever is current there.
@@ -90,7 +90,7 @@ class CudaEngine:
         return event
 
     def shareable(self, num_bytes: int) -> tuple[Tensor, bytes]:
-        """See ``PeerEngine``."""
+        """See ``Engine``."""
         runtime, pointer, handle = _runtime(), ctypes.c_void_p(), _Handle()
         whole_bytes = -(-num_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
         with torch.cuda.device(self._device):
@@ -102,7 +102,7 @@ class CudaEngine:
         return memory, shared
 
     def opened(self, handle: bytes, num_bytes: int) -> Tensor:
-        """See ``PeerEngine``.
+        """See ``Engine``.
 
         Raises:
             RuntimeError: this device cannot reach the other's memory.
@@ -126,7 +126,7 @@ class CudaEngine:
         return _over(pointer, num_bytes, self._device)
 
     def signal(self) -> tuple[torch.cuda.Event, bytes]:
-        """See ``PeerEngine``."""
+        """See ``Engine``."""
         with torch.cuda.device(self._device):  # an event belongs to the device that is current at its first use
             event = torch.cuda.Event(interprocess=True)
             handle = bytes(event.ipc_handle())
@@ -134,7 +134,7 @@ class CudaEngine:
         return event, handle
 
     def opened_signal(self, handle: bytes) -> torch.cuda.Event:
-        """See ``PeerEngine``."""
+        """See ``Engine``."""
         if handle in _own:
             mine: torch.cuda.Event = _own[handle]
             return mine
@@ -142,15 +142,15 @@ class CudaEngine:
         return event
 
     def wire(self, meeting: Meeting, name: str, side: int, within_s: float) -> NcclLink:
-        """See ``WireEngine``."""
+        """See ``Engine``."""
         return NcclLink.join(self._device, meeting, name, side, within_s)
 
     def record(self, signal: Any) -> None:
-        """See ``PeerEngine``."""
+        """See ``Engine``."""
         signal.record(self._stream)
 
     def wait(self, signal: Any) -> None:
-        """See ``PeerEngine``."""
+        """See ``Engine``."""
         self._stream.wait_event(signal)
 
 

@@ -62,7 +62,7 @@ def nccl_here() -> bool:
 
 
 class NcclLink:
-    """See ``workers.channels.gpu.nccl_ends.DeviceLink``. Use ``join``."""
+    """See ``workers.channels.engine.DeviceLink``. Use ``join``."""
 
     is_cut = False
 
@@ -75,7 +75,7 @@ class NcclLink:
 
     @classmethod
     def join(cls, device: torch.device, meeting: Meeting, name: str, side: int, within_s: float) -> Self:
-        """Connect this device and that of the process that joins the other side; see ``WireEngine.wire``."""
+        """Connect this device and that of the process that joins the other side; see ``Engine.wire``."""
         try:
             return _within(within_s, lambda: cls._connected(device, meeting, name, side, within_s))
         except TimeoutError as error:
@@ -107,15 +107,15 @@ class NcclLink:
         return wire
 
     def send(self, payload: Tensor) -> _Transfer:
-        """See ``Wire``."""
+        """See ``DeviceLink``."""
         return self._queued(self._group.send, payload)
 
     def receive(self, payload: Tensor) -> _Transfer:
-        """See ``Wire``."""
+        """See ``DeviceLink``."""
         return self._queued(self._group.recv, payload)
 
     def cut(self) -> None:
-        """See ``Wire``; 5 s at most."""
+        """See ``DeviceLink``; 5 s at most."""
         with self._cutting:
             if self._aborting is None:
                 self.is_cut = True

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 
-import torch
 from torch import Tensor
 
 from pipeline.messages.message import Message
-from workers.channels.interface import Receiver, Sender
+from workers.channels.interface import ChannelKind, Receiver, Sender
 from workers.channels.net.credit_end import CLOSED, RemoteEnd
 from workers.channels.net.gloo import PairBroken
 from workers.channels.slot import Slot
+from workers.channels.spec import ChannelSpec
+from workers.channels.staging import incoming_slot, outgoing_slot
 
-__all__ = ["RemoteReceiver", "RemoteSender"]
+__all__ = ["GLOO", "RemoteReceiver", "RemoteSender"]
 
 
 class RemoteSender(Sender, RemoteEnd):
-    """The sending end of a remote channel; see `Sender`. Use `attach`."""
+    """The sending end of a remote channel; see `Sender`."""
 
     side, who, peer = 0, "sender", "receiver"
     _num_sent = _num_shipped = _num_released = 0
@@ -46,12 +47,15 @@ class RemoteSender(Sender, RemoteEnd):
                 self._break(0.0)
             index = self._num_sent % self._ring_size
             try:
-                self.lane.fill(self._slots[index], self._stamped(message))
+                self._slots[index].write(self._stamped(message))
             except BaseException as error:
                 error.add_note(f"while sending on {self.label}")
                 raise
             self._num_sent += 1
-            self.lane.then(self._ship_next)
+            if self.staging is None:
+                self._ship_next()
+            else:
+                self.staging.then(self._ship_next)
             if self._broken is not None:
                 self._break(0.0)
 
@@ -71,8 +75,8 @@ class RemoteSender(Sender, RemoteEnd):
     def _has_room(self) -> bool:
         return self._num_sent - self._num_released < self.capacity
 
-    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
-        return self.lane.outgoing(memory, wire_dtype)
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+        return outgoing_slot(memory, channel.wire_dtype, self.staging)
 
     def _incoming(self) -> list[Tensor]:
         return self._credits
@@ -96,7 +100,7 @@ class RemoteSender(Sender, RemoteEnd):
 
 
 class RemoteReceiver(Receiver, RemoteEnd):
-    """The receiving end of a remote channel; see `Receiver`. Use `attach`."""
+    """The receiving end of a remote channel; see `Receiver`."""
 
     side, who, peer = 1, "receiver", "sender"
     _num_arrived = _num_read = _num_released = _num_told = _num_credits = 0
@@ -126,7 +130,7 @@ class RemoteReceiver(Receiver, RemoteEnd):
             slot = self._slots[self._num_read % self._ring_size]
             self._num_read += 1
             self.held += 1
-            return self._checked(self.lane.land(slot))
+            return self._checked(slot.read())
 
     def _free(self) -> None:
         with self._changed:
@@ -152,8 +156,8 @@ class RemoteReceiver(Receiver, RemoteEnd):
     def _has_message(self) -> bool:
         return self._num_arrived > self._num_read
 
-    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
-        return self.lane.incoming(memory)
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+        return incoming_slot(memory, self.staging)
 
     def _incoming(self) -> list[Tensor]:
         return self._slot_bytes
@@ -171,3 +175,7 @@ class RemoteReceiver(Receiver, RemoteEnd):
             self._said_end = True
             with contextlib.suppress(PairBroken):  # the waiter sees it too
                 self._ship_credit(CLOSED)
+
+
+GLOO = ChannelKind("gloo", RemoteSender, RemoteReceiver)
+"""Between workers of two hosts."""

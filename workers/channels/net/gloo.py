@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from workers.channels.errors import ChannelTimeout
+from workers.channels.names import Meeting
 
 __all__ = ["INTERFACE", "Meeting", "Pair", "PairBroken", "Rendezvous", "address_towards"]
 
@@ -85,17 +86,10 @@ class Rendezvous:
 
         Raises:
             ChannelTimeout: nothing answered within ``within_s`` seconds.
-
-        Blocks:
-            until connected, at most ``within_s``.
         """
         try:
             store = dist.TCPStore(  # type: ignore[attr-defined]
-                self.host,
-                self.port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=within_s),
+                self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=within_s)
             )
             interface = os.environ.get(INTERFACE, "").partition(",")[0]
             where = {"interface": interface} if interface else {"hostname": address_towards(self.host, self.port)}
@@ -105,19 +99,6 @@ class Rendezvous:
                 f"no store answered at {self.host}:{self.port} within {within_s:.3g} s ({_first_line(error)}): is the "
                 "process that hosts it alive, and its port reachable from here?"
             ) from error
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """A process's place at the rendezvous; of one thread. All its pairs share one event loop thread.
-
-    Attributes:
-        store: the connection to the store.
-        device: where this process's pairs listen.
-    """
-
-    store: Any
-    device: Any
 
 
 class Pair:
@@ -131,19 +112,10 @@ class Pair:
 
     @classmethod
     def join(cls, meeting: Meeting, name: str, side: int, within_s: float) -> Self:
-        """Connect to the process that joins the other side of the same name.
-
-        Args:
-            meeting: where both meet.
-            name: the pair's, used once.
-            side: 0 or 1.
-            within_s: seconds within which the other one must come.
+        """Connect to the process that joins the other side (0 or 1) of the same name, which is used once.
 
         Raises:
-            ChannelTimeout: nobody came.
-
-        Blocks:
-            until connected, at most ``within_s``.
+            ChannelTimeout: nobody came within ``within_s`` seconds.
         """
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [meeting.device]
@@ -171,13 +143,10 @@ class Pair:
         return _posted(self._group.recv, data, self._peer)
 
     def wait(self, work: Any, within: timedelta = _FOREVER) -> None:
-        """Wait for one `send` or `expect`.
+        """Wait for one `send` or `expect`; lets other threads run.
 
         Raises:
             PairBroken: the connection is gone, or ``within`` is over, which cuts it.
-
-        Blocks:
-            until done; releases the interpreter's lock meanwhile.
         """
         try:
             work.wait(within)
