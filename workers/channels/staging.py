@@ -134,11 +134,7 @@ class StagedSlot(Slot):
         self._staging, self._buffer, self._used = staging, staging.engine.empty(len(self._payload)), slice(0)
 
     def write(self, message: Message) -> None:
-        """See ``Slot``; its tensors are there when what ``DeviceStaging.then`` is given next is called.
-
-        Raises:
-            ChannelBroken: an earlier copy failed.
-        """
+        """As ``Slot``; the tensors are there when what ``DeviceStaging.then`` is given next is called."""
         self._staging.check()
         super().write(message)
         self.send_off()

@@ -90,9 +90,7 @@ def slot_bytes(cut: Cut, wire_dtype: torch.dtype | None = None) -> tuple[int, in
 def rendezvous(resolved: Resolved, host: str = "127.0.0.1") -> Iterator[Rendezvous | None]:
     """Host, in this process, what the workers of a run need to find each other; None where shared memory does.
 
-    Args:
-        resolved: the run.
-        host: this host's address, as all workers reach it.
+    ``host`` is this host's address, as all workers reach it.
     """
     if any(ring_slot_bytes(channel) is None for channel in channels_of(resolved, Names(""))):
         with Rendezvous.hosted(host) as hosted:
@@ -104,13 +102,7 @@ def rendezvous(resolved: Resolved, host: str = "127.0.0.1") -> Iterator[Rendezvo
 def open_sender(
     channel: ChannelSpec, bell: Callable[[int], WakeUp | None], meeting: Meeting | None, within_s: float
 ) -> Sender:
-    """Open the sending end of a channel. Each process opens its ends in the order of ``channels_of``.
-
-    Args:
-        channel: the channel.
-        bell: the bell of a worker, for those that the channel rings.
-        meeting: where processes without common memory meet; None where every channel is in shared memory.
-        within_s: how long to look for what is to be there, in seconds.
+    """Open the sending end of a channel (see ``Opening``). Each process does so in the order of ``channels_of``.
 
     Raises:
         ChannelTimeout: the other end, or the memory, was not there in time.
@@ -118,16 +110,14 @@ def open_sender(
     Blocks:
         as the kind of end says.
     """
-    opening = Opening(within_s, bell, meeting)
-    return _opened(KINDS[channel.kind].sender, channel, channel.source_device, opening)
+    return _opened(KINDS[channel.kind].sender, channel, channel.source_device, Opening(within_s, bell, meeting))
 
 
 def open_receiver(
     channel: ChannelSpec, bell: Callable[[int], WakeUp | None], meeting: Meeting | None, within_s: float
 ) -> Receiver:
     """Open the receiving end of a channel; as ``open_sender``."""
-    opening = Opening(within_s, bell, meeting)
-    return _opened(KINDS[channel.kind].receiver, channel, channel.target_device, opening)
+    return _opened(KINDS[channel.kind].receiver, channel, channel.target_device, Opening(within_s, bell, meeting))
 
 
 _E = TypeVar("_E", bound=End)

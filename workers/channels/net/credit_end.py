@@ -89,11 +89,8 @@ class RemoteEnd(End):
         self._expected: list[Any] = [None] * self._ring_size
 
     def close(self) -> None:
-        """Close this end; see `End.close`.
-
-        Blocks:
-            until what is under way to or from a device is copied, and the other end's process answered, at most 2 s: it
-            does at once unless it is stopped.
+        """Blocks until what is under way to or from a device is copied, and the other end's process answered, at most
+        2 s: it does at once unless it is stopped.
         """
         if self._closed:
             return
@@ -120,8 +117,8 @@ class RemoteEnd(End):
         """Take in what arrived in a buffer; False when it says that nothing will follow."""
 
     @abstractmethod
-    def _say_end(self) -> None:
-        """Tell the peer, once, that nothing will follow. With the lock held."""
+    def _ship_end(self) -> None:
+        """Ship what says that nothing will follow."""
 
     def _connect(self, channel: ChannelSpec, opening: Opening) -> None:
         """Connect what else there is to be connected."""
@@ -153,6 +150,13 @@ class RemoteEnd(End):
         """Copy what is under way to or from a device, then part."""
         self._drain()
         self._part()
+
+    def _say_end(self) -> None:
+        """Tell the peer, once, that nothing will follow. With the lock held."""
+        if not self._said_end and self._broken is None:
+            self._said_end = True
+            with contextlib.suppress(PairBroken):  # the waiter sees it too
+                self._ship_end()
 
     def _part(self) -> None:
         """Say that nothing will follow, and wait for the peer's answer, 2 s at most."""

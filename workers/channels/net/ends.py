@@ -24,19 +24,14 @@ class RemoteSender(Sender, RemoteEnd):
     _num_sent = _num_shipped = _num_released = 0
 
     def depth(self) -> int:
-        """Number of slots in use; see `End.depth`."""
         return 0 if self._closed else self._num_sent - self._num_released
 
     def room(self) -> bool:
-        """Whether a send would not block now; see `Sender.room`. True once the connection broke: a send then raises."""
+        """True, too, once the connection broke: a send then raises."""
         return self._has_room() or self._closed or self._peer_ended or self._broken is not None
 
     def send(self, message: Message, deadline_s: float) -> None:
-        """Send one message; see `Sender.send`.
-
-        Raises:
-            ChannelBroken: the connection is gone.
-        """
+        """As `Sender.send`; raises ``ChannelBroken`` once the connection is gone."""
         if self._closed:
             self._refuse("the sender")
         with self._changed:
@@ -90,13 +85,10 @@ class RemoteSender(Sender, RemoteEnd):
         self._num_released = released
         return True
 
-    def _say_end(self) -> None:
-        if not self._said_end and self._broken is None:
-            self._said_end = True
-            index = self._num_shipped % self._ring_size
-            self._slots[index].write_end()
-            with contextlib.suppress(PairBroken):  # the waiter sees it too
-                self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
+    def _ship_end(self) -> None:
+        index = self._num_shipped % self._ring_size
+        self._slots[index].write_end()
+        self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
 
 
 class RemoteReceiver(Receiver, RemoteEnd):
@@ -106,21 +98,16 @@ class RemoteReceiver(Receiver, RemoteEnd):
     _num_arrived = _num_read = _num_released = _num_told = _num_credits = 0
 
     def depth(self) -> int:
-        """Number of slots in use, as far as messages have arrived; see `End.depth`."""
+        """Number of slots in use, as far as messages have arrived."""
         return 0 if self._closed else self._num_arrived - self._num_released
 
     def poll(self) -> Message | None:
-        """The next message in place, or None; see `Receiver.poll`.
-
-        Raises:
-            ChannelBroken: the connection is gone, and everything that arrived was received.
-        """
+        """As `Receiver.poll`; raises ``ChannelBroken`` once the connection is gone and what arrived was received."""
         if self._has_message() or self._closed or self._peer_ended or self._broken is not None:
             return self.receive(0)
         return None
 
     def receive(self, deadline_s: float) -> Message:
-        """The next message in place; see `Receiver.receive`. Raises as `poll`."""
         if self._closed:
             self._refuse("the receiver")
         with self._changed:
@@ -170,11 +157,8 @@ class RemoteReceiver(Receiver, RemoteEnd):
             self._give_credit(self.capacity)  # the sender believes that the channel is full
         return True
 
-    def _say_end(self) -> None:
-        if not self._said_end and self._broken is None:
-            self._said_end = True
-            with contextlib.suppress(PairBroken):  # the waiter sees it too
-                self._ship_credit(CLOSED)
+    def _ship_end(self) -> None:
+        self._ship_credit(CLOSED)
 
 
 GLOO = ChannelKind("gloo", RemoteSender, RemoteReceiver)

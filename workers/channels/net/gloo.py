@@ -42,11 +42,7 @@ class PairBroken(ConnectionError):
 
 
 def address_towards(host: str, port: int) -> str:
-    """This host's address on the way to another host; connecting a datagram socket sends nothing.
-
-    Raises:
-        OSError: there is no way to that host, or no such host.
-    """
+    """This host's address on the way to another host (``OSError``: there is none); nothing is sent."""
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(address)
@@ -79,10 +75,8 @@ class Rendezvous:
         del store  # its server ends with it
 
     def join(self, within_s: float) -> Meeting:
-        """Connect to the store.
-
-        The process's pairs then listen at its address as seen from the store's host, or at the (first) interface that
-        ``GLOO_SOCKET_IFNAME`` names.
+        """Connect to the store. The process's pairs then listen at its address as seen from the store's host, or at
+        the (first) interface that ``GLOO_SOCKET_IFNAME`` names.
 
         Raises:
             ChannelTimeout: nothing answered within ``within_s`` seconds.
@@ -131,11 +125,7 @@ class Pair:
         return cls(group, 1 - side)
 
     def send(self, data: Tensor) -> Any:
-        """Send a contiguous CPU tensor; returns what `wait` takes. Does not block.
-
-        Raises:
-            PairBroken: the connection is gone.
-        """
+        """Send a contiguous CPU tensor; returns what `wait` takes. Raises ``PairBroken``; does not block."""
         return _posted(self._group.send, data, self._peer)
 
     def expect(self, data: Tensor) -> Any:

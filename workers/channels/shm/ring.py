@@ -159,13 +159,7 @@ class _ShmEnd(End):
     def _slots_over(self, memories: Sequence[memoryview], channel: ChannelSpec, within_s: float) -> list[Slot]:
         """The slots, as this end sees them."""
 
-    @property
-    def paired(self) -> bool:
-        """Whether both ends have attached: from then on the names are of no more use."""
-        return bool(self._header[_SENDER_ATTACHED] and self._header[_RECEIVER_ATTACHED])
-
     def depth(self) -> int:
-        """Number of slots in use; see `End.depth`."""
         return 0 if self._closed else max(0, self.capacity - int(self._empty.value))
 
     def _shut(self) -> None:
@@ -186,11 +180,9 @@ class ShmSender(_ShmEnd, Sender):
         return [outgoing_slot(memory, channel.wire_dtype, self.staging) for memory in memories]
 
     def room(self) -> bool:
-        """Whether a send would not block now; see `Sender.room`."""
         return self._closed or bool(self._empty.value) or bool(self._header[_RECEIVER_CLOSED])
 
     def send(self, message: Message, deadline_s: float) -> None:
-        """Send one message; see `Sender.send`."""
         if self._closed:
             self._refuse("the sender")
         if not acquire_within(self._empty, deadline_s):
@@ -215,7 +207,7 @@ class ShmSender(_ShmEnd, Sender):
         self._ring()
 
     def close(self) -> None:
-        """Close this end; see `End.close`. The receiver gets what was sent, then `ChannelClosed`."""
+        """The receiver gets what was sent, then `ChannelClosed`."""
         if not self._closed:
             self._drain()
             _NUM_SENT.pack_into(self._header, _NUM_SENT_AT, self._next)
@@ -236,14 +228,12 @@ class ShmReceiver(_ShmEnd, Receiver):
         return [incoming_slot(memory, self.staging) for memory in memories]
 
     def poll(self) -> Message | None:
-        """The next message in place, or None; see `Receiver.poll`."""
         # Asking for the value first makes an empty poll 0.1 us instead of 1 us.
         if not (self._closed or self._drained) and not self._filled.value:
             return None
         return self.receive(0)
 
     def receive(self, deadline_s: float) -> Message:
-        """The next message in place; see `Receiver.receive`."""
         if self._closed:
             self._refuse("the receiver")
         if self._drained:
@@ -264,7 +254,7 @@ class ShmReceiver(_ShmEnd, Receiver):
             self._ring()
 
     def close(self) -> None:
-        """Close this end; see `End.close`. The sender gets `ChannelClosed` at once."""
+        """The sender gets `ChannelClosed` at once."""
         if not self._closed:
             self._drain()
             self._header[_RECEIVER_CLOSED] = 1
