@@ -1,7 +1,7 @@
 """A channel between GPUs that share no memory: headers go over gloo, payloads from device to device over a wire.
 
     computing stream    ... forward | snapshot | dni | backward ...           fetch | forward ...
-    sender's lane                       waits: send queued, then the header     ^waits for what has landed
+    sender's staging                    waits: send queued, then the header     ^waits for what has landed
     wire                                  +--------- payload ---------> slot ---+
     gloo                                  +- header -> receive queued                -- credit -->
 

@@ -55,7 +55,7 @@ class RemoteSender(Sender, RemoteEnd):
                 self._break(0.0)
 
     def _ship_next(self) -> None:
-        """The oldest message that is filled; in the thread that sent it, or in that of its lane."""
+        """The oldest message that is filled; in the thread that sent it, or in that of the staging."""
         with self._changed:
             if self._said_end or self._broken is not None:
                 return  # nobody takes it
