@@ -52,7 +52,7 @@ def wires_down() -> Iterator[None]:
 
 
 class LateEngine:
-    """See ``workers.channels.gpu.cuda_ipc.PeerEngine``."""
+    """See ``workers.channels.engine.Engine``."""
 
     def __init__(self, device: str) -> None:
         self._todo: list[Callable[[], None]] = []
@@ -145,7 +145,7 @@ class Counts:
 
 
 class LateLink:
-    """A ``nccl_ends.DeviceLink``: does one thing after the other, in a thread, which is the device.
+    """A ``DeviceLink``: does one thing after the other, in a thread, which is the device.
 
     Attributes:
         under_way: number of sends or receives that are queued and not over.

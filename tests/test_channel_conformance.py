@@ -31,7 +31,7 @@ from workers.channels.net.gloo import Meeting, Rendezvous
 from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
 from workers.channels.wakeup import WakeUp
 from workers.processes.context import process_context
-from workers.wiring.edges import ChannelSpec, open_receiver, open_sender
+from workers.wiring.edges import ChannelSpec, open_receiver, open_sender, ring_slot_bytes
 
 SOON_S = 0.05  # a wait that is meant to end in a timeout
 DEADLINE_S = 20.0  # a wait that is meant to succeed
@@ -73,8 +73,9 @@ class Ground:
 
 @contextmanager
 def over_shared_memory(edge: ChannelSpec) -> Iterator[Ground]:
-    assert edge.ring_slot_bytes is not None
-    create_ring(edge.name, edge.slots, edge.ring_slot_bytes)
+    size = ring_slot_bytes(edge)
+    assert size is not None
+    create_ring(edge.name, edge.slots, size)
     try:
         yield Ground(edge)
     finally:

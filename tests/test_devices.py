@@ -28,7 +28,7 @@ from launch.ranks.agreement import preparing, profile
 from launch.setup.local_gpus import chosen_here, gpus_here
 from launch.setup.resolve_source import resolve_source
 from pipeline import Plan, PlanError, run_reference
-from pipeline.plan.channel_choice import ChannelChoice, choose_channels, kind_between
+from pipeline.plan.channel_choice import CHANNELS, ChannelChoice, choose_channels, kind_between
 from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import choose_devices, on_gpu
 from workers.channels.gpu.cuda_ipc import HEADER_SLOT_BYTES
@@ -38,7 +38,7 @@ from workers.supervision.control_records import Hello, Task
 from workers.supervision.control_socket import ControlSocket
 from workers.supervision.rank_connection import RankConnection
 from workers.supervision.remote_workers import RemoteWorkers
-from workers.wiring.edges import edges_of
+from workers.wiring.edges import KINDS, channels_of, ring_slot_bytes
 from workers.wiring.run_memory import needed_bytes
 
 NO_GPU = not torch.cuda.device_count()
@@ -125,6 +125,10 @@ def test_what_cannot_be_computed_so_is_refused(plan: Plan, message: str) -> None
 
 def test_locked_training_on_gpus_may_ask_for_deterministic_algorithms() -> None:
     assert check_plan(Plan(mode="naive", deterministic=True, device="cuda"))
+
+
+def test_every_channel_that_a_plan_can_name_can_be_opened() -> None:
+    assert set(KINDS) == set(CHANNELS)
 
 
 def test_the_channel_of_a_cut_follows_from_hosts_and_devices() -> None:
@@ -222,16 +226,16 @@ def test_edges_know_the_devices_of_their_ends_and_peer_memory_takes_little_of_th
     devices = ("cpu", "cuda:0", "cuda:0", "cpu", "cuda:1", "cuda:1")
     choices = choose_channels("auto", there.hosts, 2, devices)
     there = replace(there, devices=devices, channels=choices)
-    edges = {edge.label: edge for edge in edges_of(there, Names("x"))}
+    edges = {edge.label: edge for edge in channels_of(there, Names("x"))}
     up = edges["gradients 2->1 of replica 1"]
     assert (up.kind, up.source_device, up.target_device) == ("cuda", "cuda:1", "cuda:1")
     down = edges["activations 0->1 of replica 0"]
     assert (down.kind, down.source_device, down.target_device) == ("shm", "cpu", "cuda:0")
     share = edges["averages 0->1 of stage 2"]
     assert (share.kind, share.source_device, share.target_device) == ("cuda", "cuda:0", "cuda:1")
-    assert up.ring_slot_bytes == HEADER_SLOT_BYTES
-    assert down.ring_slot_bytes == down.slot_bytes
-    expected = [ring_bytes(e.slots, e.ring_slot_bytes) for e in edges.values() if e.ring_slot_bytes is not None]
+    assert ring_slot_bytes(up) == HEADER_SLOT_BYTES
+    assert ring_slot_bytes(down) == down.slot_bytes
+    expected = [ring_bytes(e.slots, size) for e in edges.values() if (size := ring_slot_bytes(e)) is not None]
     assert needed_bytes(there) == sum(expected)
 
 

@@ -29,9 +29,11 @@ from launch.training import run
 from pipeline import ChannelPlan, Plan, PlanError, Recipe, run_reference
 from pipeline.plan.channel_choice import choose_channels
 from pipeline.plan.check import check_plan
+from pipeline.plan.topology import Edge
 from workers.channels.errors import ChannelTimeout
 from workers.channels.net.ends import RemoteReceiver, RemoteSender
 from workers.channels.net.gloo import Pair, Rendezvous
+from workers.channels.spec import ChannelSpec, Opening
 
 UNSEEN_S = 50.0
 """Before a failure that nobody saw would end as a stall, after 60 s."""
@@ -203,10 +205,10 @@ def test_a_meeting_where_nobody_comes_ends_at_its_deadline() -> None:
 
 def test_ends_that_do_not_agree_on_their_slots_refuse_each_other() -> None:
     """A message longer than the buffer that waits for it would end the receiving process."""
-    common = {"name": "e", "label": "activations 0->1", "slot_bytes": 640, "deadline_s": 10.0}
+    two = ChannelSpec(Edge(0, 1, "activations", 0), "gloo", "e", "activations 0->1", 2, 640)
     with Rendezvous.hosted() as rendezvous, ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(partial(RemoteSender.attach, **common), rendezvous.join(10.0), slots=2)
+        sending = pool.submit(RemoteSender, two, Opening(10.0, meeting=rendezvous.join(10.0)))
         with pytest.raises(ValueError, match="the receiver has 3 slots of 704 bytes, the sender 2 of 704"):
-            RemoteReceiver.attach(rendezvous.join(10.0), slots=3, **common)
+            RemoteReceiver(replace(two, slots=3), Opening(10.0, meeting=rendezvous.join(10.0)))
         with pytest.raises(ValueError, match="the sender has 2 slots of 704 bytes, the receiver 3 of 704"):
             sending.result(20.0)

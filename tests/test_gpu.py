@@ -44,7 +44,7 @@ from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
 from workers.errors import RunFailed
 from workers.telemetry.gpu_span_recorder import CudaMarks, GpuSpanRecorder
 from workers.telemetry.status_table import StatusTable
-from workers.wiring.edges import ChannelSpec, open_receiver, open_sender
+from workers.wiring.edges import ChannelSpec, open_receiver, open_sender, ring_slot_bytes
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product of this process
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # torch warns of what has no deterministic form
@@ -251,8 +251,9 @@ def ends(kind: str, slot_bytes: int, wire_dtype: torch.dtype | None = None) -> I
         Edge(0, 1, "activations", 0), kind, f"{new_prefix()}-a", "a 0->1", 2, slot_bytes, wire_dtype, GPU, GPU
     )
     with ExitStack() as stack:
-        assert edge.ring_slot_bytes is not None
-        create_ring(edge.name, edge.slots, edge.ring_slot_bytes)
+        size = ring_slot_bytes(edge)
+        assert size is not None
+        create_ring(edge.name, edge.slots, size)
         stack.callback(unlink_ring, edge.name)
         receiver = stack.enter_context(open_receiver(edge, lambda stage: None, None, DEADLINE_S))
         yield stack.enter_context(open_sender(edge, lambda stage: None, None, DEADLINE_S)), receiver

@@ -17,14 +17,13 @@ from pipeline.messages.message import Kind, Message
 from pipeline.metrics.spans import SPAN_DTYPE, Span, Spans
 from pipeline.plan.topology import Edge
 from workers.channels.errors import ChannelBroken, ChannelTimeout
-from workers.channels.gpu.cuda_ipc import PeerSender
 from workers.channels.interface import Receiver, Sender
 from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
-from workers.channels.staging import DeviceStaging
+from workers.channels.staging import DeviceStaging, StagedSlot
 from workers.clock import now_ns
 from workers.telemetry.gpu_span_recorder import GpuSpanRecorder
 from workers.telemetry.status_table import StatusTable
-from workers.wiring.edges import ChannelSpec, open_receiver, open_sender
+from workers.wiring.edges import ChannelSpec, open_receiver, open_sender, ring_slot_bytes
 
 DEADLINE_S = 20.0
 
@@ -45,8 +44,9 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Sender, Receiver]]:
     edge = ChannelSpec(
         Edge(0, 1, "activations", 0), request.param, f"{new_prefix()}-a", "a 0->1", 2, 4096, None, device, device
     )
-    assert edge.ring_slot_bytes is not None
-    create_ring(edge.name, edge.slots, edge.ring_slot_bytes)
+    size = ring_slot_bytes(edge)
+    assert size is not None
+    create_ring(edge.name, edge.slots, size)
     with ExitStack() as stack:
         stack.callback(unlink_ring, edge.name)
         receiver = stack.enter_context(open_receiver(edge, lambda stage: None, None, DEADLINE_S))
@@ -123,10 +123,11 @@ def test_the_worker_turns_to_receiving_before_it_waits_for_a_copy(ends: tuple[Se
     """On a GPU the wait would be booked to whatever came before."""
     sender, receiver = ends
     told: list[tuple[int, int]] = []
-    engine = receiver.lane.engine  # type: ignore[attr-defined]
+    assert receiver.staging is not None
+    engine = receiver.staging.engine
     fetch = engine.fetch
-    engine.fetch = lambda tensors: told.append((-1, len(tensors))) or fetch(tensors)
-    receiver.lane.before_landing(lambda batch: told.append((batch, 0)))
+    engine.fetch = lambda tensors: told.append((-1, len(tensors))) or fetch(tensors)  # type: ignore[method-assign]
+    receiver.staging.before_landing = lambda batch: told.append((batch, 0))
     for batch in (7, 8):
         sender.send(numbered(batch), DEADLINE_S)
         assert receiver.take_within(DEADLINE_S).batch == batch
@@ -145,8 +146,8 @@ def _fail() -> None:
 def test_a_copy_that_fails_is_told_by_the_next_send_and_its_message_never_arrives() -> None:
     lane = DeviceStaging(_Broken("late:0"), "activations 0->1")
     posted: list[int] = []
-    slot = lane.outgoing(memoryview(bytearray(4096)), None)
-    lane.fill(slot, numbered(0))
+    slot = StagedSlot(memoryview(bytearray(4096)), None, lane)
+    slot.write(numbered(0))
     told = threading.Event()
     lane.then(lambda: posted.append(0))
     lane.then(told.set)
@@ -154,7 +155,7 @@ def test_a_copy_that_fails_is_told_by_the_next_send_and_its_message_never_arrive
     with pytest.raises(
         ChannelBroken, match=r"activations 0->1: a copy of an earlier message failed: an illegal memory"
     ):
-        lane.fill(slot, numbered(1))
+        slot.write(numbered(1))
     lane.close()
     assert posted == []
     lane.then(lambda: posted.append(1))
@@ -164,13 +165,14 @@ def test_a_copy_that_fails_is_told_by_the_next_send_and_its_message_never_arrive
 def test_a_peer_whose_receiver_does_not_come_gives_up_and_leaves_nothing() -> None:
     name, threads = f"{new_prefix()}-a", set(threading.enumerate())
     create_ring(name, 2, 1024)
+    late_device.register()
+    device = late_device.DEVICE
+    edge = ChannelSpec(Edge(0, 1, "activations", 0), "cuda", name, "a 0->1", 2, 64, None, device, device)
     try:
         with pytest.raises(
             ChannelTimeout, match=r"a 0->1: the receiver has not offered memory of its device within 0.05"
         ):
-            PeerSender.join(
-                name, label="a 0->1", slot_bytes=64, deadline_s=0.05, engine=late_device.LateEngine("late:0")
-            )
+            open_sender(edge, lambda stage: None, None, 0.05)
     finally:
         unlink_ring(name)
     assert set(threading.enumerate()) <= threads

@@ -20,6 +20,7 @@ from pipeline.errors import PlanError
 from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.device_choice import CPU
+from pipeline.plan.topology import Edge
 from workers.channels.errors import ChannelTimeout
 from workers.channels.shm.ring import (
     ShmReceiver,
@@ -31,6 +32,7 @@ from workers.channels.shm.ring import (
     sweep_stale,
     unlink_ring,
 )
+from workers.channels.spec import ChannelSpec, Opening
 
 DEADLINE_S = 20.0
 LABEL = "activations 0->1"
@@ -48,10 +50,14 @@ def name() -> Iterator[str]:
     assert not entries(f"fw-{os.getpid()}-")
 
 
+def opened(name: str, within_s: float = DEADLINE_S) -> tuple[ChannelSpec, Opening]:
+    return ChannelSpec(Edge(0, 1, "activations", 0), "shm", name, LABEL, 1, 64), Opening(within_s)
+
+
 def ends(name: str) -> tuple[ShmSender, ShmReceiver]:
     return (
-        ShmSender.attach(name, label=LABEL, deadline_s=DEADLINE_S),
-        ShmReceiver.attach(name, label=LABEL, deadline_s=DEADLINE_S),
+        ShmSender(*opened(name)),
+        ShmReceiver(*opened(name)),
     )
 
 
@@ -69,11 +75,8 @@ def test_names_are_short_and_start_with_the_drivers_pid() -> None:
 def test_names_can_go_as_soon_as_both_ends_have_attached(name: str) -> None:
     create_ring(name, 2, 1024)
     assert entries(name) == sorted([name, f"sem.{name}-e", f"sem.{name}-f"])
-    sender = ShmSender.attach(name, label=LABEL, deadline_s=DEADLINE_S)
-    assert not sender.paired
-    receiver = ShmReceiver.attach(name, label=LABEL, deadline_s=DEADLINE_S)
-    assert sender.paired
-    assert receiver.paired
+    sender = ShmSender(*opened(name))
+    receiver = ShmReceiver(*opened(name))
     unlink_ring(name)
     unlink_ring(name)
     assert not entries(name)
@@ -98,12 +101,12 @@ def test_each_end_is_attached_once(name: str) -> None:
     create_ring(name, 1, 1024)
     sender, receiver = ends(name)
     with sender, receiver, pytest.raises(ValueError, match="attached already"):
-        ShmSender.attach(name, label=LABEL, deadline_s=DEADLINE_S)
+        ShmSender(*opened(name))
 
 
 def test_attaching_to_nothing_says_so(name: str) -> None:
     with pytest.raises(ChannelTimeout, match=rf"activations 0->1: no shared memory ring '{name}' after 0\.01 s"):
-        ShmReceiver.attach(name, label=LABEL, deadline_s=0.01)
+        ShmReceiver(*opened(name, 0.01))
 
 
 def test_a_name_is_made_once(name: str) -> None:

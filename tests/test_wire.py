@@ -314,7 +314,7 @@ def test_a_peer_that_dies_with_a_payload_under_way_frees_the_device_and_half_a_m
             with pytest.raises(ChannelBroken, match="a 0->1: the connection broke while the"):
                 end.receive(DEADLINE_S) if isinstance(end, NcclReceiver) else _flood(end)
             eventually(lambda: wire_of(end).under_way == 0 and wire_of(end).is_cut)
-            end.lane.close()  # everything was called that waited for the device
+            end.staging.close()  # everything was called that waited for the device
             with pytest.raises(ChannelBroken):
                 end.receive(0) if isinstance(end, NcclReceiver) else end.send(numbered(9), 0)
     finally:

@@ -51,11 +51,7 @@ class NotWritten(OSError):
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Nothing but writing this file belongs inside.
-
-    Raises:
-        NotWritten: it failed.
-    """
+    """Around nothing but writing this file: raises ``NotWritten`` where that fails."""
     try:
         yield
     except NotWritten:
@@ -94,30 +90,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write UTF-8, whole or not at all; what has no encoding is escaped.
-
-    Raises:
-        NotWritten: it failed.
-    """
+    """Write UTF-8, whole or not at all (``NotWritten``); what has no encoding is escaped."""
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(content: Any, path: Path, default: Callable[[Any], Any] | None = None) -> None:
-    """Write plain values as a JSON file that any reader takes, whole or not at all; ``default`` as of ``json.dumps``.
-
-    Raises:
-        NotWritten: it failed.
-    """
+    """Write plain values as a JSON file that any reader takes, as ``write_text``; ``default`` as of ``json.dumps``."""
     write_text(json.dumps(escaped(content), indent=2, default=default) + "\n", path)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read where they may read what else is written: it is 0600 by itself.
-
-    Raises:
-        NotWritten: it failed.
-    """
+    """Write a safetensors file, as ``write_text``, that others may read as what else is written: alone it is 0600."""
     with replacing(path) as draft:
         draft.touch()
         mode = draft.stat().st_mode

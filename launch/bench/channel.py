@@ -11,9 +11,8 @@ memory and gloo then carry it through pinned memory of the host.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -24,18 +23,18 @@ from rich.table import Table
 
 from launch.bench.rivals.child import Child, ChildDied, ending
 from launch.bench.spread import Spread
-from pipeline.errors import PlanError
 from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message, layout_of
-from pipeline.plan.channel_choice import CHANNELS, choose_channels
+from pipeline.plan.channel_choice import CHANNELS, obstacle
 from pipeline.plan.device_choice import CPU
 from pipeline.plan.topology import Edge
 from workers.channels.gpu.nccl import nccl_here
 from workers.channels.interface import Receiver, Sender
 from workers.channels.net.gloo import Rendezvous
-from workers.channels.shm.ring import check_shared_memory, create_ring, new_prefix, ring_bytes, sweep_stale, unlink_ring
+from workers.channels.shm.ring import new_prefix
 from workers.processes.claim_gpu import claim, finish
 from workers.wiring.edges import ChannelSpec, open_receiver, open_sender
+from workers.wiring.run_memory import rings
 
 __all__ = ["SIZES", "ChannelRow", "bench_channel", "print_rows"]
 
@@ -101,7 +100,8 @@ def bench_channel(
     end = time.monotonic() + deadline_s
     tracks = _tracks(new_prefix(), sizes, slots, devices)
     both: list[Child] = []
-    with Rendezvous.hosted() as meet, _rings(tracks) as unlink, ending(both):
+    channels = [channel for track in tracks for channel in (track.there, track.back)]
+    with Rendezvous.hosted() as meet, rings(channels) as unlink, ending(both):
         for name, work in (("pinger", _ping), ("ponger", _pong)):
             both.append(Child(name, work, tracks, meet, rounds))
         said: list[Any] = []
@@ -150,36 +150,9 @@ def _tracks(prefix: str, sizes: Sequence[int], slots: int, devices: tuple[str, s
     return tuple(
         _Track(kind, size, channel("there", 0, kind, i, size), channel("back", 1, kind, i, size))
         for kind in CHANNELS
-        if _reaches(kind, devices)
+        if (kind != "nccl" or nccl_here()) and obstacle(kind, *(("here", device) for device in devices)) is None
         for i, size in enumerate(sizes)
     )
-
-
-def _reaches(kind: str, devices: tuple[str, str]) -> bool:
-    """Whether this kind of channel is for these devices of this host."""
-    try:
-        return bool(choose_channels(kind, ("here", "here"), devices=devices, nccl=nccl_here()))
-    except PlanError:
-        return False
-
-
-@contextlib.contextmanager
-def _rings(tracks: Sequence[_Track]) -> Iterator[Callable[[], None]]:
-    sweep_stale()
-    channels = [channel for track in tracks for channel in (track.there, track.back)]
-    rings = [(channel, size) for channel in channels if (size := channel.ring_slot_bytes) is not None]
-    check_shared_memory(sum(ring_bytes(channel.slots, size) for channel, size in rings))
-
-    def unlink() -> None:
-        for channel, _ in rings:
-            unlink_ring(channel.name)
-
-    try:
-        for channel, size in rings:
-            create_ring(channel.name, channel.slots, size)
-        yield unlink
-    finally:
-        unlink()
 
 
 # ---------------------------------------------------------------- in the two processes

@@ -22,17 +22,32 @@ from pipeline.messages.bundle import Bundle
 from pipeline.messages.message import Message
 from pipeline.plan.device_choice import CPU, on_gpu
 
-__all__ = ["CHANNELS", "WIRE_DTYPES", "ChannelChoice", "choose_channels", "kind_between", "narrowed", "widened"]
+__all__ = [
+    "CHANNELS",
+    "WIRE_DTYPES",
+    "ChannelChoice",
+    "choose_channels",
+    "kind_between",
+    "narrowed",
+    "obstacle",
+    "widened",
+]
 
 CHANNELS = {"shm": "shared memory", "gloo": "gloo", "cuda": "CUDA peer memory", "nccl": "NCCL"}
-"""What can carry messages, and how users see it called."""
+"""What can carry messages, and how users see it called. What each reaches says ``obstacle``."""
+_FASTEST_FIRST = ("cuda", "shm", "nccl", "gloo")
 WIRE_DTYPES = {"bf16": torch.bfloat16}
 """What float32 may be narrowed to on its way."""
 
 
 @dataclass(frozen=True)
 class ChannelChoice:
-    """What carries the messages of one cut, a key of ``CHANNELS``; and why, for the first screen."""
+    """What carries the activations and the gradients of one cut.
+
+    Attributes:
+        kind: a key of ``CHANNELS``.
+        why: the reason, for the first screen.
+    """
 
     kind: str
     why: str
@@ -41,74 +56,87 @@ class ChannelChoice:
 def choose_channels(
     wanted: str, hosts: Sequence[str], replicas: int = 1, devices: Sequence[str] | None = None, nccl: bool = False
 ) -> tuple[ChannelChoice, ...]:
-    """Choose what carries each cut, those of replica 0 first.
+    """Choose what carries each cut.
 
     Args:
         wanted: a key of ``CHANNELS`` for all cuts, or ``auto``: for each the fastest that both workers can reach.
-        hosts: of every worker, those of replica 0 first.
+        hosts: name of the host of every worker, those of replica 0 first.
         replicas: of the pipeline.
-        devices: of every worker; None: the CPU.
+        devices: where every worker computes; None: on the CPU.
         nccl: whether torch has NCCL.
+
+    Returns:
+        one choice per cut, those of replica 0 first.
 
     Raises:
         PlanError: shared memory between two hosts; CUDA peer memory between two hosts, or with a worker on the CPU;
             NCCL where torch has none, with a worker on the CPU, or between two workers on one GPU.
     """
     stages = len(hosts) // replicas
-    workers = list(zip(hosts, devices or [CPU] * len(hosts), strict=True))
-    pipelines = [workers[start : start + stages] for start in range(0, len(workers), stages)]
+    devices = devices or [CPU] * len(hosts)
+    workers = list(zip(hosts, devices, strict=True))
+    pipelines = [workers[start : start + stages] for start in range(0, len(hosts), stages)]
     pairs = [pair for pipeline in pipelines for pair in itertools.pairwise(pipeline)]
+    columns = [(pipelines[0][k], other[k]) for other in pipelines[1:] for k in range(stages)]
     if wanted == "nccl" and not nccl:
         raise PlanError(
             "channels nccl: this torch is built without NCCL: install a build of torch with CUDA, or choose channels "
             "auto."
         )
-    for index, (one, other) in enumerate(pairs):
-        _check_reach(wanted, one, other, f"the workers on both sides of cut {index % (stages - 1)}")
-    for pipeline in pipelines[1:]:
-        for one, other in zip(pipelines[0], pipeline, strict=True):
-            _check_reach(wanted, one, other, "replicas of a stage")
+    between = [(pair, f"the workers on both sides of cut {index % (stages - 1)}") for index, pair in enumerate(pairs)]
+    for pair, who in (*between, *((pair, "replicas of a stage") for pair in columns)):
+        if why := obstacle(wanted, *pair):
+            raise PlanError(f"channels {wanted}: {who} {why}.")
     if wanted != "auto":
         return tuple(ChannelChoice(wanted, "as asked for") for _ in pairs)
     together = "all workers on this host" if len(set(hosts)) == 1 else "both workers on one host"
     return tuple(_chosen(one, other, together, nccl) for one, other in pairs)
 
 
-def kind_between(wanted: str, one: tuple[str, str], other: tuple[str, str], nccl: bool = False) -> str:
-    """What carries messages between two workers, each (host, device), if ``wanted`` is: a key of ``CHANNELS``."""
-    return wanted if wanted != "auto" else _chosen(one, other, "", nccl).kind
+Worker = tuple[str, str]
+"""The name of its host, and where it computes."""
 
 
-def _chosen(one: tuple[str, str], other: tuple[str, str], together: str, nccl: bool) -> ChannelChoice:
-    """What ``auto`` chooses between two workers, each (host, device)."""
-    gpus = on_gpu(one[1]) and on_gpu(other[1])
-    if one[0] != other[0]:
-        why = f"{one[0]} and {other[0]} are two hosts"
-        if gpus and nccl:
-            return ChannelChoice("nccl", f"{why}, both workers on GPUs")
-        return ChannelChoice("gloo", f"{why}, and this torch is built without NCCL" if gpus else why)
-    if gpus:
-        where = f"both workers on {one[1]}" if one[1] == other[1] else f"{one[1]} and {other[1]} are on one host"
-        return ChannelChoice("cuda", where)
-    return ChannelChoice("shm", together)
-
-
-def _check_reach(wanted: str, one: tuple[str, str], other: tuple[str, str], who: str) -> None:
-    if wanted in ("shm", "cuda") and one[0] != other[0]:
-        raise PlanError(
-            f"channels {wanted}: {who} are on different hosts, {one[0]} and {other[0]}, which share no memory: choose "
-            "channels auto or gloo."
+def obstacle(kind: str, one: Worker, other: Worker) -> str | None:
+    """Why a kind of channel cannot carry messages between two workers, and what to do; None: it can."""
+    if kind in ("shm", "cuda") and one[0] != other[0]:
+        return f"are on different hosts, {one[0]} and {other[0]}, which share no memory: choose channels auto or gloo"
+    if kind in ("cuda", "nccl") and not (on_gpu(one[1]) and on_gpu(other[1])):
+        return (
+            f"compute on {one[1]} and {other[1]}, and {CHANNELS[kind]} lies between GPUs: choose channels auto, or "
+            "device cuda"
         )
-    if wanted in ("cuda", "nccl") and not (on_gpu(one[1]) and on_gpu(other[1])):
-        raise PlanError(
-            f"channels {wanted}: {who} compute on {one[1]} and {other[1]}, and {CHANNELS[wanted]} lies between "
-            "GPUs: choose channels auto, or device cuda."
+    if kind == "nccl" and one == other:
+        return (
+            f"are both on {one[1]} of {one[0]}, and NCCL refuses two on one GPU: choose channels auto, or a device for "
+            "each"
         )
-    if wanted == "nccl" and one == other:
-        raise PlanError(
-            f"channels nccl: {who} are both on {one[1]} of {one[0]}, and NCCL refuses two on one GPU: choose channels "
-            "auto, or a device for each."
-        )
+    return None
+
+
+def kind_between(wanted: str, one: Worker, other: Worker, nccl: bool = False) -> str:
+    """What carries messages between two workers: ``wanted``, or for ``auto`` the fastest that reaches both.
+
+    ``nccl``: whether torch has NCCL.
+    """
+    if wanted != "auto":
+        return wanted
+    return next(kind for kind in _FASTEST_FIRST if (kind != "nccl" or nccl) and obstacle(kind, one, other) is None)
+
+
+def _chosen(one: Worker, other: Worker, together: str, nccl: bool) -> ChannelChoice:
+    """What ``auto`` chooses between two workers."""
+    kind = kind_between("auto", one, other, nccl)
+    (host, device), (other_host, other_device) = one, other
+    one_gpu, gpus = device == other_device, on_gpu(device) and on_gpu(other_device)
+    apart = f"{host} and {other_host} are two hosts"
+    whys = {
+        "shm": together,
+        "cuda": f"both workers on {device}" if one_gpu else f"{device} and {other_device} are on one host",
+        "nccl": f"{apart}, both workers on GPUs",
+        "gloo": f"{apart}, and this torch is built without NCCL" if gpus else apart,
+    }
+    return ChannelChoice(kind, whys[kind])
 
 
 def narrowed(message: Message, wire_dtype: torch.dtype | None) -> Message:

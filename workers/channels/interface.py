@@ -1,6 +1,6 @@
 """The two ends of a channel: what every implementation promises to the worker loop.
 
-A channel is one directed edge of the pipeline, bounded, with a single producer and a single consumer.
+A channel is one directed edge of the pipeline, bounded, with one sender and one receiver.
 
     Sender.send --> | slot | slot | slot | slot | --> Receiver.poll ... Receiver.release
                       freed by release               the message is read in place until then
@@ -12,29 +12,41 @@ waited for whom, for how long, and how full the channel was. An end belongs to o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
-from types import TracebackType
-from typing import NoReturn, Self
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, NoReturn, Self
 
 from pipeline.messages.message import Message
 from workers.channels.errors import ChannelBroken, ChannelClosed, ChannelTimeout
-from workers.channels.staging import Staging
+from workers.channels.spec import ChannelSpec, Opening
 
-__all__ = ["End", "Receiver", "Sender"]
+__all__ = ["ChannelKind", "End", "Receiver", "Sender"]
 
 
 class End(ABC):
-    """What both ends share.
+    """What both ends share. Whoever opens several ends does so in an order common to all processes.
+
+    Args:
+        channel: the channel.
+        opening: what it is opened with.
+        rings: the worker whose bell it rings.
+
+    Raises:
+        ChannelTimeout: the other end, or the memory, was not there in time.
 
     Attributes:
         label: what the channel is called in errors, like ``"activations 0->1"``.
         capacity: number of slots.
         generation: how often the workers of the run were started anew; both ends have the same.
+        staging: copies from and to the device where this end's worker computes; None: on the CPU.
     """
 
-    label: str
-    capacity: int
-    generation: int = 0
+    _header_bytes: ClassVar[int] = 0
+    """Bytes of a slot that holds a header only; 0: the tensors lie in the slots, where a device copies them."""
+
+    def __init__(self, channel: ChannelSpec, opening: Opening, rings: int) -> None:
+        self.label, self.capacity, self.generation = channel.label, channel.slots, channel.generation
+        self.staging, self._bell = opening.staging, opening.bell(rings)
 
     @abstractmethod
     def depth(self) -> int:
@@ -50,10 +62,21 @@ class End(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
+
+    def _pin(self, memory: memoryview) -> None:
+        if self.staging is not None and not self._header_bytes:
+            self.staging.pin(memory)
+
+    def _drain(self) -> None:
+        """Wait until what is under way to or from a device is copied."""
+        if self.staging is not None:
+            self.staging.close()
+
+    def _ring(self) -> None:
+        if self._bell is not None:
+            self._bell.ring()
 
     def _fullness(self) -> str:
         return f"{self.depth()}/{self.capacity} slots full"
@@ -101,11 +124,11 @@ class Receiver(End):
 
     Attributes:
         held: number of messages received in place and not yet released.
-        lane: how messages get from the slots to where the worker computes.
     """
 
     held: int = 0
-    lane: Staging
+    _frees_at_once: ClassVar[bool] = False
+    """Whether a slot is free before the device has copied it out: the sender's device waits then."""
 
     @abstractmethod
     def poll(self) -> Message | None:
@@ -121,17 +144,10 @@ class Receiver(End):
 
     @abstractmethod
     def receive(self, deadline_s: float) -> Message:
-        """The next message in place, like `poll`.
-
-        Args:
-            deadline_s: seconds from now within which a message must be there.
+        """As `poll`, but waits for a message, at most ``deadline_s`` seconds.
 
         Raises:
             ChannelTimeout: no message came.
-            ChannelClosed: as for `poll`.
-
-        Blocks:
-            until a message is there, at most ``deadline_s``.
         """
 
     def release(self) -> None:
@@ -143,17 +159,19 @@ class Receiver(End):
         if not self.held:
             raise RuntimeError(f"{self.label}: no message is held, so there is nothing to release")
         self.held -= 1
-        self.lane.then(self._free)
+        if self.staging is None or self._frees_at_once:
+            self._free()
+        else:
+            self.staging.then(self._free)
 
     @abstractmethod
     def _free(self) -> None:
         """Let the sender have the oldest slot held; a closed end has nothing to do. Never blocks."""
 
     def take(self) -> Message | None:
-        """The next message as a copy, its slot already free again, or None. Never blocks.
+        """As `poll`, but a copy, its slot already free again.
 
         Raises:
-            ChannelClosed: as for `poll`.
             RuntimeError: a message that `poll` or `receive` gave is not yet released.
         """
         self._require_none_held()
@@ -161,19 +179,7 @@ class Receiver(End):
         return None if message is None else self.copied(message)
 
     def take_within(self, deadline_s: float) -> Message:
-        """The next message as a copy, its slot already free again.
-
-        Args:
-            deadline_s: seconds from now within which a message must be there.
-
-        Raises:
-            ChannelTimeout: no message came.
-            ChannelClosed: as for `poll`.
-            RuntimeError: as for `take`.
-
-        Blocks:
-            until a message is there, at most ``deadline_s``.
-        """
+        """As `receive`, but a copy, its slot already free again; raises ``RuntimeError`` as `take`."""
         self._require_none_held()
         return self.copied(self.receive(deadline_s))
 
@@ -184,16 +190,12 @@ class Receiver(End):
     def copied(self, message: Message) -> Message:
         """A copy of the only message that is held, its slot free again. Never blocks."""
         try:
-            return self.lane.own(message)
+            return message if self.staging else message.holding(tensor.clone() for tensor in message.tensors)
         finally:
             self.release()
 
     def _checked(self, message: Message) -> Message:
-        """The message, which must be of this end's generation.
-
-        Raises:
-            ChannelBroken: it is from before a restart, or from behind one.
-        """
+        """The message; raises ``ChannelBroken`` where it is of another generation than this end."""
         if message.generation != self.generation:
             raise ChannelBroken(
                 f"{self.label}: got a message of generation {message.generation} (batch {message.batch}), and this end "
@@ -205,3 +207,21 @@ class Receiver(End):
         raise ChannelTimeout(
             f"{self.label}: the receiver waited {waited_s:.3g} s for the sender's next message ({self._fullness()})"
         )
+
+
+@dataclass(frozen=True)
+class ChannelKind:
+    """One way to carry messages.
+
+    Attributes:
+        name: a key of ``pipeline.plan.channel_choice.CHANNELS``.
+        sender: opens the sending end.
+        receiver: opens the receiving end.
+        ring_slot_bytes: bytes of a slot of its ring in shared memory; None: it has none, and its ends meet at the run's
+            rendezvous.
+    """
+
+    name: str
+    sender: Callable[[ChannelSpec, Opening], Sender]
+    receiver: Callable[[ChannelSpec, Opening], Receiver]
+    ring_slot_bytes: Callable[[ChannelSpec], int] | None = None

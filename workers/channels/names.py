@@ -1,12 +1,13 @@
-"""The names under which the workers of a run find what they share."""
+"""How the workers of a run find what they share: by names on a host, by a meeting between hosts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.plan.topology import Edge
 
-__all__ = ["Names"]
+__all__ = ["Meeting", "Names"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,16 @@ class Names:
         letter, later = edge.what[0], f".{self.generation}" if self.generation else ""
         ends = f"{edge.source}.{edge.target}" if edge.what == "averages" else str(min(edge.source, edge.target))
         return f"{self.prefix}-{'m' if edge.what == 'averages' else letter}{ends}{later}"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A process's place at the rendezvous; of one thread. All its pairs share one event loop thread.
+
+    Attributes:
+        store: the connection to the store.
+        device: where this process's pairs listen.
+    """
+
+    store: Any
+    device: Any

@@ -92,11 +92,6 @@ class Slot:
         self.used_bytes = ALIGNMENT_BYTES
 
     @property
-    def body(self) -> memoryview:
-        """The memory behind the record, where the encoded message begins."""
-        return self._body
-
-    @property
     def is_end(self) -> bool:
         """Whether ``write_end`` wrote last."""
         return self._record[_KIND_AT] == _END_OF_CHANNEL

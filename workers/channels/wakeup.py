@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from types import TracebackType
 from typing import Any, Self
 
 import posix_ipc
@@ -53,23 +52,12 @@ class WakeUp:
 
     @classmethod
     def create(cls, name: str) -> Self:
-        """Make a new bell.
-
-        Raises:
-            FileExistsError: the name is taken.
-        """
+        """Make a new bell; raises ``FileExistsError`` when the name is taken."""
         return cls(name, create_semaphore(name, 0))
 
     @classmethod
     def attach(cls, name: str, deadline_s: float, spin_s: float = SPIN_S) -> Self:
-        """Open a bell that another process makes.
-
-        Raises:
-            TimeoutError: no bell of that name within ``deadline_s`` seconds.
-
-        Blocks:
-            until the name exists, at most ``deadline_s``.
-        """
+        """Open a bell that another process makes; raises ``TimeoutError`` if it is not there in ``deadline_s`` s."""
         return cls(name, open_semaphore(name, deadline_s), spin_s)
 
     def ring(self) -> None:
@@ -83,14 +71,7 @@ class WakeUp:
             pass
 
     def wait(self, timeout_s: float) -> bool:
-        """Use up one ring.
-
-        Returns:
-            False when nobody rang within ``timeout_s`` seconds.
-
-        Blocks:
-            until a ring, at most ``timeout_s``.
-        """
+        """Use up one ring; False when nobody rang within ``timeout_s`` seconds."""
         return acquire_within(self._semaphore, timeout_s, self._spin_s)
 
     def close(self) -> None:
@@ -106,9 +87,7 @@ class WakeUp:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 

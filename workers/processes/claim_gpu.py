@@ -16,10 +16,8 @@ __all__ = ["claim", "finish", "peak_memory_bytes", "prepare_device"]
 def claim(device: str, *, deterministic: bool = False) -> None:
     """Make ``device`` this process's current one; initialises CUDA if it is a GPU.
 
-    Args:
-        device: as torch names it.
-        deterministic: on a GPU, choose algorithms that give the same bits every time; torch warns of those that have
-            none (``torch.use_deterministic_algorithms``).
+    ``deterministic`` chooses algorithms on the GPU that give the same bits every time; torch warns of those that have
+    none (``torch.use_deterministic_algorithms``).
 
     Raises:
         RuntimeError: the GPU cannot be had: what CUDA said, and what to do.

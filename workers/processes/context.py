@@ -81,9 +81,8 @@ class _Context(ForkServerContext):
 def process_context(*modules: str) -> ForkServerContext:
     """The context all our processes come from.
 
-    Args:
-        modules: what the first caller wants imported ahead, besides the worker; later callers' are imported by their
-            processes.
+    ``modules`` is what the first caller wants imported ahead, besides the worker; later callers' processes import
+    theirs themselves.
     """
     context = _Context()
     # freewheel comes first: the server begins in the user's folder, where files may have the names of our packages.
@@ -120,10 +119,7 @@ def listener() -> Path | None:
 
 
 def folder_for_sockets(below_bytes: int) -> str:
-    """$TMPDIR, or a shorter place where that is too long for the path of a socket in it.
-
-    Args:
-        below_bytes: of the path, from the slash behind the folder on.
+    """$TMPDIR, or a shorter place where that is too long for a socket whose path goes on for ``below_bytes``.
 
     Raises:
         PlanError: there is no such folder.
@@ -158,8 +154,7 @@ def _make_room_for_sockets() -> None:
 def end_of_fork_server() -> str | None:
     """How this program's fork server ended, with where to look; None: it is there. Leaves it to others to reap.
 
-    Blocks:
-        at most 0.5 s: what it had open is closed a moment before it has ended.
+    Blocks 0.5 s at most: what it had open is closed a moment before it has ended.
     """
     pid: int | None = getattr(forkserver._forkserver, "_forkserver_pid", None)
     end = time.monotonic() + _ZOMBIE_WITHIN_S
@@ -206,11 +201,7 @@ def has_own_temporary_folder(process: BaseProcess) -> None:
 
 
 def end_fork_server() -> None:
-    """Remove its folder, and end this program's fork server.
-
-    Blocks:
-        until the server is gone; it has nothing to do but to end, once no worker is there.
-    """
+    """Remove its folder, and end this program's fork server. Blocks until it is gone, once no worker is there."""
     forget_fork_server()
     server: Any = forkserver._forkserver
     with contextlib.suppress(FileNotFoundError):  # it would remove the socket

@@ -19,11 +19,7 @@ __all__ = ["removes_its_listener"]
 
 
 def removes_its_listener(server: int) -> None:
-    """Remove the socket that this process listens on.
-
-    Args:
-        server: process id of the fork server; its children, which have inherited this, remove nothing.
-    """
+    """Remove the socket this process listens on if it is ``server``; children, which inherit this, remove nothing."""
     address = getattr(forkserver._forkserver, "_forkserver_address", None)
     if os.getpid() == server and isinstance(address, str) and address.startswith("/"):
         remove_listener(Path(address))

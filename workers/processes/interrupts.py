@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 __all__ = ["Interrupts"]
@@ -35,11 +35,7 @@ class Interrupts:
         return noted
 
     def raise_noted(self) -> None:
-        """The safe point.
-
-        Raises:
-            KeyboardInterrupt: a signal came since the last look.
-        """
+        """The safe point: raises ``KeyboardInterrupt`` where a signal came since the last look."""
         if self.noted():
             raise KeyboardInterrupt
 
@@ -52,13 +48,11 @@ class Interrupts:
                     signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, raised: type[BaseException] | None, *rest: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
-        if kind is None:
+        if raised is None:
             self.raise_noted()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

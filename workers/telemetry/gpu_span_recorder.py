@@ -39,11 +39,7 @@ class Marks(Protocol):
 
 
 class CudaMarks:
-    """Points of the current stream of a GPU.
-
-    Args:
-        device: as torch names it.
-    """
+    """Points of the current stream of a GPU."""
 
     def __init__(self, device: str) -> None:
         self._stream = torch.cuda.current_stream(device)
@@ -51,14 +47,14 @@ class CudaMarks:
         self._count = 0
 
     def mark(self) -> None:
-        """See ``Marks``; a microsecond or two."""
+        """Takes a microsecond or two."""
         if self._count == len(self._events):
             self._events.append(torch.cuda.Event(enable_timing=True))
         self._events[self._count].record(self._stream)
         self._count += 1
 
     def times_ns(self) -> list[int]:
-        """See ``Marks``. Exact to some microseconds: the host learns that late of the last point."""
+        """Exact to some microseconds: the host learns that late of the last point."""
         last = torch.cuda.Event(enable_timing=True)
         last.record(self._stream)
         last.synchronize()
@@ -69,14 +65,7 @@ class CudaMarks:
 
 
 class GpuSpanRecorder(SpanRecorder):
-    """A ``SpanRecorder`` on the device's time; the board gets the host's.
-
-    Args:
-        worker: number of the worker.
-        board: where its status goes.
-        path: of the file.
-        marks: of the device.
-    """
+    """A ``SpanRecorder`` on the device's time; the board gets the host's."""
 
     def __init__(self, worker: int, board: StatusTable, path: Path, marks: Marks) -> None:
         super().__init__(worker, board, path)

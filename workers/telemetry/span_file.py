@@ -19,11 +19,7 @@ __all__ = ["SpanFile"]
 
 
 class SpanFile:
-    """One file of SPAN_DTYPE. The first error ends the writing, and ``close`` raises it: a run outlives its records.
-
-    Args:
-        path: of the file, whose folder is made.
-    """
+    """One file of SPAN_DTYPE, whose folder is made. The first error ends the writing, and ``close`` raises it."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._records = path, 0

@@ -33,9 +33,9 @@ class SpanRecorder:
     """A ``Recorder`` (see ``pipeline.metrics.spans``) with a clock. One call costs about a microsecond.
 
     Args:
-        worker: number of the worker.
+        worker: its number.
         board: where its status goes.
-        path: of the file, a .npy file of SPAN_DTYPE, in which what is recorded lies from the end of each block on.
+        path: of a .npy file of SPAN_DTYPE, in which what is recorded lies from the end of each block on.
 
     Raises:
         NotWritten: there can be no such file.
@@ -97,10 +97,6 @@ class Pulse:
 
     It reads the clock and writes to the board only where a run that stalls could not be explained without: at the
     four actions of a stage and when it begins to wait. Every other call costs 0.1 us.
-
-    Args:
-        worker: number of the worker.
-        board: where its status goes.
     """
 
     def __init__(self, worker: int, board: StatusTable) -> None:

@@ -44,13 +44,7 @@ class Status:
 
 
 class StatusTable:
-    """A few shared cache lines. Made by the driver, attached by the workers.
-
-    Args:
-        name: name of the shared memory, without a slash.
-        workers: number of lines.
-        create: make it (driver) rather than open it (worker).
-    """
+    """A few shared cache lines, by their name in shared memory. The driver creates them, the workers open them."""
 
     def __init__(self, name: str, workers: int, *, create: bool = False) -> None:
         self.name, self.workers = name, workers

@@ -1,15 +1,14 @@
 """The channels of a run, one for each edge of its topology, and how a process opens its end of one, of any kind.
 
-A new kind of channel adds a pair of functions to `_OPEN`, and to `_RING_SLOT_BYTES` if it has a ring in shared memory.
+A new kind of channel adds its `ChannelKind` to `KINDS`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Protocol, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -17,67 +16,44 @@ from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message, layout_of
 from pipeline.model.cut import Cut
 from pipeline.plan.channel_choice import kind_between, narrowed
-from pipeline.plan.device_choice import CPU, on_gpu
 from pipeline.plan.topology import Edge, edges_of, name_of
 from pipeline.replicas.averaging import share_bytes
 from pipeline.run.resolved import Resolved
+from workers.channels.engine import Engine
 from workers.channels.gpu.cuda_engine import CudaEngine
-from workers.channels.gpu.cuda_ipc import HEADER_SLOT_BYTES, PeerEngine, PeerReceiver, PeerSender
-from workers.channels.gpu.nccl_ends import LinkEngine, NcclReceiver, NcclSender
+from workers.channels.gpu.cuda_ipc import CUDA_IPC
+from workers.channels.gpu.nccl_ends import NCCL
 from workers.channels.interface import End, Receiver, Sender
-from workers.channels.names import Names
-from workers.channels.net.ends import RemoteReceiver, RemoteSender
-from workers.channels.net.gloo import Meeting, Rendezvous
-from workers.channels.shm.ring import ShmReceiver, ShmSender
-from workers.channels.staging import NO_STAGING, DeviceStaging, Staging
+from workers.channels.names import Meeting, Names
+from workers.channels.net.ends import GLOO
+from workers.channels.net.gloo import Rendezvous
+from workers.channels.shm.ring import SHM
+from workers.channels.spec import ChannelSpec, Opening
+from workers.channels.staging import DeviceStaging
 from workers.channels.wakeup import WakeUp
 
-__all__ = ["ENGINES", "ChannelSpec", "channels_of", "open_receiver", "open_sender", "rendezvous", "slot_bytes"]
+__all__ = [
+    "ENGINES",
+    "KINDS",
+    "ChannelSpec",
+    "channels_of",
+    "open_receiver",
+    "open_sender",
+    "rendezvous",
+    "ring_slot_bytes",
+    "slot_bytes",
+]
+
+KINDS = {kind.name: kind for kind in (SHM, GLOO, CUDA_IPC, NCCL)}
+"""What can carry a channel, by the keys of ``pipeline.plan.channel_choice.CHANNELS``."""
+ENGINES: dict[str, Callable[[str], Engine | None]] = {"cpu": lambda device: None, "cuda": CudaEngine}
+"""Makes what copies for a device, by its kind; None: it needs nothing."""
 
 
-@dataclass(frozen=True)
-class ChannelSpec:
-    """The bounded channel of one edge. Can be sent to any process.
-
-    Attributes:
-        edge: whose.
-        kind: what carries it, a key of ``pipeline.plan.channel_choice.CHANNELS``.
-        name: under which both ends find each other on one host.
-        label: what errors call it.
-        slots: how many messages fit.
-        slot_bytes: bytes of the largest encoded message.
-        wire_dtype: what float32 activations and gradients are narrowed to on their way.
-        source_device: where the sender computes.
-        target_device: where the receiver computes.
-        generation: what its ends stamp messages with, and accept.
-    """
-
-    edge: Edge
-    kind: str
-    name: str
-    label: str
-    slots: int
-    slot_bytes: int
-    wire_dtype: torch.dtype | None = None
-    source_device: str = CPU
-    target_device: str = CPU
-    generation: int = 0
-
-    @property
-    def meets(self) -> bool:
-        """Whether its ends find each other at the run's rendezvous."""
-        return self.kind not in _RING_SLOT_BYTES
-
-    @property
-    def meets_as(self) -> str:
-        """Under which its ends find each other there."""
-        return f"{self.label}, generation {self.generation}"
-
-    @property
-    def ring_slot_bytes(self) -> int | None:
-        """Bytes of a slot of its ring in shared memory; None: it has none."""
-        size = _RING_SLOT_BYTES.get(self.kind)
-        return None if size is None else size(self)
+def ring_slot_bytes(channel: ChannelSpec) -> int | None:
+    """Bytes of a slot of a channel's ring in shared memory; None: it has none, and its ends meet at the rendezvous."""
+    size = KINDS[channel.kind].ring_slot_bytes
+    return None if size is None else size(channel)
 
 
 def channels_of(resolved: Resolved, names: Names) -> Iterator[ChannelSpec]:
@@ -114,11 +90,9 @@ def slot_bytes(cut: Cut, wire_dtype: torch.dtype | None = None) -> tuple[int, in
 def rendezvous(resolved: Resolved, host: str = "127.0.0.1") -> Iterator[Rendezvous | None]:
     """Host, in this process, what the workers of a run need to find each other; None where shared memory does.
 
-    Args:
-        resolved: the run.
-        host: this host's address, as all workers reach it.
+    ``host`` is this host's address, as all workers reach it.
     """
-    if any(channel.meets for channel in channels_of(resolved, Names(""))):
+    if any(ring_slot_bytes(channel) is None for channel in channels_of(resolved, Names(""))):
         with Rendezvous.hosted(host) as hosted:
             yield hosted
     else:
@@ -128,183 +102,35 @@ def rendezvous(resolved: Resolved, host: str = "127.0.0.1") -> Iterator[Rendezvo
 def open_sender(
     channel: ChannelSpec, bell: Callable[[int], WakeUp | None], meeting: Meeting | None, within_s: float
 ) -> Sender:
-    """Open the sending end of a channel. Each process opens its ends in the order of ``channels_of``.
-
-    Args:
-        channel: the channel.
-        bell: the bell of a worker, for those that the channel rings.
-        meeting: where processes without common memory meet; None where every channel is in shared memory.
-        within_s: how long to look for what is to be there, in seconds.
+    """Open the sending end of a channel (see ``Opening``). Each process does so in the order of ``channels_of``.
 
     Raises:
         ChannelTimeout: the other end, or the memory, was not there in time.
 
     Blocks:
-        see ``ShmSender.attach``, ``RemoteSender.attach``, ``PeerSender.join`` and ``NcclSender.join``.
+        as the kind of end says.
     """
-    end = _OPEN[channel.kind][0](channel, bell, meeting, within_s)
-    end.generation = channel.generation
-    return end
+    return _opened(KINDS[channel.kind].sender, channel, channel.source_device, Opening(within_s, bell, meeting))
 
 
 def open_receiver(
     channel: ChannelSpec, bell: Callable[[int], WakeUp | None], meeting: Meeting | None, within_s: float
 ) -> Receiver:
     """Open the receiving end of a channel; as ``open_sender``."""
-    end = _OPEN[channel.kind][1](channel, bell, meeting, within_s)
-    end.generation = channel.generation
-    return end
+    return _opened(KINDS[channel.kind].receiver, channel, channel.target_device, Opening(within_s, bell, meeting))
 
 
-_Bells = Callable[[int], WakeUp | None]
-_End = TypeVar("_End", bound=End)
+_E = TypeVar("_E", bound=End)
 
 
-class _Engine(PeerEngine, LinkEngine, Protocol):
-    """For every kind of channel."""
-
-
-ENGINES: dict[str, Callable[[str], _Engine]] = {"cuda": CudaEngine}
-"""What copies for the devices of a kind."""
-
-
-def _engine(device: str) -> _Engine:
-    return ENGINES[device.partition(":")[0]](device)
-
-
-def _on_lane(device: str, label: str, attach: Callable[[Staging], _End]) -> _End:
-    """Attach an end whose worker computes on a device; nothing stays behind where it fails."""
-    lane = DeviceStaging(_engine(device), label) if on_gpu(device) else NO_STAGING
+def _opened(kind: Callable[[ChannelSpec, Opening], _E], channel: ChannelSpec, device: str, opening: Opening) -> _E:
+    """An end whose worker computes on a device; nothing stays behind where it fails."""
+    engine = ENGINES[device.partition(":")[0]](device)
+    if engine is None:
+        return kind(channel, opening)
+    staging = DeviceStaging(engine, channel.label)
     try:
-        return attach(lane)
+        return kind(channel, replace(opening, staging=staging))
     except BaseException:
-        lane.close()
+        staging.close()
         raise
-
-
-def _shm_sender(channel: ChannelSpec, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
-    attach = partial(
-        ShmSender.attach,
-        channel.name,
-        label=channel.label,
-        deadline_s=within_s,
-        receiver_bell=bell(channel.edge.target),
-        wire_dtype=channel.wire_dtype,
-    )
-    return _on_lane(channel.source_device, channel.label, lambda lane: attach(lane=lane))
-
-
-def _shm_receiver(channel: ChannelSpec, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
-    attach = partial(
-        ShmReceiver.attach,
-        channel.name,
-        label=channel.label,
-        deadline_s=within_s,
-        sender_bell=bell(channel.edge.source),
-    )
-    return _on_lane(channel.target_device, channel.label, lambda lane: attach(lane=lane))
-
-
-def _gloo_sender(channel: ChannelSpec, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
-    return _remote(RemoteSender, channel, channel.edge.source, channel.source_device, bell, meeting, within_s)
-
-
-def _gloo_receiver(channel: ChannelSpec, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
-    return _remote(RemoteReceiver, channel, channel.edge.target, channel.target_device, bell, meeting, within_s)
-
-
-_Remote = TypeVar("_Remote", RemoteSender, RemoteReceiver)
-
-
-def _remote(
-    end: type[_Remote],
-    channel: ChannelSpec,
-    worker: int,
-    device: str,
-    bell: _Bells,
-    meeting: Meeting | None,
-    within_s: float,
-) -> _Remote:
-    assert meeting is not None, "an edge over gloo needs a rendezvous"
-    attach = partial(
-        end.attach,
-        meeting,
-        channel.meets_as,
-        label=channel.label,
-        slots=channel.slots,
-        slot_bytes=channel.slot_bytes,
-        deadline_s=within_s,
-        bell=bell(worker),
-        wire_dtype=channel.wire_dtype,
-    )
-    return _on_lane(device, channel.label, lambda lane: attach(lane=lane))
-
-
-def _peer_sender(channel: ChannelSpec, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
-    return PeerSender.join(
-        channel.name,
-        label=channel.label,
-        slot_bytes=channel.slot_bytes,
-        deadline_s=within_s,
-        engine=_engine(channel.source_device),
-        receiver_bell=bell(channel.edge.target),
-        wire_dtype=channel.wire_dtype,
-    )
-
-
-def _peer_receiver(channel: ChannelSpec, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
-    return PeerReceiver.join(
-        channel.name,
-        label=channel.label,
-        slot_bytes=channel.slot_bytes,
-        deadline_s=within_s,
-        engine=_engine(channel.target_device),
-        sender_bell=bell(channel.edge.source),
-    )
-
-
-def _wire_sender(channel: ChannelSpec, bell: _Bells, meeting: Meeting | None, within_s: float) -> Sender:
-    return _wired(NcclSender, channel, channel.edge.source, channel.source_device, bell, meeting, within_s)
-
-
-def _wire_receiver(channel: ChannelSpec, bell: _Bells, meeting: Meeting | None, within_s: float) -> Receiver:
-    return _wired(NcclReceiver, channel, channel.edge.target, channel.target_device, bell, meeting, within_s)
-
-
-_Wired = TypeVar("_Wired", NcclSender, NcclReceiver)
-
-
-def _wired(
-    end: type[_Wired],
-    channel: ChannelSpec,
-    worker: int,
-    device: str,
-    bell: _Bells,
-    meeting: Meeting | None,
-    within_s: float,
-) -> _Wired:
-    assert meeting is not None, "the headers go over gloo, and an edge over gloo needs a rendezvous"
-    return end.join(
-        meeting,
-        channel.meets_as,
-        label=channel.label,
-        slots=channel.slots,
-        slot_bytes=channel.slot_bytes,
-        deadline_s=within_s,
-        engine=_engine(device),
-        bell=bell(worker),
-        wire_dtype=channel.wire_dtype,
-    )
-
-
-_OPEN = {
-    "shm": (_shm_sender, _shm_receiver),
-    "gloo": (_gloo_sender, _gloo_receiver),
-    "cuda": (_peer_sender, _peer_receiver),
-    "nccl": (_wire_sender, _wire_receiver),
-}
-_RING_SLOT_BYTES: dict[str, Callable[[ChannelSpec], int]] = {
-    "shm": lambda channel: channel.slot_bytes,
-    "cuda": lambda channel: HEADER_SLOT_BYTES,
-}
-"""Kinds with a ring in shared memory."""

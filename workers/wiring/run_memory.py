@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from pipeline.run.resolved import Resolved
@@ -10,19 +10,37 @@ from workers.channels.names import Names
 from workers.channels.shm.ring import check_shared_memory, create_ring, ring_bytes, sweep_stale, unlink_ring
 from workers.channels.wakeup import WakeUp, unlink_semaphore
 from workers.telemetry.status_table import StatusTable
-from workers.wiring.edges import ChannelSpec, channels_of
+from workers.wiring.edges import ChannelSpec, channels_of, ring_slot_bytes
 
-__all__ = ["needed_bytes", "shared_memory", "unlink_all"]
+__all__ = ["needed_bytes", "rings", "shared_memory", "unlink_all"]
 
 
 def needed_bytes(resolved: Resolved, here: Collection[int] | None = None) -> int:
-    """Bytes of shared memory the channels of a run take; 0 where others carry them all.
+    """Bytes of shared memory the channels of a run take on the host of the workers ``here``; None: all on one host."""
+    return _bytes_of(_channels(resolved, Names(""), here))
 
-    Args:
-        resolved: the run.
-        here: the workers on the host in question; None: all.
+
+@contextmanager
+def rings(channels: Sequence[ChannelSpec]) -> Iterator[Callable[[], None]]:
+    """Make the rings of those channels that have one; what is given removes their names, as the end does.
+
+    Raises:
+        PlanError: too little shared memory.
     """
-    return sum(ring_bytes(channel.slots, size) for channel, size in _rings(resolved, Names(""), here))
+    sweep_stale()
+    check_shared_memory(_bytes_of(channels))
+
+    def unlink() -> None:
+        for channel in channels:
+            unlink_ring(channel.name)
+
+    try:
+        for channel in channels:
+            if (size := ring_slot_bytes(channel)) is not None:
+                create_ring(channel.name, channel.slots, size)
+        yield unlink
+    finally:
+        unlink()
 
 
 @contextmanager
@@ -37,31 +55,30 @@ def shared_memory(resolved: Resolved, names: Names, here: Collection[int] | None
     Raises:
         PlanError: too little shared memory.
     """
-    sweep_stale()
-    check_shared_memory(needed_bytes(resolved, here))
     try:
-        for channel, size in _rings(resolved, names, here):
-            create_ring(channel.name, channel.slots, size)
-        for worker in range(resolved.plan.workers):
-            WakeUp.create(names.bell(worker)).close()
-        with StatusTable(names.board, resolved.plan.workers, create=True) as board:
-            yield board
+        with rings(_channels(resolved, names, here)):
+            for worker in range(resolved.plan.workers):
+                WakeUp.create(names.bell(worker)).close()
+            with StatusTable(names.board, resolved.plan.workers, create=True) as board:
+                yield board
     finally:
         unlink_all(resolved, names)
 
 
 def unlink_all(resolved: Resolved, names: Names) -> None:
     """Remove all names; whoever has attached goes on. Names already removed are no error."""
-    for channel, _ in _rings(resolved, names):
+    for channel in _channels(resolved, names):
         unlink_ring(channel.name)
     for worker in range(resolved.plan.workers):
         unlink_semaphore(names.bell(worker))
     StatusTable.unlink_name(names.board)
 
 
-def _rings(resolved: Resolved, names: Names, here: Collection[int] | None = None) -> Iterator[tuple[ChannelSpec, int]]:
-    """The channels with a ring in shared memory, and bytes of its slots. Both ends are on one host: one tells where."""
-    for channel in channels_of(resolved, names):
-        size = channel.ring_slot_bytes
-        if size is not None and (here is None or channel.edge.source in here):
-            yield channel, size
+def _channels(resolved: Resolved, names: Names, here: Collection[int] | None = None) -> list[ChannelSpec]:
+    """The channels whose senders are here; both ends of a ring are on one host."""
+    return [channel for channel in channels_of(resolved, names) if here is None or channel.edge.source in here]
+
+
+def _bytes_of(channels: Sequence[ChannelSpec]) -> int:
+    sizes = [(channel.slots, ring_slot_bytes(channel)) for channel in channels]
+    return sum(ring_bytes(slots, size) for slots, size in sizes if size is not None)

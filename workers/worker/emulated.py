@@ -35,12 +35,7 @@ class Sleeper:
 
 
 class DelayedReceiver:
-    """Holds each message of a receiver back until it would have arrived over a link.
-
-    Args:
-        receiver: the real one; messages wait in its slots.
-        link: the link.
-    """
+    """Holds each message of a receiver back, in its slot, until it would have arrived over a link."""
 
     def __init__(self, receiver: Receiver, link: Link) -> None:
         self._receiver, self._link = receiver, link

@@ -22,12 +22,7 @@ _MESSAGE = 3_000
 
 
 def failure_of(assignment: Assignment, error: BaseException) -> records.Failure:
-    """The report of what ended a worker.
-
-    Args:
-        assignment: the worker's part of the run.
-        error: what ended it.
-    """
+    """The report of what ended a worker."""
     located = error if isinstance(error, StageError) else None
     which = f"replica {assignment.replica}, " if assignment.plan.replicas > 1 else ""
     return records.Failure(

@@ -72,10 +72,7 @@ class StopAsked(Exception):
 def worker_main(assignment: Assignment, connection: Connection, listener: Path | None = None) -> None:
     """The life of a worker process. Blocks until the run is over; exits non-zero after a failure.
 
-    Args:
-        assignment: its part of the run.
-        connection: the control pipe to the driver.
-        listener: the socket of the fork server that it comes from.
+    ``connection`` is the control pipe to the driver, ``listener`` the socket of the fork server that it comes from.
     """
     os.setsid()  # a group of its own: Ctrl-C reaches the driver only, and the driver can end us with our children
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -130,25 +127,15 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     report.flush()
     if assignment.replica == 0:
         _save(assignment, stage)
-    peak_bytes = peak_memory_bytes(device)
     counts = runner.updated, runner.learned, runner.dropped
-    times = begin_ns, end_ns, report.window_ns
-    last_words = (
-        assignment.index,
-        *counts,
-        peak_bytes,
-        *times,
-        ports.sent_bytes("activations"),
-        ports.sent_bytes("gradients"),
-        assignment.replica,
-    )
-    records.send(connection, records.Finished(*last_words))
+    sent, times = (ports.sent_bytes("activations"), ports.sent_bytes("gradients")), (begin_ns, end_ns)
+    told = (*counts, peak_memory_bytes(device), *times, report.window_ns, *sent, assignment.replica)
+    records.send(connection, records.Finished(assignment.index, *told))
 
 
 def _recorder(assignment: Assignment, board: StatusTable) -> SpanRecorder:
-    if on_gpu(assignment.device):
-        return GpuSpanRecorder(assignment.worker, board, assignment.files["spans"], CudaMarks(assignment.device))
-    return SpanRecorder(assignment.worker, board, assignment.files["spans"])
+    where = assignment.worker, board, assignment.files["spans"]
+    return GpuSpanRecorder(*where, CudaMarks(assignment.device)) if on_gpu(assignment.device) else SpanRecorder(*where)
 
 
 def _loop(runner: Runner, ports: Ports, board: StatusTable, record: Recorder, give_up_after_s: float) -> None:

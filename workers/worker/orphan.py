@@ -24,15 +24,9 @@ _TIDY_WITHIN_S = 10.0
 def ends_with_the_driver(assignment: Assignment, listener: Path | None) -> Iterator[None]:
     """Watch, from a thread, over the process that started this one; when it dies, end with everything started here.
 
-    What the dead one would have removed is removed first: the names in shared memory and its fork server's socket.
-
-    Args:
-        assignment: the worker's part of the run.
-        listener: the socket of the fork server; None: not known.
-
-    Blocks:
-        on the way out, if the driver is dead, until this process is killed: others may have told it to end as well,
-        and the thread would end with it, before it has tidied up.
+    What the dead one would have removed is removed first: the names in shared memory and ``listener``, the socket of
+    its fork server. On the way out, if the driver is dead, it blocks until this process is killed: others may have told
+    it to end as well, and the thread would end with it, before it has tidied up.
     """
     driver = parent_process()
     if driver is None:  # called directly, in a test

@@ -16,7 +16,7 @@ from pipeline.plan.topology import Edge, What, data_edge
 from workers.channels.interface import Receiver, Sender
 from workers.channels.wakeup import SPIN_S, WakeUp
 from workers.clock import now_ns
-from workers.wiring.edges import channels_of, open_receiver, open_sender
+from workers.wiring.edges import channels_of, open_receiver, open_sender, ring_slot_bytes
 from workers.worker.assignment import Assignment
 from workers.worker.emulated import DelayedReceiver
 
@@ -129,14 +129,14 @@ def attached(
         assignment: whose channels.
         recipe: gives the data of stage 0.
         record: told what the worker turns to.
-        enough: asked by stage 0 before every training batch, with its number; once it is, the run comes to its end.
+        enough: asked by stage 0 before every training batch, with its number: True ends the run.
 
     Raises:
         TimeoutError: something was not there in time.
     """
     k, within_s, plan = assignment.worker, assignment.attach_within_s, assignment.plan
     mine = [c for c in channels_of(assignment.resolved, assignment.names) if k in (c.edge.source, c.edge.target)]
-    rendezvous = assignment.rendezvous if any(channel.meets for channel in mine) else None
+    rendezvous = assignment.rendezvous if any(ring_slot_bytes(channel) is None for channel in mine) else None
     with contextlib.ExitStack() as stack:
 
         def bell(worker: int) -> WakeUp:
@@ -153,7 +153,8 @@ def attached(
                 ports.outlets[channel.edge] = Putting(sender, plan.stall_after_s, stamps=plan.links is not None)
             else:
                 receiver = stack.enter_context(open_receiver(channel, bell, meeting, within_s))
-                receiver.lane.before_landing(partial(record, Span.RECEIVE))
+                if receiver.staging is not None:
+                    receiver.staging.before_landing = partial(record, Span.RECEIVE)
                 delayed = DelayedReceiver(receiver, plan.links) if plan.links is not None else None
                 ports.inlets[channel.edge] = Taking(receiver, record, delayed)
         yield ports

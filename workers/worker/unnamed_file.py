@@ -21,9 +21,6 @@ __all__ = ["UnnamedFile"]
 class UnnamedFile:
     """An empty file in ``$TMPDIR`` without a name. It can be an argument of a process that is being started.
 
-    Args:
-        descriptor: an open one that this object takes over; None: a new file.
-
     Raises:
         PlanError: no such file can be made there.
     """

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ ends, since others may still copy into it."""
 
 
 class CudaEngine:
-    """A ``staging.Engine``, ``cuda_ipc.PeerEngine`` and ``nccl_ends.LinkEngine`` in one.
+    """The ``workers.channels.engine.Engine`` of a GPU.
 
     Args:
         device: as torch names it, e.g. ``cuda:0``; the computing stream is whichever is current there.
@@ -45,11 +45,10 @@ class CudaEngine:
         self._stream = torch.cuda.Stream(self._device)
 
     def empty(self, num_bytes: int) -> Tensor:
-        """See ``Engine``."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def pin(self, memory: memoryview) -> Callable[[], None]:
-        """See ``Engine``. Where the system does not let memory be pinned, copies are right, but wait for the host."""
+        """Where the system does not let memory be pinned, copies are right, but wait for the host."""
         runtime, address = _runtime(), torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
         with torch.cuda.device(self._device):
             if runtime.cudaHostRegister(address, len(memory), 0) != 0:
@@ -63,18 +62,15 @@ class CudaEngine:
 
     @torch.no_grad()
     def snapshot(self, into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-        """See ``Engine``."""
         for mine, tensor in zip(into, tensors, strict=True):
             mine.copy_(tensor.detach(), non_blocking=True)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def copy(self, into: Tensor, source: Tensor) -> None:
-        """See ``Engine``."""
         with torch.cuda.stream(self._stream):
             into.copy_(source, non_blocking=True)
 
     def fetch(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """See ``Engine``."""
         with torch.cuda.stream(self._stream):
             fetched = tuple(torch.empty_like(t, device=self._device).copy_(t, non_blocking=True) for t in tensors)
         computing = torch.cuda.current_stream(self._device)
@@ -84,13 +80,12 @@ class CudaEngine:
         return fetched
 
     def mark(self) -> torch.cuda.Event:
-        """See ``Engine``; whoever waits sleeps."""
+        """Whoever waits for it sleeps."""
         event = torch.cuda.Event(blocking=True)
         event.record(self._stream)
         return event
 
     def shareable(self, num_bytes: int) -> tuple[Tensor, bytes]:
-        """See ``PeerEngine``."""
         runtime, pointer, handle = _runtime(), ctypes.c_void_p(), _Handle()
         whole_bytes = -(-num_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
         with torch.cuda.device(self._device):
@@ -102,14 +97,8 @@ class CudaEngine:
         return memory, shared
 
     def opened(self, handle: bytes, num_bytes: int) -> Tensor:
-        """See ``PeerEngine``.
-
-        Raises:
-            RuntimeError: this device cannot reach the other's memory.
-        """
-        if handle in _own:
-            mine: Tensor = _own[handle]
-            return mine
+        if (mine := _own.get(handle)) is not None:
+            return cast(Tensor, mine)
         ordinal, name = _SHARED.unpack(handle)
         there = torch.device("cuda", ordinal)
         if there != self._device and not torch.cuda.can_device_access_peer(self._device, there):
@@ -126,7 +115,6 @@ class CudaEngine:
         return _over(pointer, num_bytes, self._device)
 
     def signal(self) -> tuple[torch.cuda.Event, bytes]:
-        """See ``PeerEngine``."""
         with torch.cuda.device(self._device):  # an event belongs to the device that is current at its first use
             event = torch.cuda.Event(interprocess=True)
             handle = bytes(event.ipc_handle())
@@ -134,23 +122,16 @@ class CudaEngine:
         return event, handle
 
     def opened_signal(self, handle: bytes) -> torch.cuda.Event:
-        """See ``PeerEngine``."""
-        if handle in _own:
-            mine: torch.cuda.Event = _own[handle]
-            return mine
-        event: torch.cuda.Event = torch.cuda.Event.from_ipc_handle(self._device, handle)
-        return event
+        event = _own.get(handle) or torch.cuda.Event.from_ipc_handle(self._device, handle)
+        return cast(torch.cuda.Event, event)
 
     def wire(self, meeting: Meeting, name: str, side: int, within_s: float) -> NcclLink:
-        """See ``WireEngine``."""
         return NcclLink.join(self._device, meeting, name, side, within_s)
 
     def record(self, signal: Any) -> None:
-        """See ``PeerEngine``."""
         signal.record(self._stream)
 
     def wait(self, signal: Any) -> None:
-        """See ``PeerEngine``."""
         self._stream.wait_event(signal)
 
 
@@ -180,11 +161,7 @@ def _over(pointer: ctypes.c_void_p, num_bytes: int, device: torch.device) -> Ten
 
 @cache
 def _runtime() -> Any:
-    """The CUDA runtime that torch has loaded: another copy would know nothing of torch's contexts.
-
-    Raises:
-        RuntimeError: torch has loaded none.
-    """
+    """The CUDA runtime that torch has loaded: another copy would know nothing of torch's contexts."""
     torch.cuda.init()
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = sorted({line.split(maxsplit=5)[-1] for line in lines if "libcudart" in line})

@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.messages.message import Message, decode_over
 from workers.channels.errors import ChannelTimeout
-from workers.channels.shm.ring import CARD, RECEIVER_ATTACHED, SENDER_ATTACHED, ShmReceiver, ShmSender
+from workers.channels.interface import ChannelKind
+from workers.channels.shm.ring import CARD, ShmReceiver, ShmSender
 from workers.channels.slot import Slot, slot_stride
-from workers.channels.staging import DeviceStaging, Engine, StagedSlot
-from workers.channels.wakeup import LOOK_FOR_NAME_EVERY_S, WakeUp
+from workers.channels.spec import ChannelSpec
+from workers.channels.staging import DeviceStaging, LandingSlot, StagedSlot
+from workers.channels.wakeup import LOOK_FOR_NAME_EVERY_S
 
-__all__ = ["HEADER_SLOT_BYTES", "PeerEngine", "PeerReceiver", "PeerSender", "Signal"]
+__all__ = ["CUDA_IPC", "HEADER_SLOT_BYTES", "PeerReceiver", "PeerSender"]
 
 HEADER_SLOT_BYTES = 1024
 """Bytes of a slot of the ring: a message's header, and behind it the handle of an event."""
@@ -36,136 +37,66 @@ _EVENT_BYTES = 64
 _CARD = struct.Struct("<B")  # length of the handle that follows, once it is there
 
 
-class Signal(Protocol):
-    """An event that processes share: recorded by the receiver, waited for by the sender's device."""
-
-
-class PeerEngine(Engine, Protocol):
-    """What peer memory needs of a device besides."""
-
-    def shareable(self, num_bytes: int) -> tuple[Tensor, bytes]:
-        """[num_bytes] uint8 on the device, and a handle for other processes, at most 255 bytes.
-
-        It lives as long as the process: others may still copy into it.
-        """
-
-    def opened(self, handle: bytes, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8: the memory that another engine shares, of this or another process."""
-
-    def signal(self) -> tuple[Signal, bytes]:
-        """A new event, and its handle of 64 bytes."""
-
-    def opened_signal(self, handle: bytes) -> Signal:
-        """The event that another engine made."""
-
-    def record(self, signal: Signal) -> None:
-        """The copying stream is here."""
-
-    def wait(self, signal: Signal) -> None:
-        """The copying stream goes on when the last ``record`` before this call is reached; the host does not wait."""
-
-
 class _OutgoingSlot(StagedSlot):
     """A header in the ring, a payload on the receiver's device."""
 
-    __slots__ = ("_free", "_peer")
+    __slots__ = ("_free",)
 
     def __init__(
-        self, memory: memoryview, wire_dtype: torch.dtype | None, engine: PeerEngine, payload: Tensor, free: Signal
+        self,
+        memory: memoryview,
+        wire_dtype: torch.dtype | None,
+        staging: DeviceStaging,
+        payload: Tensor,
     ) -> None:
-        super().__init__(memory[:-_EVENT_BYTES], wire_dtype, engine, payload)
-        self._peer, self._free = engine, free
+        super().__init__(memory[:-_EVENT_BYTES], wire_dtype, staging, payload)
+        self._free = staging.engine.opened_signal(bytes(memory[-_EVENT_BYTES:]))
 
     def send_off(self) -> None:
-        self._peer.wait(self._free)
+        self._staging.engine.wait(self._free)
         super().send_off()
 
 
-class _IncomingSlot(Slot):
+class _IncomingSlot(LandingSlot):
     """The same, as the receiver sees it."""
 
-    __slots__ = ("_payload", "signal")
+    __slots__ = ("_free", "_payload")
 
-    def __init__(self, memory: memoryview, payload: Tensor, signal: Signal) -> None:
-        super().__init__(memory[:-_EVENT_BYTES])
-        self._payload, self.signal = payload, signal
+    def __init__(self, memory: memoryview, staging: DeviceStaging, payload: Tensor) -> None:
+        super().__init__(memory[:-_EVENT_BYTES], staging)
+        self._payload = payload
+        self._free, memory[-_EVENT_BYTES:] = staging.engine.signal()
+
+    def read(self) -> Message:
+        message = super().read()
+        self._staging.engine.record(self._free)
+        return message
 
     def _laid_over(self) -> Message:
         return decode_over(self._body, self._payload)
 
 
-class _PeerLane(DeviceStaging):
-    """A lane whose slots are free as soon as the device knows that they are."""
-
-    def __init__(self, engine: PeerEngine, called: str) -> None:
-        super().__init__(engine, called)
-        self._peer = engine
-
-    def pin(self, memory: memoryview) -> None:
-        """Only headers lie there, and no device copies them."""
-
-    def land(self, slot: Slot) -> Message:
-        """See ``Lane``."""
-        assert isinstance(slot, _IncomingSlot), "made by the receiver"
-        message = super().land(slot)
-        self._peer.record(slot.signal)
-        return message
-
-
-class _IncomingLane(_PeerLane):
-    def then(self, call: Callable[[], None]) -> None:
-        """At once: what is to be waited for is on the device."""
-        call()
-
-
 class PeerSender(ShmSender):
-    """The sending end; see `Sender`. Use `join`."""
+    """The sending end, in a ring with slots of 1024 bytes; see `Sender`.
 
-    @classmethod
-    def join(
-        cls,
-        name: str,
-        *,
-        label: str,
-        slot_bytes: int,
-        deadline_s: float,
-        engine: PeerEngine,
-        receiver_bell: WakeUp | None = None,
-        wire_dtype: torch.dtype | None = None,
-    ) -> PeerSender:
-        """Open the sending end of a ring with slots of ``HEADER_SLOT_BYTES``; as ``ShmSender.attach`` besides.
+    Raises:
+        ChannelTimeout: there is no such ring, or its receiver did not come.
+        RuntimeError: this device cannot reach the other one's memory.
 
-        Whoever opens several ends does so in an order common to all processes.
+    Blocks:
+        until the ring exists, and again until the receiver is there, each at most ``opening.within_s``.
+    """
 
-        Args:
-            name: the ring's.
-            label: what errors call the channel.
-            slot_bytes: largest ``layout_of(message).total_bytes``, as narrowed.
-            deadline_s: seconds from now within which the ring must exist, and again the receiver be there.
-            engine: of this worker's device, for this end alone.
-            receiver_bell: rung after each send and at close.
-            wire_dtype: what float32 activations and gradients are narrowed to.
+    staging: DeviceStaging
+    _header_bytes = HEADER_SLOT_BYTES
 
-        Raises:
-            ChannelTimeout: there is no such ring, or its receiver did not come.
-            RuntimeError: this device cannot reach the other one's memory.
-
-        Blocks:
-            until the receiver has opened its end.
-        """
-        lane = _PeerLane(engine, label)
-        end: PeerSender | None = None
-        try:
-            end = cls(name, label, deadline_s, SENDER_ATTACHED, receiver_bell, lane)
-            handle, stride = end._awaited_card(deadline_s), slot_stride(slot_bytes)
-            payloads = engine.opened(handle, end.capacity * stride).view(end.capacity, stride)
-            for memory, payload in zip(end._memories, payloads, strict=True):
-                free = engine.opened_signal(bytes(memory[-_EVENT_BYTES:]))
-                end._slots.append(_OutgoingSlot(memory, wire_dtype, engine, payload[:slot_bytes], free))
-        except BaseException:
-            (end or lane).close()
-            raise
-        return end
+    def _slots_over(self, memories: Sequence[memoryview], channel: ChannelSpec, within_s: float) -> list[Slot]:
+        staging, stride = self.staging, slot_stride(channel.slot_bytes)
+        payloads = staging.engine.opened(self._awaited_card(within_s), len(memories) * stride).view(-1, stride)
+        return [
+            _OutgoingSlot(memory, channel.wire_dtype, staging, payload[: channel.slot_bytes])
+            for memory, payload in zip(memories, payloads, strict=True)
+        ]
 
     def _awaited_card(self, deadline_s: float) -> bytes:
         """The handle of the payloads, once the receiver has written it."""
@@ -183,33 +114,22 @@ class PeerSender(ShmSender):
 
 
 class PeerReceiver(ShmReceiver):
-    """The receiving end; see `Receiver`. Use `join`."""
+    """The receiving end; see `Receiver`."""
 
-    @classmethod
-    def join(
-        cls,
-        name: str,
-        *,
-        label: str,
-        slot_bytes: int,
-        deadline_s: float,
-        engine: PeerEngine,
-        sender_bell: WakeUp | None = None,
-    ) -> PeerReceiver:
-        """Open the receiving end; as ``PeerSender.join``, but waits for the ring alone."""
-        lane = _IncomingLane(engine, label)
-        end: PeerReceiver | None = None
-        try:
-            end = cls(name, label, deadline_s, RECEIVER_ATTACHED, sender_bell, lane)
-            stride = slot_stride(slot_bytes)
-            memory, handle = engine.shareable(end.capacity * stride)
-            for header, payload in zip(end._memories, memory.view(end.capacity, stride), strict=True):
-                signal, event = engine.signal()
-                header[-_EVENT_BYTES:] = event
-                end._slots.append(_IncomingSlot(header, payload[:slot_bytes], signal))
-            end._header[CARD + _CARD.size :][: len(handle)] = handle
-            _CARD.pack_into(end._header, CARD, len(handle))  # last: who sees it sees everything
-        except BaseException:
-            (end or lane).close()
-            raise
-        return end
+    staging: DeviceStaging
+    _header_bytes, _frees_at_once = HEADER_SLOT_BYTES, True
+
+    def _slots_over(self, memories: Sequence[memoryview], channel: ChannelSpec, within_s: float) -> list[Slot]:
+        staging, stride = self.staging, slot_stride(channel.slot_bytes)
+        memory, handle = staging.engine.shareable(len(memories) * stride)
+        slots: list[Slot] = [
+            _IncomingSlot(header, staging, payload[: channel.slot_bytes])
+            for header, payload in zip(memories, memory.view(-1, stride), strict=True)
+        ]
+        self._header[CARD + _CARD.size :][: len(handle)] = handle
+        _CARD.pack_into(self._header, CARD, len(handle))  # last: who sees it sees everything
+        return slots
+
+
+CUDA_IPC = ChannelKind("cuda", PeerSender, PeerReceiver, lambda channel: HEADER_SLOT_BYTES)
+"""Between workers on GPUs of one host."""

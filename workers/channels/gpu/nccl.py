@@ -62,7 +62,7 @@ def nccl_here() -> bool:
 
 
 class NcclLink:
-    """See ``workers.channels.gpu.nccl_ends.DeviceLink``. Use ``join``."""
+    """The ``workers.channels.engine.DeviceLink`` of NCCL. Use ``join``."""
 
     is_cut = False
 
@@ -75,7 +75,7 @@ class NcclLink:
 
     @classmethod
     def join(cls, device: torch.device, meeting: Meeting, name: str, side: int, within_s: float) -> Self:
-        """Connect this device and that of the process that joins the other side; see ``WireEngine.wire``."""
+        """Connect this device and that of the process that joins the other side; see ``Engine.wire``."""
         try:
             return _within(within_s, lambda: cls._connected(device, meeting, name, side, within_s))
         except TimeoutError as error:
@@ -107,15 +107,13 @@ class NcclLink:
         return wire
 
     def send(self, payload: Tensor) -> _Transfer:
-        """See ``Wire``."""
         return self._queued(self._group.send, payload)
 
     def receive(self, payload: Tensor) -> _Transfer:
-        """See ``Wire``."""
         return self._queued(self._group.recv, payload)
 
     def cut(self) -> None:
-        """See ``Wire``; 5 s at most."""
+        """Blocks 5 s at most."""
         with self._cutting:
             if self._aborting is None:
                 self.is_cut = True
@@ -151,7 +149,7 @@ class _Transfer:
         self._work, self._event, self._stream = work, event, stream
 
     def synchronize(self) -> None:
-        """See ``Done``; raises ``PairBroken`` for what NCCL says of the connection."""
+        """Raises ``PairBroken`` for what NCCL says of the connection."""
         with _told():
             ask_at = time.monotonic() + _ASK_EVERY_S
             while not self._event.query():

@@ -1,7 +1,7 @@
 """A channel between GPUs that share no memory: headers go over gloo, payloads from device to device over a wire.
 
     computing stream    ... forward | snapshot | dni | backward ...           fetch | forward ...
-    sender's lane                       waits: send queued, then the header     ^waits for what has landed
+    sender's staging                    waits: send queued, then the header     ^waits for what has landed
     wire                                  +--------- payload ---------> slot ---+
     gloo                                  +- header -> receive queued                -- credit -->
 
@@ -22,24 +22,24 @@ to spin for what may never come, so:
 
 from __future__ import annotations
 
-import contextlib
 import struct
 import time
+from collections.abc import Sequence
 from functools import partial
-from typing import Protocol, Self
 
 import torch
-from torch import Tensor
 
 from pipeline.messages.message import ALIGNMENT_BYTES, Layout, Message, decode_over
+from workers.channels.engine import DeviceLink, Done
+from workers.channels.interface import ChannelKind
 from workers.channels.net.credit_end import RemoteEnd
 from workers.channels.net.ends import RemoteReceiver, RemoteSender
-from workers.channels.net.gloo import Meeting, Pair, PairBroken
+from workers.channels.net.gloo import PairBroken
 from workers.channels.slot import Slot
-from workers.channels.staging import DeviceStaging, Done, Engine, StagedSlot
-from workers.channels.wakeup import WakeUp
+from workers.channels.spec import ChannelSpec, Opening
+from workers.channels.staging import DeviceStaging, LandingSlot, StagedSlot
 
-__all__ = ["DeviceLink", "LinkEngine", "NcclReceiver", "NcclSender"]
+__all__ = ["NCCL", "NcclReceiver", "NcclSender"]
 
 _HEADER_BYTES = 1024
 """Bytes of the largest header: of messages with dozens of tensors."""
@@ -47,75 +47,26 @@ _SPAN = struct.Struct("<qq")  # the payload's first byte in the buffer, and the 
 _SPAN_AT = 48  # in a slot's record
 
 
-class DeviceLink(Protocol):
-    """Carries bytes from one device to another: one direction, in order, beside the computing."""
-
-    is_cut: bool
-    """Whether this side has been cut."""
-
-    def send(self, payload: Tensor) -> Done:
-        """Queue sending [bytes] uint8, at least one, that are there; does not block. Their memory is to stay as it is.
-
-        Returns:
-            when the memory may be written to again; its ``synchronize`` raises ``PairBroken`` where the wire fails.
-
-        Raises:
-            PairBroken: the wire failed, or is cut.
-        """
-
-    def receive(self, payload: Tensor) -> Done:
-        """Queue receiving as many bytes as the other side sends; else as ``send``."""
-
-    def cut(self) -> None:
-        """End what is under way, for good; from any thread. What was being received is garbage, and nobody is told.
-
-        Blocks:
-            until the device is free of it, a few seconds at most.
-        """
-
-
-class LinkEngine(Engine, Protocol):
-    """What a wire needs of a device besides."""
-
-    def wire(self, meeting: Meeting, name: str, side: int, within_s: float) -> DeviceLink:
-        """Connect to the device of the process that asks for the other side of the same name.
-
-        Args:
-            meeting: where both meet.
-            name: the channel's, used once.
-            side: 0 sends, 1 receives.
-            within_s: seconds within which both must be connected.
-
-        Raises:
-            ChannelTimeout: they were not.
-            RuntimeError: these two devices cannot be connected.
-
-        Blocks:
-            until connected, at most ``within_s``.
-        """
-
-
 class _OutgoingSlot(StagedSlot):
     """A header that travels over gloo, and a buffer on the device from which the payload is sent."""
 
     __slots__ = ("_sent", "_wire")
 
-    def __init__(
-        self, memory: memoryview, wire_dtype: torch.dtype | None, engine: Engine, wire: DeviceLink, payload_bytes: int
-    ) -> None:
-        elsewhere = torch.empty(payload_bytes, dtype=torch.uint8, device="meta")
-        super().__init__(memory, wire_dtype, engine, elsewhere)
+    def __init__(self, memory: memoryview, channel: ChannelSpec, staging: DeviceStaging, wire: DeviceLink) -> None:
+        elsewhere = torch.empty(channel.slot_bytes, dtype=torch.uint8, device="meta")
+        super().__init__(memory, channel.wire_dtype, staging, elsewhere)
         self._wire, self._sent = wire, _NOTHING
 
     def write(self, message: Message) -> None:
         """See ``Slot``. A credit has come for what was sent from here before, so its send has ended, or is about to."""
+        self._staging.check()
         self._sent.synchronize()
-        super().write(message)
+        Slot.write(self, message)  # the payload is sent with the header
 
     def send_off(self) -> None:
         """Queue the payload of what was written last."""
         if self._used.start < self._used.stop:
-            self._sent = self._wire.send(self._staging[self._used])
+            self._sent = self._wire.send(self._buffer[self._used])
 
     def _laid_out(self, layout: Layout, *, narrow: bool) -> None:
         super()._laid_out(layout, narrow=narrow)
@@ -123,14 +74,14 @@ class _OutgoingSlot(StagedSlot):
         _SPAN.pack_into(self._record, _SPAN_AT, self._used.start, self._used.stop)
 
 
-class _IncomingSlot(Slot):
+class _IncomingSlot(LandingSlot):
     """The same, as the receiver sees it."""
 
     __slots__ = ("_payload", "_wire")
 
-    def __init__(self, memory: memoryview, wire: DeviceLink, payload: Tensor) -> None:
-        super().__init__(memory)
-        self._wire, self._payload = wire, payload
+    def __init__(self, memory: memoryview, channel: ChannelSpec, staging: DeviceStaging, wire: DeviceLink) -> None:
+        super().__init__(memory, staging)
+        self._wire, self._payload = wire, staging.engine.empty(channel.slot_bytes)
 
     def receive(self) -> Done:
         """Queue the payload of the message whose header is here; when that is there too."""
@@ -156,143 +107,79 @@ class _Nothing:
 _NOTHING: Done = _Nothing()
 
 
-class _WireLane(DeviceStaging):
-    """A lane whose slots hold headers, and its wire.
+class _WireEnd(RemoteEnd):
+    """What both ends share: besides what a ``RemoteEnd`` has, the link between the devices.
 
-    Args:
-        engine: of the device, for this lane alone.
-        called: the channel, for errors.
-        wire: ends with it, by ``cut``.
-        payload_bytes: of the largest message.
+    Raises:
+        ChannelTimeout: the other end did not come, or the devices did not connect.
+        ValueError: the ends do not agree on the slots.
+        RuntimeError: the devices cannot be connected.
+
+    Blocks:
+        until the other end is there, at most three times ``opening.within_s``: to connect twice, and to greet.
+
+    Attributes:
+        wire: carries the payloads.
     """
 
-    end: _WireEnd
+    staging: DeviceStaging
+    wire: DeviceLink
+    _header_bytes = _HEADER_BYTES
 
-    def __init__(self, engine: LinkEngine, called: str, wire: DeviceLink, payload_bytes: int) -> None:
-        super().__init__(engine, called)
-        self.wire, self._payload_bytes = wire, payload_bytes
+    def _connect(self, channel: ChannelSpec, opening: Opening) -> None:
+        assert opening.meeting is not None, "as RemoteEnd"
+        self.wire = self.staging.engine.wire(opening.meeting, channel.meets_as, self.side, opening.within_s)
+        self.staging.on_failure = self._break_off
 
-    def outgoing(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
-        """See ``Lane``."""
-        return _OutgoingSlot(memory, wire_dtype, self.engine, self.wire, self._payload_bytes)
-
-    def incoming(self, memory: memoryview) -> Slot:
-        """See ``Lane``."""
-        return _IncomingSlot(memory, self.wire, self.engine.empty(self._payload_bytes))
-
-    def pin(self, memory: memoryview) -> None:
-        """Only headers lie there, and no device copies them."""
-
-    def fill(self, slot: Slot, message: Message) -> None:
-        """See ``Lane``; the payload is sent with the header."""
-        self._check()
-        slot.write(message)
-
-    def _fail(self, error: Exception) -> None:
-        if not isinstance(error, PairBroken):
-            super()._fail(error)
-        self.end.break_off(error)
-
-
-class _WireEnd(RemoteEnd):
-    """What both ends share."""
-
-    @classmethod
-    def join(
-        cls,
-        meeting: Meeting,
-        name: str,
-        *,
-        label: str,
-        slots: int,
-        slot_bytes: int,
-        deadline_s: float,
-        engine: LinkEngine,
-        bell: WakeUp | None = None,
-        wire_dtype: torch.dtype | None = None,
-    ) -> Self:
-        """Meet the other end, as ``RemoteEnd.attach``, and connect its device and this one's.
-
-        Args:
-            meeting: where both meet.
-            name: the channel's, used once.
-            label: what errors call the channel, like ``"activations 0->1"``.
-            slots: how many messages fit.
-            slot_bytes: largest ``layout_of(message).total_bytes``, as narrowed: what each slot takes on the device.
-            deadline_s: seconds from now within which the other end must come, and again for what ``engine.wire`` does.
-            engine: of this worker's device, for this end alone.
-            bell: this worker's, rung when a message or a release has arrived, and when the channel closes or breaks.
-            wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
-
-        Raises:
-            ChannelTimeout: it did not come, or the devices did not connect.
-            ValueError: the ends do not agree on the slots.
-            RuntimeError: as ``LinkEngine.wire``.
-
-        Blocks:
-            until the other end is there, at most three times ``deadline_s``: to connect twice, and to greet.
-        """
-        with contextlib.ExitStack() as undo:
-            pair = Pair.join(meeting, name, cls.side, deadline_s)
-            undo.callback(pair.cut)
-            wire = engine.wire(meeting, name, cls.side, deadline_s)
-            undo.callback(wire.cut)
-            lane = _WireLane(engine, label, wire, slot_bytes)
-            undo.callback(lane.close)
-            end = cls(
-                pair, label=label, slots=slots, slot_bytes=_HEADER_BYTES, bell=bell, wire_dtype=wire_dtype, lane=lane
-            )
-            lane.end = end
-            end.start(deadline_s)
-            undo.pop_all()
-        return end
-
-    @property
-    def wire(self) -> DeviceLink:
-        """What carries the payloads."""
-        assert isinstance(self.lane, _WireLane), "made by join"
-        return self.lane.wire
-
-    def break_off(self, error: Exception) -> None:
+    def _break_off(self, error: Exception) -> None:
         """A payload will not arrive: neither end goes on."""
-        self._lose(error if isinstance(error, PairBroken) else PairBroken(str(error)))
+        if not isinstance(error, PairBroken):
+            self.staging.spoil(error)
+            error = PairBroken(str(error))
+        self._lose(error)
 
     def _lose(self, error: PairBroken) -> None:
         super()._lose(error)
-        self._pair.cut()  # where it was not lost, but the wire: the other end hears of it at once
-        self.wire.cut()
+        self._cut()  # where it was not lost, but the wire: the other end hears of it at once
+
+    def _cut(self) -> None:
+        super()._cut()
+        if hasattr(self, "wire"):  # it may be what could not be connected
+            self.wire.cut()
 
 
 class NcclSender(_WireEnd, RemoteSender):
-    """The sending end; see ``Sender``. Use ``join``."""
+    """The sending end; see ``Sender``."""
+
+    _slots: Sequence[_OutgoingSlot]
+
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+        return _OutgoingSlot(memory, channel, self.staging, self.wire)
 
     def _ship_next(self) -> None:
         with self._changed:  # a header goes with its payload, or neither does
             if not self._said_end and self._broken is None:
-                slot = self._slots[self._num_shipped % self._ring_size]
-                assert isinstance(slot, _OutgoingSlot), "made by the lane"
-                slot.send_off()
+                self._slots[self._num_shipped % self._ring_size].send_off()
             super()._ship_next()
-
-    def _wind_up(self) -> None:
-        super()._wind_up()
-        self.wire.cut()
 
 
 class NcclReceiver(_WireEnd, RemoteReceiver):
-    """The receiving end; see ``Receiver``. Use ``join``."""
+    """The receiving end; see ``Receiver``."""
+
+    _slots: Sequence[_IncomingSlot]
+
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+        return _IncomingSlot(memory, channel, self.staging, self.wire)
 
     def _take_in(self, index: int) -> bool:
-        slot = self._slots[index]
-        assert isinstance(slot, _IncomingSlot), "made by the lane"
         self._heard = time.monotonic()
-        last = slot.is_end
-        assert isinstance(self.lane, _WireLane), "made by join"
-        self.lane.after(_NOTHING if last else slot.receive(), partial(self._landed, index))
+        last = self._slots[index].is_end
+        done = _NOTHING if last else self._slots[index].receive()
+        self.staging.after(done, partial(self._landed, index))
         return not last
 
     def _landed(self, index: int) -> None:
-        """A header and its payload are there; in the lane's thread."""
+        """A header and its payload are there; in the staging's thread."""
         if not self.wire.is_cut:
             super()._take_in(index)
 
@@ -301,5 +188,8 @@ class NcclReceiver(_WireEnd, RemoteReceiver):
         self._part()
         if not self._peer_ended:
             self.wire.cut()
-        self.lane.close()
-        self.wire.cut()
+        self._drain()
+
+
+NCCL = ChannelKind("nccl", NcclSender, NcclReceiver)
+"""Between workers on GPUs of two hosts, where torch has NCCL."""

@@ -21,19 +21,18 @@ import mmap
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from workers.channels.errors import ChannelBroken, ChannelTimeout
 from workers.channels.interface import End
-from workers.channels.net.gloo import Meeting, Pair, PairBroken
+from workers.channels.net.gloo import Pair, PairBroken
 from workers.channels.slot import Slot, slot_stride
-from workers.channels.staging import NO_STAGING, Staging
-from workers.channels.wakeup import WakeUp
+from workers.channels.spec import ChannelSpec, Opening
 
 __all__ = ["CLOSED", "RemoteEnd"]
 
@@ -43,92 +42,62 @@ CLOSED = -1
 
 
 class RemoteEnd(End):
-    """What both ends share: two rings of buffers, one per direction, and the thread that waits for what arrives."""
+    """What both ends share: two rings of buffers, one per direction, and the thread that waits for what arrives.
+
+    It rings its own worker, when a message or a release has arrived, and when the channel closes or breaks.
+
+    Raises:
+        ChannelTimeout: the other end did not come.
+        ValueError: the ends do not agree on the slots.
+
+    Blocks:
+        until the other end is there, at most ``opening.within_s`` to connect and as long again to greet.
+    """
 
     side = 0
     who = peer = ""
 
-    @classmethod
-    def attach(
-        cls,
-        meeting: Meeting,
-        name: str,
-        *,
-        label: str,
-        slots: int,
-        slot_bytes: int,
-        deadline_s: float,
-        bell: WakeUp | None = None,
-        wire_dtype: torch.dtype | None = None,
-        lane: Staging = NO_STAGING,
-    ) -> Self:
-        """Meet the other end. Whoever attaches several ends does so in an order common to all processes.
-
-        Args:
-            meeting: where both meet.
-            name: the channel's, used once.
-            label: what errors call the channel, like ``"activations 0->1"``.
-            slots: how many messages fit.
-            slot_bytes: largest ``layout_of(message).total_bytes``, as narrowed.
-            deadline_s: seconds from now within which the other end must come.
-            bell: this worker's, rung when a message or a release has arrived, and when the channel closes or breaks.
-            wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
-            lane: how messages get into the slots, or out of them; closed with the end.
-
-        Raises:
-            ChannelTimeout: it did not come.
-            ValueError: the ends do not agree on the slots.
-
-        Blocks:
-            until the other end is there, at most ``deadline_s`` to connect and as long again to greet.
-        """
-        pair = Pair.join(meeting, name, cls.side, deadline_s)
-        end = cls(pair, label=label, slots=slots, slot_bytes=slot_bytes, bell=bell, wire_dtype=wire_dtype, lane=lane)
-        end.start(deadline_s)
-        return end
-
-    def __init__(
-        self,
-        pair: Pair,
-        *,
-        label: str,
-        slots: int,
-        slot_bytes: int,
-        bell: WakeUp | None,
-        wire_dtype: torch.dtype | None,
-        lane: Staging,
-    ) -> None:
-        self.label, self.capacity, self._ring_size = label, slots, slots + 1
-        stride = slot_stride(slot_bytes)
-        pages = mmap.mmap(-1, self._ring_size * stride)  # zeros, and whole pages: a device may want to have them pinned
-        memory = torch.frombuffer(pages, dtype=torch.uint8).view(self._ring_size, stride)
-        lane.pin(memoryview(pages))
-        self.lane = lane
-        self._slots = [self._slot(memoryview(row.numpy()), wire_dtype) for row in memory]
-        self._slot_bytes = list(memory)
-        self._credits = list(torch.zeros(self._ring_size, 1, dtype=torch.int64))
-        self._pair, self._bell = pair, bell
-        self._sent: list[Any] = [None] * self._ring_size
-        self._expected: list[Any] = [None] * self._ring_size
+    def __init__(self, channel: ChannelSpec, opening: Opening) -> None:
+        super().__init__(channel, opening, (channel.edge.source, channel.edge.target)[self.side])
+        assert opening.meeting is not None, "an edge over gloo needs a rendezvous"
         self._changed = threading.Condition()  # guards everything below, and who sends
         self._closed = self._said_end = self._peer_ended = False
         self._broken: PairBroken | None = None
         self._heard = time.monotonic()
-        self._thread = threading.Thread(target=self._listen, name=f"{label}, {self.who}", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name=f"{self.label}, {self.who}", daemon=True)
+        self._pair = Pair.join(opening.meeting, channel.meets_as, self.side, opening.within_s)
+        try:
+            self._connect(channel, opening)
+            self._make_slots(channel)
+            self._greet(opening.within_s)
+        except BaseException:
+            self._cut()
+            raise
+        for index in range(self._ring_size):
+            self._expect(index)
+        self._thread.start()
+
+    def _make_slots(self, channel: ChannelSpec) -> None:
+        self._ring_size, stride = self.capacity + 1, slot_stride(self._header_bytes or channel.slot_bytes)
+        pages = mmap.mmap(-1, self._ring_size * stride)  # zeros, and whole pages: a device may want to have them pinned
+        memory = torch.frombuffer(pages, dtype=torch.uint8).view(self._ring_size, stride)
+        self._pin(memoryview(pages))
+        self._slots: Sequence[Slot] = [self._slot(memoryview(row.numpy()), channel) for row in memory]
+        self._slot_bytes = list(memory)
+        self._credits = list(torch.zeros(self._ring_size, 1, dtype=torch.int64))
+        self._sent: list[Any] = [None] * self._ring_size
+        self._expected: list[Any] = [None] * self._ring_size
 
     def close(self) -> None:
-        """Close this end; see `End.close`.
-
-        Blocks:
-            until what is under way to or from a device is copied, and the other end's process answered, at most 2 s: it
-            does at once unless it is stopped.
+        """Blocks until what is under way to or from a device is copied, and the other end's process answered, at most
+        2 s: it does at once unless it is stopped.
         """
         if self._closed:
             return
         self._wind_up()
         if self._peer_ended:
             self._flush()
-        self._pair.cut()
+        self._cut()
         self._thread.join(_CLOSE_WITHIN_S)
         self._slots, self._sent, self._expected = [], [], []
         self._ring()
@@ -136,7 +105,7 @@ class RemoteEnd(End):
     # ------------------------------------------------------------------ what the two ends do differently
 
     @abstractmethod
-    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
         """A slot of this end's ring."""
 
     @abstractmethod
@@ -148,12 +117,20 @@ class RemoteEnd(End):
         """Take in what arrived in a buffer; False when it says that nothing will follow."""
 
     @abstractmethod
-    def _say_end(self) -> None:
-        """Tell the peer, once, that nothing will follow. With the lock held."""
+    def _ship_end(self) -> None:
+        """Ship what says that nothing will follow."""
 
-    def start(self, within_s: float) -> None:
-        """Agree with the other end on the slots, which also warms the connection up, then listen."""
-        mine = torch.tensor([len(self._slot_bytes), self._slot_bytes[0].numel()])
+    def _connect(self, channel: ChannelSpec, opening: Opening) -> None:
+        """Connect what else there is to be connected."""
+
+    def _cut(self) -> None:
+        self._pair.cut()
+
+    # ------------------------------------------------------------------ private
+
+    def _greet(self, within_s: float) -> None:
+        """Agree with the other end on the slots, which also warms the connection up."""
+        mine = torch.tensor([self._ring_size, self._slot_bytes[0].numel()])
         theirs = torch.zeros_like(mine)
         try:
             expected, sent = self._pair.expect(theirs), self._pair.send(mine)
@@ -164,21 +141,22 @@ class RemoteEnd(End):
                 f"{self.label}: no greeting from the {self.peer} in {within_s:.3g} s: {error}"
             ) from error
         if not torch.equal(mine, theirs):
-            self._pair.cut()
             raise ValueError(
                 f"{self.label}: the {self.who} has {mine[0] - 1} slots of {mine[1]} bytes, the {self.peer} "
                 f"{theirs[0] - 1} of {theirs[1]}: both must run the same plan with the same version"
             )
-        for index in range(self._ring_size):
-            self._expect(index)
-        self._thread.start()
-
-    # ------------------------------------------------------------------ private
 
     def _wind_up(self) -> None:
         """Copy what is under way to or from a device, then part."""
-        self.lane.close()
+        self._drain()
         self._part()
+
+    def _say_end(self) -> None:
+        """Tell the peer, once, that nothing will follow. With the lock held."""
+        if not self._said_end and self._broken is None:
+            self._said_end = True
+            with contextlib.suppress(PairBroken):  # the waiter sees it too
+                self._ship_end()
 
     def _part(self) -> None:
         """Say that nothing will follow, and wait for the peer's answer, 2 s at most."""
@@ -253,7 +231,3 @@ class RemoteEnd(End):
     @abstractmethod
     def _give_up(self, waited_s: float) -> NoReturn:
         """Raise what says who waited for whom."""
-
-    def _ring(self) -> None:
-        if self._bell is not None:
-            self._bell.ring()

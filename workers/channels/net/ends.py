@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import contextlib
 
-import torch
 from torch import Tensor
 
 from pipeline.messages.message import Message
-from workers.channels.interface import Receiver, Sender
+from workers.channels.interface import ChannelKind, Receiver, Sender
 from workers.channels.net.credit_end import CLOSED, RemoteEnd
 from workers.channels.net.gloo import PairBroken
 from workers.channels.slot import Slot
+from workers.channels.spec import ChannelSpec
+from workers.channels.staging import incoming_slot, outgoing_slot
 
-__all__ = ["RemoteReceiver", "RemoteSender"]
+__all__ = ["GLOO", "RemoteReceiver", "RemoteSender"]
 
 
 class RemoteSender(Sender, RemoteEnd):
-    """The sending end of a remote channel; see `Sender`. Use `attach`."""
+    """The sending end of a remote channel; see `Sender`."""
 
     side, who, peer = 0, "sender", "receiver"
     _num_sent = _num_shipped = _num_released = 0
 
     def depth(self) -> int:
-        """Number of slots in use; see `End.depth`."""
         return 0 if self._closed else self._num_sent - self._num_released
 
     def room(self) -> bool:
-        """Whether a send would not block now; see `Sender.room`. True once the connection broke: a send then raises."""
+        """True, too, once the connection broke: a send then raises."""
         return self._has_room() or self._closed or self._peer_ended or self._broken is not None
 
     def send(self, message: Message, deadline_s: float) -> None:
-        """Send one message; see `Sender.send`.
-
-        Raises:
-            ChannelBroken: the connection is gone.
-        """
+        """As `Sender.send`; raises ``ChannelBroken`` once the connection is gone."""
         if self._closed:
             self._refuse("the sender")
         with self._changed:
@@ -46,17 +42,20 @@ class RemoteSender(Sender, RemoteEnd):
                 self._break(0.0)
             index = self._num_sent % self._ring_size
             try:
-                self.lane.fill(self._slots[index], self._stamped(message))
+                self._slots[index].write(self._stamped(message))
             except BaseException as error:
                 error.add_note(f"while sending on {self.label}")
                 raise
             self._num_sent += 1
-            self.lane.then(self._ship_next)
+            if self.staging is None:
+                self._ship_next()
+            else:
+                self.staging.then(self._ship_next)
             if self._broken is not None:
                 self._break(0.0)
 
     def _ship_next(self) -> None:
-        """The oldest message that is filled; in the thread that sent it, or in that of its lane."""
+        """The oldest message that is filled; in the thread that sent it, or in that of the staging."""
         with self._changed:
             if self._said_end or self._broken is not None:
                 return  # nobody takes it
@@ -71,8 +70,8 @@ class RemoteSender(Sender, RemoteEnd):
     def _has_room(self) -> bool:
         return self._num_sent - self._num_released < self.capacity
 
-    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
-        return self.lane.outgoing(memory, wire_dtype)
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+        return outgoing_slot(memory, channel.wire_dtype, self.staging)
 
     def _incoming(self) -> list[Tensor]:
         return self._credits
@@ -86,37 +85,29 @@ class RemoteSender(Sender, RemoteEnd):
         self._num_released = released
         return True
 
-    def _say_end(self) -> None:
-        if not self._said_end and self._broken is None:
-            self._said_end = True
-            index = self._num_shipped % self._ring_size
-            self._slots[index].write_end()
-            with contextlib.suppress(PairBroken):  # the waiter sees it too
-                self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
+    def _ship_end(self) -> None:
+        index = self._num_shipped % self._ring_size
+        self._slots[index].write_end()
+        self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
 
 
 class RemoteReceiver(Receiver, RemoteEnd):
-    """The receiving end of a remote channel; see `Receiver`. Use `attach`."""
+    """The receiving end of a remote channel; see `Receiver`."""
 
     side, who, peer = 1, "receiver", "sender"
     _num_arrived = _num_read = _num_released = _num_told = _num_credits = 0
 
     def depth(self) -> int:
-        """Number of slots in use, as far as messages have arrived; see `End.depth`."""
+        """Number of slots in use, as far as messages have arrived."""
         return 0 if self._closed else self._num_arrived - self._num_released
 
     def poll(self) -> Message | None:
-        """The next message in place, or None; see `Receiver.poll`.
-
-        Raises:
-            ChannelBroken: the connection is gone, and everything that arrived was received.
-        """
+        """As `Receiver.poll`; raises ``ChannelBroken`` once the connection is gone and what arrived was received."""
         if self._has_message() or self._closed or self._peer_ended or self._broken is not None:
             return self.receive(0)
         return None
 
     def receive(self, deadline_s: float) -> Message:
-        """The next message in place; see `Receiver.receive`. Raises as `poll`."""
         if self._closed:
             self._refuse("the receiver")
         with self._changed:
@@ -126,7 +117,7 @@ class RemoteReceiver(Receiver, RemoteEnd):
             slot = self._slots[self._num_read % self._ring_size]
             self._num_read += 1
             self.held += 1
-            return self._checked(self.lane.land(slot))
+            return self._checked(slot.read())
 
     def _free(self) -> None:
         with self._changed:
@@ -152,8 +143,8 @@ class RemoteReceiver(Receiver, RemoteEnd):
     def _has_message(self) -> bool:
         return self._num_arrived > self._num_read
 
-    def _slot(self, memory: memoryview, wire_dtype: torch.dtype | None) -> Slot:
-        return self.lane.incoming(memory)
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+        return incoming_slot(memory, self.staging)
 
     def _incoming(self) -> list[Tensor]:
         return self._slot_bytes
@@ -166,8 +157,9 @@ class RemoteReceiver(Receiver, RemoteEnd):
             self._give_credit(self.capacity)  # the sender believes that the channel is full
         return True
 
-    def _say_end(self) -> None:
-        if not self._said_end and self._broken is None:
-            self._said_end = True
-            with contextlib.suppress(PairBroken):  # the waiter sees it too
-                self._ship_credit(CLOSED)
+    def _ship_end(self) -> None:
+        self._ship_credit(CLOSED)
+
+
+GLOO = ChannelKind("gloo", RemoteSender, RemoteReceiver)
+"""Between workers of two hosts."""

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from workers.channels.errors import ChannelTimeout
+from workers.channels.names import Meeting
 
 __all__ = ["INTERFACE", "Meeting", "Pair", "PairBroken", "Rendezvous", "address_towards"]
 
@@ -41,11 +42,7 @@ class PairBroken(ConnectionError):
 
 
 def address_towards(host: str, port: int) -> str:
-    """This host's address on the way to another host; connecting a datagram socket sends nothing.
-
-    Raises:
-        OSError: there is no way to that host, or no such host.
-    """
+    """This host's address on the way to another host (``OSError``: there is none); nothing is sent."""
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(address)
@@ -78,24 +75,15 @@ class Rendezvous:
         del store  # its server ends with it
 
     def join(self, within_s: float) -> Meeting:
-        """Connect to the store.
-
-        The process's pairs then listen at its address as seen from the store's host, or at the (first) interface that
-        ``GLOO_SOCKET_IFNAME`` names.
+        """Connect to the store. The process's pairs then listen at its address as seen from the store's host, or at
+        the (first) interface that ``GLOO_SOCKET_IFNAME`` names.
 
         Raises:
             ChannelTimeout: nothing answered within ``within_s`` seconds.
-
-        Blocks:
-            until connected, at most ``within_s``.
         """
         try:
             store = dist.TCPStore(  # type: ignore[attr-defined]
-                self.host,
-                self.port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=within_s),
+                self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=within_s)
             )
             interface = os.environ.get(INTERFACE, "").partition(",")[0]
             where = {"interface": interface} if interface else {"hostname": address_towards(self.host, self.port)}
@@ -105,19 +93,6 @@ class Rendezvous:
                 f"no store answered at {self.host}:{self.port} within {within_s:.3g} s ({_first_line(error)}): is the "
                 "process that hosts it alive, and its port reachable from here?"
             ) from error
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """A process's place at the rendezvous; of one thread. All its pairs share one event loop thread.
-
-    Attributes:
-        store: the connection to the store.
-        device: where this process's pairs listen.
-    """
-
-    store: Any
-    device: Any
 
 
 class Pair:
@@ -131,19 +106,10 @@ class Pair:
 
     @classmethod
     def join(cls, meeting: Meeting, name: str, side: int, within_s: float) -> Self:
-        """Connect to the process that joins the other side of the same name.
-
-        Args:
-            meeting: where both meet.
-            name: the pair's, used once.
-            side: 0 or 1.
-            within_s: seconds within which the other one must come.
+        """Connect to the process that joins the other side (0 or 1) of the same name, which is used once.
 
         Raises:
-            ChannelTimeout: nobody came.
-
-        Blocks:
-            until connected, at most ``within_s``.
+            ChannelTimeout: nobody came within ``within_s`` seconds.
         """
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [meeting.device]
@@ -159,11 +125,7 @@ class Pair:
         return cls(group, 1 - side)
 
     def send(self, data: Tensor) -> Any:
-        """Send a contiguous CPU tensor; returns what `wait` takes. Does not block.
-
-        Raises:
-            PairBroken: the connection is gone.
-        """
+        """Send a contiguous CPU tensor; returns what `wait` takes. Raises ``PairBroken``; does not block."""
         return _posted(self._group.send, data, self._peer)
 
     def expect(self, data: Tensor) -> Any:
@@ -171,13 +133,10 @@ class Pair:
         return _posted(self._group.recv, data, self._peer)
 
     def wait(self, work: Any, within: timedelta = _FOREVER) -> None:
-        """Wait for one `send` or `expect`.
+        """Wait for one `send` or `expect`; lets other threads run.
 
         Raises:
             PairBroken: the connection is gone, or ``within`` is over, which cuts it.
-
-        Blocks:
-            until done; releases the interpreter's lock meanwhile.
         """
         try:
             work.wait(within)

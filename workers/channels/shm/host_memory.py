@@ -27,11 +27,7 @@ def new_prefix() -> str:
 
 
 def check_shared_memory(needed_bytes: int) -> None:
-    """Refuse a plan whose channels do not fit, before anything starts.
-
-    Raises:
-        PlanError: less than ``needed_bytes`` are free; the sentence has both figures and the remedy.
-    """
+    """Refuse a plan whose channels do not fit, before anything starts: a ``PlanError`` with figures and remedy."""
     if _DIRECTORY.is_dir():
         state = os.statvfs(_DIRECTORY)
         free_bytes = state.f_bavail * state.f_frsize
@@ -52,10 +48,7 @@ def sweep_stale() -> list[str]:
     """Remove what runs left in /dev/shm whose driver was killed before it could unlink the names.
 
     Only this user's files of this PID namespace: the processes of another container that shares /dev/shm cannot be
-    seen from here, and look dead. What somebody else has put there under such a name is left alone.
-
-    Returns:
-        the entries removed.
+    seen from here, and look dead. What somebody else has put there under such a name is left alone. Returns the names.
     """
     pattern = re.compile(rf"(?:sem\.)?fw-(\d{{1,9}})-{_pid_namespace()}[0-9a-f]+")
     removed = []

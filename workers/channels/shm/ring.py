@@ -18,23 +18,24 @@ import errno
 import mmap
 import os
 import struct
+from abc import abstractmethod
+from collections.abc import Sequence
 
 import posix_ipc
-import torch
 
 from pipeline.errors import PlanError
 from pipeline.messages.message import Message
 from workers.channels.errors import ChannelTimeout
-from workers.channels.interface import End, Receiver, Sender
+from workers.channels.interface import ChannelKind, End, Receiver, Sender
 from workers.channels.shm.host_memory import check_shared_memory, new_prefix, sweep_stale, too_little
 from workers.channels.slot import Slot, slot_stride
-from workers.channels.staging import NO_STAGING, Staging
-from workers.channels.wakeup import WakeUp, acquire_within, create_semaphore, open_semaphore, unlink_semaphore
+from workers.channels.spec import ChannelSpec, Opening
+from workers.channels.staging import incoming_slot, outgoing_slot
+from workers.channels.wakeup import acquire_within, create_semaphore, open_semaphore, unlink_semaphore
 
 __all__ = [
     "CARD",
-    "RECEIVER_ATTACHED",
-    "SENDER_ATTACHED",
+    "SHM",
     "ShmReceiver",
     "ShmSender",
     "check_shared_memory",
@@ -50,9 +51,9 @@ _SIZES = struct.Struct("<qq")  # number of slots, bytes from one to the next
 _NUM_SENT = struct.Struct("<q")  # written by the sender when it closes
 _NUM_SENT_AT = 16
 # Each flag has one writer, and the two sides do not share a cache line.
-SENDER_ATTACHED = 64
+_SENDER_ATTACHED = 64
 _SENDER_CLOSED = 65
-RECEIVER_ATTACHED = 128
+_RECEIVER_ATTACHED = 128
 _RECEIVER_CLOSED = 129
 CARD = 256
 """From here to the end of the header a kind of channel may leave what its ends have to know of each other."""
@@ -69,7 +70,7 @@ def create_ring(name: str, slots: int, slot_bytes: int) -> None:
     Args:
         name: starts with the run's `new_prefix`; up to 28 characters.
         slots: how many messages fit.
-        slot_bytes: largest ``layout_of(message).total_bytes``.
+        slot_bytes: bytes of the largest encoded message, or header.
 
     Raises:
         PlanError: too little shared memory, or sizes below 1. Without the reservation a full /dev/shm would
@@ -108,24 +109,27 @@ def unlink_ring(name: str) -> None:
 
 
 class _ShmEnd(End):
-    """One process's mapping of a ring, with the slots cut out once."""
+    """One process's mapping of a ring, with the slots cut out once; ``attached`` is this end's flag.
 
-    def __init__(
-        self,
-        name: str,
-        label: str,
-        deadline_s: float,
-        attached_flag: int,
-        peer_bell: WakeUp | None,
-        lane: Staging,
-    ) -> None:
+    Raises:
+        ChannelTimeout: there is no such ring.
+        ValueError: somebody has attached this end before.
+
+    Blocks:
+        until the ring exists, at most ``opening.within_s``.
+    """
+
+    def __init__(self, channel: ChannelSpec, opening: Opening, rings: int, attached: int) -> None:
+        super().__init__(channel, opening, rings)
+        name = channel.name
         try:
-            self._filled = open_semaphore(f"{name}-f", deadline_s)
+            self._filled = open_semaphore(f"{name}-f", opening.within_s)
             self._empty = open_semaphore(f"{name}-e", 0)
             segment = posix_ipc.SharedMemory(f"/{name}")
         except (TimeoutError, posix_ipc.ExistentialError) as error:
             raise ChannelTimeout(
-                f"{label}: no shared memory ring '{name}' after {deadline_s:.3g} s: was it made, and not yet unlinked?"
+                f"{self.label}: no shared memory ring '{name}' after {opening.within_s:.3g} s: was it made, and not yet"
+                " unlinked?"
             ) from error
         try:
             populate = getattr(mmap, "MAP_POPULATE", 0)  # page faults now, not in the first messages
@@ -133,85 +137,52 @@ class _ShmEnd(End):
         finally:
             segment.close_fd()
         view = memoryview(mapping)
-        self.label = label
         self.capacity, stride = _SIZES.unpack_from(view)
         # Tensors read in place keep their slot's memoryview alive, and that the mapping: it is never closed
         # by hand (a tensor would crash), but goes with its last view.
         self._header = view[:_HEADER_BYTES]
-        starts = range(_HEADER_BYTES, len(view), stride)
-        self.lane = lane
-        self._memories = [view[start : start + stride] for start in starts]
-        self._slots: list[Slot] = []
         self._next = 0  # how many messages this side has sent or received
         self._closed = False
-        self._peer_bell = peer_bell
-        if self._header[attached_flag]:
-            raise ValueError(f"{label}: this end of '{name}' is attached already; a channel has one of each end")
-        self._header[attached_flag] = 1
-        lane.pin(view)
+        self._slots: list[Slot] = []
+        if self._header[attached]:
+            raise ValueError(f"{self.label}: this end of '{name}' is attached already; a channel has one of each end")
+        self._header[attached] = 1
+        try:
+            self._pin(view)
+            memories = [view[start : start + stride] for start in range(_HEADER_BYTES, len(view), stride)]
+            self._slots = self._slots_over(memories, channel, opening.within_s)
+        except BaseException:
+            self.close()
+            raise
 
-    @property
-    def paired(self) -> bool:
-        """Whether both ends have attached: from then on the names are of no more use."""
-        return bool(self._header[SENDER_ATTACHED] and self._header[RECEIVER_ATTACHED])
+    @abstractmethod
+    def _slots_over(self, memories: Sequence[memoryview], channel: ChannelSpec, within_s: float) -> list[Slot]:
+        """The slots, as this end sees them."""
 
     def depth(self) -> int:
-        """Number of slots in use; see `End.depth`."""
         return 0 if self._closed else max(0, self.capacity - int(self._empty.value))
 
     def _shut(self) -> None:
         self._closed = True
-        self._slots, self._memories = [], []
+        self._slots = []
         self._filled.close()
         self._empty.close()
         self._ring()
 
-    def _ring(self) -> None:
-        if self._peer_bell is not None:
-            self._peer_bell.ring()
-
 
 class ShmSender(_ShmEnd, Sender):
-    """The sending end of a ring; see `Sender`. Use `attach`."""
+    """The sending end of a ring that any process makes with `create_ring`; see `Sender`. Rings after each send."""
 
-    @classmethod
-    def attach(
-        cls,
-        name: str,
-        *,
-        label: str,
-        deadline_s: float,
-        receiver_bell: WakeUp | None = None,
-        wire_dtype: torch.dtype | None = None,
-        lane: Staging = NO_STAGING,
-    ) -> ShmSender:
-        """Open the sending end of a ring that any process makes with `create_ring`.
+    def __init__(self, channel: ChannelSpec, opening: Opening) -> None:
+        super().__init__(channel, opening, channel.edge.target, _SENDER_ATTACHED)
 
-        Args:
-            name: the ring's.
-            label: what errors call the channel, like ``"activations 0->1"``.
-            deadline_s: seconds from now within which the ring must exist.
-            receiver_bell: rung after each send and at close.
-            wire_dtype: what float32 activations and gradients are narrowed to; None: they travel as they are.
-            lane: how messages get into the slots; closed with the end.
-
-        Raises:
-            ChannelTimeout: there is no such ring.
-            ValueError: somebody has attached this end before.
-
-        Blocks:
-            until the ring exists, at most ``deadline_s``.
-        """
-        end = cls(name, label, deadline_s, SENDER_ATTACHED, receiver_bell, lane)
-        end._slots = [lane.outgoing(memory, wire_dtype) for memory in end._memories]
-        return end
+    def _slots_over(self, memories: Sequence[memoryview], channel: ChannelSpec, within_s: float) -> list[Slot]:
+        return [outgoing_slot(memory, channel.wire_dtype, self.staging) for memory in memories]
 
     def room(self) -> bool:
-        """Whether a send would not block now; see `Sender.room`."""
         return self._closed or bool(self._empty.value) or bool(self._header[_RECEIVER_CLOSED])
 
     def send(self, message: Message, deadline_s: float) -> None:
-        """Send one message; see `Sender.send`."""
         if self._closed:
             self._refuse("the sender")
         if not acquire_within(self._empty, deadline_s):
@@ -220,22 +191,25 @@ class ShmSender(_ShmEnd, Sender):
             self._empty.release()
             self._refuse("the receiver")
         try:
-            self.lane.fill(self._slots[self._next % self.capacity], self._stamped(message))
+            self._slots[self._next % self.capacity].write(self._stamped(message))
         except BaseException as error:
             self._empty.release()
             error.add_note(f"while sending on {self.label}")
             raise
         self._next += 1
-        self.lane.then(self._post)
+        if self.staging is None:
+            self._post()
+        else:
+            self.staging.then(self._post)
 
     def _post(self) -> None:
         self._filled.release()
         self._ring()
 
     def close(self) -> None:
-        """Close this end; see `End.close`. The receiver gets what was sent, then `ChannelClosed`."""
+        """The receiver gets what was sent, then `ChannelClosed`."""
         if not self._closed:
-            self.lane.close()
+            self._drain()
             _NUM_SENT.pack_into(self._header, _NUM_SENT_AT, self._next)
             self._header[_SENDER_CLOSED] = 1
             self._filled.release()  # one more than messages sent: wakes the receiver
@@ -243,28 +217,23 @@ class ShmSender(_ShmEnd, Sender):
 
 
 class ShmReceiver(_ShmEnd, Receiver):
-    """The receiving end of a ring; see `Receiver`. Use `attach`."""
+    """The receiving end of a ring; see `Receiver`. Rings after each release."""
 
     _drained = False
 
-    @classmethod
-    def attach(
-        cls, name: str, *, label: str, deadline_s: float, sender_bell: WakeUp | None = None, lane: Staging = NO_STAGING
-    ) -> ShmReceiver:
-        """Open the receiving end; as `ShmSender.attach`. ``sender_bell`` is rung by releases and at close."""
-        end = cls(name, label, deadline_s, RECEIVER_ATTACHED, sender_bell, lane)
-        end._slots = [lane.incoming(memory) for memory in end._memories]
-        return end
+    def __init__(self, channel: ChannelSpec, opening: Opening) -> None:
+        super().__init__(channel, opening, channel.edge.source, _RECEIVER_ATTACHED)
+
+    def _slots_over(self, memories: Sequence[memoryview], channel: ChannelSpec, within_s: float) -> list[Slot]:
+        return [incoming_slot(memory, self.staging) for memory in memories]
 
     def poll(self) -> Message | None:
-        """The next message in place, or None; see `Receiver.poll`."""
         # Asking for the value first makes an empty poll 0.1 us instead of 1 us.
         if not (self._closed or self._drained) and not self._filled.value:
             return None
         return self.receive(0)
 
     def receive(self, deadline_s: float) -> Message:
-        """The next message in place; see `Receiver.receive`."""
         if self._closed:
             self._refuse("the receiver")
         if self._drained:
@@ -277,7 +246,7 @@ class ShmReceiver(_ShmEnd, Receiver):
         slot = self._slots[self._next % self.capacity]
         self._next += 1
         self.held += 1
-        return self._checked(self.lane.land(slot))
+        return self._checked(slot.read())
 
     def _free(self) -> None:
         if not self._closed:
@@ -285,9 +254,13 @@ class ShmReceiver(_ShmEnd, Receiver):
             self._ring()
 
     def close(self) -> None:
-        """Close this end; see `End.close`. The sender gets `ChannelClosed` at once."""
+        """The sender gets `ChannelClosed` at once."""
         if not self._closed:
-            self.lane.close()
+            self._drain()
             self._header[_RECEIVER_CLOSED] = 1
             self._empty.release()  # wakes the sender
             self._shut()
+
+
+SHM = ChannelKind("shm", ShmSender, ShmReceiver, lambda channel: channel.slot_bytes)
+"""Between workers of one host: the cheapest way there is."""
