@@ -187,7 +187,7 @@ def test_everything_that_trains_is_in_it() -> None:
     chain = Chain(Plan(stages=3, sizes=SIZES, steps=4, optimizer=adam(schedule="cosine"), **unlocked("mlp")))
     for batch in range(2):
         chain.train(batch)
-    leaves = flat(chain.state()[0])
+    leaves = flat(chain.state())
     for name in ("running_mean", "exp_avg", "exp_avg_sq", "mean_square", "num_targets", "num_steps", "first_losses"):
         assert any(name in leaf for leaf in leaves), name
 
