@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-import launch
+import launch.on_ray
 from launch import cli, train
 from launch.options.options import BenchOptions, RunOptions, parse
 from launch.recipes import BUILT_IN
@@ -270,7 +270,7 @@ def test_without_the_package_ray_its_launcher_names_the_extra(monkeypatch: pytes
     """All its options are understood all the same."""
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "launch.on_ray.cluster", raising=False)
-    monkeypatch.delattr(launch, "ray_cluster", raising=False)
+    monkeypatch.delattr(launch.on_ray, "cluster", raising=False)
     (line,) = freewheel("train", "digits", "--launcher", "ray", "--address", "auto", "--ray.cpus", "2").refusals
     assert line.startswith("freewheel: launcher ray needs the package ray, 2.59 or newer, which is not there (")
     assert line.endswith("): pip install 'freewheel[ray]'.")

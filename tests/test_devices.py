@@ -15,7 +15,7 @@ import problems
 import pytest
 import torch
 
-import launch
+import launch.on_ray
 from launch import train
 from launch.bench.rows import ROWS
 from launch.bench.where_rows_run import LOCAL
@@ -319,7 +319,7 @@ def test_what_is_asked_of_ray_amiss_is_refused_before_ray_is_asked(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # whoever asks for it meets an error
     monkeypatch.delitem(sys.modules, "launch.on_ray.cluster", raising=False)
-    monkeypatch.delattr(launch, "ray_cluster", raising=False)
+    monkeypatch.delattr(launch.on_ray, "cluster", raising=False)
     name, *options = command.split()
     with pytest.raises(SystemExit) as ended:
         run_command([name, "digits", "--launcher", "ray", *options])
