@@ -144,7 +144,10 @@ def test_compiled_stages_compute_the_same_up_to_rounding(mode: str, monkeypatch:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, when they are imported
 def test_a_stage_is_compiled_to_code_of_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)  # an earlier test may have compiled the same
+    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
     plan, recipe = Plan(mode="naive", stages=1, sizes=(5,), steps=2), smooth_recipe(held_out=False)
     plain, compiled = run_reference(recipe, plan), run_reference(recipe, replace(plan, compile=True))
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)

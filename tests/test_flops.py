@@ -176,7 +176,7 @@ def test_every_relay_of_a_network_with_everything_is_counted() -> None:
 
 def test_a_layer_that_fails_is_named() -> None:
     recipe = replace(RECIPE, model=partial(_with_failure, RECIPE))
-    resolved = resolve(recipe, Plan(sizes=(2, 4)))
+    resolved = resolve(replace(RECIPE, model=partial(perceptron, H, H, 6, C)), Plan(sizes=(2, 4)))
     with pytest.raises(StageError, match="stage 1, layer 5, batch 0: ZeroDivisionError: as planned"):
         count_flops(recipe, resolved.plan, resolved.cuts)
 

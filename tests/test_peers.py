@@ -219,10 +219,11 @@ def test_too_few_layers_are_refused() -> None:
 
 
 def test_virtual_stages_are_balanced_by_measured_time_and_placed_in_a_loop_or_a_v() -> None:
+    """A ReLU stays with the layer before it: four places where a stage can begin."""
     resolved = replace(_resolved(recipe), layer_seconds=(3.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
     loop, v = (place(recipe(), resolved, name, 4) for name in ("Interleaved1F1B", "ZBVZeroBubble"))
-    assert (loop.sizes, loop.ranks, loop.owners) == ((1, 1, 3, 3), (0, 1, 0, 1), [0, 1, 0, 0, 0, 1, 1, 1])
-    assert (v.ranks, v.owners) == ((0, 1, 1, 0), [0, 1, 1, 1, 1, 0, 0, 0])
+    assert (loop.sizes, loop.ranks, loop.owners) == ((2, 2, 2, 2), (0, 1, 0, 1), [0, 0, 1, 1, 0, 0, 1, 1])
+    assert (v.ranks, v.owners) == ((0, 1, 1, 0), [0, 0, 1, 1, 1, 1, 0, 0])
     assert [edge.shape for edge in v.edges] == [(4, 12), (4, 12), (4, 12), (4, 12), (4, 5)]
 
 

@@ -31,8 +31,8 @@ def build_optimizer(
     the stage's, so a split model is clipped otherwise than an unsplit one. True and synthetic gradients are clipped
     alike; a synthetic one, at the cut, is besides never larger than the running root mean square of its targets.
 
-    With ``warmup_steps`` or ``schedule`` the learning rate of step t is ``lr * lr_factor(plan, steps)(t)``, set before
-    the step. t is ``num_steps`` of the parameter group, so the optimizer's ``state_dict`` holds the whole schedule. The
+    With ``warmup_steps`` or ``schedule`` the learning rate of step t is ``lr * lr_factor(plan, steps)(t)``, set after
+    the one before. t is ``num_steps`` of the parameter group, so the optimizer's ``state_dict`` holds the whole schedule. The
     DNIs' own learning rate stays as it is.
 
     Rule ``nadamw``, asynchronous training's best known remedy for late gradients (Ajanthan et al. 2025, Nesterov Method
@@ -60,14 +60,14 @@ def build_optimizer(
     if plan.warmup_steps or plan.schedule != "constant":
         factor = lr_factor(plan, steps)
         (group,) = optimizer.param_groups
-        group["num_steps"] = 0
+        group["num_steps"], group["lr"] = 0, plan.lr * factor(0)
 
-        def set_learning_rate(stepped: torch.optim.Optimizer, *arguments: object) -> None:
+        def go_on(stepped: torch.optim.Optimizer, *arguments: object) -> None:
             (group,) = stepped.param_groups
-            group["lr"] = plan.lr * factor(group["num_steps"])
             group["num_steps"] += 1
+            group["lr"] = plan.lr * factor(group["num_steps"])
 
-        optimizer.register_step_pre_hook(set_learning_rate)
+        optimizer.register_step_post_hook(go_on)
     return optimizer
 
 
