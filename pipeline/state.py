@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["State", "Stateful", "attributes", "load_module", "module_state", "set_attributes"]
+__all__ = ["State", "Stateful", "attributes", "load_module", "module_state", "plain", "set_attributes"]
 
 State = dict[str, Any]
 """Names to tensors (copies), numbers, texts, None, lists of these, or further states."""
@@ -33,7 +33,7 @@ class Stateful(Protocol):
 
 def attributes(component: object, names: Iterable[str]) -> State:
     """The named attributes, numbers or sequences of numbers, as a state."""
-    return {name.lstrip("_"): _plain(getattr(component, name)) for name in names}
+    return {name.lstrip("_"): plain(getattr(component, name)) for name in names}
 
 
 def set_attributes(component: object, names: Iterable[str], state: State) -> None:
@@ -47,7 +47,7 @@ def set_attributes(component: object, names: Iterable[str], state: State) -> Non
 
 def module_state(module: nn.Module) -> State:
     """Copies of a module's parameters and buffers, and of what it says besides, by name."""
-    return {name: _plain(value) for name, value in module.state_dict().items()}
+    return {name: plain(value) for name, value in module.state_dict().items()}
 
 
 def load_module(module: nn.Module, state: State) -> None:
@@ -60,7 +60,10 @@ def load_module(module: nn.Module, state: State) -> None:
         module.load_state_dict(state, strict=True)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A copy of a value in the terms of a state: sequences as lists, tensors as tensors of their own."""
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return [_plain(item) for item in value] if isinstance(value, list | tuple | deque) else value
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple | deque) else value

@@ -10,7 +10,6 @@ sigma, their running root mean square. Without that and the clip, unlocked train
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from pipeline.model.cut import Cut
 from pipeline.plan.names import DNI_FORMS
 from pipeline.plan.plan import DNIPlan
 from pipeline.seeding import seeded
-from pipeline.state import State, load_module, module_state
+from pipeline.state import State, load_module, module_state, plain
 
 __all__ = ["DNI", "FORMS", "build_dni", "describe_form", "target_every", "training_window"]
 
@@ -143,7 +142,7 @@ class DNI(nn.Module):
 
     def state(self) -> State:
         """Weights, sigma, number of targets, and the states of the optimizers."""
-        optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers]
+        optimizers = [plain(optimizer.state_dict()) for optimizer in self.optimizers]
         return {"module": module_state(self), "num_targets": self._num_targets, "optimizers": optimizers}
 
     def load_state(self, state: State) -> None:
@@ -151,7 +150,7 @@ class DNI(nn.Module):
         load_module(self, state["module"])
         self._num_targets = state["num_targets"]
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(copy.deepcopy(kept))
+            optimizer.load_state_dict(plain(kept))
 
     def _checked(self, prediction: Tensor, size: Tensor, h: Tensor) -> Tensor:
         if not math.isfinite(float(size)):

@@ -7,8 +7,6 @@ Greedy training of layers with local losses: Belilovsky et al. 2020; Nøkland an
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +15,7 @@ from pipeline.model.cut import Cut
 from pipeline.model.unwritten import Unwritten
 from pipeline.plan.plan import DNIPlan
 from pipeline.seeding import seeded
-from pipeline.state import State, load_module, module_state
+from pipeline.state import State, load_module, module_state, plain
 
 __all__ = ["LocalLoss"]
 
@@ -44,9 +42,9 @@ class LocalLoss(nn.Module):
 
     def state(self) -> State:
         """The head and the state of its optimizer."""
-        return {"module": module_state(self), "optimizer": copy.deepcopy(self.optimizer.state_dict())}
+        return {"module": module_state(self), "optimizer": plain(self.optimizer.state_dict())}
 
     def load_state(self, state: State) -> None:
         """Take up ``state``."""
         load_module(self, state["module"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.optimizer.load_state_dict(plain(state["optimizer"]))

@@ -32,8 +32,8 @@ def build_optimizer(
     alike; a synthetic one, at the cut, is besides never larger than the running root mean square of its targets.
 
     With ``warmup_steps`` or ``schedule`` the learning rate of step t is ``lr * lr_factor(plan, steps)(t)``, set after
-    the one before. t is ``num_steps`` of the parameter group, so the optimizer's ``state_dict`` holds the whole schedule. The
-    DNIs' own learning rate stays as it is.
+    the one before. t is ``num_steps`` of the parameter group, so the optimizer's ``state_dict`` holds the whole
+    schedule. The DNIs' own learning rate stays as it is.
 
     Rule ``nadamw``, asynchronous training's best known remedy for late gradients (Ajanthan et al. 2025, Nesterov Method
     for Asynchronous Pipeline Parallel Optimization, arXiv 2505.01099), is torch's NAdam with decoupled weight decay:

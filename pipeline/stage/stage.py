@@ -14,7 +14,6 @@ batch in flight, and keeps that graph.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,7 +40,7 @@ from pipeline.stage.in_flight import InFlight, Kept
 from pipeline.stage.layers import StageLayers
 from pipeline.stage.predictor import Predictor
 from pipeline.stage.unlock import Lock, Switch
-from pipeline.state import State, Stateful
+from pipeline.state import State, Stateful, plain
 
 __all__ = ["Stage"]
 
@@ -288,7 +287,7 @@ class Stage:
 
         Random numbers are no part of it: they follow from (seed, layer, batch).
         """
-        optimizer = None if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict())
+        optimizer = None if self.optimizer is None else plain(self.optimizer.state_dict())
         return {"optimizer": optimizer} | {name: part.state() for name, part in self._parts().items()}
 
     def load_state(self, state: State) -> None:
@@ -296,7 +295,7 @@ class Stage:
         for name, part in self._parts().items():
             part.load_state(state[name])
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            self.optimizer.load_state_dict(plain(state["optimizer"]))
 
     # ------------------------------------------------------------------ private
 
