@@ -39,7 +39,7 @@ def attributes(component: object, names: Iterable[str]) -> State:
 def set_attributes(component: object, names: Iterable[str], state: State) -> None:
     """Set the named attributes from what ``attributes`` gave."""
     for name in names:
-        value, before = state[name.lstrip("_")], getattr(component, name)
+        value, before = plain(state[name.lstrip("_")]), getattr(component, name)
         if isinstance(before, deque):
             value = deque((tuple(item) if isinstance(item, list) else item for item in value), before.maxlen)
         setattr(component, name, value)

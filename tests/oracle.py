@@ -63,7 +63,7 @@ def flat(state: object, name: str = "") -> dict[str, object]:
 def assert_same_state(mine: object, truth: object) -> None:
     """Two states have the same leaves: tensors bit for bit, numbers that are no numbers too."""
     one, other = flat(mine), flat(truth)
-    assert one.keys() ^ other.keys() == set()
+    assert one.keys() ^ other.keys() == set(), "the same leaves"
     for name, value in other.items():
         assert type(one[name]) is type(value), name
         if isinstance(value, Tensor):
