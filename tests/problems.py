@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -209,6 +210,11 @@ def suicidal(number: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), Suicidal(5, number), nn.Linear(WIDTH, CLASSES))
 
 
+def _trains(module: nn.Module) -> bool:
+    """Whether this is a training batch in a worker: the driver and the workers try layers out before the run."""
+    return module.training and torch.is_grad_enabled() and multiprocessing.parent_process() is not None
+
+
 class Tells(nn.Module):
     """An identity that releases a semaphore at every training forward."""
 
@@ -218,7 +224,7 @@ class Tells(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tell."""
-        if self.training:
+        if _trains(self):
             posix_ipc.Semaphore(self.name).release()
         return x
 
@@ -232,7 +238,7 @@ class Listens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Listen."""
-        if self.training and self.seen < self.steps - 1:
+        if _trains(self) and self.seen < self.steps - 1:
             semaphore = posix_ipc.Semaphore(self.name)
             for _ in range(2 if self.seen == 0 else 1):
                 try:
