@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from launch import train
 from launch.results.dni_quality import summarised
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
+from pipeline.messages.bundle import Item
 from pipeline.plan.check import check_plan
 from pipeline.run.reference import run_reference
 from pipeline.run.resolve import resolve, stage_layers
@@ -62,25 +63,27 @@ def test_both_gradients_are_those_of_the_weights_of_the_forward_pass() -> None:
     above = Stage(stage_layers(RECIPE, plan, 1), 1, plan, RECIPE, None, resolved.cuts[0])
     true: Tensor | None = None
     for batch in range(5):
-        x, labels = batches(batch)
+        item, (x, labels) = Item(batch), batches(batch)
         if batch == 2:
             alone = copy.deepcopy(nn.Sequential(*(layer.module for layer in below.layers))).train()
-        h = below.forward(batch, x, labels)
-        s = below.predict(batch)
-        assert s is not None
+        (h,) = below.forward(item, (x,), (labels,))
+        predicted = below.predict(item)
+        assert h is not None
+        assert predicted is not None
+        assert predicted[0] is not None
         if batch == 2:
-            synthetic = s.clone()
-        below.backward(batch, s)
+            synthetic = predicted[0].clone()
+        below.backward(item, predicted)
         below.step(batch)
-        above.forward(batch, h.clone(), labels)
-        target = above.backward(batch, None)
+        above.forward(item, (h.clone(),), (labels,))
+        target = above.backward(item, None)
         assert target is not None
         sample = above.true_gradient()
         assert (sample is not None) == (batch == 2)
-        true = sample if sample is not None else true
-        below.learn(batch, target)
+        true = sample[0] if sample is not None else true
+        below.learn(item, target)
     assert true is not None
-    quality, relayed = below.judge(2, true)
+    quality, relayed = below.judge(2, (true,))
     assert relayed is None
     h = alone(batches(2)[0])
     under = [torch.autograd.grad(h, list(alone.parameters()), each, retain_graph=True) for each in (synthetic, true)]

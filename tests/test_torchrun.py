@@ -201,7 +201,7 @@ def test_a_stopped_worker_is_reported_with_the_stacks_of_the_others(tmp_path: Pa
     assert line.startswith("freewheel: no progress for 3.0 s: stage 0 (pid ")
     assert "the process is stopped" in line
     assert "  stage 1  waits  wait " in err
-    assert "worker.py" in (tmp_path / "r" / "stacks-1.txt").read_text(), "stage 1 sent its stacks over the wire"
+    assert "worker/main.py" in (tmp_path / "r" / "stacks-1.txt").read_text(), "stage 1 sent its stacks over the wire"
 
 
 def test_replicas_under_torchrun_equal_local_workers_bit_for_bit(tmp_path: Path) -> None:

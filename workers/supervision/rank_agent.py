@@ -33,7 +33,7 @@ __all__ = ["serve"]
 _STATUS_EVERY_NS = 500_000_000
 _TASK_WITHIN_S = 900.0  # the driver may be measuring layers, or waiting for the last rank
 _DUMP_WITHIN_S = 1.0
-_LOOK_FOR_STACKS_EVERY_S = 0.01
+_LOOK_FOR_STACKS_EVERY_S = 0.05
 _PIECE_BYTES = 4 << 20
 _RESULTS = ("spans", "model", "optimizer")
 
@@ -153,8 +153,10 @@ class _Agent:
                         self._send_file("stacks", assignment)
 
     def _await_stacks(self, path: Path) -> None:
-        end = time.monotonic() + _DUMP_WITHIN_S
-        while time.monotonic() < end and not path.stat().st_size:
+        """Until the file has grown and grows no more, or a second is over."""
+        end, size = time.monotonic() + _DUMP_WITHIN_S, 0
+        while time.monotonic() < end and (not size or path.stat().st_size > size):
+            size = path.stat().st_size
             time.sleep(_LOOK_FOR_STACKS_EVERY_S)
 
     def _send_file(self, what: str, assignment: Assignment) -> None:
