@@ -1,0 +1,285 @@
+"""Parts of a model that keeps its own forward: each calls it whole, and what is not of the part passes through.
+
+    bundle (what crossed the cut below)  -->  model.forward, from one boundary to the next  -->  bundle (what crosses)
+
+Before the part, units and torch functions are not run: what they would give is what has crossed, or a placeholder of
+the right shape that nobody reads. At its end the forward is left. So Python's control flow, masks, several inputs and
+long skips stay what they are in the model, and the numbers of the parts are those of the whole to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from pipeline.errors import PlanError
+from pipeline.messages.bundle import Bundle, as_bundle, as_value
+from pipeline.model.given_model import copy_of
+from pipeline.model.recording import INPUT, Given, Recording, Ref, intercepted, outside_of_modes, record, tensors_in
+from pipeline.model.units import Boundary, Crossing, boundaries, crossing, units_of
+from pipeline.seeding import seeded
+
+__all__ = ["Segment", "Trace", "trace"]
+
+_MOST_SHAPES = 64
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How a model's forward goes, in training and in evaluation, and where it can be cut.
+
+    Attributes:
+        recordings: by whether it is training.
+        entries: the boundary that every part begins with, likewise; None for the first, which begins with the inputs.
+        names: of the parts: of the units that they begin with.
+        holds: the names of the units and of the single parameters and buffers that every part computes with.
+        leaves: the arguments, flattened; ... where a tensor is.
+        structure: how to put (args, kwargs) together again.
+    """
+
+    recordings: dict[bool, Recording]
+    entries: dict[bool, list[Boundary | None]]
+    names: Sequence[str]
+    holds: Sequence[Sequence[str]]
+    leaves: Sequence[Any]
+    structure: TreeSpec
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trace:
+        """A model is copied, what is known of it is not."""
+        return self
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Call copies of a model with the inputs of a batch, in training and in evaluation, and see where it can be cut.
+
+    Raises:
+        PlanError: there is no place for a cut, or the two ways differ in the layers or in what crosses a cut.
+    """
+    recordings: dict[bool, Recording] = {}
+    found: dict[bool, dict[str, Boundary]] = {}
+    like: dict[str, Crossing] | None = None
+    for training in (True, False):
+        copied = copy_of(model)
+        if not training:
+            copied.eval()
+        with torch.set_grad_enabled(training), seeded(0, "trace"):
+            recordings[training] = record(copied, units_of(copied), args, kwargs)
+        found[training] = boundaries(recordings[training], like)
+        like = {name: crossing(recordings[training], each) for name, each in found[training].items()}
+    kind, names = type(model).__name__, list(found[True])
+    if names != list(found[False]):
+        raise PlanError(f"{kind}.forward calls other layers in evaluation than in training: it cannot be split.")
+    legal = [name for name in names if not (found[True][name].wrong or found[False][name].wrong)]
+    if not legal:
+        why = next((each.wrong for each in found[True].values()), "its forward calls a single layer with parameters")
+        raise PlanError(f"{kind} cannot be cut anywhere: {why}.")
+    for name in legal:
+        if like is not None and crossing(recordings[True], found[True][name]) != like[name]:
+            raise PlanError(f"{kind}: other tensors cross a cut before {name} in evaluation than in training.")
+    entries: dict[bool, list[Boundary | None]] = {way: [None, *(found[way][name] for name in legal)] for way in found}
+    first = next(event.name for event in recordings[True].events if event.unit)
+    leaves, structure = tree_flatten((args, kwargs))
+    bare = [... if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    holds = _holds(model, recordings[True], entries[True])
+    return Trace(recordings, entries, [first, *legal], holds, bare, structure)
+
+
+def _holds(model: nn.Module, recording: Recording, entries: Sequence[Boundary | None]) -> list[list[str]]:
+    """Of every part; what no event computes with is of the first."""
+    starts = [0 if each is None else each.position for each in entries]
+    holds = [
+        list(dict.fromkeys(name for event in recording.events[a:b] for name in _names(event)))
+        for a, b in pairwise([*starts, len(recording.events)])
+    ]
+    mine = tuple(f"{name}." for names in holds for name in names)
+    unused = [
+        name
+        for named in (model.named_parameters, model.named_buffers)
+        for name, _ in named(remove_duplicate=False)
+        if not f"{name}.".startswith(mine)
+    ]
+    holds[0] += unused
+    return holds
+
+
+def _names(event: Any) -> tuple[str, ...]:
+    return (event.name,) if event.unit else event.weights
+
+
+class Segment(nn.Module):
+    """The parts ``first`` to ``last`` of a model, as one module from a bundle to a bundle; the last part gives what the
+    model gives. Parameters and buffers have the names that they have in the model.
+    """
+
+    def __init__(self, model: nn.Module, known: Trace, first: int, last: int) -> None:
+        super().__init__()
+        self._of, self._trace, self._first, self._last = [model], known, first, last  # in a list: it is no child
+        units = self._units = units_of(model)
+        inside = {id(module) for unit in units.values() for module in unit.modules()}
+        self._outside = [(module, module.training) for module in model.modules() if id(module) not in inside]
+        self._held: list[tuple[dict[str, Any], dict[str, Any], str]] = []
+        for name in dict.fromkeys(name for holds in known.holds[first : last + 1] for name in holds):
+            path, _, last_name = name.rpartition(".")
+            holder, owner = self._holder(path), model.get_submodule(path)
+            if name in units:
+                holder.add_module(last_name, units[name])
+            elif (parameter := owner._parameters.get(last_name)) is not None:
+                holder.register_parameter(last_name, parameter)
+                self._held.append((holder._parameters, owner._parameters, last_name))
+            else:
+                lasting = last_name not in owner._non_persistent_buffers_set
+                holder.register_buffer(last_name, owner._buffers[last_name], persistent=lasting)
+                self._held.append((holder._buffers, owner._buffers, last_name))
+        self._dead: dict[tuple[object, ...], dict[Ref, Tensor]] = {}
+
+    def train(self, mode: bool = True) -> Segment:
+        """Into training or evaluation, together with what the model calls between its units."""
+        for module, was in self._outside:
+            module.training = was and mode
+        return super().train(mode)
+
+    def forward(self, value: Any) -> Any:
+        """What crosses the cut behind the part, for what crosses the one before it."""
+        return self.run(value, _nothing)
+
+    def run(self, value: Any, enter: Callable[[int], None]) -> Any:
+        """``forward``; ``enter`` is told the number of every part before that begins."""
+        for mine, theirs, name in self._held:
+            theirs[name] = mine[name]
+        known = self._trace
+        entries = [*known.entries[self.training], None]
+        start, end = entries[self._first], entries[self._last + 1]
+        recording = known.recordings[self.training]
+        enters = {
+            0 if each is None else each.position: self._first + index
+            for index, each in enumerate(entries[self._first : self._last + 1])
+        }
+        bundle = as_bundle(value)
+        refs = start.live if start else [Ref(INPUT, place) for place in range(len(recording.inputs))]
+        dead = self._placeholders(recording, refs, bundle)
+        given = dict(zip(refs, bundle, strict=True))
+        replay = _Replay(recording, start, end, given, dead, enter, enters)
+        leaves, tensors = list(known.leaves), iter(range(len(recording.inputs)))
+        for place, leaf in enumerate(leaves):
+            if leaf is ...:
+                leaves[place] = replay.value(Ref(INPUT, next(tensors)))
+        args, kwargs = tree_unflatten(leaves, known.structure)
+        try:
+            with intercepted(self._units, replay.unit), replay:
+                output = self._of[0](*args, **kwargs)
+        except _Reached:
+            return as_value(replay.crossing())
+        if end is not None:
+            raise RuntimeError(f"the model's forward ended before layer {known.names[self._last + 1]}")
+        return output
+
+    def _holder(self, path: str) -> nn.Module:
+        holder: nn.Module = self
+        for name in path.split(".") if path else ():
+            if name not in holder._modules:
+                holder.add_module(name, nn.Module())
+            holder = holder.get_submodule(name)
+        return holder
+
+    def _placeholders(self, recording: Recording, refs: Sequence[Ref], bundle: Bundle) -> dict[Ref, Tensor]:
+        """Placeholders for batches of this shape: what they are made as is known of a batch of another one."""
+        sizes: dict[int, int] = {}
+        for ref, tensor in zip(refs, bundle, strict=True):
+            if tensor is not None:
+                pairs = zip(recording.given(ref).shape, tensor.shape, strict=True)
+                sizes |= {was: now for was, now in pairs if was != now}
+        device = next((str(tensor.device) for tensor in bundle if tensor is not None), "cpu")
+        if len(self._dead) >= _MOST_SHAPES:
+            self._dead.clear()
+        return self._dead.setdefault((self.training, device, *sizes.items()), _Placeholders(recording, sizes, device))
+
+
+class _Placeholders(dict[Ref, Tensor]):
+    """Tensors of one element's memory each, made when they are asked for."""
+
+    def __init__(self, recording: Recording, sizes: dict[int, int], device: str) -> None:
+        super().__init__()
+        self._recording, self._sizes, self._device = recording, sizes, device
+
+    def __missing__(self, ref: Ref) -> Tensor:
+        given: Given = self._recording.given(ref)
+        shape = [self._sizes.get(size, size) for size in given.shape]
+        tensor = self[ref] = torch.zeros((), dtype=given.dtype, device=self._device).expand(shape)
+        return tensor
+
+
+class _Reached(BaseException):
+    """The forward has come to the end of the part; no ``except Exception`` of the model's is to catch it."""
+
+
+def _nothing(index: int) -> None:
+    pass
+
+
+class _Replay(TorchFunctionMode):
+    """One call of the forward."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        start: Boundary | None,
+        end: Boundary | None,
+        given: dict[Ref, Tensor | None],
+        dead: dict[Ref, Tensor],
+        enter: Callable[[int], None],
+        enters: dict[int, int],
+    ) -> None:
+        super().__init__()
+        self._recording, self._given, self._dead, self._enter, self._enters = recording, given, dead, enter, enters
+        self._start, self._again = (start.position, start.again) if start else (0, frozenset[int]())
+        self._end, self._wanted = (end.position, end.live) if end else (-1, ())
+        self._wanted_of = {ref.event for ref in self._wanted}
+        self._next = 0
+
+    def value(self, ref: Ref) -> Tensor | None:
+        """A tensor that was given before the part: what has crossed, or a placeholder."""
+        return self._given[ref] if ref in self._given else self._dead[ref]
+
+    def crossing(self) -> Bundle:
+        """What crosses the cut behind the part."""
+        return tuple(self._given[ref] for ref in self._wanted)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._recording.free:
+            return func(*args, **(kwargs or {}))
+        return self._event(func, func, args, kwargs or {})
+
+    def unit(self, name: str, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A unit is called."""
+        with outside_of_modes(self):
+            return self._event(name, own, args, kwargs)
+
+    def _event(self, what: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        number = self._next
+        if number == self._end:
+            raise _Reached
+        self._next += 1
+        events = self._recording.events
+        event = events[number] if number < len(events) else None
+        if event is None or event.what != what:
+            raise PlanError(
+                f"the model's forward does something else than on batch 0: {getattr(what, '__name__', what)} where "
+                f"{event.name if event else 'its end'} was: a forward that goes another way from batch to batch cannot "
+                "be split."
+            )
+        if number in self._enters:
+            self._enter(self._enters[number])
+        if number < self._start and number not in self._again:
+            values = (self.value(Ref(number, place)) for place in range(event.returned))
+            return tree_unflatten([next(values) if leaf is ... else leaf for leaf in event.leaves], event.structure)
+        result = call(*args, **kwargs)
+        if number in self._wanted_of:
+            self._given |= {Ref(number, place): tensor for place, tensor in enumerate(tensors_in(result))}
+        return result
