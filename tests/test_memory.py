@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves
 from pipeline import DNIPlan, Plan, Recipe
 from pipeline.messages.bundle import Item
 from pipeline.model.partition import layers_of
-from pipeline.run.resolve import resolve, stage_layers
+from pipeline.run.network import stage_layers
+from pipeline.run.resolve import resolve
 from pipeline.stage.stage import Stage
 
 WIDTH, ROWS, BATCHES = 96, 64, 8

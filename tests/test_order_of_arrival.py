@@ -18,8 +18,9 @@ from pipeline.messages.message import Kind, Message
 from pipeline.plan.check import check_plan
 from pipeline.plan.topology import edges_of
 from pipeline.run.hollow_stage import HollowStage
+from pipeline.run.network import stage_layers
 from pipeline.run.reference import Costs, Reference
-from pipeline.run.resolve import resolve, stage_layers
+from pipeline.run.resolve import resolve
 from pipeline.run.runner import Runner
 from pipeline.run.virtual_time import VirtualClock, VirtualQueue
 from pipeline.schedule.policies import Action, unlocked

@@ -22,7 +22,8 @@ from pipeline.data.recipe import build_model
 from pipeline.messages.bundle import Bundle, Item, present
 from pipeline.model.partition import balanced_sizes, balanced_split, depth_of, ends_normalised, layers_of
 from pipeline.plan.plan import DNIPlan
-from pipeline.run.resolve import resolve, stage_layers
+from pipeline.run.network import stage_layers
+from pipeline.run.resolve import resolve
 from pipeline.run.resolved import Resolved
 from pipeline.stage.stage import Stage
 

@@ -19,7 +19,8 @@ from pipeline import DNIPlan, OptimizerPlan, Plan, StageError
 from pipeline.messages.bundle import Bundle, Item
 from pipeline.replicas.all_gather import AllGather
 from pipeline.replicas.averaging import Averager, averager_of
-from pipeline.run.resolve import resolve, stage_layers
+from pipeline.run.network import stage_layers
+from pipeline.run.resolve import resolve
 from pipeline.schedule.modes import MODES
 from pipeline.seeding import seeded
 from pipeline.stage.divergence import Guard

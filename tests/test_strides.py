@@ -16,7 +16,8 @@ from launch import train
 from pipeline import Plan, Recipe, run_reference
 from pipeline.data.recipe import Batch
 from pipeline.messages.bundle import Item, present
-from pipeline.run.resolve import resolve, stage_layers
+from pipeline.run.network import stage_layers
+from pipeline.run.resolve import resolve
 from pipeline.stage.stage import Stage
 
 ROWS, TIME, WIDTH = 8, 33, 20

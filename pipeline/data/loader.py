@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from pipeline.data.recipe import Batch, Recipe, same_shape
+from pipeline.data.batch import Minibatch, chunks
+from pipeline.data.recipe import Recipe, same_shape
 from pipeline.messages.bundle import Item
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.plan import Plan
@@ -48,15 +49,18 @@ def inputs(
     Raises:
         PlanError: a training batch of another shape than batch 0, on reaching it.
     """
-    first: Batch | None = None
+    first: Minibatch | None = None
 
-    def microbatches(step: int) -> Iterable[Batch]:
+    def microbatches(step: int) -> Iterable[Minibatch]:
         nonlocal first
         index = batch_of(plan, replica, step)
         batch = recipe.seeded_batch(plan.seed, index)
         first = first or batch
         same_shape(index, batch, first)
-        return zip(batch[0].chunk(plan.microbatches), batch[1].chunk(plan.microbatches), strict=True)
+        if plan.microbatches == 1:
+            return [batch]
+        parts = zip(*(chunks(value, plan.microbatches) for value in batch), strict=True)
+        return [Minibatch(*each) for each in parts]
 
     evaluates = recipe.evaluation is not None and replica == 0
     return _in_order(plan, steps, enough, microbatches, recipe.held_out if evaluates else None)
@@ -64,7 +68,7 @@ def inputs(
 
 def phantom_inputs(plan: Plan, steps: int, held_out_batches: int, replica: int = 0) -> Iterator[Message]:
     """The same order of messages without any data: for planning."""
-    nothing: Batch = (torch.empty(0), torch.empty(0))
+    nothing = Minibatch(torch.empty(0), torch.empty(0))
     parts, held_out = [nothing] * plan.microbatches, [nothing] * held_out_batches
     evaluates = bool(held_out) and replica == 0
     return _in_order(plan, steps, lambda step: False, lambda step: parts, (lambda: held_out) if evaluates else None)
@@ -74,8 +78,8 @@ def _in_order(
     plan: Plan,
     steps: int,
     enough: Callable[[int], bool],
-    microbatches: Callable[[int], Iterable[Batch]],
-    held_out: Callable[[], Iterable[Batch]] | None,
+    microbatches: Callable[[int], Iterable[Minibatch]],
+    held_out: Callable[[], Iterable[Minibatch]] | None,
 ) -> Iterator[Message]:
     says_trained = plan.replicas > 1 and MODES[plan.mode].averages == "weights"
     passes = evaluation_steps(plan, steps) - {steps}
@@ -85,7 +89,7 @@ def _in_order(
             steps = step
             break
         for index, part in enumerate(microbatches(step)):
-            yield Message(Kind.ACTIVATION, Item(step, index), SOURCE, part[:1], part[1:])
+            yield Message(Kind.ACTIVATION, Item(step, index), SOURCE, *part.tensors())
         if held_out is not None and step + 1 in passes:
             yield from _pass(held_out(), step + 1)
             evaluated = step + 1
@@ -96,8 +100,8 @@ def _in_order(
     yield Message(Kind.END, Item(steps), SOURCE)
 
 
-def _pass(batches: Iterable[Batch], updates: int) -> Iterator[Message]:
+def _pass(batches: Iterable[Minibatch], updates: int) -> Iterator[Message]:
     """One pass over the held-out batches, after so many training batches."""
     for index, batch in enumerate(batches):
-        yield Message(Kind.EVALUATION, Item(index), SOURCE, tuple(batch)[:1], tuple(batch)[1:])
+        yield Message(Kind.EVALUATION, Item(index), SOURCE, *batch.tensors())
     yield Message(Kind.REPORT, Item(updates), SOURCE)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.batch import Minibatch, as_batch, part, rows_of, tensors_of_value
 from pipeline.errors import PlanError
+from pipeline.messages.bundle import Bundle, present
+from pipeline.messages.layout import Layout
 from pipeline.model.given_model import check_model, in_training_mode
 from pipeline.model.unwritten import Unwritten
 from pipeline.plan.plan import Plan
@@ -33,7 +37,7 @@ __all__ = [
 ]
 
 Batch = tuple[Tensor, Tensor]
-"""One mini-batch: (inputs, labels), both with the batch dimension first."""
+"""The simplest mini-batch: (inputs, labels), both with the batch dimension first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,41 +53,50 @@ class Recipe:
         evaluation: the held-out batches, in a fixed order; None: no evaluation. The last one may be smaller.
         correct: (output, labels) -> number of right answers, as a tensor, and how many there could be; None: loss only.
         steps: number of batches to train on when the plan does not say.
+        labels: how the tensors that travel as context lie in what ``loss`` and ``correct`` take; None: as they travel.
     """
 
     name: str
     model: Callable[[], nn.Module]
-    batches: Callable[[int], Batch] | Sequence[Batch]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    evaluation: Callable[[], Iterable[Batch]] | None = None
-    correct: Callable[[Tensor, Tensor], tuple[Tensor, int]] | None = None
+    batches: Callable[[int], Any] | Sequence[Any]
+    loss: Callable[[Any, Any], Tensor]
+    evaluation: Callable[[], Iterable[Any]] | None = None
+    correct: Callable[[Any, Any], tuple[Tensor, int]] | None = None
     steps: int = 1000
+    labels: Layout | None = None
 
     @cached_property
-    def careful_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def careful_loss(self) -> Callable[[Any, Any], Tensor]:
         """The loss; it leaves output and labels as they are, should the user's write into them."""
         return Unwritten(self.loss)
 
+    def arranged(self, labels: Layout) -> Recipe:
+        """The same with a loss, and ``correct``, that take the labels as they travel: a tensor, or a tuple of them."""
+        if labels.alone or self.labels is not None:
+            return self
+        correct = None if self.correct is None else partial(_arranged, self.correct, labels)
+        return dataclasses.replace(self, loss=partial(_arranged, self.loss, labels), correct=correct, labels=labels)
+
     @cached_property
-    def careful_correct(self) -> Callable[[Tensor, Tensor], tuple[Tensor, int]] | None:
+    def careful_correct(self) -> Callable[[Any, Any], tuple[Tensor, int]] | None:
         """``correct``; as ``careful_loss``."""
         return None if self.correct is None else Unwritten(self.correct)
 
-    def batch(self, index: int) -> Batch:
+    def batch(self, index: int) -> Minibatch:
         """Training batch ``index``, or RecipeFailed."""
         if callable(self.batches):
             with calling(f"batches({index})"):
-                return self.batches(index)
-        return self.batches[index % len(self.batches)]
+                return as_batch(self.batches(index))
+        return as_batch(self.batches[index % len(self.batches)])
 
-    def seeded_batch(self, seed: int, index: int) -> Batch:
+    def seeded_batch(self, seed: int, index: int) -> Minibatch:
         """Training batch ``index`` with whatever is random in it drawn from (seed, index)."""
         if isinstance(self.batches, list | tuple):  # nothing is random, and batches may be small
             return self.batch(index)
         with seeded(seed, "batch", index):
             return self.batch(index)
 
-    def held_out(self) -> Iterator[Batch]:
+    def held_out(self) -> Iterator[Minibatch]:
         """The held-out batches, none without ``evaluation``; what is random in them is the same for every seed."""
         with seeded(0, "held out"):
             batches = iter(self.evaluation() if self.evaluation else ())
@@ -92,7 +105,11 @@ class Recipe:
                 batch = next(batches, None)
             if batch is None:
                 return
-            yield batch
+            yield as_batch(batch)
+
+
+def _arranged(call: Callable[[Any, Any], Any], labels: Layout, output: Any, given: Any) -> Any:
+    return call(output, labels.value(given if isinstance(given, tuple) else (given,)))
 
 
 @dataclass(frozen=True)
@@ -152,7 +169,7 @@ def correct_predictions(output: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     return (output.argmax(dim=-1) == labels).sum(), labels.numel()
 
 
-def check_batches(recipe: Recipe, plan: Plan) -> Batch:
+def check_batches(recipe: Recipe, plan: Plan) -> Minibatch:
     """Check the batches before the run, and return batch 0: a sequence whole; of a function the first two batches and
     the last one (the loader checks the rest as they come).
     """
@@ -175,7 +192,7 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
     return first
 
 
-def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
+def check_scores(recipe: Recipe, output: Tensor, labels: Any) -> None:
     """Try ``correct`` and ``loss`` on what a network may give for ``labels``, both [rows, ...].
 
     Raises:
@@ -185,11 +202,12 @@ def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
         if recipe.careful_correct is not None:
             with calling("correct()"):
                 _check_pair(recipe.careful_correct(output, labels))
-        rows, loss = len(labels) // 2, recipe.careful_loss
+        count = len(output)
+        rows, loss = count // 2, recipe.careful_loss
         try:
             whole, *halves = (
-                float(loss(output[part], labels[part]))
-                for part in (slice(2 * rows), slice(rows), slice(rows, 2 * rows))
+                float(loss(output[these], part(labels, these, count)))
+                for these in (slice(2 * rows), slice(rows), slice(rows, 2 * rows))
             )
         except Exception:  # it only takes whole batches, or other values: nothing is known then
             return
@@ -229,24 +247,39 @@ def _check_pair(given: Any) -> None:
         ) from None
 
 
-def same_shape(index: int, batch: Batch, first: Batch) -> None:
+def same_shape(index: int, batch: Minibatch, first: Minibatch) -> None:
     """Raise PlanError unless batch ``index`` has the shapes and dtypes of the first one."""
     for what, mine, expected in zip(("inputs", "labels"), batch, first, strict=True):
-        if mine.shape != expected.shape or mine.dtype != expected.dtype:
-            raise PlanError(
-                f"batch {index} has {what} {list(mine.shape)} {mine.dtype}, batch 0 has {list(expected.shape)} "
-                f"{expected.dtype}: all training batches must be alike; drop or fill up the smaller one."
-            )
+        one, other = tensors_of_value(mine), tensors_of_value(expected)
+        if not isinstance(mine, Tensor) and Layout.of(mine) != Layout.of(expected):
+            raise PlanError(f"batch {index} has other {what} than batch 0: give every batch the same names and values.")
+        for tensor, like in zip(map(present, one), map(present, other), strict=True):
+            if tensor.shape != like.shape or tensor.dtype != like.dtype:
+                raise PlanError(
+                    f"batch {index} has {what} {list(tensor.shape)} {tensor.dtype}, batch 0 has {list(like.shape)} "
+                    f"{like.dtype}: all training batches must be alike; drop or fill up the smaller one."
+                )
 
 
-def _checked(batch: Any, index: int) -> Batch:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
-        of = f" of {', '.join(type(t).__name__ for t in batch[:9])}" if isinstance(batch, tuple | list) else ""
-        raise PlanError(f"batch {index} is a {type(batch).__name__}{of}: give a pair of tensors (inputs, labels).")
-    inputs, labels = batch
-    if inputs.dim() == 0 or labels.dim() == 0 or len(inputs) == 0 or len(inputs) != len(labels):
+def _checked(batch: Minibatch, index: int) -> Minibatch:
+    """A batch whose tensors have the same rows."""
+    inputs, labels = tensors_of_value(batch.inputs), tensors_of_value(batch.labels)
+    if not inputs:
+        given = batch.inputs
+        of = f" of {', '.join(type(t).__name__ for t in given[:9])}" if isinstance(given, tuple | list) else ""
         raise PlanError(
-            f"batch {index} has inputs {list(inputs.shape)} and labels {list(labels.shape)}: both need the same, "
-            "non-zero number of rows."
+            f"batch {index} is a {type(given).__name__}{of}: give tensors or arrays, as (inputs, labels), as a dict of "
+            "the model's arguments, or the inputs alone."
         )
-    return inputs, labels
+    if any(present(tensor).dim() == 0 or not len(present(tensor)) for tensor in inputs) or rows_of(batch) != len(
+        present((*labels, inputs[0])[0])
+    ):
+        raise PlanError(
+            f"batch {index} has inputs {_shapes(inputs)} and labels {_shapes(labels)}: both need the same, non-zero "
+            "number of rows."
+        )
+    return batch
+
+
+def _shapes(tensors: Bundle) -> str:
+    return ", ".join(str(list(present(tensor).shape)) for tensor in tensors)

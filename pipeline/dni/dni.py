@@ -23,6 +23,7 @@ from pipeline.dni.loss_model import LossModel
 from pipeline.dni.regressors import MLP, Conv, Custom, Linear
 from pipeline.dni.row_window import RowSubsample
 from pipeline.errors import PlanError, nearest
+from pipeline.messages.bundle import rows_in
 from pipeline.model.cut import Cut
 from pipeline.plan.names import DNI_FORMS
 from pipeline.plan.plan import DNIPlan
@@ -135,7 +136,7 @@ class DNI(nn.Module):
         self.weight.lerp_(torch.ones_like(self.weight), 1 - _DECAY)
         self._num_targets += 1
         self.unit.copy_(self.sigma.clamp(min=_TINY))
-        self.form.gradients(h[samples].detach().to(self._dtype), labels[samples], g / self.unit, self.unit)
+        self.form.gradients(h[samples].detach().to(self._dtype), rows_in(labels, samples), g / self.unit, self.unit)
         if self._optimizer is not None:
             self._optimizer.step()
         return True

@@ -48,6 +48,8 @@ class LabelResidual(Form):
     def misfit(cls, cut: Cut) -> str | None:
         """Labels that are not one class per row."""
         labels, shape = cut.labels, list(cut.activation.shape)
+        if len(cut.context) > 1:
+            return "it reads one tensor of labels, and the loss takes several; choose loss_model."
         if cut.classes is None:
             return f"labels {labels} are no classes of an output {list(cut.output.shape)}; choose loss_model."
         if len(labels.shape) > 1 and not cut.per_token:

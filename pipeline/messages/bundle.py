@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "Bundle",
@@ -28,6 +29,7 @@ __all__ = [
     "gradients_like",
     "is_differentiable",
     "present",
+    "rows_in",
     "specs_of",
 ]
 
@@ -98,9 +100,13 @@ def specs_of(bundle: Bundle, name: str, *, differentiable: bool = False) -> Spec
     )
 
 
-def as_bundle(value: Tensor | tuple[Tensor | None, ...] | list[Tensor | None]) -> Bundle:
-    """What a layer gave, as a bundle."""
-    return (value,) if isinstance(value, Tensor) else tuple(value)
+def as_bundle(value: Any) -> Bundle:
+    """What a layer gave, as a bundle: of other containers than tuples the tensors, in order."""
+    if isinstance(value, Tensor):
+        return (value,)
+    if isinstance(value, tuple | list) and all(each is None or isinstance(each, Tensor) for each in value):
+        return tuple(value)
+    return tuple(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def as_value(bundle: Bundle) -> Any:
@@ -127,6 +133,13 @@ def differentiable(bundle: Bundle) -> list[Tensor]:
 def detached(bundle: Bundle) -> Bundle:
     """The same tensors without their graph."""
     return tuple([None if tensor is None else tensor.detach() for tensor in bundle])
+
+
+def rows_in(value: Any, rows: slice) -> Any:
+    """The rows of a tensor, or of each in a tuple of them."""
+    if isinstance(value, tuple):
+        return tuple(None if tensor is None else tensor[rows] for tensor in value)
+    return value[rows]
 
 
 def gradients_like(found: Bundle, x: Bundle, samples: slice = slice(None)) -> Bundle:

@@ -6,14 +6,35 @@ stage k  --h_k, labels-->  cut k  -->  stage k+1 ... --> output --loss(output, l
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.messages.bundle import Specs, TensorSpec
+from pipeline.messages.bundle import Bundle, Specs, TensorSpec, rows_in
+from pipeline.messages.layout import Layout
 
-__all__ = ["Cut"]
+__all__ = ["Cut", "MainOutput"]
+
+
+@dataclass(frozen=True)
+class MainOutput:
+    """The one tensor, among those that a network gives, that the loss depends on."""
+
+    layout: Layout
+    place: int
+
+    def loss(self, loss: Callable[[Any, Any], Tensor], others: Bundle = ()) -> Callable[[Tensor, Any], Tensor]:
+        """(that tensor, labels) -> loss; what else the network gives is None, or the same rows of ``others``."""
+        return partial(_of_main, loss, self, others)
+
+
+def _of_main(loss: Callable[[Any, Any], Tensor], at: MainOutput, others: Bundle, output: Tensor, labels: Any) -> Tensor:
+    tensors = list(rows_in(others, slice(len(output))) if others else (None,) * at.layout.count)
+    tensors[at.place] = output
+    return loss(at.layout.value(tensors), labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +54,8 @@ class Cut:
         depth: how many weight matrices or kernels the stage learns (``depth_of``).
         uppermost: whether the stage above it is the last one.
         conditioned: whether a direct DNI here may see the labels.
+        label: which of the context are the labels.
+        outlet: where among what the network gives the output lies; None: it is all.
         whole_batches: whether ``loss`` is of whole batches only: of fewer rows it is another one, or fails.
     """
 
@@ -40,12 +63,14 @@ class Cut:
     specs: Specs
     context: Specs
     output: TensorSpec
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Any], Tensor]
     normalised: bool = False
     depth: int = 1
     uppermost: bool = False
     conditioned: bool = True
     whole_batches: bool = False
+    label: int = 0
+    outlet: MainOutput | None = None
 
     @property
     def activation(self) -> TensorSpec:
@@ -53,10 +78,14 @@ class Cut:
         there = [spec for spec in self.specs if spec is not None]
         return next((spec for spec in there if spec.differentiable), there[0])
 
+    def with_loss(self, loss: Callable[[Any, Any], Tensor]) -> Cut:
+        """The same with the loss of a recipe."""
+        return replace(self, loss=loss if self.outlet is None else self.outlet.loss(loss))
+
     @property
     def labels(self) -> TensorSpec:
         """The labels."""
-        labels = self.context[0]
+        labels = self.context[self.label]
         assert labels is not None, "every batch has labels"
         return labels
 

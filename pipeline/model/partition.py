@@ -37,13 +37,18 @@ _SIZE_IS_KEPT = {f"torch.nn.modules.{name}" for name in ("activation", "dropout"
 
 @dataclass(frozen=True)
 class Layer:
-    """One link of the chain, from one tensor to one tensor; its name, e.g. ``blocks.2``, is the prefix of its
-    parameters in the unsplit model.
+    """One link of the chain, from one bundle to the next; its name, e.g. ``blocks.2``, is the prefix of its parameters
+    in the unsplit model. A ``part`` of a model's own forward (``pipeline.model.segment``) has them under whole names.
     """
 
     index: int
     name: str
     module: nn.Module
+    part: bool = False
+
+    def full(self, name: str) -> str:
+        """The name in the unsplit model of a parameter or buffer of ``module``."""
+        return name if self.part else f"{self.name}.{name}"
 
 
 def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:

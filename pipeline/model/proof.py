@@ -14,17 +14,19 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pipeline.errors import PlanError
 from pipeline.messages.bundle import as_bundle, as_value, detached, differentiable
 from pipeline.model.autograd_graph import leaves_of
 from pipeline.model.given_model import copy_of, hooks_of, overrides
 from pipeline.model.partition import Layer, layers_of
+from pipeline.model.segment import Trace, parts_of
 from pipeline.seeding import seeded
 from pipeline.user_code import calling
 from pipeline.wording import text_of
 
-__all__ = ["check_chain", "check_partition", "check_ties"]
+__all__ = ["check_chain", "check_partition", "check_parts", "check_ties", "has_a_forward_of_its_own"]
 
 _T = TypeVar("_T")
 _Model = nn.Module | Sequence[nn.Module]
@@ -60,8 +62,6 @@ def check_chain(model: _Model, layers: Sequence[Layer], inputs: Tensor) -> list[
                 "the layers that compute with it."
             )
     outputs = _check_evaluation(model, inputs)
-    if not isinstance(outputs[-1], Tensor):
-        raise _wrong(layers[-1], outputs[-1], "one tensor where it is the last, for the loss")
     _check_training(model, inputs)
     return outputs
 
@@ -104,7 +104,7 @@ def _in_memory(stages: Sequence[Sequence[Layer]]) -> Iterator[_Place]:
             if tensor.layout is torch.strided and tensor.numel():
                 steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
                 start, size = tensor.data_ptr(), (steps + 1) * tensor.element_size()
-            yield _Place(start, start + size, next(order), index, f"{layer.name}.{name}", id(tensor))
+            yield _Place(start, start + size, next(order), index, layer.full(name), id(tensor))
 
 
 def _nothing_lost(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -138,11 +138,11 @@ def _check_evaluation(model: _Model, inputs: Tensor) -> list[Any]:
         layer.module.eval()
     with torch.no_grad(), seeded(0, "proof"):
         outputs = _run_chain(chain, inputs.clone())  # a layer may work in place
-    if isinstance(model, nn.Module) and (_has_a_forward_of_its_own(model) or overrides(model, "train", "eval")):
+    if isinstance(model, nn.Module) and (has_a_forward_of_its_own(model) or overrides(model, "train", "eval")):
         whole = copy_of(model)
         whole.eval()  # one of the user's own need not give the model back
         _same_modes(whole, chain)
-        if _has_a_forward_of_its_own(model):
+        if has_a_forward_of_its_own(model):
             with torch.no_grad(), seeded(0, "proof"), calling(f"{type(model).__name__}.forward"):
                 expected = whole(inputs.clone())
             if not _equal(expected, outputs[-1]):
@@ -164,7 +164,10 @@ def _run_chain(layers: Sequence[Layer], value: Any) -> list[Any]:
                 f"layer {layer.name} cannot take what the layer before it gives, {given}: {text_of(error)}"
             ) from error
         places = value if isinstance(value, tuple) else (value,)
-        if not all(isinstance(each, Tensor | None) for each in places) or all(each is None for each in places):
+        last = layer is layers[-1] and as_bundle(value)
+        if not last and (
+            not all(isinstance(each, Tensor | None) for each in places) or all(each is None for each in places)
+        ):
             raise _wrong(layer, value, "a tensor, or a tuple of tensors; merge it with the next")
         outputs.append(value)
     return outputs
@@ -200,7 +203,7 @@ def _check_training(model: _Model, inputs: Tensor) -> None:
             f"{'; '.join(borrowed)}, which it does not hold: a layer computes with parameters of its own; put both "
             "layers into one module, or give this one the parameter as an attribute."
         )
-    if not (isinstance(model, nn.Module) and _has_a_forward_of_its_own(model)):
+    if not (isinstance(model, nn.Module) and has_a_forward_of_its_own(model)):
         return
     own = f"{type(model).__name__}.forward in training mode"
     with calling(own):
@@ -246,6 +249,58 @@ def _borrowed(model: _Model, value: Any) -> Iterator[str]:
                 yield f"layer {layer.name} computes with {names[leaf]}"
 
 
+def check_parts(model: nn.Module, known: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Prove that the parts of a model's forward, one after the other, are the whole; returns what each of them gives
+    for these arguments (evaluation mode, as ``check_chain``).
+
+    Raises:
+        PlanError: the output, or in training the buffers or gradients, are other ones.
+    """
+    kind, inputs = type(model).__name__, (args, kwargs)
+    if names := [getattr(hook, "__name__", type(hook).__name__) for hook in hooks_of(model)]:
+        raise PlanError(
+            f"{kind} has hooks on itself ({', '.join(names)}), which every stage would call: put them on a layer."
+        )
+    whole = copy_of(model)
+    whole.eval()
+    layers = parts_of(copy_of(model), known)
+    for layer in layers:
+        layer.module.eval()
+    with torch.no_grad(), seeded(0, "proof"):
+        expected = whole(*args, **kwargs)
+    with torch.no_grad(), seeded(0, "proof"):
+        outputs = _run_parts(layers, _first(inputs))
+    if not _same(expected, outputs[-1]):
+        raise PlanError(f"the parts of {kind}.forward give something else than the whole: split it at other places.")
+    theirs = _Step.of(model, lambda copied, given: copied(*given[0], **given[1]), inputs)
+    mine = _Step.of(model, lambda copied, given: _run_parts(parts_of(copied, known), _first(given))[-1], inputs)
+    apart = [name for name, buffer in theirs.buffers.items() if not _equal(buffer, mine.buffers[name])]
+    apart += [name for name, gradient in theirs.gradients.items() if not _close(gradient, mine.gradients[name])]
+    if apart or not _same(theirs.output, mine.output):
+        what = f"give {', '.join(apart[:3])} other values" if apart else "give something else"
+        raise PlanError(f"in training the parts of {kind}.forward {what} than the whole: split it at other places.")
+    return outputs
+
+
+def _run_parts(layers: Sequence[Layer], value: Any) -> list[Any]:
+    outputs = []
+    for layer in layers:
+        with calling(f"forward, layer {layer.name}"):
+            value = layer.module(value)
+        outputs.append(value)
+    return outputs
+
+
+def _first(inputs: Any) -> Any:
+    """What the first part gets: the tensors among the arguments."""
+    return as_value(tuple(each.clone() for each in as_bundle(inputs) if each is not None))
+
+
+def _same(theirs: Any, mine: Any) -> bool:
+    ours, others = as_bundle(mine), as_bundle(theirs)
+    return len(ours) == len(others) and all(map(_equal, others, ours))
+
+
 class _Step(NamedTuple):
     """What a forward and a backward pass in training mode leave: the output, buffers and gradients by name."""
 
@@ -254,18 +309,19 @@ class _Step(NamedTuple):
     gradients: dict[str, Tensor | None]
 
     @classmethod
-    def of(cls, model: nn.Module, run: Callable[[nn.Module, Tensor], object], x: Tensor) -> _Step:
+    def of(cls, model: nn.Module, run: Callable[[nn.Module, Any], object], x: Any) -> _Step:
         """Run a copy of the model."""
         model = copy_of(model)
         with torch.enable_grad(), seeded(0, "proof"):
-            output = run(model, x.clone())
-        if isinstance(output, Tensor) and output.requires_grad:
+            output = run(model, tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, x))
+        found = [each for each in as_bundle(output) if each is not None and each.requires_grad]
+        if found:
             with seeded(0, "gradient"):  # a sum would hide what a softmax or a normalisation cancels
-                output.backward(torch.randn_like(output))
+                torch.autograd.backward(found, [torch.randn_like(each) for each in found])
         return cls(output, dict(model.named_buffers()), {name: p.grad for name, p in model.named_parameters()})
 
 
-def _has_a_forward_of_its_own(model: nn.Module) -> bool:
+def has_a_forward_of_its_own(model: nn.Module) -> bool:
     """Whether it may compute something else than its children in a row; an nn.ModuleList has no forward at all."""
     own = type(model).forward not in (nn.Sequential.forward, nn.ModuleList.forward)
     return own or "forward" in vars(model) or overrides(model, "__call__")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,8 @@ class Event:
         gives: the tensors it gave, then those it wrote into without giving them.
         leaves: what it gave, flattened; ... where a tensor was.
         structure: how to put that together again.
-        light: nothing with a gradient, random or written over is in it or before it, so any stage may compute it anew.
+        light: it follows from ``carried`` inputs; nothing with a gradient, random or written over is in it or before
+            it: every stage computes it for itself.
     """
 
     name: str
@@ -94,12 +95,33 @@ class Recording:
         events: in order.
         output: the tensors it gave.
         free: functions that are no events: they ask for shapes and the like, or have no tensor to do with.
+        random: functions that drew random numbers.
+        carried: inputs that cross every cut, such as masks: light events need them.
     """
 
     inputs: list[Given] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     output: tuple[Ref, ...] = ()
     free: set[Any] = field(default_factory=set)
+    random: set[Any] = field(default_factory=set)
+    carried: tuple[Ref, ...] = ()
+
+    @property
+    def heavy(self) -> list[Event]:
+        """The events that one stage computes, in order."""
+        return [event for event in self.events if not event.light]
+
+    def sources(self, ref: Ref) -> set[Ref]:
+        """The inputs that a light tensor is computed from."""
+        inputs, seen, waiting = set[Ref](), set[Ref](), [ref]
+        while waiting:
+            each = waiting.pop()
+            if each.event == INPUT:
+                inputs.add(each)
+            elif each not in seen:
+                seen.add(each)
+                waiting += self.events[each.event].takes
+        return inputs
 
     def given(self, ref: Ref) -> Given:
         """What a tensor was like."""
@@ -162,7 +184,25 @@ def record(model: nn.Module, units: Mapping[str, nn.Module], args: tuple[Any, ..
         output = model(*args, **kwargs)
     recording = recorder.recording
     recording.output = tuple(recorder.source(tensor, "the model's output") for tensor in tensors_in(output))
+    _settle(recording)
     return recording
+
+
+def _settle(recording: Recording) -> None:
+    """Light is only what Python reads or somebody behind the first unit needs: a network's images need not travel."""
+    first = next((number for number, event in enumerate(recording.events) if event.unit), 0)
+    late = [event for number, event in enumerate(recording.events) if number > first and not event.light]
+    refs = [ref for event in late for ref in event.takes] + list(recording.output)
+    refs += [ref for event in recording.events if event.light and event.reads for ref in event.takes]
+    carried = {source for ref in refs if recording.is_light(ref) for source in recording.sources(ref)}
+    carried |= {
+        ref for event in recording.events if event.light and event.reads for ref in event.takes if ref.event < 0
+    }
+    recording.carried = tuple(sorted(carried))
+    for number, event in enumerate(recording.events):
+        sources = {source for ref in event.takes for source in recording.sources(ref)} if event.light else set()
+        if event.light and not sources <= carried:
+            recording.events[number] = replace(event, light=False)
 
 
 class _Recorder(TorchFunctionMode):
@@ -218,6 +258,7 @@ class _Recorder(TorchFunctionMode):
         written = [tensor for tensor, before in pairs if tensor._version != before and id(tensor) not in returned]
         light = not (unit or learned or written or any(tensor.requires_grad for tensor in given))
         light = light and all(ref.event == INPUT or self.recording.events[ref.event].light for ref in takes)
+        draws = not torch.equal(random, torch.get_rng_state())
         event = Event(
             name=name,
             what=what,
@@ -227,8 +268,10 @@ class _Recorder(TorchFunctionMode):
             gives=tuple(map(_given, given + written)),
             leaves=tuple(... if isinstance(leaf, Tensor) else leaf for leaf in leaves),
             structure=structure,
-            light=light and torch.equal(random, torch.get_rng_state()),
+            light=light and not draws,
         )
+        if draws:
+            self.recording.random.add(what)
         self._alive += taken
         self._gives(len(self.recording.events), given + written)
         self.recording.events.append(event)

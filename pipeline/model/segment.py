@@ -22,11 +22,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from pipeline.errors import PlanError
 from pipeline.messages.bundle import Bundle, as_bundle, as_value
 from pipeline.model.given_model import copy_of
+from pipeline.model.partition import Layer
 from pipeline.model.recording import INPUT, Given, Recording, Ref, intercepted, outside_of_modes, record, tensors_in
 from pipeline.model.units import Boundary, Crossing, boundaries, crossing, units_of
 from pipeline.seeding import seeded
 
-__all__ = ["Segment", "Trace", "trace"]
+__all__ = ["Segment", "Trace", "joined", "parts_of", "trace"]
 
 _MOST_SHAPES = 64
 
@@ -120,7 +121,7 @@ class Segment(nn.Module):
 
     def __init__(self, model: nn.Module, known: Trace, first: int, last: int) -> None:
         super().__init__()
-        self._of, self._trace, self._first, self._last = [model], known, first, last  # in a list: it is no child
+        self._model_of, self._trace, self._first, self._last = [model], known, first, last  # in a list: it is no child
         units = self._units = units_of(model)
         inside = {id(module) for unit in units.values() for module in unit.modules()}
         self._outside = [(module, module.training) for module in model.modules() if id(module) not in inside]
@@ -169,11 +170,11 @@ class Segment(nn.Module):
         leaves, tensors = list(known.leaves), iter(range(len(recording.inputs)))
         for place, leaf in enumerate(leaves):
             if leaf is ...:
-                leaves[place] = replay.value(Ref(INPUT, next(tensors)))
+                leaves[place] = replay.argument(next(tensors))
         args, kwargs = tree_unflatten(leaves, known.structure)
         try:
             with intercepted(self._units, replay.unit), replay:
-                output = self._of[0](*args, **kwargs)
+                output = self._model_of[0](*args, **kwargs)
         except _Reached:
             return as_value(replay.crossing())
         if end is not None:
@@ -201,6 +202,19 @@ class Segment(nn.Module):
         return self._dead.setdefault((self.training, device, *sizes.items()), _Placeholders(recording, sizes, device))
 
 
+def parts_of(model: nn.Module, known: Trace) -> list[Layer]:
+    """All parts of a model, one by one."""
+    return [Layer(k, name, Segment(model, known, k, k), part=True) for k, name in enumerate(known.names)]
+
+
+def joined(layers: Sequence[Layer]) -> Segment | None:
+    """Parts in a row as one; None: these are layers of a chain."""
+    first = layers[0].module
+    if not isinstance(first, Segment):
+        return None
+    return Segment(first._model_of[0], first._trace, layers[0].index, layers[-1].index)
+
+
 class _Placeholders(dict[Ref, Tensor]):
     """Tensors of one element's memory each, made when they are asked for."""
 
@@ -224,7 +238,7 @@ def _nothing(index: int) -> None:
 
 
 class _Replay(TorchFunctionMode):
-    """One call of the forward."""
+    """One call of the forward. Heavy events come in the recorded order; what is light is computed as it comes."""
 
     def __init__(
         self,
@@ -238,23 +252,27 @@ class _Replay(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._recording, self._given, self._dead, self._enter, self._enters = recording, given, dead, enter, enters
-        self._start, self._again = (start.position, start.again) if start else (0, frozenset[int]())
-        self._end, self._wanted = (end.position, end.live) if end else (-1, ())
+        self._events = [(number, event) for number, event in enumerate(recording.events) if not event.light]
+        self._start, self._end = start.position if start else 0, end.position if end else len(recording.events)
+        self._wanted = end.live if end else ()
         self._wanted_of = {ref.event for ref in self._wanted}
         self._next = 0
+        self._heavy: dict[int, Tensor] = {}
 
-    def value(self, ref: Ref) -> Tensor | None:
-        """A tensor that was given before the part: what has crossed, or a placeholder."""
-        return self._given[ref] if ref in self._given else self._dead[ref]
+    def argument(self, place: int) -> Tensor | None:
+        """An argument of the model: what has crossed, or a placeholder."""
+        ref = Ref(INPUT, place)
+        return self._value(ref, heavy=ref not in self._recording.carried)
 
     def crossing(self) -> Bundle:
         """What crosses the cut behind the part."""
         return tuple(self._given[ref] for ref in self._wanted)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._recording.free:
-            return func(*args, **(kwargs or {}))
-        return self._event(func, func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if func in self._recording.free or not (func in self._recording.random or self._is_heavy((args, kwargs))):
+            return func(*args, **kwargs)
+        return self._event(func, func, args, kwargs)
 
     def unit(self, name: str, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A unit is called."""
@@ -262,24 +280,39 @@ class _Replay(TorchFunctionMode):
             return self._event(name, own, args, kwargs)
 
     def _event(self, what: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        number = self._next
-        if number == self._end:
+        number, event = self._events[self._next] if self._next < len(self._events) else (self._end, None)
+        if number >= self._end and self._end < len(self._recording.events):
             raise _Reached
-        self._next += 1
-        events = self._recording.events
-        event = events[number] if number < len(events) else None
         if event is None or event.what != what:
             raise PlanError(
                 f"the model's forward does something else than on batch 0: {getattr(what, '__name__', what)} where "
-                f"{event.name if event else 'its end'} was: a forward that goes another way from batch to batch cannot "
-                "be split."
+                f"{event.name if event else 'its end'} was: a forward whose layers depend on the batch cannot be split."
             )
-        if number in self._enters:
-            self._enter(self._enters[number])
-        if number < self._start and number not in self._again:
-            values = (self.value(Ref(number, place)) for place in range(event.returned))
+        self._next += 1
+        while self._enters and number >= next(iter(self._enters)):
+            self._enter(self._enters.pop(next(iter(self._enters))))
+        if number < self._start:
+            values = (self._value(Ref(number, place), heavy=True) for place in range(event.returned))
             return tree_unflatten([next(values) if leaf is ... else leaf for leaf in event.leaves], event.structure)
         result = call(*args, **kwargs)
+        given = tensors_in(result)
+        self._heavy.update((id(tensor), tensor) for tensor in given)
         if number in self._wanted_of:
-            self._given |= {Ref(number, place): tensor for place, tensor in enumerate(tensors_in(result))}
+            self._given |= {Ref(number, place): tensor for place, tensor in enumerate(given)}
         return result
+
+    def _value(self, ref: Ref, *, heavy: bool) -> Tensor | None:
+        value = self._given[ref] if ref in self._given else self._dead[ref]
+        if heavy and value is not None:
+            self._heavy[id(value)] = value
+        return value
+
+    def _is_heavy(self, value: Any) -> bool:
+        """Whether a tensor in it came out of a heavy event, or is a parameter."""
+        if isinstance(value, Tensor):
+            return id(value) in self._heavy or value.requires_grad
+        if isinstance(value, dict):
+            value = value.values()
+        elif not isinstance(value, tuple | list):
+            return False
+        return any(map(self._is_heavy, value))

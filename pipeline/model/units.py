@@ -65,7 +65,6 @@ class Boundary:
     Attributes:
         position: number of the event behind it.
         live: what crosses: the tensors given before it that somebody behind it needs.
-        again: the light events before it that whoever begins here computes anew.
         differentiable: how many of the tensors that cross get a gradient.
         nbytes: size of what crosses, for the recorded batch.
         wrong: why there can be no cut; empty: there can.
@@ -73,7 +72,6 @@ class Boundary:
 
     position: int
     live: tuple[Ref, ...]
-    again: frozenset[int]
     differentiable: int
     nbytes: int
     wrong: str = ""
@@ -108,54 +106,18 @@ def crossing(recording: Recording, boundary: Boundary) -> Crossing:
 
 def _boundary(recording: Recording, position: int, after: Boundary | None) -> Boundary:
     """The boundary before an event; ``after`` is the next one that was chosen, whose needs it has to meet."""
-    live: dict[Ref, None] = dict.fromkeys(ref for ref in (after.live if after else ()) if ref.event < position)
-    again: set[int] = set()
-
-    def need(ref: Ref) -> None:
-        """It crosses, or is computed anew where its sources are smaller."""
-        if ref.event >= position or ref in live or ref.event in again:
-            return
-        inputs, events = _sources(recording, ref)
-        if recording.is_light(ref) and _nbytes(recording, inputs - live.keys()) <= recording.given(ref).nbytes:
-            again.update(events)
-            live.update(dict.fromkeys(inputs))
-        else:
-            live[ref] = None
-
-    for event in recording.events[position : after.position if after else None]:
-        for ref in event.takes:
-            need(ref)
-    for ref in () if after else recording.output:
-        need(ref)
+    needed = [ref for event in recording.events[position : after.position if after else None] for ref in event.takes]
+    needed += after.live if after else recording.output
+    live = {ref for ref in needed if ref.event < position and not recording.is_light(ref)} | set(recording.carried)
     wrong = ""
-    for number, event in enumerate(recording.events[:position]):
-        if event.reads:  # Python goes on by that value, so it has to be there
-            again.add(number)
-            for ref in event.takes:
-                inputs, events = _sources(recording, ref)
-                again.update(events)
-                live.update(dict.fromkeys(inputs))
-                if ref.event != INPUT and not recording.is_light(ref):
-                    wrong = f"{event.name} reads a value that layers before the cut compute"
+    if reader := next((event for event in recording.events[:position] if event.reads and not event.light), None):
+        wrong = f"{reader.name} reads a value that layers before the cut compute"
     for ref in live:
         if ref.event != INPUT and ref.place >= recording.events[ref.event].returned:
             wrong = f"{recording.events[ref.event].name} before the cut writes into a tensor that is used behind it"
     refs = tuple(sorted(live))
     differentiable = sum(recording.given(ref).differentiable for ref in refs)
-    return Boundary(position, refs, frozenset(again), differentiable, _nbytes(recording, refs), wrong)
-
-
-def _sources(recording: Recording, ref: Ref) -> tuple[set[Ref], set[int]]:
-    """The inputs and the light events that a light tensor is computed from, its own included."""
-    inputs, events, waiting = set[Ref](), set[int](), [ref]
-    while waiting:
-        each = waiting.pop()
-        if each.event == INPUT:
-            inputs.add(each)
-        elif each.event not in events and recording.is_light(each):
-            events.add(each.event)
-            waiting += recording.events[each.event].takes
-    return inputs, events
+    return Boundary(position, refs, differentiable, _nbytes(recording, refs), wrong)
 
 
 def _nbytes(recording: Recording, refs: Iterable[Ref]) -> int:

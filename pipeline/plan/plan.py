@@ -107,6 +107,9 @@ class Plan:
     """Training batches of each replica; None: what the recipe suggests."""
     seed: int = 0
     """Seed of the weights, of the data order and of everything random in a layer."""
+    split: Literal["auto", "chain", "forward"] = "auto"
+    """What is cut: the chain of layers that the model is, or the model's own forward, of which every stage runs a part;
+    auto: the chain, where it is proved to be one."""
     sizes: tuple[int, ...] | None = None
     """Layers per stage, e.g. 1 3 2 2; None: balanced."""
     cuts: tuple[str, ...] | None = None

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.data.recipe import Batch, Recipe
+from pipeline.data.batch import Minibatch, tensors_of_value
+from pipeline.data.recipe import Recipe
+from pipeline.messages.bundle import as_value, present, rows_in
 from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
 from pipeline.run.resolved import Resolved
@@ -43,13 +45,14 @@ def fingerprint(
         found |= _batch("batch 0", first)
         if replica == 0:
             found |= _batch("held-out batch 0", next(recipe.held_out(), ()))
-        rows = first[0][:_ROWS].clone()
+        given = rows_in(tensors_of_value(first.inputs), slice(_ROWS))
+        rows = as_value(tuple(present(each).clone() for each in given))
     else:
         below = resolved.cuts[index - 1]
         rows = _fixed(seed, below.activation.shape).to(below.activation.dtype)
     # What takes no two rows is left out, in every process alike.
     with contextlib.suppress(Exception), seeded(seed, "fingerprint"), torch.no_grad():
-        for layer in layers:
+        for layer in () if layers[0].part else layers:
             rows = copy_of(layer.module)(rows)
             found[f"what layer {layer.name} gives"] = sketch_of(rows, computed=True)
     if index == resolved.plan.stages - 1:
@@ -70,11 +73,15 @@ def _layers(layers: Sequence[Layer]) -> Iterator[tuple[str, Sketch]]:
     for layer in layers:
         yield f"layer {layer.name}", Sketch(" ".join(_ADDRESS.sub("", repr(layer.module)).split()))
         for name, tensor in (*layer.module.named_parameters(), *layer.module.named_buffers()):
-            yield f"{layer.name}.{name}", sketch_of(tensor)
+            yield layer.full(name), sketch_of(tensor)
 
 
-def _batch(name: str, batch: Batch | tuple[()]) -> dict[str, Sketch]:
-    return {f"{part} of {name}": sketch_of(tensor) for part, tensor in zip(("inputs", "labels"), batch, strict=False)}
+def _batch(name: str, batch: Minibatch | tuple[()]) -> dict[str, Sketch]:
+    return {
+        f"{part} {place} of {name}" if place else f"{part} of {name}": sketch_of(present(tensor))
+        for part, value in zip(("inputs", "labels"), batch, strict=False)
+        for place, tensor in enumerate(tensors_of_value(value))
+    }
 
 
 def _fixed(seed: int, shape: Sequence[int]) -> Tensor:

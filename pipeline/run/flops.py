@@ -22,13 +22,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
-from pipeline.data.recipe import Recipe, build_model
+from pipeline.data.batch import tensors_of_value
+from pipeline.data.recipe import Recipe
 from pipeline.messages.bundle import Bundle, Item, is_differentiable
+from pipeline.messages.layout import Layout
 from pipeline.metrics.measurements import GROUPS
 from pipeline.metrics.spans import Span
 from pipeline.model.cut import Cut
-from pipeline.model.partition import layers_of, split
+from pipeline.model.partition import split
 from pipeline.plan.plan import Plan
+from pipeline.run.network import layers_for
 from pipeline.schedule.modes import MODES
 from pipeline.seeding import seeded
 from pipeline.stage.stage import Stage
@@ -73,17 +76,18 @@ def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageF
     """
     assert plan.sizes is not None, "the plan is resolved"
     assert plan.emulation is None, "a stage that sleeps computes nothing"
-    inputs, labels = recipe.seeded_batch(plan.seed, 0)
-    x: Bundle = (inputs,)
+    batch = recipe.seeded_batch(plan.seed, 0)
+    recipe = recipe.arranged(Layout.of(batch.labels))
+    x, context = map(tensors_of_value, batch)
     counted = []
     counting = dataclasses.replace(
         plan, quality_every=None, update_probability=1.0, warmup_steps=0, unlock="always", compile=False
     )
     with seeded(plan.seed, "flops"):  # stages seed the global generator for their layers
-        for index, layers in enumerate(split(layers_of(build_model(recipe, plan.seed)), plan.sizes)):
-            cut = dataclasses.replace(cuts[index], loss=recipe.loss) if index < plan.stages - 1 else None
+        for index, layers in enumerate(split(layers_for(recipe, plan), plan.sizes)):
+            cut = cuts[index].with_loss(recipe.loss) if index < plan.stages - 1 else None
             stage = Stage(layers, index, counting, recipe, cut, cuts[index - 1] if index else None)
-            spans, x = _counted(stage, counting, x, (labels,))
+            spans, x = _counted(stage, counting, x, context)
             flops = {f.name: sum(spans[s] for s in GROUPS[f.name]) for f in dataclasses.fields(StageFlops)}
             p = plan.update_probability  # so many batches are updated from, and give a target
             counted.append(StageFlops(**{name: n if name == "forward" else p * n for name, n in flops.items()}))

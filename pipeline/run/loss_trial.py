@@ -21,18 +21,20 @@ from torch import Tensor, nn
 
 from pipeline.dni.dni import describe_form, training_window
 from pipeline.errors import PlanError
-from pipeline.messages.bundle import as_bundle, as_value, differentiable
+from pipeline.messages.bundle import as_bundle, as_value, differentiable, present, rows_in
+from pipeline.messages.layout import Layout
 from pipeline.model.autograd_graph import leaves_of
-from pipeline.model.cut import Cut
+from pipeline.model.cut import Cut, MainOutput
 from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
 from pipeline.plan.plan import Plan
 from pipeline.run.holdings import tensors_of
+from pipeline.schedule.modes import MODES
 from pipeline.wording import text_of
 
-__all__ = ["Trial", "check_learns", "try_loss", "with_loss"]
+__all__ = ["Trial", "check_learns", "main_output", "try_loss", "with_loss"]
 
-_Loss = Callable[[Tensor, Tensor], Tensor]
+_Loss = Callable[[Any, Any], Tensor]
 _SAME_DIRECTION = 0.99  # cosine; weighted means over the rows differ in their scale alone
 _ALONE = "give it back alone, and count right answers in correct()."
 
@@ -43,26 +45,31 @@ class Trial:
 
     loss: _Loss
     output: Tensor
-    labels: Tensor
+    labels: Any
+
+    @property
+    def rows(self) -> int:
+        """Rows of the labels."""
+        return len(present(as_bundle(self.labels)[0]))
 
     def error(self, rows: int) -> Exception | None:
         """What it raises for the first ``rows`` rows; None: nothing, or the output has other rows than the labels."""
         try:
             with torch.no_grad():
-                self.loss(self.output[:rows].clone(), self.labels[:rows].clone())
+                self.loss(self.output[:rows].clone(), _copied(self.labels, rows))
         except Exception as error:
-            return error if len(self.output) == len(self.labels) else None
+            return error if len(self.output) == self.rows else None
         return None
 
     def needs_more(self, rows: int) -> str | None:
         """Why the gradient of ``rows`` rows is not that of the same rows in the whole batch; None: it is, but for size,
         or the output has other rows than the labels.
         """
-        if rows >= len(self.labels) or len(self.output) != len(self.labels):
+        if rows >= self.rows or len(self.output) != self.rows:
             return None
         if (error := self.error(rows)) is not None:
             return f"it does not take {rows} rows ({str(error).partition(chr(10))[0]})"
-        whole, alone = self._gradient(len(self.labels))[:rows].flatten(), self._gradient(rows).flatten()
+        whole, alone = self._gradient(self.rows)[:rows].flatten(), self._gradient(rows).flatten()
         sizes = torch.linalg.vector_norm(whole) * torch.linalg.vector_norm(alone)
         depends = (whole * alone.conj()).sum().real < _SAME_DIRECTION * sizes
         return "what it says of a row depends on the other rows" if depends else None
@@ -70,7 +77,7 @@ class Trial:
     def _gradient(self, rows: int) -> Tensor:
         leaf = self.output[:rows].detach().clone().requires_grad_()
         with torch.enable_grad():
-            loss = self.loss(leaf.clone(), self.labels[:rows].clone())
+            loss = self.loss(leaf.clone(), _copied(self.labels, rows))
         (gradient,) = torch.autograd.grad(loss, [leaf], allow_unused=True)
         return torch.zeros_like(leaf) if gradient is None else gradient.detach()
 
@@ -93,14 +100,54 @@ def check_learns(layers: Sequence[Layer], inputs: Tensor, outputs: Sequence[Any]
             )
 
 
-def try_loss(loss: _Loss, output: Tensor, labels: Tensor) -> Trial:
+def main_output(loss: _Loss, given: Any, labels: Any, plan: Plan) -> tuple[MainOutput | None, Tensor, _Loss]:
+    """The tensor, among those that the network gives, that the loss depends on, where it lies (None: it is all), and
+    the loss of that tensor.
+
+    Raises:
+        PlanError: the loss takes something else, depends on none of them, or on several where a DNI, or a loss of a
+            stage's own, has to stand for the rest of the network.
+    """
+    if isinstance(given, Tensor):
+        return None, given, loss
+    layout, tensors = Layout.of(given), [each for each in as_bundle(given) if each is not None]
+    leaves = [each.detach().clone().requires_grad_(each.is_floating_point()) for each in tensors]
+    kinds = f"a {type(given).__name__} of {', '.join(str(list(each.shape)) for each in tensors)}"
+    try:
+        with torch.enable_grad():
+            found = loss(layout.value(leaves), labels)
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            gradients = iter(torch.autograd.grad(found, wanted, allow_unused=True))
+    except Exception as error:
+        raise PlanError(f"the loss does not take what the network gives, {kinds}: {text_of(error)}.") from error
+    places = [place for place, leaf in enumerate(leaves) if leaf.requires_grad and next(gradients) is not None]
+    if not places:
+        raise PlanError(f"the loss depends on nothing that the network gives, {kinds}, so nothing would be learned.")
+    outlet, main = MainOutput(layout, places[0]), tensors[places[0]]
+    if plan.stages > 1 and MODES[plan.mode].gradient != "true":
+        try:
+            if len(places) > 1:
+                raise ValueError(f"the loss depends on {len(places)} tensors of it")
+            outlet.loss(loss)(main.detach().clone(), labels)
+        except Exception as error:
+            raise PlanError(
+                f"the network gives {kinds}, and in mode {plan.mode} every stage needs a loss of one tensor of it "
+                f"({text_of(error)}): compute the loss from the logits alone, or choose mode naive, gpipe, 1f1b or "
+                "async-1f1b."
+            ) from error
+    others = () if len(places) == 1 else tuple(each.detach() for each in tensors)
+    return outlet, main, outlet.loss(loss, others)
+
+
+def try_loss(loss: _Loss, output: Tensor, labels: Any) -> Trial:
     """Try the loss with gradients, on copies: neither the tensors nor a loss that has a state are changed.
 
     Raises:
         PlanError: it does not take them, gives no number, one that is not finite, or one without a gradient; it has
             parameters of its own, or a state that every call changes.
     """
-    shapes = f"output {list(output.shape)} {output.dtype} and labels {list(labels.shape)} {labels.dtype}"
+    given = ", ".join(f"{list(each.shape)} {each.dtype}" for each in map(present, as_bundle(labels)))
+    shapes = f"output {list(output.shape)} {output.dtype} and labels {given}"
     if not (output.is_floating_point() or output.is_complex()):
         raise PlanError(f"the network gives {shapes}: only floating-point outputs have a gradient.")
     loss = _own_copy(loss)
@@ -110,7 +157,7 @@ def try_loss(loss: _Loss, output: Tensor, labels: Tensor) -> Trial:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message="Using a target size")  # it would broadcast, and only warns
-            found: Any = loss(leaf.clone(), labels.clone())
+            found: Any = loss(leaf.clone(), _copied(labels, None))
     except Exception as error:
         raise PlanError(
             f"the loss does not take {shapes}: give labels of the shape it needs ({text_of(error)})."
@@ -128,7 +175,7 @@ def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cu
     """
     says = []
     if plan.microbatches > 1:
-        rows = len(trial.labels) // plan.microbatches
+        rows = trial.rows // plan.microbatches
         if (error := trial.error(rows)) is not None:
             raise PlanError(
                 f"the loss does not take the {rows} rows of a microbatch ({text_of(error)}): choose mode naive, or a "
@@ -137,7 +184,7 @@ def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cu
         if (why := trial.needs_more(rows)) is not None:
             says.append(("loss", "by microbatch", f"{why}, so this is not the loss of whole batches"))
     models = [cut for cut in cuts if plan.unlocked and describe_form(cut, plan.dni)[0] == "loss_model"]
-    least = min((training_window(cut, plan.dni, plan.seed).size for cut in models), default=len(trial.labels))
+    least = min((training_window(cut, plan.dni, plan.seed).size for cut in models), default=trial.rows)
     if (why := trial.needs_more(least)) is None:
         return cuts, says
     if plan.dni.rows != 1:
@@ -211,6 +258,11 @@ def _check_own(loss: _Loss, found: Tensor, leaf: Tensor, held: dict[str, tuple[T
             f"the loss changes a state of its own at every call, {', '.join(changed)}, which no stage keeps: make it "
             "part of the model, or compute it from the batch."
         )
+
+
+def _copied(labels: Any, rows: int | None) -> Any:
+    first = rows_in(labels, slice(rows))
+    return tuple(present(each).clone() for each in first) if isinstance(first, tuple) else first.clone()
 
 
 def _own_copy(loss: _Loss) -> _Loss:

@@ -26,7 +26,8 @@ from pipeline.plan.topology import Edge, data_edge, edges_of, name_of
 from pipeline.replicas.all_gather import ROOM, gathering
 from pipeline.replicas.averaging import averager_of
 from pipeline.run.hollow_stage import HollowStage
-from pipeline.run.resolve import resolve, stage_layers
+from pipeline.run.network import stage_layers
+from pipeline.run.resolve import resolve
 from pipeline.run.resolved import Resolved
 from pipeline.run.runner import Runner
 from pipeline.run.stage_like import StageLike
@@ -138,7 +139,7 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
     wanted, hosts = CPU if plan.device == "auto" else plan.device, ["this host"] * plan.workers
     devices = choose_devices(wanted, hosts, {"this host": torch.cuda.device_count()}, torch.backends.cuda.is_built())
     resolved = resolve(recipe, plan, devices=devices)
-    plan = resolved.plan
+    plan, recipe = resolved.plan, resolved.arranged(recipe)
     stages, *others = (
         [
             Stage(

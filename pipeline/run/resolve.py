@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.data.recipe import Batch, Recipe, build_model, check_batches
+from pipeline.data.batch import Minibatch, rows_of, tensors_of_value
+from pipeline.data.recipe import Recipe, build_model, check_batches
 from pipeline.dni.dni import FORMS, describe_form, target_every
 from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
-from pipeline.messages.bundle import TensorSpec, as_bundle, differentiable, specs_of
+from pipeline.messages.bundle import TensorSpec, as_bundle, as_value, differentiable, present, specs_of
+from pipeline.messages.layout import Layout
 from pipeline.model.checkpointing import check_checkpointing
-from pipeline.model.cut import Cut
+from pipeline.model.cut import Cut, MainOutput
 from pipeline.model.partition import (
     Layer,
     balanced_split,
@@ -23,11 +25,10 @@ from pipeline.model.partition import (
     depth_of,
     ends_normalised,
     evaluated_in_training,
-    layers_of,
     places_of_cuts,
     split,
 )
-from pipeline.model.proof import check_chain, check_ties
+from pipeline.model.proof import check_ties
 from pipeline.plan.channel_choice import choose_channels
 from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import CPU, DeviceChoice
@@ -35,17 +36,19 @@ from pipeline.plan.goal import look_every
 from pipeline.plan.plan import DNIPlan, Plan
 from pipeline.run import reasons
 from pipeline.run.fingerprint import fingerprint, first_two
-from pipeline.run.loss_trial import Trial, check_learns, try_loss, with_loss
+from pipeline.run.loss_trial import Trial, check_learns, main_output, try_loss, with_loss
+from pipeline.run.network import tried
 from pipeline.run.resolved import Resolved
 from pipeline.schedule.modes import MODES
 from pipeline.user_code import calling
 from pipeline.wording import escaped
 
-__all__ = ["Measure", "resolve", "stage_layers"]
+__all__ = ["Measure", "resolve"]
 
 Measure = Callable[[Sequence[Layer], Sequence[Tensor]], list[float]]
 """(layers, what goes into each of them) -> seconds of forward and backward of each."""
 
+_LABELS = ("labels", "label", "targets", "target", "y")
 _QUALITY_EVERY = 20  # with unlock auto, where nobody says
 
 
@@ -78,20 +81,22 @@ def resolve(
     devices = devices or DeviceChoice((CPU,) * plan.workers, "nothing else was looked for")
     channels = choose_channels(plan.channels, hosts, plan.replicas, devices.devices, devices.nccl)
     plan = _filled_in(recipe, plan)
-    inputs, labels = check_batches(recipe, plan)
-    if len(inputs) % plan.microbatches:
+    batch = check_batches(recipe, plan)
+    if (rows := rows_of(batch)) % plan.microbatches:
         raise PlanError(
-            f"{plan.microbatches} microbatches for batches of {len(inputs)} rows: give a number that divides the rows."
+            f"{plan.microbatches} microbatches for batches of {rows} rows: give a number that divides the rows."
         )
+    recipe = recipe.arranged(Layout.of(batch.labels))
+    inputs, labels = as_value(tensors_of_value(batch.inputs)), as_value(tensors_of_value(batch.labels))
     model = build_model(recipe, plan.seed)
-    layers = layers_of(model)
+    layers, outputs, how, because = tried(model, batch.inputs, plan)
+    plan = dataclasses.replace(plan, split=how)
     _check_names(layers)
     sizes = chosen_sizes(layers, plan)
-    outputs = check_chain(model, layers, inputs)
     seconds: tuple[float, ...] | None = None
     why = "given" if plan.sizes or plan.cuts else "number of layers"
     if sizes is None:
-        if measure is not None and plan.stages > 1 and all(isinstance(output, Tensor) for output in outputs):
+        if measure is not None and plan.stages > 1:
             seconds = tuple(measure(layers, [inputs, *outputs[:-1]]))
             why = "measured time per layer"
         sizes = balanced_split(layers, seconds or [1.0] * len(layers), plan.stages)
@@ -99,11 +104,12 @@ def resolve(
     check_ties(stages)
     check_checkpointing(stages, plan, inputs)
     check_learns(layers, inputs, outputs)
-    trial = try_loss(recipe.loss, outputs[-1], labels)
+    outlet, output, loss = main_output(recipe.loss, outputs[-1], labels, plan)
+    trial = try_loss(loss, output, labels)
     ends = list(accumulate(sizes[:-1]))
     _check_cuts(layers, ends, outputs, plan)
     cuts = tuple(
-        _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, outputs[-1], recipe, plan)
+        _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, output, recipe, plan, outlet)
         for k, end in enumerate(ends)
     )
     cuts, about_loss = with_loss(cuts, plan, trial)
@@ -112,6 +118,7 @@ def resolve(
     says = (
         ("mode", plan.mode, MODES[plan.mode].says),
         ("split", " | ".join(map(str, sizes)), why + places_of_cuts(stages)),
+        *((("forward", "the model's own", f"every stage runs a part of it: {because}"),) if how == "forward" else ()),
         *evaluated_in_training(layers),
         ("device", devices.says, devices.why),
         *(reasons.of_rounding(layers, ends, outputs) if MODES[plan.mode].exact else ()),
@@ -127,24 +134,19 @@ def resolve(
         layer_bytes=tuple(sum(t.nbytes + 1 for t in layer.module.state_dict().values()) for layer in layers),
         layer_seconds=seconds,
         cuts=cuts,
-        batch_shape=tuple(inputs.shape),
-        output_shape=tuple(outputs[-1].shape),
-        held_out_batches=_count_held_out(recipe, (inputs, labels), trial),
+        batch_shape=tuple(present(tensors_of_value(batch.inputs)[0]).shape),
+        output_shape=tuple(output.shape),
+        held_out_batches=_count_held_out(recipe, batch, trial),
         channels=channels,
         hosts=tuple(hosts),
         devices=devices.devices,
         nccl=devices.nccl,
         reasons=says,
-        two_labels=first_two(labels),
+        two_labels=first_two(labels) if isinstance(labels, Tensor) else b"",
+        labels=Layout.of(batch.labels),
     )
     built = tuple(fingerprint(recipe, resolved, index, stage) for index, stage in enumerate(stages))
     return dataclasses.replace(resolved, fingerprints=built)
-
-
-def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
-    """The layers of one stage, freshly initialised from the seed; the rest of the model is dropped."""
-    assert plan.sizes is not None, "the plan is resolved"
-    return split(layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
 
 
 def _filled_in(recipe: Recipe, plan: Plan) -> Plan:
@@ -167,22 +169,33 @@ def _cut(
     below: Sequence[Layer],
     stage: Sequence[Layer],
     activation: Any,
-    labels: Tensor,
+    labels: Any,
     output: Tensor,
     recipe: Recipe,
     plan: Plan,
+    outlet: MainOutput | None,
 ) -> Cut:
+    context = as_bundle(labels)
     return Cut(
         index=index,
         specs=specs_of(as_bundle(activation), "activation", differentiable=True),
-        context=specs_of((labels,), "labels"),
+        context=specs_of(context, "labels"),
+        label=_label_of(recipe.labels, len(context)),
+        outlet=outlet,
         output=TensorSpec("output", tuple(output.shape), output.dtype, differentiable=True),
-        loss=recipe.loss,
+        loss=recipe.loss if outlet is None else outlet.loss(recipe.loss),
         normalised=ends_normalised(below),
         depth=depth_of(stage),
         uppermost=index == plan.stages - 2,
         conditioned=plan.dni.labels,
     )
+
+
+def _label_of(layout: Layout | None, count: int) -> int:
+    """Which of the tensors of the context are the labels: those that are called so, or else the first."""
+    names = list(layout.structure.context or ()) if layout is not None and layout.structure.type is dict else []
+    called = [names.index(name) for name in _LABELS if name in names and len(names) == count]
+    return called[0] if called else 0
 
 
 def _unread_options(plan: Plan, cuts: Sequence[Cut]) -> Iterator[str]:
@@ -230,14 +243,14 @@ def _check_names(layers: Sequence[Layer]) -> None:
         raise PlanError(f"a layer, or a parameter of one, is called {wrong!r}, which no file can hold: rename it.")
 
 
-def _count_held_out(recipe: Recipe, first: Batch, trial: Trial) -> int:
+def _count_held_out(recipe: Recipe, first: Minibatch, trial: Trial) -> int:
     if recipe.evaluation is None:
         return 0
     with calling("evaluation()"):
-        count, sizes = 0, {len(trial.labels)}
-        for count, (inputs, labels) in enumerate(recipe.held_out(), start=1):
-            _check_held_out(count - 1, inputs, labels, first)
-            if (rows := len(labels)) not in sizes and (error := trial.error(rows)) is not None:
+        count, sizes = 0, {rows_of(first)}
+        for count, batch in enumerate(recipe.held_out(), start=1):
+            _check_held_out(count - 1, batch, first)
+            if (rows := rows_of(batch)) not in sizes and (error := trial.error(rows)) is not None:
                 raise PlanError(
                     f"evaluation batch {count - 1} has {rows} rows, which the loss does not take ({error}): leave it "
                     "out, or take a loss of any number of rows."
@@ -248,12 +261,22 @@ def _count_held_out(recipe: Recipe, first: Batch, trial: Trial) -> int:
     return count
 
 
-def _check_held_out(index: int, inputs: Tensor, labels: Tensor, first: Batch) -> None:
-    x, y = first
-    fits = inputs.shape[1:] == x.shape[1:] and inputs.dtype == x.dtype and labels.nbytes <= y.nbytes
-    if not fits or len(inputs) != len(labels) or not 0 < len(inputs) <= len(x):
+def _check_held_out(index: int, batch: Minibatch, first: Minibatch) -> None:
+    (inputs, labels), (x, y) = (tuple(map(tensors_of_value, each)) for each in (batch, first))
+    pairs = [(present(one), present(like)) for one, like in zip(inputs, x, strict=False)]
+    fits = len(inputs) == len(x) and all(a.shape[1:] == b.shape[1:] and a.dtype == b.dtype for a, b in pairs)
+    fits = (
+        fits
+        and len(labels) == len(y)
+        and all(present(a).nbytes <= present(b).nbytes for a, b in zip(labels, y, strict=True))
+    )
+    rows, most = ([len(present(each)) for each in value] for value in ((*inputs, *labels), x))
+    if not fits or not 0 < rows[0] <= most[0] or rows.count(rows[0]) != len(rows):
+        mine, theirs = (
+            [", ".join(f"{list(present(each).shape)} {present(each).dtype}" for each in part) for part in parts]
+            for parts in ((inputs, labels), (x, y))
+        )
         raise PlanError(
-            f"evaluation batch {index} has inputs {list(inputs.shape)} {inputs.dtype} and labels "
-            f"{list(labels.shape)} {labels.dtype}: it needs 1 to {len(x)} rows, the inputs {x.dtype} of shape "
-            f"{list(x.shape[1:])}, the labels no larger than in training, {list(y.shape)} {y.dtype}."
+            f"evaluation batch {index} has inputs {mine[0]} and labels {mine[1]}: it needs 1 to {most[0]} rows, the "
+            f"inputs as in training, {theirs[0]}, the labels no larger, {theirs[1]}."
         )

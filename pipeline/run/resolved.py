@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.data.recipe import Recipe
+from pipeline.messages.layout import Layout
 from pipeline.model.cut import Cut
 from pipeline.plan.channel_choice import ChannelChoice
 from pipeline.plan.plan import Plan
@@ -33,6 +35,7 @@ class Resolved:
         nccl: whether torch has NCCL.
         reasons: (what was decided, value, why), for the first screen.
         two_labels: those of the first rows of batch 0, for ``fingerprint``.
+        labels: how the tensors of the context lie in what the loss takes.
         fingerprints: of every stage as this process builds it.
     """
 
@@ -51,7 +54,12 @@ class Resolved:
     nccl: bool
     reasons: tuple[tuple[str, str, str], ...]
     two_labels: bytes = b""
+    labels: Layout | None = None
     fingerprints: tuple[Mapping[str, Sketch], ...] = ()
+
+    def arranged(self, recipe: Recipe) -> Recipe:
+        """The recipe with a loss that takes the context as it travels."""
+        return recipe if self.labels is None else recipe.arranged(self.labels)
 
     @property
     def steps(self) -> int:

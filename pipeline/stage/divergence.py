@@ -33,7 +33,7 @@ from pipeline.dni.dni import DNI, training_window
 from pipeline.dni.forms import root_mean_square
 from pipeline.dni.regressors import Custom
 from pipeline.errors import StageError
-from pipeline.messages.bundle import Bundle, as_bundle, as_value, differentiable
+from pipeline.messages.bundle import Bundle, as_bundle, as_value, differentiable, rows_in
 from pipeline.model.compute import ComputeContext
 from pipeline.model.cut import Cut
 from pipeline.model.partition import Layer
@@ -76,7 +76,7 @@ class Guard:
         self._computing = computing or ComputeContext(plan)
         self._window = training_window(cut, plan.dni, plan.seed) if cut is not None and plan.unlocked else None
         self._named = [
-            (layer.name, f"{layer.name}.{name}", parameter)
+            (layer.name, layer.full(name), parameter)
             for layer in layers
             for name, parameter in layer.module.named_parameters()
             if parameter.requires_grad
@@ -170,7 +170,7 @@ class Guard:
             return
         assert self._window is not None, "a stage with a DNI has a cut above it"
         rows = self._window.of(batch) if len(gradient) < len(h) else slice(None)
-        predicted = dni.predict(h[rows], labels[rows])
+        predicted = dni.predict(h[rows], rows_in(labels, rows))
         size = float(gradient.square().sum())
         self._check_silence(batch, silent=size > 0 and not bool(predicted.any()))
         self._check_error(batch, float((predicted - gradient).square().sum()), size)

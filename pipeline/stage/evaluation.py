@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.data.recipe import Recipe
+from pipeline.messages.bundle import as_bundle, present
 from pipeline.model.compute import ComputeContext
 from pipeline.model.given_model import ModuleModes
 from pipeline.plan.plan import Plan
@@ -26,14 +28,15 @@ class EvaluationMetrics:
     correct: float = 0.0
     answers: int = 0
 
-    def add(self, recipe: Recipe, output: Tensor, labels: Tensor) -> None:
+    def add(self, recipe: Recipe, output: Any, labels: Any) -> None:
         """Take in the output of one batch."""
         if recipe.careful_correct is not None:
             correct, answers = recipe.careful_correct(output, labels)
             self.correct += float(correct)
             self.answers += answers
-        self.loss_sum += float(recipe.careful_loss(output, labels)) * len(labels)
-        self.rows += len(labels)
+        rows = len(present(as_bundle(labels)[0]))
+        self.loss_sum += float(recipe.careful_loss(output, labels)) * rows
+        self.rows += rows
 
     def loss(self) -> float:
         """Mean loss per row; NaN of no rows, which meets no goal."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from pipeline.errors import StageError
-from pipeline.messages.bundle import Bundle, Item, detached, present
+from pipeline.messages.bundle import Bundle, Item, as_value, detached
 from pipeline.stage.gradient_flow import Route
 from pipeline.stage.layers import Stash
 
@@ -43,9 +44,9 @@ class Kept:
     loss: float = float("nan")
 
     @property
-    def labels(self) -> Tensor:
-        """The first of the context."""
-        return present(self.context[0])
+    def labels(self) -> Any:
+        """What the loss takes: the context, or the one tensor that it is."""
+        return as_value(self.context)
 
 
 class InFlight(dict[Item, Kept]):

@@ -21,10 +21,12 @@ from torch.func import functional_call
 
 from pipeline.errors import StageError
 from pipeline.messages.bundle import Bundle, as_bundle, as_value
+from pipeline.messages.layout import Layout
 from pipeline.model.checkpointing import checkpoints_reentrantly
 from pipeline.model.compute import ComputeContext
 from pipeline.model.given_model import ModuleModes
 from pipeline.model.partition import Layer
+from pipeline.model.segment import joined
 from pipeline.model.unwritten import Unwritten
 from pipeline.plan.plan import Plan
 from pipeline.seeding import seed_layer
@@ -48,7 +50,10 @@ class StageLayers:
 
     def __init__(self, layers: Sequence[Layer], index: int, plan: Plan, computing: ComputeContext) -> None:
         self.layers, self._index, self._plan, self._computing = layers, index, plan, computing
-        self._modules = computing.placed(_Modules(layer.module for layer in layers))
+        self._whole = joined(layers)  # parts of a model's own forward are run in one call of it
+        modules = [layer.module for layer in layers] if self._whole is None else [self._whole]
+        self._modules = computing.placed(_Modules(modules))
+        self._outlets: dict[bool, Layout | None] = {}
         self.compiled = computing.chain([layer.module for layer in layers])
         self.parameters = [p for p in self._modules.parameters() if p.requires_grad]
         self._modes = ModuleModes(self._modules)
@@ -76,7 +81,7 @@ class StageLayers:
         stands for the first layer, if given.
         """
         with self._computing.autocast():
-            h = as_bundle(self.within(stash, self._forward, batch, seeded, enter, *x))
+            h = self._bundle(self.within(stash, self._forward, batch, seeded, enter, *x), training=True)
         if stash:
             with torch.no_grad():
                 for name, buffer in self._modules.named_buffers():
@@ -88,7 +93,12 @@ class StageLayers:
     def evaluate(self, batch: int, x: Bundle) -> Bundle:
         """The output for a held-out batch, in evaluation mode."""
         with self._computing.autocast():
-            return as_bundle(self._evaluate(batch, *x))
+            return self._bundle(self._evaluate(batch, *x), training=False)
+
+    def value(self, h: Bundle, *, training: bool) -> Any:
+        """An output as the last layer gives it: a tensor, or the container that the tensors lie in."""
+        outlet = self._outlets.get(training)
+        return as_value(h) if outlet is None else outlet.value(h)
 
     def stash(self) -> Stash:
         """A copy of every parameter and buffer, for each module that has it: tied ones stay tied."""
@@ -131,8 +141,10 @@ class StageLayers:
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers under the unsplit model's names: ``<layer>.<name>``."""
+        if self._whole is not None:
+            return self._whole.state_dict(keep_vars=True)
         return {
-            f"{layer.name}.{name}": tensor
+            layer.full(name): tensor
             for layer in self.layers
             for name, tensor in layer.module.state_dict(keep_vars=True).items()
         }
@@ -163,6 +175,8 @@ class StageLayers:
             seed_layer(self._plan.seed, self.layers[0].index, seeded)
             return self._called(self.compiled, as_value(x), None, batch)
         value: Any = as_value(x)
+        if self._whole is not None:
+            return self._run_whole(value, batch, partial(self._seed, seeded))
         for layer in self.layers:
             seed_layer(self._plan.seed, layer.index, seeded)
             call, enter = enter or layer.module, None
@@ -173,13 +187,43 @@ class StageLayers:
         value: Any = as_value(x)
         if self.compiled is not None:
             return self._called(self.compiled, value, None, batch)
+        if self._whole is not None:
+            return self._run_whole(value, batch, _nothing)
         for layer in self.layers:
             value = self._called(layer.module, value, layer.name, batch)
         return value
 
+    def _run_whole(self, value: Any, batch: int, enter: Callable[[int], None]) -> Any:
+        at = self.layers[0]
+
+        def entered(index: int) -> None:
+            nonlocal at
+            at = self.layers[index - self.layers[0].index]
+            enter(index)
+
+        assert self._whole is not None
+        try:
+            return self._whole.run(value, entered)
+        except Exception as error:
+            with self.naming(at.name, batch):
+                raise error
+
+    def _seed(self, seeded: int, index: int) -> None:
+        seed_layer(self._plan.seed, index, seeded)
+
+    def _bundle(self, value: Any, *, training: bool) -> Bundle:
+        h = as_bundle(value)
+        if training not in self._outlets:
+            self._outlets[training] = None if isinstance(value, Tensor | tuple) else Layout.of(value)
+        return h
+
     def _called(self, call: Callable[[Any], Any], value: Any, layer: str | None, batch: int) -> Any:
         with self.naming(layer, batch):
             return call(value)
+
+
+def _nothing(index: int) -> None:
+    pass
 
 
 class _Modules(nn.ModuleList):

@@ -269,7 +269,7 @@ class Stage:
         h = self._layers.evaluate(batch, x)
         if self.last:
             with self._computing.autocast():
-                self.scores.add(self.recipe, as_value(h), as_value(context))
+                self.scores.add(self.recipe, self._layers.value(h, training=False), as_value(context))
         return h
 
     # ------------------------------------------------------------------ state
@@ -319,4 +319,4 @@ class Stage:
         return [h for h, _ in both], [g for _, g in both]
 
     def _loss(self, h: Bundle, context: Bundle) -> Tensor:
-        return self.recipe.careful_loss(as_value(h), as_value(context))
+        return self.recipe.careful_loss(self._layers.value(h, training=True), as_value(context))

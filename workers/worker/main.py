@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,8 +34,8 @@ from pipeline.replicas.all_gather import gathering
 from pipeline.replicas.averaging import averager_of
 from pipeline.run.fingerprint import fingerprint
 from pipeline.run.hollow_stage import HollowStage
+from pipeline.run.network import stage_layers
 from pipeline.run.reference import schedule
-from pipeline.run.resolve import stage_layers
 from pipeline.run.runner import Runner
 from pipeline.run.sketch import Sketch
 from pipeline.schedule.policies import Action, scripted
@@ -96,7 +96,7 @@ def worker_main(assignment: Assignment, connection: Connection, listener: Path |
 def _work(assignment: Assignment, connection: Connection, stack: contextlib.ExitStack) -> None:
     plan, device = assignment.plan, assignment.device
     prepare_device(device, plan)
-    recipe = assignment.source()
+    recipe = assignment.resolved.arranged(assignment.source())
     board = stack.enter_context(StatusTable(assignment.names.board, assignment.plan.workers))
     spans = _recorder(assignment, board) if plan.spans else None
     record = spans or Pulse(assignment.worker, board)
@@ -187,7 +187,7 @@ def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> tuple[St
         last: Specs = (TensorSpec("output", resolved.output_shape, torch.float32, differentiable=True),)
         output = last if assignment.last else resolved.cuts[assignment.index].specs
         return HollowStage(assignment.index, plan, output, record, Sleeper().lasting), {}
-    cut = None if assignment.last else replace(assignment.resolved.cuts[assignment.index], loss=recipe.loss)
+    cut = None if assignment.last else assignment.resolved.cuts[assignment.index].with_loss(recipe.loss)
     below = None if assignment.index == 0 else assignment.resolved.cuts[assignment.index - 1]
     layers, mine = stage_layers(recipe, plan, assignment.index), plan_of(plan, assignment.replica)
     _check_names(assignment, layers)

@@ -107,7 +107,7 @@ def assembled(recipe: Recipe, plan: Plan, mine: Sequence[Layer], owners: Sequenc
 
 
 def _state(layer: Layer) -> list[tuple[str, Tensor]]:
-    return [(f"{layer.name}.{name}", tensor) for name, tensor in layer.module.state_dict().items()]
+    return [(layer.full(name), tensor) for name, tensor in layer.module.state_dict().items()]
 
 
 def broadcast(tensor: Tensor, owner: int) -> Tensor:
