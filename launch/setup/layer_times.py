@@ -11,16 +11,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline import Plan, PlanError, Recipe
-from pipeline.data.recipe import build_model
+from pipeline.messages.bundle import as_bundle, as_value
 from pipeline.model.compute import ComputeContext
-from pipeline.model.given_model import copy_of
-from pipeline.model.partition import Layer, layers_of
+from pipeline.model.partition import Layer
+from pipeline.model.segment import copies_of
+from pipeline.run.network import layers_for
 from pipeline.wording import said
 from workers.processes.claim_gpu import prepare_device
 from workers.processes.context import process_context
@@ -34,7 +36,7 @@ _WITHIN_S = 300.0
 
 
 def layer_seconds(
-    layers: Sequence[Layer], inputs: Sequence[Tensor], threads: int = 1, computing: ComputeContext | None = None
+    layers: Sequence[Layer], inputs: Sequence[Any], threads: int = 1, computing: ComputeContext | None = None
 ) -> list[float]:
     """Seconds of forward and backward of each layer, with what goes into it, measured in rounds over copies of all.
 
@@ -44,7 +46,7 @@ def layer_seconds(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     computing = computing or ComputeContext(Plan())
-    modules = [computing.placed(copy_of(layer.module)) for layer in layers]
+    modules = [computing.placed(module) for module in copies_of(layers)]
     rounds: list[list[float]] = []
     begin = time.perf_counter()
     try:
@@ -90,21 +92,24 @@ def layer_seconds_on(source: Callable[[], Recipe], plan: Plan, device: str) -> l
     return found
 
 
-def _kind(layer: Layer, x: Tensor) -> tuple[object, ...]:
+def _kind(layer: Layer, x: Any) -> tuple[object, ...]:
     """Layers of one kind do the same work; the first layer has no input gradient to compute."""
-    return repr(layer.module), sum(p.numel() for p in layer.module.parameters()), x.shape, layer.index == 0
+    shapes = tuple(None if each is None else each.shape for each in as_bundle(x))
+    return repr(layer.module), sum(p.numel() for p in layer.module.parameters()), shapes, layer.index == 0
 
 
-def _once(module: nn.Module, x: Tensor, computing: ComputeContext, *, is_first: bool) -> float:
-    x = x.detach().clone()
-    if x.is_floating_point() and not is_first:
-        x = x.requires_grad_().clone()  # no leaf: a module may work in place
+def _once(module: nn.Module, x: Any, computing: ComputeContext, *, is_first: bool) -> float:
+    given = [None if each is None else each.detach().clone() for each in as_bundle(x)]
+    if not is_first:
+        for place, each in enumerate(given):
+            if each is not None and each.is_floating_point():
+                given[place] = each.requires_grad_().clone()  # no leaf: a module may work in place
     computing.finish()
     begin = time.perf_counter()
     with computing.autocast():
-        output = module(x)
-    if output.requires_grad:
-        output.backward(torch.ones_like(output))
+        output = module(as_value(tuple(given)))
+    if found := [each for each in as_bundle(output) if each is not None and each.requires_grad]:
+        torch.autograd.backward(found, [torch.ones_like(each) for each in found])
     computing.finish()
     return time.perf_counter() - begin
 
@@ -121,11 +126,12 @@ def _main(source: Callable[[], Recipe], plan: Plan, device: str, connection: Con
 
 
 def _measured(recipe: Recipe, plan: Plan, device: str) -> list[float]:
-    computing, layers = ComputeContext(plan, device), layers_of(build_model(recipe, plan.seed))
-    (x,) = computing.here(recipe.batch(0)[0])
+    computing, layers = ComputeContext(plan, device), layers_for(recipe, plan)
+    x: Any = as_value(computing.brought(recipe.seeded_batch(plan.seed, 0).tensors()[0]))
     inputs = []
     with torch.no_grad(), computing.autocast():
-        for layer in layers:
+        for module in copies_of(layers):
             inputs.append(x)
-            x = computing.placed(copy_of(layer.module)).eval()(x.clone())
+            given = tuple(None if each is None else each.clone() for each in as_bundle(x))
+            x = computing.placed(module).eval()(as_value(given))
     return layer_seconds(layers, inputs, plan.threads, computing)

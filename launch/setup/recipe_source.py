@@ -9,10 +9,11 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import pickle
 import sys
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,9 @@ from safetensors.torch import load, save
 from freewheel import clash
 from launch.recipes import BUILT_IN, Entry
 from pipeline import Plan, PlanError, Recipe, nearest
+from pipeline.data.batch import plain_batch, tensors_of_value
+from pipeline.messages.bundle import present
+from pipeline.messages.layout import Layout
 from pipeline.user_code import calling, place_of
 from pipeline.wording import said
 
@@ -64,7 +68,7 @@ class GivenRecipe:
         return self.recipe
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedRecipe, (self.functions, self.batches)
+        return PackedRecipe, (self.functions, self.batches, self.layouts)
 
     @cached_property
     def functions(self) -> bytes:
@@ -90,8 +94,21 @@ class GivenRecipe:
         if not isinstance(batches, list | tuple):
             return None
         # Copies, as batches may be views of one another, or the labels the inputs; safetensors refuses those.
-        parts = ((f"{index}.{part}", t) for index, batch in enumerate(batches) for part, t in enumerate(batch))
+        parts = (
+            (f"{index}.{part}", present(tensor))
+            for index, batch in enumerate(batches)
+            for part, tensor in enumerate(tensors_of_value(plain_batch(batch)))
+        )
         return save({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in parts})
+
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        """How the tensors of a list of batches lie in each; where all are alike, one for all of them."""
+        batches: Any = self.recipe.batches
+        if not isinstance(batches, list | tuple):
+            return []
+        found = [Layout.of(plain_batch(batch)) for batch in batches]
+        return found[:1] if all(layout == found[0] for layout in found) else found
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,7 @@ class PackedRecipe:
 
     functions: bytes
     batches: bytes | None
+    layouts: Sequence[Layout] = ()
 
     def __call__(self) -> Recipe:
         """Make the recipe, or raise PlanError: what belongs to it cannot be imported or made in this process."""
@@ -119,9 +137,12 @@ class PackedRecipe:
             ) from error
         if self.batches is None:
             return recipe
-        tensors = load(self.batches)
-        pairs = [(tensors[f"{index}.0"], tensors[f"{index}.1"]) for index in range(len(tensors) // 2)]
-        return replace(recipe, batches=pairs)
+        tensors, batches = load(self.batches), list[Any]()
+        layouts = iter(self.layouts) if len(self.layouts) > 1 else itertools.repeat(*self.layouts)
+        while f"{len(batches)}.0" in tensors:
+            layout = next(layouts)
+            batches.append(layout.value([tensors[f"{len(batches)}.{part}"] for part in range(layout.count)]))
+        return replace(recipe, batches=batches)
 
 
 def entry_of(name: str) -> Entry:

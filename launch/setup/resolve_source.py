@@ -10,17 +10,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from launch.setup.layer_times import layer_seconds, layer_seconds_on
 from launch.setup.local_gpus import chosen_here
 from launch.setup.recipe_source import check_travels
 from pipeline import Plan, PlanError, Recipe
 from pipeline.data.recipe import build_model, check_scores, label_problem
-from pipeline.model.partition import layers_of
-from pipeline.model.proof import check_chain
 from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import DeviceChoice, first_gpu
+from pipeline.run.network import tried
 from pipeline.run.resolve import Measure, resolve
 from pipeline.run.resolved import Resolved
 from pipeline.user_code import RecipeFailed, calling, place_of
@@ -71,8 +70,9 @@ def resolve_source(
             if isinstance(error, RecipeFailed) or not (place := place_of(error)):
                 raise
             raise PlanError(f"{str(error).removesuffix('.')}{place}.") from error
-        likely = torch.rand(resolved.output_shape, generator=torch.Generator().manual_seed(plan.seed))
-        check_scores(recipe, likely, recipe.seeded_batch(plan.seed, 0)[1])
+        if not resolved.structured:
+            likely = torch.rand(resolved.output_shape, generator=torch.Generator().manual_seed(plan.seed))
+            check_scores(recipe, likely, recipe.seeded_batch(plan.seed, 0).labels)
     here = None if hosts is None else [k for k, host in enumerate(hosts) if host == hosts[worker]]
     check_shared_memory(needed_bytes(resolved, here))
     return resolved
@@ -82,10 +82,11 @@ def _check_labels(recipe: Recipe, plan: Plan, error: PlanError) -> None:
     """Where a loss met an index out of bounds in batch 0: say so if it is a label, which the loss does not."""
     if "out of bounds" not in str(error):
         return
-    inputs, labels = recipe.seeded_batch(plan.seed, 0)
-    model = build_model(recipe, plan.seed)
-    output = check_chain(model, layers_of(model), inputs)[-1]
-    if (problem := label_problem(labels, output.shape)) is not None:
+    batch, model = recipe.seeded_batch(plan.seed, 0), build_model(recipe, plan.seed)
+    output = tried(model, batch.inputs, plan)[1][-1]
+    if not (isinstance(output, Tensor) and isinstance(batch.labels, Tensor)):
+        return
+    if (problem := label_problem(batch.labels, output.shape)) is not None:
         raise PlanError(f"batch 0: {problem}.") from error
 
 

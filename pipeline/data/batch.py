@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from pipeline.messages.bundle import Bundle, present
 
-__all__ = ["Minibatch", "as_batch", "chunks", "part", "rows_of", "tensors_of_value"]
+__all__ = ["Minibatch", "as_batch", "chunks", "part", "plain_batch", "rows_of", "tensors_of_value"]
 
 
 class Minibatch(NamedTuple):
@@ -40,24 +40,24 @@ def tensors_of_value(value: Any) -> Bundle:
 
 def as_batch(given: Any) -> Minibatch:
     """What a recipe, a loader or a list gives, as inputs and labels; arrays of numpy become tensors on their memory."""
-    value = _plain(given)
+    value = plain_batch(given)
     if isinstance(value, tuple | list) and len(value) == 2:
         return Minibatch(*value)
     return Minibatch(value, value)
 
 
-def _plain(value: Any) -> Any:
+def plain_batch(value: Any) -> Any:
     """Of dicts, lists, tuples and tensors alone: tokenizers give other mappings."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
     if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: plain_batch(each) for name, each in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_plain, value))
+        return type(value)(*map(plain_batch, value))
     if isinstance(value, tuple | list):
-        return type(value)(map(_plain, value))
+        return type(value)(map(plain_batch, value))
     return value
 
 

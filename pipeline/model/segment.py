@@ -27,7 +27,7 @@ from pipeline.model.recording import INPUT, Given, Recording, Ref, intercepted, 
 from pipeline.model.units import Boundary, Crossing, boundaries, crossing, units_of
 from pipeline.seeding import seeded
 
-__all__ = ["Segment", "Trace", "joined", "parts_of", "trace"]
+__all__ = ["Segment", "Trace", "copies_of", "joined", "parts_of", "trace"]
 
 _MOST_SHAPES = 64
 
@@ -205,6 +205,15 @@ class Segment(nn.Module):
 def parts_of(model: nn.Module, known: Trace) -> list[Layer]:
     """All parts of a model, one by one."""
     return [Layer(k, name, Segment(model, known, k, k), part=True) for k, name in enumerate(known.names)]
+
+
+def copies_of(layers: Sequence[Layer]) -> list[nn.Module]:
+    """Copies of the modules of layers; all parts of one model are parts of one copy."""
+    first = layers[0].module
+    if not isinstance(first, Segment):
+        return [copy_of(layer.module) for layer in layers]
+    copied = copy_of(first._model_of[0])
+    return [Segment(copied, first._trace, layer.index, layer.index) for layer in layers]
 
 
 def joined(layers: Sequence[Layer]) -> Segment | None:

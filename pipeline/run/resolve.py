@@ -143,6 +143,7 @@ def resolve(
         nccl=devices.nccl,
         reasons=says,
         two_labels=first_two(labels) if isinstance(labels, Tensor) else b"",
+        structured=outlet is not None,
         labels=Layout.of(batch.labels),
     )
     built = tuple(fingerprint(recipe, resolved, index, stage) for index, stage in enumerate(stages))

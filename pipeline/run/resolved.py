@@ -35,6 +35,7 @@ class Resolved:
         nccl: whether torch has NCCL.
         reasons: (what was decided, value, why), for the first screen.
         two_labels: those of the first rows of batch 0, for ``fingerprint``.
+        structured: whether the network gives something else than one tensor.
         labels: how the tensors of the context lie in what the loss takes.
         fingerprints: of every stage as this process builds it.
     """
@@ -54,6 +55,7 @@ class Resolved:
     nccl: bool
     reasons: tuple[tuple[str, str, str], ...]
     two_labels: bytes = b""
+    structured: bool = False
     labels: Layout | None = None
     fingerprints: tuple[Mapping[str, Sketch], ...] = ()
 

@@ -55,6 +55,6 @@ def _label_problem(assignment: Assignment, error: StageError) -> str | None:
         return None
     with contextlib.suppress(Exception):  # whatever it is, the original error is the one to tell
         number = batch_of(plan, assignment.replica, error.batch)
-        labels = assignment.source().seeded_batch(plan.seed, number)[1]
+        labels = assignment.source().seeded_batch(plan.seed, number).labels
         return label_problem(labels, assignment.resolved.output_shape)
     return None
