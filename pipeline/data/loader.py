@@ -81,7 +81,7 @@ def _in_order(
     microbatches: Callable[[int], Iterable[Minibatch]],
     held_out: Callable[[], Iterable[Minibatch]] | None,
 ) -> Iterator[Message]:
-    says_trained = plan.replicas > 1 and MODES[plan.mode].averages == "weights"
+    says_trained = (plan.replicas > 1 or plan.ties is not None) and MODES[plan.mode].averages == "weights"
     passes = evaluation_steps(plan, steps) - {steps}
     evaluated = -1  # after how many batches the last pass was
     for step in range(steps):

@@ -22,11 +22,12 @@ from pipeline.model.autograd_graph import leaves_of
 from pipeline.model.given_model import copy_of, hooks_of, overrides
 from pipeline.model.partition import Layer, layers_of
 from pipeline.model.segment import Trace, parts_of
+from pipeline.plan.plan import Ties
 from pipeline.seeding import seeded
 from pipeline.user_code import calling
 from pipeline.wording import text_of
 
-__all__ = ["check_chain", "check_partition", "check_parts", "check_ties", "has_a_forward_of_its_own"]
+__all__ = ["check_chain", "check_partition", "check_parts", "has_a_forward_of_its_own", "ties_of"]
 
 _T = TypeVar("_T")
 _Model = nn.Module | Sequence[nn.Module]
@@ -36,8 +37,9 @@ _ROWS = 4  # of the batch, for the proof in training mode; batch normalisation n
 def check_partition(
     model: _Model, layers: Sequence[Layer], stages: Sequence[Sequence[Layer]], inputs: Tensor
 ) -> list[Any]:
-    """``check_ties`` of the stages and ``check_chain`` of the layers, whose outputs are returned."""
-    check_ties(stages)
+    """``check_chain`` of the layers, whose outputs are returned; PlanError: stages have weights in common."""
+    if (ties := ties_of(stages)) is not None:
+        raise PlanError(f"{' and '.join(ties.names[0])} are the same tensor: tied weights are not split by others.")
     return check_chain(model, layers, inputs)
 
 
@@ -66,22 +68,39 @@ def check_chain(model: _Model, layers: Sequence[Layer], inputs: Tensor) -> list[
     return outputs
 
 
-def check_ties(stages: Sequence[Sequence[Layer]]) -> None:
-    """Refuse stages that have a parameter or buffer in common: the same one, or memory that two of them share."""
+def ties_of(stages: Sequence[Sequence[Layer]]) -> Ties | None:
+    """The weights that several stages compute with.
+
+    Raises:
+        PlanError: two of them share memory and are not the same tensor, or a buffer; or some weights are shared by
+            other stages than others.
+    """
     found = sorted(_in_memory(stages))
-    tied = [
+    pairs = [
         sorted((place, other), key=attrgetter("order"))
         for at, place in enumerate(found)
         for other in found[at + 1 : bisect_left(found, place.end, key=attrgetter("start"))]
         if other.stage != place.stage
     ]
-    if tied:
-        first, second = min(tied, key=lambda pair: pair[1].order)
-        how = "are the same tensor" if first.identity == second.identity else "share their memory"
+    if not pairs:
+        return None
+    for first, second in sorted(pairs, key=lambda pair: pair[1].order):
+        if (first.start, first.end) != (second.start, second.end) or not first.learns:
+            how = "are the same tensor" if first.identity == second.identity else "share their memory"
+            raise PlanError(
+                f"{first.name} (stage {first.stage}) and {second.name} (stage {second.stage}) {how}: of what stages "
+                "have in common only whole weights that learn can be split; put both into one stage, or untie them."
+            )
+    groups: dict[int, list[_Place]] = {}
+    for place in sorted((place for pair in pairs for place in pair), key=attrgetter("order")):
+        groups.setdefault(place.start, []).append(place)
+    having = {tuple(sorted({place.stage for place in group})) for group in groups.values()}
+    if len(having) > 1:
         raise PlanError(
-            f"{first.name} (stage {first.stage}) and {second.name} (stage {second.stage}) {how}: tied weights cannot "
-            "be split over stages; put both into one stage, or untie them."
+            f"stages {' and '.join(map(str, sorted(having)))} share weights: one set of stages can; cut elsewhere."
         )
+    names = tuple(tuple(dict.fromkeys(place.name for place in group)) for group in groups.values())
+    return Ties(having.pop(), names, sum(group[0].end - group[0].start for group in groups.values()))
 
 
 class _Place(NamedTuple):
@@ -93,6 +112,7 @@ class _Place(NamedTuple):
     stage: int
     name: str
     identity: int
+    learns: bool
 
 
 def _in_memory(stages: Sequence[Sequence[Layer]]) -> Iterator[_Place]:
@@ -104,7 +124,7 @@ def _in_memory(stages: Sequence[Sequence[Layer]]) -> Iterator[_Place]:
             if tensor.layout is torch.strided and tensor.numel():
                 steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
                 start, size = tensor.data_ptr(), (steps + 1) * tensor.element_size()
-            yield _Place(start, start + size, next(order), index, layer.full(name), id(tensor))
+            yield _Place(start, start + size, next(order), index, layer.full(name), id(tensor), tensor.requires_grad)
 
 
 def _nothing_lost(model: nn.Module, layers: Sequence[Layer]) -> None:

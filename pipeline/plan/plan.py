@@ -80,6 +80,21 @@ class ChannelPlan:
     longer exact. What replicas average travels as it is."""
 
 
+@dataclass(frozen=True)
+class Ties:
+    """Weights that several stages compute with, as a head that is the embedding of the tokens.
+
+    Attributes:
+        stages: that have copies of them.
+        names: of each weight, in the unsplit model.
+        nbytes: of one copy of all.
+    """
+
+    stages: tuple[int, ...]
+    names: tuple[tuple[str, ...], ...]
+    nbytes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What to run. Frozen; ``check_plan`` raises one PlanError with all mistakes.
@@ -96,6 +111,9 @@ class Plan:
     average_every: int = 8
     """Replicas of modes that are not locked: steps of a stage from one average of its weights to the next. Nobody waits
     for an average but at the end of the run; what was learned meanwhile is kept."""
+    ties: Ties | None = None
+    """Weights that several stages have copies of; found in the model. Locked modes add up the gradients of all copies
+    before every step, and so are exact; in the others the copies are averaged, as replicas are."""
     mode: str = "unlocked"
     """Who may update when: naive, gpipe, 1f1b (locked, exact), async-1f1b, local, or unlocked."""
     microbatches: int = 1

@@ -38,7 +38,7 @@ def plan_of(plan: Plan, replica: int) -> Plan:
 def policy_of(plan: Plan) -> Policy:
     """What says what a stage does next: the mode's policy, and where there are replicas when averages are taken."""
     policy = MODES[plan.mode].policy
-    return policy if plan.replicas == 1 else averaged(policy)
+    return averaged(policy) if plan.replicas > 1 or plan.ties is not None else policy
 
 
 def called(plan: Plan, replica: int, stage: int) -> str:

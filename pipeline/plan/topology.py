@@ -4,6 +4,7 @@ loader --> stage 0 --activations, cut 0--> stage 1 --activations, cut 1--> stage
                    <--gradients, cut 0----         <--gradients, cut 1----
 
 every stage of several replicas:   replica r  --averages, stage k-->  replica q         for every two, both ways
+stages that share weights:         stage k    --averages, stage k-->  stage l           likewise
 
 What a stage's driver opens, and what its runner looks into, follows from the edges that begin or end at its worker.
 """
@@ -51,6 +52,8 @@ def edges_of(plan: Plan) -> Iterator[Edge]:
     for stage in range(plan.stages):
         for one, other in itertools.permutations(range(plan.replicas), 2):
             yield Edge(worker_of(plan, one, stage), worker_of(plan, other, stage), "averages", stage)
+    for one, other in itertools.permutations(plan.ties.stages if plan.ties else (), 2):
+        yield Edge(worker_of(plan, 0, one), worker_of(plan, 0, other), "averages", one)
 
 
 def data_edge(plan: Plan, replica: int) -> Edge:
@@ -61,6 +64,8 @@ def data_edge(plan: Plan, replica: int) -> Edge:
 def name_of(edge: Edge, plan: Plan) -> str:
     """What errors call an edge: ``gradients 1->0``, ``averages 0->1 of stage 2``."""
     source, target = (divmod(worker, plan.stages) for worker in (edge.source, edge.target))
+    if edge.what == "averages" and plan.ties:
+        return f"shared weights {source[1]}->{target[1]}"
     if edge.what == "averages":
         return f"averages {source[0]}->{target[0]} of stage {edge.cut}"
     return f"{edge.what} {source[1]}->{target[1]}" + (f" of replica {source[0]}" if plan.replicas > 1 else "")

@@ -114,10 +114,13 @@ class AllGather:
 def gathering(
     plan: Plan, stage: int, replica: int, inlets: Mapping[Edge, Inlet], outlets: Mapping[Edge, Outlet]
 ) -> AllGather:
-    """The end of a stage of a replica, on those of its edges that carry averages."""
-    to = {edge.target // plan.stages: outlet for edge, outlet in outlets.items() if edge.what == "averages"}
-    come = {edge.source // plan.stages: inlet for edge, inlet in inlets.items() if edge.what == "averages"}
-    return AllGather(stage, replica, to, come)
+    """The end of a stage of a replica, on those of its edges that carry averages: with the same stage of the other
+    replicas, or with the stages that it shares weights with.
+    """
+    place = plan.stages if plan.ties is None else 1  # by replica, or by stage
+    to = {edge.target // place: outlet for edge, outlet in outlets.items() if edge.what == "averages"}
+    come = {edge.source // place: inlet for edge, inlet in inlets.items() if edge.what == "averages"}
+    return AllGather(stage, replica if plan.ties is None else stage, to, come)
 
 
 class Packing:

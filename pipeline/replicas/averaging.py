@@ -112,7 +112,7 @@ class _Replica(Averager):
 
 
 class GradientAverager(_Replica):
-    """Every step is made with the mean of the gradients of all replicas.
+    """Every step is made with the mean of the gradients of all replicas, or with their sum where stages share weights.
 
     A parameter without a gradient counts as zeros where another replica has one; where none has, it keeps none.
 
@@ -121,6 +121,7 @@ class GradientAverager(_Replica):
     """
 
     _end: int | None = None
+    adds_up = False
 
     @property
     def held(self) -> bool:
@@ -140,7 +141,7 @@ class GradientAverager(_Replica):
         self._record(Span.AVERAGE, self._steps)
         shares = self._exchange.shares()
         *there, asked = torch.stack([marks.cpu() for *_, marks in shares]).any(0).tolist()
-        means = self._packing.unpacked(_mean([vectors for *vectors, _ in shares]))
+        means = self._packing.unpacked(_mean([vectors for *vectors, _ in shares], 1 if self.adds_up else len(shares)))
         for parameter, mean, given in zip(self._parameters, means, there, strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(mean)
@@ -234,10 +235,15 @@ def averager_of(
     ``tensors`` are the stage's parameters and buffers (``Stage.state_tensors``), and ``record`` is told when the worker
     turns to averaging.
     """
-    if plan.replicas == 1:
+    if plan.ties is not None:
+        shared = ([tensors[name] for name in names if name in tensors] for names in plan.ties.names)
+        tensors = {str(place): copies[0] for place, copies in enumerate(shared) if copies}
+    if not tensors or (plan.replicas == 1 and plan.ties is None):
         return Averager(asked)
     if MODES[plan.mode].averages == "gradients":
-        return GradientAverager(tensors, exchange, asked, record)
+        averager = GradientAverager(tensors, exchange, asked, record)
+        averager.adds_up = plan.ties is not None
+        return averager
     return WeightAverager(tensors, exchange, asked, record, plan.average_every)
 
 
@@ -248,12 +254,12 @@ def share_bytes(state_bytes: int) -> int:
     return state_bytes + _SLACK_BYTES
 
 
-def _mean(shares: list[list[Tensor]]) -> tuple[Tensor, ...]:
-    """Of vectors, one by one, added up in the order of the replicas."""
+def _mean(shares: list[list[Tensor]], count: int | None = None) -> tuple[Tensor, ...]:
+    """Of vectors, one by one, added up in the order of the replicas and divided by their ``count``."""
     means = []
     for first, *others in zip(*shares, strict=True):
         total = first.clone()
         for other in others:
             total += other
-        means.append(total.div_(len(shares)))
+        means.append(total.div_(count or len(shares)))
     return tuple(means)

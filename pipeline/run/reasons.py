@@ -34,6 +34,17 @@ def as_planned(plan: Plan) -> Iterator[Reason]:
     return ((what, value, why) for what, value_of, why in _AS_PLANNED if (value := value_of(plan)) is not None)
 
 
+def of_ties(plan: Plan) -> Iterator[Reason]:
+    """Of weights that several stages have."""
+    if plan.ties is not None:
+        sums = "the gradients of all copies are added up before every step: exact"
+        means = f"the copies are averaged every {plan.average_every} steps, nobody waits for it, and at the end"
+        names = ", ".join(" = ".join(each) for each in plan.ties.names)
+        where = " and ".join(map(str, plan.ties.stages))
+        how = sums if MODES[plan.mode].averages == "gradients" else means
+        yield "tied", names, f"in stages {where}; {how}"
+
+
 def of_rounding(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Any]) -> Iterator[Reason]:
     """Of cuts behind which a locked stage computes on other strides than one process does."""
     for k, end in enumerate(ends):

@@ -28,7 +28,7 @@ from pipeline.model.partition import (
     places_of_cuts,
     split,
 )
-from pipeline.model.proof import check_ties
+from pipeline.model.proof import ties_of
 from pipeline.plan.channel_choice import choose_channels
 from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import CPU, DeviceChoice
@@ -101,7 +101,11 @@ def resolve(
             why = "measured time per layer"
         sizes = balanced_split(layers, seconds or [1.0] * len(layers), plan.stages)
     stages = split(layers, sizes)
-    check_ties(stages)
+    if (ties := ties_of(stages)) is not None and plan.replicas > 1:
+        raise PlanError(
+            f"{' and '.join(ties.names[0])} are the same tensor: stages that share weights have no replicas."
+        )
+    plan = dataclasses.replace(plan, ties=ties)
     check_checkpointing(stages, plan, inputs)
     check_learns(layers, inputs, outputs)
     outlet, output, loss = main_output(recipe.loss, outputs[-1], labels, plan)
@@ -122,6 +126,7 @@ def resolve(
         *evaluated_in_training(layers),
         ("device", devices.says, devices.why),
         *(reasons.of_rounding(layers, ends, outputs) if MODES[plan.mode].exact else ()),
+        *reasons.of_ties(plan),
         *reasons.as_planned(plan),
         *reasons.of_dnis(plan, cuts),
         *reasons.of_updates(plan, about_loss),

@@ -67,7 +67,11 @@ def _channel_of(edge: Edge, resolved: Resolved, names: Names) -> ChannelSpec:
     plan, places = resolved.plan, [(resolved.hosts[w], resolved.devices[w]) for w in (edge.source, edge.target)]
     if edge.what == "averages":
         kind = kind_between(plan.channels, places[0], places[1], resolved.nccl)
-        slots, size, wire_dtype = 1, share_bytes(resolved.state_bytes[edge.cut]), None
+        slots, size, wire_dtype = (
+            1,
+            share_bytes(plan.ties.nbytes + 1 if plan.ties else resolved.state_bytes[edge.cut]),
+            None,
+        )
     else:
         replica, (down, up) = edge.source // plan.stages, slot_bytes(resolved.cuts[edge.cut], plan.wire_dtype)
         kind = resolved.channels[replica * len(resolved.cuts) + edge.cut].kind
