@@ -20,20 +20,17 @@ __all__ = ["Head", "Slope", "head_for"]
 Slope = Callable[[Tensor], Tensor]
 """Output of a head -> gradient of some function there."""
 
-_POOLED = 4
-"""An image-shaped activation is pooled to 4 x 4 before a head with a flat output."""
-_FEW = 4
-"""A normalisation takes two of the features' degrees of freedom; of so few it would take most."""
+_POOLED = 4  # an image-shaped activation is pooled to 4 x 4 before a head with a flat output
+_FEW = 4  # a normalisation takes two of the features' degrees of freedom; of so few it would take most
 
 
 def head_for(cut: Cut, hidden: int | None) -> Head:
     """Position by position where the output has the positions of h, else from whole samples or from image to image.
 
-    It is what a transformer reads its own output with, a normalisation and a linear layer, and has a hidden layer
-    between them only where ``hidden`` is given (from image to image always: 128 channels unless said). The loss is then
-    blind to how large h is, so that a stage gains nothing from making it larger. Where the stage ends in a
-    normalisation of its own, and nothing is pooled behind it, a second one would only hide from the head what the
-    layers above see, and there is none.
+    A normalisation and a linear layer, as a transformer reads its own output, with a hidden layer only where ``hidden``
+    is given (from image to image always: 128 channels unless said). The loss is then blind to how large h is, so that a
+    stage gains nothing from making it larger. There is no normalisation where the stage ends in one and nothing is
+    pooled behind it: it would hide from the head what the layers above see.
     """
     shape, output = cut.activation.shape, cut.output.shape
     if len(shape) == len(output) == 4:
@@ -49,14 +46,13 @@ def head_for(cut: Cut, hidden: int | None) -> Head:
 
 
 class Head(nn.Module):
-    """h in, an output out, and the gradient back, which is what it is for."""
+    """h in, an output out, and the gradient back."""
 
     def differentiated(self, h: Tensor, slope: Slope, learned: Slope | None = None) -> Tensor:
-        """The gradient at ``h`` of a function of the output; in memory that nobody else has.
+        """The gradient at ``h`` [batch, *features] of a function of the output; in memory that nobody else has.
 
         Args:
-            h: [batch, *features], neither differentiated nor changed.
-            slope: output -> gradient of the function there; gets it detached.
+            slope: output, detached -> gradient of the function there.
             learned: the same of what the head learns to make small, often ``slope`` itself; sets the ``.grad`` of every
                 parameter.
         """
@@ -80,36 +76,31 @@ class _FlatHead(Head):
         super().__init__()
         self.leading, self.output = leading, output[leading:]
         self.num_outputs = torch.Size(self.output).numel()
-        self.norm = nn.LayerNorm(features) if normalises else None
-
-    def _read(self, features: Tensor) -> Tensor:
-        read: Tensor = features if self.norm is None else self.norm(features)
-        return read
+        self.norm = nn.LayerNorm(features) if normalises else nn.Identity()
 
     def _outputs(self, h: Tensor, rows: Tensor) -> Tensor:
         return rows.reshape(*h.shape[: self.leading], *self.output)
 
 
 class _LinearHead(_FlatHead):
-    """A linear layer.
-
-    Differentiated by hand, with the operations that autograd would call: entering and leaving it takes longer than they
-    do.
-    """
+    """A linear layer, differentiated by hand: entering and leaving autograd takes longer than what it would call."""
 
     def __init__(self, features: int, leading: int, output: tuple[int, ...], *, normalises: bool) -> None:
         super().__init__(features, leading, output, normalises=normalises)
         self.linear = nn.Linear(features, self.num_outputs)
 
     def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
-        """The output."""
-        return self._outputs(h, self.linear(self._read(self._rows(h))))
+        return self._outputs(h, self.linear(self.norm(self._rows(h))))
 
     @torch.no_grad()
     def differentiated(self, h: Tensor, slope: Slope, learned: Slope | None = None) -> Tensor:
-        """As every head does it."""
-        rows, linear, norm = self._rows(h), self.linear, self.norm
-        read, *moments = (rows,) if norm is None else _normalised(rows, norm)
+        rows, linear = self._rows(h), self.linear
+        read, norm, moments = rows, None, ()
+        if isinstance(self.norm, nn.LayerNorm):
+            norm = self.norm
+            read, *moments = torch.native_layer_norm(
+                rows, list(norm.normalized_shape), norm.weight, norm.bias, norm.eps
+            )
         output = self._outputs(h, linear(read))
         at_outputs = slope(output).reshape(len(rows), -1)
         at_read = at_outputs @ linear.weight
@@ -129,11 +120,6 @@ class _LinearHead(_FlatHead):
 
     def _rows(self, h: Tensor) -> Float[Tensor, "rows features"]:
         return h.reshape(-1, self.linear.in_features)
-
-
-def _normalised(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows as ``norm`` gives them, their means, and one over their standard deviations."""
-    return torch.native_layer_norm(rows, list(norm.normalized_shape), norm.weight, norm.bias, norm.eps)
 
 
 def _back(
@@ -160,8 +146,7 @@ class _ReadingHead(_FlatHead):
             self.body = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, self.num_outputs))
 
     def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
-        """The output."""
-        return self._outputs(h, self.body(self._read(self.pool(h).flatten(self.leading))))
+        return self._outputs(h, self.body(self.norm(self.pool(h).flatten(self.leading))))
 
 
 class _ImageHead(Head):
@@ -174,5 +159,4 @@ class _ImageHead(Head):
         self.size = output[2:]
 
     def forward(self, h: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out rows columns"]:
-        """The output."""
         return F.interpolate(self.body(h), size=self.size)

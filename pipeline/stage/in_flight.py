@@ -19,10 +19,8 @@ class Kept:
     """What is kept of one piece of work.
 
     Attributes:
-        route: what was decided when it came in.
         x: the input the graph hangs on, or of the input what the stage below wants a gradient for.
         h: the output, with its graph until the backward pass is over.
-        context: its context.
         samples: of the gradient of x, what the stage below wants.
         leaves: what the gradients are taken for: the parameters, or their stashed copies.
         stash: parameters and buffers of the forward pass, if not today's.
@@ -44,16 +42,11 @@ class Kept:
 
     @property
     def labels(self) -> Tensor:
-        """The first of the context."""
         return present(self.context[0])
 
 
 class InFlight(dict[Item, Kept]):
-    """The pieces of work of one stage that something is still kept of.
-
-    Args:
-        stage: its index, for errors.
-    """
+    """The pieces of work of one stage that something is still kept of."""
 
     def __init__(self, stage: int) -> None:
         super().__init__()
@@ -87,6 +80,6 @@ class InFlight(dict[Item, Kept]):
             del self[item]
 
     def out_of_place(self, batch: int, what: str) -> StageError:
-        """What is raised for something that came for a batch of which nothing is kept."""
+        """The error to raise for something that came for a batch of which nothing is kept."""
         what = f"{what} came, of which nothing is kept: it came twice, or too late"
         return StageError(what, stage=self._stage, batch=batch)
