@@ -94,13 +94,8 @@ class _LinearHead(_FlatHead):
 
     @torch.no_grad()
     def differentiated(self, h: Tensor, slope: Slope, learned: Slope | None = None) -> Tensor:
-        rows, linear = self._rows(h), self.linear
-        read, norm, moments = rows, None, ()
-        if isinstance(self.norm, nn.LayerNorm):
-            norm = self.norm
-            read, *moments = torch.native_layer_norm(
-                rows, list(norm.normalized_shape), norm.weight, norm.bias, norm.eps
-            )
+        rows, linear, norm = self._rows(h), self.linear, self.norm
+        read, *moments = _normalised(rows, norm) if isinstance(norm, nn.LayerNorm) else (rows,)
         output = self._outputs(h, linear(read))
         at_outputs = slope(output).reshape(len(rows), -1)
         at_read = at_outputs @ linear.weight
@@ -108,7 +103,7 @@ class _LinearHead(_FlatHead):
         if learned is not None:
             to_learn = at_outputs if learned is slope else learned(output).reshape(len(rows), -1)
             linear.weight.grad, linear.bias.grad = to_learn.T @ read, to_learn.sum(dim=0)
-        if norm is None:
+        if not isinstance(norm, nn.LayerNorm):
             return at_read.view(h.shape)
         together = learned is slope
         at_rows, *of_norm = _back(at_read, rows, moments, norm, wanted=(True, together, together))
@@ -122,12 +117,16 @@ class _LinearHead(_FlatHead):
         return h.reshape(-1, self.linear.in_features)
 
 
+def _normalised(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows as ``norm`` gives them, their means, and one over their standard deviations."""
+    return torch.native_layer_norm(rows, list(norm.normalized_shape), norm.weight, norm.bias, norm.eps)
+
+
 def _back(
     gradient: Tensor, rows: Tensor, moments: list[Tensor], norm: nn.LayerNorm, *, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient behind ``norm`` to those of the rows, the weight and the bias, as far as they are wanted."""
-    shape = list(norm.normalized_shape)
-    given = (gradient, rows, shape, *moments, norm.weight, norm.bias, list(wanted))
+    given = (gradient, rows, list(norm.normalized_shape), *moments, norm.weight, norm.bias, list(wanted))
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(*given)
     return found
 

@@ -16,7 +16,6 @@ class Mode:
     """One mode of training.
 
     Attributes:
-        policy: says what a stage does next.
         gradient: what a stage below the last one updates from: the true gradient, a synthetic one from its DNI, or that
             of a loss of its own.
         exact: equals single-process training over the same microbatches.
@@ -26,7 +25,7 @@ class Mode:
             forward pass.
         averages: what the replicas of a stage average (``pipeline.replicas.averaging``): the gradients before every
             step, or the weights now and then.
-        says: one line for the user.
+        says: for the user.
     """
 
     policy: Policy
