@@ -32,18 +32,12 @@ class Form(nn.Module):
     """A module (h, labels) -> the gradient at h, in units of sigma and in memory that nobody else has.
 
     Sigma is the running root mean square of the true gradient. Those a plan can name are built from (cut, plan).
-
-    Attributes:
-        name: what a plan calls it.
-        reads: which of the options that not every form reads (``hidden``, ``labels``, ``temperature``) it reads.
-        most_rows: rows of a batch it trains on at most, where all would cost too much; None: all.
-        every: of how many batches one gives a target, unless the plan says otherwise.
     """
 
-    name: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]] = ()
-    most_rows: ClassVar[int | None] = None
-    every: ClassVar[int] = 1
+    name: ClassVar[str]  # what a plan calls it
+    reads: ClassVar[tuple[str, ...]] = ()  # which of the options hidden, labels and temperature
+    most_rows: ClassVar[int | None] = None  # of a batch it trains on at most, where all would cost too much; None: all
+    every: ClassVar[int] = 1  # of how many batches one gives a target, unless the plan says otherwise
 
     @classmethod
     def misfit(cls, cut: Cut) -> str | None:

@@ -40,9 +40,8 @@ def head_for(cut: Cut, hidden: int | None) -> Head:
     pools = not by_position and len(shape) == 4 and min(shape[2:]) > _POOLED
     features = shape[1] * _POOLED**2 if pools else torch.Size(shape[leading:]).numel()
     normalises = features > _FEW and (pools or not cut.normalised)
-    if hidden is None and not pools:
-        return _LinearHead(features, leading, output, normalises=normalises)
-    return _ReadingHead(features, hidden, leading, output, pools=pools, normalises=normalises)
+    kind = _LinearHead if hidden is None and not pools else _FlatHead
+    return kind(features, hidden, leading, output, pools=pools, normalises=normalises)
 
 
 class Head(nn.Module):
@@ -70,31 +69,41 @@ class Head(nn.Module):
 
 
 class _FlatHead(Head):
-    """Reads rows of features, normalised or as they are; the first dimensions of h and of the output count the rows."""
+    """From rows of features; the first ``leading`` dimensions of h and of the output count the rows."""
 
-    def __init__(self, features: int, leading: int, output: tuple[int, ...], *, normalises: bool) -> None:
+    body: nn.Module
+
+    def __init__(
+        self, features: int, hidden: int | None, leading: int, output: tuple[int, ...], *, pools: bool, normalises: bool
+    ) -> None:
         super().__init__()
         self.leading, self.output = leading, output[leading:]
-        self.num_outputs = torch.Size(self.output).numel()
+        num_outputs = torch.Size(self.output).numel()
+        self.pool = nn.AdaptiveAvgPool2d(_POOLED) if pools else nn.Identity()
         self.norm = nn.LayerNorm(features) if normalises else nn.Identity()
+        if hidden is None:
+            self.body = nn.Linear(features, num_outputs)
+        else:
+            self.body = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, num_outputs))
+
+    def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
+        return self._outputs(h, self.body(self.norm(self.pool(h).flatten(self.leading))))
 
     def _outputs(self, h: Tensor, rows: Tensor) -> Tensor:
         return rows.reshape(*h.shape[: self.leading], *self.output)
 
 
 class _LinearHead(_FlatHead):
-    """A linear layer, differentiated by hand: entering and leaving autograd takes longer than what it would call."""
+    """Without pooling and hidden layer. Differentiated by hand: entering and leaving autograd takes longer."""
 
-    def __init__(self, features: int, leading: int, output: tuple[int, ...], *, normalises: bool) -> None:
-        super().__init__(features, leading, output, normalises=normalises)
-        self.linear = nn.Linear(features, self.num_outputs)
+    body: nn.Linear
 
     def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
-        return self._outputs(h, self.linear(self.norm(self._rows(h))))
+        return self._outputs(h, self.body(self.norm(self._rows(h))))
 
     @torch.no_grad()
     def differentiated(self, h: Tensor, slope: Slope, learned: Slope | None = None) -> Tensor:
-        rows, linear, norm = self._rows(h), self.linear, self.norm
+        rows, linear, norm = self._rows(h), self.body, self.norm
         read, *moments = _normalised(rows, norm) if isinstance(norm, nn.LayerNorm) else (rows,)
         output = self._outputs(h, linear(read))
         at_outputs = slope(output).reshape(len(rows), -1)
@@ -114,7 +123,7 @@ class _LinearHead(_FlatHead):
         return at_rows.view(h.shape)
 
     def _rows(self, h: Tensor) -> Float[Tensor, "rows features"]:
-        return h.reshape(-1, self.linear.in_features)
+        return h.reshape(-1, self.body.in_features)
 
 
 def _normalised(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,23 +138,6 @@ def _back(
     given = (gradient, rows, list(norm.normalized_shape), *moments, norm.weight, norm.bias, list(wanted))
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(*given)
     return found
-
-
-class _ReadingHead(_FlatHead):
-    """What may come before a linear layer: pooling, a normalisation, a hidden layer."""
-
-    def __init__(
-        self, features: int, hidden: int | None, leading: int, output: tuple[int, ...], *, pools: bool, normalises: bool
-    ) -> None:
-        super().__init__(features, leading, output, normalises=normalises)
-        self.pool = nn.AdaptiveAvgPool2d(_POOLED) if pools else nn.Identity()
-        if hidden is None:
-            self.body: nn.Module = nn.Linear(features, self.num_outputs)
-        else:
-            self.body = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, self.num_outputs))
-
-    def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
-        return self._outputs(h, self.body(self.norm(self.pool(h).flatten(self.leading))))
 
 
 class _ImageHead(Head):

@@ -4,7 +4,7 @@
     weights     F B S F B S [give] F B S [take] F B S   off the critical path: nobody waits, until the end
 
 **Gradients.** Locked training with R replicas equals single-process training on the R batches together, but for the
-rounding of sums in another order. BatchNorm knows of its replica's batch alone; replica 0's running statistics are kept.
+rounding of sums in another order. BatchNorm sees its replica's batch alone; replica 0's running statistics are kept.
 
 **Weights.** Every n steps a replica gives a snapshot of its weights and goes on. When the snapshots of all are there it
 adds (mean of the snapshots - own snapshot) to its weights, so that the updates it made meanwhile are kept. Without
@@ -221,7 +221,7 @@ def averager_of(
 
 
 def share_bytes(state_bytes: int) -> int:
-    """Bytes of an exchange's largest message, encoded; ``state_bytes``: of parameters and buffers, plus one for each."""
+    """Bytes of the largest message, encoded; ``state_bytes`` are those of parameters and buffers, plus one for each."""
     return state_bytes + _SLACK_BYTES
 
 

@@ -20,19 +20,12 @@ __all__ = ["Quality", "compare"]
 
 @dataclass(frozen=True)
 class Quality:
-    """One stage, one batch.
-
-    Attributes:
-        cosine: between the gradients of the stage's parameters under s and under g; 1 is perfect, 0 is no help. Of a
-            stage that trains no parameter: between s and g.
-        norm_ratio: norm of the former over norm of the latter.
-        error: |s - g|^2 / |g|^2 at the cut; 1 is no better than zeros.
-    """
+    """One stage, one batch. Where a stage trains no parameter, s and g themselves are compared."""
 
     batch: int
-    cosine: float
-    norm_ratio: float
-    error: float
+    cosine: float  # between the gradients of the stage's parameters under s and under g; 1 is perfect, 0 is no help
+    norm_ratio: float  # norm of the former over norm of the latter
+    error: float  # |s - g|^2 / |g|^2 at the cut; 1 is no better than zeros
 
 
 def compare(

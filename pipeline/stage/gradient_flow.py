@@ -32,30 +32,17 @@ class Locks(NamedTuple):
 
 
 class Route(NamedTuple):
-    """What a stage does with one batch, decided when it comes in.
+    """What a stage does with one batch, decided when it comes in."""
 
-    Attributes:
-        locked: the stage waits for the gradient from above.
-        updates: the stage updates from it.
-        sends_now: the input gradient found at its update is sent down there and then.
-        awaited: the stage below waits for that one; else it is a target, which may be dropped.
-        wants_target: the stage's DNI learns from the gradient that comes for it.
-        relays: the true gradient will be taken through the stage after the update.
-        samples: its true gradient travels all the way down, to see how good the synthetic ones were.
-        stashes: the weights will change between its forward and the last backward through it.
-        from_true: a stage below the last one updates with the gradient of the loss, not with one that a DNI had a part
-            in.
-    """
-
-    locked: bool
-    updates: bool
-    sends_now: bool
-    awaited: bool
-    wants_target: bool
-    relays: bool
-    samples: bool
-    stashes: bool
-    from_true: bool
+    locked: bool  # the stage waits for the gradient from above
+    updates: bool  # the stage updates from it
+    sends_now: bool  # the input gradient found at its update is sent to the stage below there and then
+    awaited: bool  # the stage below waits for that one; else it is a target, which may be dropped
+    wants_target: bool  # the stage's DNI learns from the gradient that comes for it
+    relays: bool  # the true gradient will be taken through the stage after the update
+    samples: bool  # its true gradient travels all the way to stage 0, to see how good the synthetic ones were
+    stashes: bool  # the weights will change between its forward and the last backward through it
+    from_true: bool  # below the last stage: it updates with the gradient of the loss, in which no DNI had a part
 
 
 @dataclass(frozen=True)

@@ -16,29 +16,18 @@ __all__ = ["InFlight", "Kept"]
 
 @dataclass(slots=True)
 class Kept:
-    """What is kept of one piece of work.
-
-    Attributes:
-        x: the input the graph hangs on, or of the input what the stage below wants a gradient for.
-        h: the output, with its graph until the backward pass is over.
-        samples: of the gradient of x, what the stage below wants.
-        leaves: what the gradients are taken for: the parameters, or their stashed copies.
-        stash: parameters and buffers of the forward pass, if not today's.
-        natural: gradients of x by their place, with the strides that autograd gave them.
-        synthetic: what the DNI predicted.
-        loss: in the last stage.
-    """
+    """What is kept of one piece of work."""
 
     route: Route
-    x: Bundle
-    h: Bundle
+    x: Bundle  # the input the graph hangs on, or of the input what the stage below wants a gradient for
+    h: Bundle  # the output, with its graph until the backward pass is over
     context: Bundle
-    samples: slice
-    leaves: list[Tensor]
-    stash: Stash
-    natural: dict[int, Tensor] = field(default_factory=dict)
-    synthetic: Tensor | None = None
-    loss: float = float("nan")
+    samples: slice  # of the gradient of x, what the stage below wants
+    leaves: list[Tensor]  # what the gradients are taken for: the parameters, or their stashed copies
+    stash: Stash  # parameters and buffers of the forward pass, if not today's
+    natural: dict[int, Tensor] = field(default_factory=dict)  # gradients of x by place, with autograd's strides
+    synthetic: Tensor | None = None  # what the DNI predicted
+    loss: float = float("nan")  # in the last stage
 
     @property
     def labels(self) -> Tensor:

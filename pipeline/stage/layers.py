@@ -51,7 +51,7 @@ class StageLayers:
         writes = None  # a compiled chain is asked: it would be compiled once more for the copies of a first call
         if self.compiled is not None:
             writes = any(getattr(module, "inplace", False) for module in layers[0].module.modules())
-        self._forward, self._evaluate = (Unwritten(run, writes) for run in (self._run_training, self._run_evaluation))
+        self._run = Unwritten(self._run_layers, writes)
         self._needs_input_gradient: bool | None = None
 
     @property
@@ -72,7 +72,7 @@ class StageLayers:
         layer, if given.
         """
         with self._computing.autocast():
-            h = as_bundle(self.within(stash, self._forward, batch, seeded, enter, *x))
+            h = as_bundle(self.within(stash, self._run, batch, seeded, enter, *x))
         if stash:
             with torch.no_grad():
                 for name, buffer in self._modules.named_buffers():
@@ -84,7 +84,7 @@ class StageLayers:
     def evaluate(self, batch: int, x: Bundle) -> Bundle:
         """The output for a held-out batch, in evaluation mode."""
         with self._computing.autocast():
-            return as_bundle(self._evaluate(batch, *x))
+            return as_bundle(self._run(batch, None, None, *x))
 
     def stash(self) -> Stash:
         """A copy of every parameter and buffer, for each module that has it: tied ones stay tied."""
@@ -147,29 +147,20 @@ class StageLayers:
         except Exception as error:
             raise StageError(said(error), stage=self._index, layer=layer, batch=batch) from error
 
-    def _run_training(self, batch: int, seeded: int, enter: _Entrance | None, *x: Tensor | None) -> Any:
-        """One by one, or in one call where they are compiled, seeded like the first of them."""
+    def _run_layers(self, batch: int, seeded: int | None, enter: _Entrance | None, *x: Tensor | None) -> Any:
+        """One by one, or in one call where they are compiled, seeded like the first of them; ``seeded`` None: not."""
+        calls: list[tuple[str | None, int, Callable[[Any], Any]]]
+        calls = [(layer.name, layer.index, layer.module) for layer in self.layers]
         if self.compiled is not None:
-            seed_layer(self._plan.seed, self.layers[0].index, seeded)
-            return self._called(self.compiled, as_value(x), None, batch)
+            calls = [(None, self.layers[0].index, self.compiled)]
         value: Any = as_value(x)
-        for layer in self.layers:
-            seed_layer(self._plan.seed, layer.index, seeded)
-            call, enter = enter or layer.module, None
-            value = self._called(call, value, layer.name, batch)
+        for name, index, call in calls:
+            if seeded is not None:
+                seed_layer(self._plan.seed, index, seeded)
+            called, enter = enter or call, None
+            with self.naming(name, batch):
+                value = called(value)
         return value
-
-    def _run_evaluation(self, batch: int, *x: Tensor | None) -> Any:
-        value: Any = as_value(x)
-        if self.compiled is not None:
-            return self._called(self.compiled, value, None, batch)
-        for layer in self.layers:
-            value = self._called(layer.module, value, layer.name, batch)
-        return value
-
-    def _called(self, call: Callable[[Any], Any], value: Any, layer: str | None, batch: int) -> Any:
-        with self.naming(layer, batch):
-            return call(value)
 
 
 class _Modules(nn.ModuleList):

@@ -45,24 +45,16 @@ __all__ = ["Stage"]
 
 @dataclass
 class Stage:
-    """One stage.
+    """One stage."""
 
-    Args:
-        layers: already initialised.
-        cut: the cut above; None for the last stage and in locked modes (no DNI is built then).
-        below: the cut below; None for the first stage.
-        record: told what the stage turns to.
-        device: where it computes; what it is given is brought there.
-    """
-
-    layers: Sequence[Layer]
+    layers: Sequence[Layer]  # already initialised
     index: int
     plan: Plan
     recipe: Recipe
-    cut: Cut | None = None
-    below: Cut | None = None
-    record: Recorder = silent
-    device: str = CPU
+    cut: Cut | None = None  # the cut above; None for the last stage and in locked modes (no DNI is built then)
+    below: Cut | None = None  # the cut below; None for the first stage
+    record: Recorder = silent  # told what the stage turns to
+    device: str = CPU  # where it computes; what it is given is brought there
 
     def __post_init__(self) -> None:
         self._flow = Flow(self.plan, self.index)

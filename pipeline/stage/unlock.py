@@ -50,20 +50,13 @@ _LEAST_RATIO, _MOST_RATIO, _RATIO_HYSTERESIS = 1e-4, 10.0, 2.0
 
 @dataclass(frozen=True)
 class Switch:
-    """A stage locks or unlocks.
-
-    Attributes:
-        batch: the first that it concerns.
-        locked: what the stage is from then on.
-        cosine: mean of the samples that led to it; None at the end of a warm-up.
-        norm_ratio: their geometric mean; None likewise.
-    """
+    """A stage locks or unlocks."""
 
     stage: int
-    batch: int
-    locked: bool
-    cosine: float | None = None
-    norm_ratio: float | None = None
+    batch: int  # the first that it concerns
+    locked: bool  # what the stage is from then on
+    cosine: float | None = None  # mean of the samples that led to it; None at the end of a warm-up
+    norm_ratio: float | None = None  # their geometric mean; None likewise
 
 
 class Lock:
