@@ -207,7 +207,7 @@ class Stage:
         return gradient
 
     def judge(self, batch: int, gradient: Bundle) -> tuple[Quality, Bundle | None]:
-        """Compare the synthetic gradient of a sampled batch with the true one; the stage below gets what is second.
+        """Compare the synthetic gradient of a sampled batch with the true one, and take that on for the stage below.
 
         Raises:
             StageError: the stage keeps no such sample.
