@@ -568,7 +568,7 @@ def test_cuts_and_seeds_start_from_different_weights() -> None:
     plan = DNIPlan(form="loss_model")
     places = ((CLASSIFIER, 0), (CLASSIFIER, 1), (replace(CLASSIFIER, index=2), 0))
     dnis = [build_dni(cut, plan, seed) for cut, seed in places]
-    firsts = {dni.form.head.linear.weight.flatten()[0].item() for dni in dnis}
+    firsts = {dni.form.head.body.weight.flatten()[0].item() for dni in dnis}
     assert len(firsts) == 3
 
 

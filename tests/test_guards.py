@@ -35,7 +35,6 @@ from pipeline.seeding import seed_layer
 from pipeline.stage.divergence import Guard
 from pipeline.stage.stage import Stage
 from tests import problems
-from tests.cuts import cut_like
 from tests.oracle import assert_same
 from workers.errors import RunFailed
 
@@ -270,7 +269,7 @@ def test_sgd_that_blows_up_is_caught_before_it_is_not_a_number() -> None:
 
 
 def _guard_of_dni(plan: Plan | None = None) -> Guard:
-    return Guard(plan or Plan(dni=DNIPlan(form="linear")), 0, [], cut_like((8, 6), (8,), (8, 5)))
+    return Guard(plan or Plan(dni=DNIPlan(form="linear")), 0, [])
 
 
 def _hold(guard: Guard, prediction: Callable[[Tensor], Tensor], targets: int) -> None:

@@ -29,7 +29,6 @@ from pipeline.stage.stage import Stage
 from pipeline.stage.unlock import Lock, Switch
 from pipeline.state import load_module, module_state
 from tests import problems
-from tests.cuts import cut_like
 from tests.oracle import assert_same_state, flat
 from tests.test_replicas import Line
 
@@ -197,7 +196,7 @@ def test_everything_that_trains_is_in_it() -> None:
 
 
 def _fresh_guard() -> Guard:
-    return Guard(Plan(dni=DNIPlan(form="linear")), 0, [], cut_like((8, 6), (8,), (8, 5)))
+    return Guard(Plan(dni=DNIPlan(form="linear")), 0, [])
 
 
 def _losses(guard: Guard, batch: int) -> None:

@@ -4,8 +4,8 @@
     h, labels --> what the form learns without g --> Adam             meet, with the same forward pass as predict
     g --> sigma,  g / sigma --> the form's objective --> Adam         learn
 
-Gradients are tiny and their scale drifts, so a form (forms.py) sees them in units of
-sigma, their running root mean square. Without that and the clip, unlocked training diverged in every trial.
+Gradients are tiny and their scale drifts, so a form (forms.py) sees them in units of sigma, their running root mean
+square. Without that and the clip, unlocked training diverged in every trial.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ _TINY = 1e-30
 class DNI(nn.Module):
     """One form with what all forms share: the unit sigma, the clip, the window of samples, the optimizer.
 
-    What it remembers is in ``state``. The only random numbers it draws after construction, the samples to train on, are
-    a hash of (seed, cut, batch). Works in float32, or in float64 where the activation is float64.
+    The samples to train on follow from (seed, cut, batch). Works in float32, or in float64 where the activation does.
     """
 
     mean_square: Tensor
@@ -55,7 +54,7 @@ class DNI(nn.Module):
         self._dtype = torch.float64 if cut.activation.dtype == torch.float64 else torch.float32
         self.form = form.to(self._dtype)
         self._index = cut.index
-        self._window = training_window(cut, plan, seed)
+        self.window = training_window(cut, plan, seed)
         self._num_targets = 0
         self.register_buffer("mean_square", torch.zeros((), dtype=self._dtype))
         self.register_buffer("weight", torch.zeros((), dtype=self._dtype))
@@ -65,7 +64,7 @@ class DNI(nn.Module):
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Adam of what learns at once, and of what learns from targets; one that has nothing to train is left out."""
+        """Adam of what learns at once, and of what learns from targets, as far as there is something to train."""
         return [optimizer for optimizer in (self._own_optimizer, self._optimizer) if optimizer is not None]
 
     @property
@@ -76,8 +75,7 @@ class DNI(nn.Module):
     def predict(self, h: Activation, labels: Labels) -> Activation:
         """The synthetic gradient dL/dh of one batch, detached, its root mean square at most ``sigma``.
 
-        Zeros until the first target came. Neither differentiates nor changes ``h``. Waits for the device once, to see
-        that the prediction is finite.
+        Zeros until the first target came. Waits for the device once, to see that the prediction is finite.
 
         Raises:
             FloatingPointError: the prediction is not finite.
@@ -94,7 +92,7 @@ class DNI(nn.Module):
             FloatingPointError: the prediction is not finite; the DNI is then unchanged.
         """
         with torch.no_grad():
-            samples = self._window.of(batch)
+            samples = self.window.of(batch)
             prediction = self._checked(*self.form.meet(h.detach().to(self._dtype), labels, self.unit, samples), h)
         if self._own_optimizer is not None:
             self._own_optimizer.step()
@@ -107,15 +105,9 @@ class DNI(nn.Module):
         return relative.square()
 
     def learn(self, h: Activation, labels: Labels, g: Tensor, batch: int) -> bool:
-        """Take the gradient that came back for a batch, true or bootstrapped, as the target of (h, labels).
+        """Take the gradient ``g`` that came back for a batch, true or bootstrapped, as the target of (h, labels).
 
-        Waits for the device once, to see that the target is finite.
-
-        Args:
-            h: the activation the stage sent for that batch.
-            labels: its labels.
-            g: the gradient that came back for it: of all samples, or of those in ``training_window`` alone.
-            batch: its batch id; which samples are trained on follows from it.
+        It is that of all samples, or of those in the window alone. Waits for the device once, to see that it is finite.
 
         Returns:
             Whether there was a training step: not when the target is all zeros and none came before (under bootstrap,
@@ -124,12 +116,10 @@ class DNI(nn.Module):
         Raises:
             FloatingPointError: the target is not finite; the DNI is then unchanged.
         """
-        samples = self._window.of(batch)
+        samples = self.window.of(batch)
         g = (g[samples] if len(g) == len(h) else g).detach().to(self._dtype)
         size = root_mean_square(g)
-        if not math.isfinite(float(size)):
-            what, remedy = f"got a target for batch {batch}", "lower the learning rate, or look at the loss above"
-            raise FloatingPointError(self._not_finite(what, remedy))
+        self._check(size, f"got a target for batch {batch}", "lower the learning rate, or look at the loss above")
         if self._num_targets == 0 and not size:
             return False
         self.mean_square.lerp_(size.square(), 1 - _DECAY)
@@ -142,33 +132,30 @@ class DNI(nn.Module):
         return True
 
     def state(self) -> State:
-        """Weights, sigma, number of targets, and the states of the optimizers."""
         optimizers = [plain(optimizer.state_dict()) for optimizer in self.optimizers]
         return {"module": module_state(self), "num_targets": self._num_targets, "optimizers": optimizers}
 
     def load_state(self, state: State) -> None:
-        """Take up ``state``, of a DNI of the same form at the same cut."""
         load_module(self, state["module"])
         self._num_targets = state["num_targets"]
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(plain(kept))
 
     def _checked(self, prediction: Tensor, size: Tensor, h: Tensor) -> Tensor:
-        if not math.isfinite(float(size)):
-            remedy = "lower the DNI's lr, or look at the loss, which a loss_model computes too"
-            raise FloatingPointError(self._not_finite("predicted a gradient", remedy))
+        remedy = "lower the DNI's lr, or look at the loss, which a loss_model computes too"
+        self._check(size, "predicted a gradient", remedy)
         return prediction.to(h.dtype)
 
-    def _not_finite(self, what: str, remedy: str) -> str:
-        where = f"the DNI at cut {self._index}, after {self._num_targets} targets,"
-        return f"{where} {what} that is not finite: {remedy}."
+    def _check(self, size: Tensor, what: str, remedy: str) -> None:
+        if not math.isfinite(float(size)):
+            where = f"the DNI at cut {self._index}, after {self._num_targets} targets,"
+            raise FloatingPointError(f"{where} {what} that is not finite: {remedy}.")
 
 
 class _Adam(torch.optim.Adam):
     """torch's fused Adam on few small parameters, where its kernel takes a tenth of the time of the Python around it.
 
-    The same kernel and the same state, so the same numbers (a test compares them): what it leaves out are hooks,
-    profiler and grouping.
+    The same kernel, state and numbers (a test compares them), without hooks, profiler and grouping.
     """
 
     @torch.no_grad()
@@ -179,23 +166,11 @@ class _Adam(torch.optim.Adam):
         if not trained or not all(parameter in self.state for parameter in trained):
             return super().step(closure)  # makes the state
         states = [self.state[parameter] for parameter in trained]
-        steps = [state["step"] for state in states]
+        means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        gradients, (beta1, beta2) = [parameter.grad for parameter in trained], group["betas"]
+        options = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
         torch._foreach_add_(steps, 1)
-        torch._fused_adam_(
-            trained,
-            [parameter.grad for parameter in trained],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            steps,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
+        torch._fused_adam_(trained, gradients, means, squares, [], steps, beta1=beta1, beta2=beta2, **options)
         return None
 
     step.hooked = True  # type: ignore[attr-defined]  # torch wraps every step that does not say so
@@ -206,26 +181,18 @@ def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer | 
 
 
 def build_dni(cut: Cut, plan: DNIPlan, seed: int) -> DNI:
-    """The DNI of ``cut``; its weights depend on (seed, cut) alone, the global generator is left as it was.
-
-    Raises:
-        PlanError: as ``describe_form``.
-    """
+    """The DNI of ``cut``; its weights depend on (seed, cut) alone. Raises as ``describe_form``."""
     form = _form_of(cut, plan)
     with seeded(seed, "dni", cut.index):
         return DNI(form(cut, plan), cut, plan, seed)
 
 
 def training_window(cut: Cut, plan: DNIPlan, seed: int) -> RowSubsample:
-    """The samples of a batch whose true gradient the DNI of ``cut`` trains on.
+    """The samples of a batch whose true gradient the DNI of ``cut`` trains on. Raises as ``describe_form``.
 
     The plan's fraction (``rows``), no more rows than the form wants, at least one sample.
-
-    Raises:
-        PlanError: as ``describe_form``.
     """
-    most_rows = _form_of(cut, plan).most_rows_at(cut)
-    batch_size = cut.activation.shape[0]
+    most_rows, batch_size = _form_of(cut, plan).most_rows_at(cut), cut.activation.shape[0]
     size = math.ceil(plan.rows * batch_size)
     if most_rows is not None:
         size = min(size, most_rows // cut.rows_per_sample)
@@ -235,8 +202,7 @@ def training_window(cut: Cut, plan: DNIPlan, seed: int) -> RowSubsample:
 def target_every(cuts: Sequence[Cut], plan: DNIPlan) -> int:
     """Of how many batches one gives a target: as planned, or as the form wants; the least where the cuts differ.
 
-    Raises:
-        PlanError: as ``describe_form``.
+    Raises as ``describe_form``.
     """
     return plan.every or min((_form_of(cut, plan).every for cut in cuts), default=1)
 

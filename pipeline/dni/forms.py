@@ -1,10 +1,8 @@
 """What every form of a DNI can do and says of itself: what it is called, where it fits, what it reads of the plan.
 
-A form predicts in units of sigma, the running root mean square of the true gradient; ``DNI`` (dni.py) converts. A form
-that starts at zero asks for no update at first: no update is better than a random one.
-
 What a form learns from (h, y) alone it learns at once, when it meets the batch; what it learns from the true gradient,
-when that comes back. Late news about h is what makes a DNI fail under delay, so nothing waits that need not.
+when that comes back. Late news about h is what makes a DNI fail under delay, so nothing waits that need not. A form
+that starts at zero asks for no update at first: better than a random one.
 """
 
 from __future__ import annotations
@@ -33,23 +31,17 @@ Scalar = Float[Tensor, ""]
 class Form(nn.Module):
     """A module (h, labels) -> the gradient at h, in units of sigma and in memory that nobody else has.
 
-    Those a plan can name are built from (cut, plan), of which they read what they need.
-
-    Attributes:
-        name: what a plan calls it.
-        reads: which of the options that not every form reads (``hidden``, ``labels``, ``temperature``) it reads.
-        most_rows: rows of a batch it trains on at most, where all would cost too much; None: all.
-        every: of how many batches one gives a target, unless the plan says otherwise.
+    Sigma is the running root mean square of the true gradient. Those a plan can name are built from (cut, plan).
     """
 
-    name: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]] = ()
-    most_rows: ClassVar[int | None] = None
-    every: ClassVar[int] = 1
+    name: ClassVar[str]  # what a plan calls it
+    reads: ClassVar[tuple[str, ...]] = ()  # which of the options hidden, labels and temperature
+    most_rows: ClassVar[int | None] = None  # of a batch it trains on at most, where all would cost too much; None: all
+    every: ClassVar[int] = 1  # of how many batches one gives a target, unless the plan says otherwise
 
     @classmethod
     def misfit(cls, cut: Cut) -> str | None:
-        """Why it cannot work at this cut, with the remedy; None: it can."""
+        """Why it cannot work at this cut, with the remedy; None where it can."""
         return None
 
     @classmethod
@@ -67,25 +59,15 @@ class Form(nn.Module):
         return [p for p in self.parameters() if p.requires_grad and id(p) not in own]
 
     def clipped(self, h: Activation, labels: Labels, sigma: Scalar) -> tuple[Activation, Scalar]:
-        """The prediction with its root mean square clipped to 1, times ``sigma``; and its root mean square before."""
+        """The prediction with its root mean square clipped to 1, times ``sigma``; and what that was."""
         return clip(self(h, labels), sigma)
 
     def meet(self, h: Activation, labels: Labels, sigma: Scalar, samples: slice) -> tuple[Activation, Scalar]:
-        """As ``clipped``, of a batch that the stage has just computed.
-
-        Sets the ``.grad`` of every parameter in ``own_parameters`` on the way, from these samples.
-        """
+        """As ``clipped``, of a batch just computed; sets the ``.grad`` of ``own_parameters`` from these samples."""
         return self.clipped(h, labels, sigma)
 
     def gradients(self, h: Activation, labels: Labels, target: Activation, sigma: Scalar) -> None:
-        """Set the ``.grad`` of every parameter that learns from targets to that of the squared error.
-
-        Args:
-            h: activations of the chosen samples, detached.
-            labels: their labels.
-            target: their true gradient, in units of ``sigma``.
-            sigma: running root mean square of the true gradient.
-        """
+        """Set the ``.grad`` of ``taught_parameters`` to that of the squared error; the target is in units of sigma."""
         trained = self.taught_parameters()
         with torch.enable_grad():
             loss = F.mse_loss(self(h, labels), target)
@@ -98,8 +80,7 @@ class Form(nn.Module):
 def clip(prediction: Activation, sigma: Scalar, factor: Scalar | None = None) -> tuple[Activation, Scalar]:
     """A prediction in units of ``sigma`` with its root mean square clipped to 1, times ``sigma``; and what that was.
 
-    In place: fresh memory would cost as much as the product that the prediction came from. ``factor`` multiplies the
-    prediction before the clip, in the same pass.
+    In place: fresh memory would cost as much as the product that it came from. ``factor`` is applied before the clip.
     """
     size = root_mean_square(prediction)
     if factor is not None:

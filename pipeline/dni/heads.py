@@ -20,20 +20,17 @@ __all__ = ["Head", "Slope", "head_for"]
 Slope = Callable[[Tensor], Tensor]
 """Output of a head -> gradient of some function there."""
 
-_POOLED = 4
-"""An image-shaped activation is pooled to 4 x 4 before a head with a flat output."""
-_FEW = 4
-"""A normalisation takes two of the features' degrees of freedom; of so few it would take most."""
+_POOLED = 4  # an image-shaped activation is pooled to 4 x 4 before a head with a flat output
+_FEW = 4  # a normalisation takes two of the features' degrees of freedom; of so few it would take most
 
 
 def head_for(cut: Cut, hidden: int | None) -> Head:
     """Position by position where the output has the positions of h, else from whole samples or from image to image.
 
-    It is what a transformer reads its own output with, a normalisation and a linear layer, and has a hidden layer
-    between them only where ``hidden`` is given (from image to image always: 128 channels unless said). The loss is then
-    blind to how large h is, so that a stage gains nothing from making it larger. Where the stage ends in a
-    normalisation of its own, and nothing is pooled behind it, a second one would only hide from the head what the
-    layers above see, and there is none.
+    A normalisation and a linear layer, as a transformer reads its own output, with a hidden layer only where ``hidden``
+    is given (from image to image always: 128 channels unless said). The loss is then blind to how large h is, so that a
+    stage gains nothing from making it larger. There is no normalisation where the stage ends in one and nothing is
+    pooled behind it: it would hide from the head what the layers above see.
     """
     shape, output = cut.activation.shape, cut.output.shape
     if len(shape) == len(output) == 4:
@@ -43,20 +40,18 @@ def head_for(cut: Cut, hidden: int | None) -> Head:
     pools = not by_position and len(shape) == 4 and min(shape[2:]) > _POOLED
     features = shape[1] * _POOLED**2 if pools else torch.Size(shape[leading:]).numel()
     normalises = features > _FEW and (pools or not cut.normalised)
-    if hidden is None and not pools:
-        return _LinearHead(features, leading, output, normalises=normalises)
-    return _ReadingHead(features, hidden, leading, output, pools=pools, normalises=normalises)
+    kind = _LinearHead if hidden is None and not pools else _FlatHead
+    return kind(features, hidden, leading, output, pools=pools, normalises=normalises)
 
 
 class Head(nn.Module):
-    """h in, an output out, and the gradient back, which is what it is for."""
+    """h in, an output out, and the gradient back."""
 
     def differentiated(self, h: Tensor, slope: Slope, learned: Slope | None = None) -> Tensor:
-        """The gradient at ``h`` of a function of the output; in memory that nobody else has.
+        """The gradient at ``h`` [batch, *features] of a function of the output; in memory that nobody else has.
 
         Args:
-            h: [batch, *features], neither differentiated nor changed.
-            slope: output -> gradient of the function there; gets it detached.
+            slope: output, detached -> gradient of the function there.
             learned: the same of what the head learns to make small, often ``slope`` itself; sets the ``.grad`` of every
                 parameter.
         """
@@ -74,42 +69,42 @@ class Head(nn.Module):
 
 
 class _FlatHead(Head):
-    """Reads rows of features, normalised or as they are; the first dimensions of h and of the output count the rows."""
+    """From rows of features; the first ``leading`` dimensions of h and of the output count the rows."""
 
-    def __init__(self, features: int, leading: int, output: tuple[int, ...], *, normalises: bool) -> None:
+    body: nn.Module
+
+    def __init__(
+        self, features: int, hidden: int | None, leading: int, output: tuple[int, ...], *, pools: bool, normalises: bool
+    ) -> None:
         super().__init__()
         self.leading, self.output = leading, output[leading:]
-        self.num_outputs = torch.Size(self.output).numel()
-        self.norm = nn.LayerNorm(features) if normalises else None
+        num_outputs = torch.Size(self.output).numel()
+        self.pool = nn.AdaptiveAvgPool2d(_POOLED) if pools else nn.Identity()
+        self.norm = nn.LayerNorm(features) if normalises else nn.Identity()
+        if hidden is None:
+            self.body = nn.Linear(features, num_outputs)
+        else:
+            self.body = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, num_outputs))
 
-    def _read(self, features: Tensor) -> Tensor:
-        read: Tensor = features if self.norm is None else self.norm(features)
-        return read
+    def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
+        return self._outputs(h, self.body(self.norm(self.pool(h).flatten(self.leading))))
 
     def _outputs(self, h: Tensor, rows: Tensor) -> Tensor:
         return rows.reshape(*h.shape[: self.leading], *self.output)
 
 
 class _LinearHead(_FlatHead):
-    """A linear layer.
+    """Without pooling and hidden layer. Differentiated by hand: entering and leaving autograd takes longer."""
 
-    Differentiated by hand, with the operations that autograd would call: entering and leaving it takes longer than they
-    do.
-    """
-
-    def __init__(self, features: int, leading: int, output: tuple[int, ...], *, normalises: bool) -> None:
-        super().__init__(features, leading, output, normalises=normalises)
-        self.linear = nn.Linear(features, self.num_outputs)
+    body: nn.Linear
 
     def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
-        """The output."""
-        return self._outputs(h, self.linear(self._read(self._rows(h))))
+        return self._outputs(h, self.body(self.norm(self._rows(h))))
 
     @torch.no_grad()
     def differentiated(self, h: Tensor, slope: Slope, learned: Slope | None = None) -> Tensor:
-        """As every head does it."""
-        rows, linear, norm = self._rows(h), self.linear, self.norm
-        read, *moments = (rows,) if norm is None else _normalised(rows, norm)
+        rows, linear, norm = self._rows(h), self.body, self.norm
+        read, *moments = _normalised(rows, norm) if isinstance(norm, nn.LayerNorm) else (rows,)
         output = self._outputs(h, linear(read))
         at_outputs = slope(output).reshape(len(rows), -1)
         at_read = at_outputs @ linear.weight
@@ -117,7 +112,7 @@ class _LinearHead(_FlatHead):
         if learned is not None:
             to_learn = at_outputs if learned is slope else learned(output).reshape(len(rows), -1)
             linear.weight.grad, linear.bias.grad = to_learn.T @ read, to_learn.sum(dim=0)
-        if norm is None:
+        if not isinstance(norm, nn.LayerNorm):
             return at_read.view(h.shape)
         together = learned is slope
         at_rows, *of_norm = _back(at_read, rows, moments, norm, wanted=(True, together, together))
@@ -128,7 +123,7 @@ class _LinearHead(_FlatHead):
         return at_rows.view(h.shape)
 
     def _rows(self, h: Tensor) -> Float[Tensor, "rows features"]:
-        return h.reshape(-1, self.linear.in_features)
+        return h.reshape(-1, self.body.in_features)
 
 
 def _normalised(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,28 +135,9 @@ def _back(
     gradient: Tensor, rows: Tensor, moments: list[Tensor], norm: nn.LayerNorm, *, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient behind ``norm`` to those of the rows, the weight and the bias, as far as they are wanted."""
-    shape = list(norm.normalized_shape)
-    given = (gradient, rows, shape, *moments, norm.weight, norm.bias, list(wanted))
+    given = (gradient, rows, list(norm.normalized_shape), *moments, norm.weight, norm.bias, list(wanted))
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(*given)
     return found
-
-
-class _ReadingHead(_FlatHead):
-    """What may come before a linear layer: pooling, a normalisation, a hidden layer."""
-
-    def __init__(
-        self, features: int, hidden: int | None, leading: int, output: tuple[int, ...], *, pools: bool, normalises: bool
-    ) -> None:
-        super().__init__(features, leading, output, normalises=normalises)
-        self.pool = nn.AdaptiveAvgPool2d(_POOLED) if pools else nn.Identity()
-        if hidden is None:
-            self.body: nn.Module = nn.Linear(features, self.num_outputs)
-        else:
-            self.body = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, self.num_outputs))
-
-    def forward(self, h: Float[Tensor, " batch *features"]) -> Float[Tensor, " batch *output"]:
-        """The output."""
-        return self._outputs(h, self.body(self._read(self.pool(h).flatten(self.leading))))
 
 
 class _ImageHead(Head):
@@ -174,5 +150,4 @@ class _ImageHead(Head):
         self.size = output[2:]
 
     def forward(self, h: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out rows columns"]:
-        """The output."""
         return F.interpolate(self.body(h), size=self.size)

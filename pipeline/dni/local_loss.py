@@ -41,10 +41,8 @@ class LocalLoss(nn.Module):
         return gradient.to(h.dtype)
 
     def state(self) -> State:
-        """The head and the state of its optimizer."""
         return {"module": module_state(self), "optimizer": plain(self.optimizer.state_dict())}
 
     def load_state(self, state: State) -> None:
-        """Take up ``state``."""
         load_module(self, state["module"])
         self.optimizer.load_state_dict(plain(state["optimizer"]))

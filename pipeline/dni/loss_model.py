@@ -23,24 +23,19 @@ __all__ = ["LossModel", "temperature_for"]
 
 _REMEMBERED = 0.95  # of the squares that give a: it suits the last 20 targets or so
 _TEMPERATURE, _DEEP = 2.0, 2  # stages of that many weight matrices learn better from a softened loss
-_IGNORED = -100
-"""The label that torch's cross-entropy leaves out unless told otherwise."""
+_IGNORED = -100  # the label that torch's cross-entropy leaves out unless told otherwise
 
 
 class LossModel(Form):
     """a grad_h L(C(h), y): the input gradient of a small loss model, in the size of the true gradient.
 
-    C is a head whose output has the shape of the network's, L the user's own loss. C learns to predict, at once. The
-    true gradient, of every fourth batch, says how large the prediction is and nothing else: what more was learned from
-    it (a least squares factor, a map of what C gets wrong, C itself) brought the prediction nearer to the true gradient
-    and training no further (docs/decisions/2026-11-23-loss-model-everywhere.md). Any loss, classification or
-    regression.
+    C is a head whose output has the shape of the network's, L the user's own loss, whatever it is. The true gradient,
+    of every fourth batch, gives the size of the prediction and nothing else: whatever more was learned from it brought
+    training no further (docs/decisions/2026-11-23-loss-model-everywhere.md). Under cross-entropy a prediction is made
+    from C(h) / temperature (``temperature_for``), while C learns from L as it is.
 
     Differs from Jaderberg et al. 2017: nothing is regressed from h. Related: local losses in greedy training (Nøkland
     and Eidnes 2019), which are this form without its size and its temperature.
-
-    Under cross-entropy L is that of C(h) / temperature for a prediction (``temperature_for``), while C learns from L as
-    it is. Any other loss stays as it is.
     """
 
     name = "loss_model"
@@ -61,15 +56,12 @@ class LossModel(Form):
 
     @classmethod
     def most_rows_at(cls, cut: Cut) -> int | None:
-        """All, where the loss is one of whole batches only."""
         return None if cut.whole_batches else cls.most_rows
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """Those of C: all there are."""
         return list(self.head.parameters())
 
     def forward(self, h: Activation, labels: Labels) -> Activation:
-        """The prediction."""
         return self._of_model(h, labels).mul_(self.size)
 
     def meet(self, h: Activation, labels: Labels, sigma: Scalar, samples: slice) -> tuple[Activation, Scalar]:
@@ -78,7 +70,7 @@ class LossModel(Form):
 
     @torch.no_grad()
     def gradients(self, h: Activation, labels: Labels, target: Activation, sigma: Scalar) -> None:
-        """No gradients: of a target its size alone is learned. a^2 = sum |g|^2 / sum |m|^2, over the last 20 or so."""
+        """Of a target its size alone is learned: a^2 = sum |g|^2 / sum |m|^2, over the last 20 or so."""
         norms = torch.linalg.vector_norm(target) * sigma, torch.linalg.vector_norm(self._of_model(h, labels))
         self.squares.mul_(_REMEMBERED).add_(torch.stack(norms).square())
         true, of_models = self.squares
@@ -93,20 +85,16 @@ class LossModel(Form):
         def slope(output: Tensor) -> Tensor:
             return self._slope(output, labels)
 
-        def softened(output: Tensor) -> Tensor:
-            return self._slope(output / self._temperature, labels)
-
-        asked = slope if self._temperature == 1 else softened
+        asked = slope if self._temperature == 1 else lambda output: slope(output / self._temperature)
         of_model = self.head.differentiated(h, asked, slope if learns else None)
         return of_model if len(h) == self.batch_size else of_model.mul_(len(h) / self.batch_size)
 
 
 def temperature_for(cut: Cut, temperature: float | None) -> float:
-    """What the outputs of C are divided by before a prediction.
+    """What the outputs of C are divided by before a prediction: 1 but for torch's cross-entropy of one class per row.
 
-    As given; if nothing is, 2 at the uppermost cut, below the stage that has the loss, where the stage predicted for
-    has two weight matrices (or kernels) or more, and elsewhere 1 (docs/decisions/2026-11-29-softened-loss.md). 1 for
-    every loss but torch's cross-entropy of one class per row.
+    There as given; if nothing is, 2 at the uppermost cut, where the stage below it has two weight matrices (or kernels)
+    or more, and elsewhere 1 (docs/decisions/2026-11-29-softened-loss.md).
     """
     if _slope_of(cut) is not _cross_entropy_slope:
         return 1.0

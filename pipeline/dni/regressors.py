@@ -31,7 +31,6 @@ class _Regressor(Form):
         self.code = _LabelCode(cut)
 
     def forward(self, h: Activation, labels: Labels) -> Activation:
-        """The prediction, row by row."""
         rows = h.reshape(-1, self.features)
         prediction: Tensor = self.body(torch.cat((rows, self.code(labels, len(rows), h.dtype)), dim=1))
         return prediction.reshape(h.shape)
@@ -83,7 +82,6 @@ class Conv(Form):
 
     @classmethod
     def misfit(cls, cut: Cut) -> str | None:
-        """Other activations than images, and class labels that are several per sample."""
         labels, shape = cut.labels, list(cut.activation.shape)
         if len(shape) != 4:
             return f"the activation is {shape}, not [batch, channels, height, width]; choose loss_model or mlp."
@@ -92,7 +90,6 @@ class Conv(Form):
         return None
 
     def forward(self, h: Float[Tensor, "batch channels height width"], labels: Labels) -> Tensor:
-        """The prediction, image by image."""
         planes = self.planes(self.code(labels, len(h), h.dtype))[:, :, None, None]
         prediction: Tensor = self.last(torch.relu(self.first(h) + planes))
         return prediction
@@ -109,19 +106,13 @@ class Custom(Form):
         self.module = plan.factory(cut)
 
     def forward(self, h: Activation, labels: Labels) -> Activation:
-        """A copy of the module's prediction: it may be ``h`` itself or a parameter, and predictions are clipped in
-        place.
-
-        Raises:
-            ValueError: the module's prediction is not shaped like ``h``.
-        """
         prediction: Tensor = self.module(h, labels)
         if prediction.shape != h.shape:
             raise ValueError(
                 f"{type(self.module).__name__}, from the DNI factory, gave {list(prediction.shape)} for "
                 f"an activation {list(h.shape)}: it must return a prediction shaped like the activation."
             )
-        return prediction.clone()
+        return prediction.clone()  # it may be h itself or a parameter, and predictions are clipped in place
 
 
 class _LabelCode(nn.Module):

@@ -1,7 +1,7 @@
 """Which samples of a batch the DNI of a cut trains on, and a layer that finds the input gradient of those alone.
 
-Both sides of a cut know the window of a batch without asking: it is a hash of (seed, cut, batch). So the stage above
-computes and sends the gradient of these samples only.
+The window of a batch is a hash of (seed, cut, batch): both sides of a cut know it, and the stage above computes and
+sends the gradient of these samples only.
 
     batch       | . . . . | window | . . . . |
     x --first layer--> h      all samples
@@ -29,10 +29,7 @@ __all__ = ["RowSubsample", "on_rows"]
 
 @dataclass(frozen=True)
 class RowSubsample:
-    """The samples that count at one cut: ``size`` of ``batch_size`` in one window, which needs no copy.
-
-    Samples come in random order, so it is as good as any other choice.
-    """
+    """The samples that count at one cut: ``size`` of ``batch_size``, side by side, as samples come in random order."""
 
     seed: int
     cut: int
@@ -41,7 +38,6 @@ class RowSubsample:
 
     @property
     def whole(self) -> bool:
-        """Whether every sample counts."""
         return self.size >= self.batch_size
 
     def of(self, batch: int) -> slice:
@@ -55,16 +51,10 @@ class RowSubsample:
 
 
 def on_rows(module: nn.Module, leaf: Tensor, samples: slice) -> Callable[[Tensor], Tensor] | None:
-    """A stage's first layer, but in its backward pass only ``leaf`` gets an input gradient.
+    """A stage's first layer, but in its backward pass only ``leaf``, ``x[samples]`` of its input x, gets a gradient.
 
-    Args:
-        module: x [batch, ...] -> ``module(x)``.
-        leaf: [window, ...] ``x[samples]`` of the input x to come, detached, requiring a gradient.
-        samples: the window.
-
-    Returns:
-        None where that cannot be had for less than the gradient of all: the layer neither is nor begins with a plain
-        ``nn.Linear``, or has hooks.
+    None where that costs as much as the gradient of all: the layer neither is nor begins with a plain ``nn.Linear``, or
+    has hooks.
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks) or torch.is_autocast_enabled("cpu"):
@@ -90,13 +80,9 @@ class _LinearOnWindow(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         _, for_leaf, for_weight, for_bias, _ = ctx.needs_input_grad
         rows = gradient.flatten(0, -2)
-        return (
-            None,
-            gradient[ctx.samples] @ weight if for_leaf else None,
-            rows.t() @ x.flatten(0, -2) if for_weight else None,
-            rows.sum(0) if for_bias else None,
-            None,
-        )
+        of_leaf = gradient[ctx.samples] @ weight if for_leaf else None
+        of_weight = rows.t() @ x.flatten(0, -2) if for_weight else None
+        return None, of_leaf, of_weight, rows.sum(0) if for_bias else None, None
 
 
 _linear_on_window: Callable[..., Tensor] = _LinearOnWindow.apply

@@ -27,6 +27,7 @@ __all__ = [
     "detached",
     "differentiable",
     "gradients_like",
+    "is_bundle",
     "is_differentiable",
     "present",
     "rows_in",
@@ -104,9 +105,16 @@ def as_bundle(value: Any) -> Bundle:
     """What a layer gave, as a bundle: of other containers than tuples the tensors, in order."""
     if isinstance(value, Tensor):
         return (value,)
-    if isinstance(value, tuple | list) and all(each is None or isinstance(each, Tensor) for each in value):
+    if is_bundle(value):
         return tuple(value)
     return tuple(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def is_bundle(value: Any) -> bool:
+    """Whether it is a tensor, or a tuple or list of tensors and Nones."""
+    if isinstance(value, Tensor):
+        return True
+    return type(value) in (tuple, list) and all(each is None or isinstance(each, Tensor) for each in value)
 
 
 def as_value(bundle: Bundle) -> Any:

@@ -29,11 +29,7 @@ ROOM = 3
 
 
 class AllGather:
-    """One replica's end, with a queue to and from each of the others, by replica.
-
-    Attributes:
-        round: number of the round that is open or comes next.
-    """
+    """One replica's end, with a queue to and from each of the others, by replica."""
 
     def __init__(self, stage: int, replica: int, outlets: Mapping[int, Outlet], inlets: Mapping[int, Inlet]) -> None:
         self._stage, self._replica, self._outlets, self._inlets = stage, replica, outlets, inlets
@@ -41,7 +37,7 @@ class AllGather:
         self._unsent: list[tuple[Outlet, Message]] = []
         self._come: dict[int, Message] = {}  # the others' shares of this round
         self._last: dict[int, Message] = {}
-        self.round = 0
+        self.round = 0  # the one that is open or comes next
 
     @property
     def open(self) -> bool:
@@ -84,8 +80,6 @@ class AllGather:
         self._own, self._come = None, {}
         self.round += 1
         return [all_of_them[replica].tensors for replica in sorted(all_of_them)]
-
-    # ------------------------------------------------------------------ private
 
     def _theirs(self) -> dict[int, Message]:
         return self._last if self._own is not None and self._own.kind is Kind.LAST_SHARE else self._come

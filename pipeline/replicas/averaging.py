@@ -3,20 +3,16 @@
     gradients   F B [give, wait, take] S F B ...        exact: every step is made with the mean over all replicas
     weights     F B S F B S [give] F B S [take] F B S   off the critical path: nobody waits, until the end
 
-**Gradients.** The mean over R replicas of the mean over n rows is the mean over the R n rows: locked training with R
-replicas equals single-process training on the R batches together, but for the rounding of sums in another order. What
-a layer knows of the whole batch (BatchNorm) it knows of its replica's batch; running statistics are each replica's own,
-and replica 0's are kept.
+**Gradients.** Locked training with R replicas equals single-process training on the R batches together, but for the
+rounding of sums in another order. BatchNorm sees its replica's batch alone; replica 0's running statistics are kept.
 
 **Weights.** Every n steps a replica gives a snapshot of its weights and goes on. When the snapshots of all are there it
 adds (mean of the snapshots - own snapshot) to its weights, so that the updates it made meanwhile are kept. Without
-delay this is local SGD (Stich 2019); with delay, and the correction added to weights that have moved on, it is what
-CoCoD-SGD does (Shen et al. 2019, "Faster Distributed Deep Net Training: Computation and Communication Decoupled
-Stochastic Gradient Descent"). There is one round at a time: a second snapshot before the first correction would carry
-the same difference twice. A replica whose round is not over when the next is due gives its next snapshot when it is.
-After its last batch every replica waits for the last weights of all and takes their mean, running statistics of
-floating point included. The state of the optimizer and the DNI are each replica's own: a DNI models the gradient at its
-own replica's cut, follows within some hundred targets, and is not part of the result.
+delay this is local SGD (Stich 2019); with delay it is CoCoD-SGD (Shen et al. 2019, "Faster Distributed Deep Net
+Training: Computation and Communication Decoupled Stochastic Gradient Descent"). There is one round at a time: a second
+snapshot before the first correction would carry the same difference twice; one that falls due meanwhile is given when
+the round is over. After its last batch every replica waits for the last weights of all and takes their mean, running
+statistics of floating point included. The state of the optimizer and the DNI are each replica's own.
 """
 
 from __future__ import annotations
@@ -74,9 +70,7 @@ class Averager:
         raise AssertionError("there is no average")
 
     def enough(self, step: int) -> bool:
-        """Whether the first stage is to take no batch for this step, nor for any after it: as soon as somebody asked,
-        each replica by itself.
-        """
+        """Whether the first stage takes no batch for this step, nor for any after it: as soon as somebody asked."""
         return self._asked()
 
     def state(self) -> State:
@@ -84,7 +78,7 @@ class Averager:
         return {}
 
     def load_state(self, state: State) -> None:
-        """Take up ``state``."""
+        """Take up what ``state`` gave."""
 
 
 ALONE = Averager()
@@ -103,21 +97,17 @@ class _Replica(Averager):
 
     @property
     def ready(self) -> bool:
-        """Whether the shares of all are here."""
         return self._exchange.ready
 
     def poll(self) -> None:
-        """Look into the queues."""
         self._exchange.poll()
 
 
 class GradientAverager(_Replica):
     """Every step is made with the mean of the gradients of all replicas, or with their sum where stages share weights.
 
-    A parameter without a gradient counts as zeros where another replica has one; where none has, it keeps none.
-
-    The replicas take the same number of steps. A wish to end early travels with the gradients, and by then the next
-    batch may have been taken: all end after it.
+    A parameter without a gradient counts as zeros where another replica has one; where none has, it keeps none. A wish
+    to end early travels with the gradients, and by then the next batch may have been taken: all end after it.
     """
 
     _end: int | None = None
@@ -125,11 +115,9 @@ class GradientAverager(_Replica):
 
     @property
     def held(self) -> bool:
-        """While a step waits."""
         return self._exchange.open
 
     def before_step(self) -> bool:
-        """Give the gradients; the step waits."""
         self._record(Span.AVERAGE, self._steps)
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
         marks = [p.grad is not None for p in self._parameters]
@@ -137,7 +125,6 @@ class GradientAverager(_Replica):
         return True
 
     def take(self) -> bool:
-        """Put the mean in the place of the gradients."""
         self._record(Span.AVERAGE, self._steps)
         shares = self._exchange.shares()
         *there, asked = torch.stack([marks.cpu() for *_, marks in shares]).any(0).tolist()
@@ -153,15 +140,12 @@ class GradientAverager(_Replica):
         return True
 
     def enough(self, step: int) -> bool:
-        """From the step on that all agreed on."""
         return self._end is not None and step >= self._end
 
     def state(self) -> State:
-        """Steps made, the round, and the step that all agreed to end at."""
         return attributes(self, ("_steps", "_end")) | {"round": self._exchange.round}
 
     def load_state(self, state: State) -> None:
-        """Take up ``state``."""
         set_attributes(self, ("_steps", "_end"), state)
         self._exchange.round = state["round"]
 
@@ -182,11 +166,9 @@ class WeightAverager(_Replica):
 
     @property
     def held(self) -> bool:
-        """After the last step, until the last average."""
         return self._at_the_end and self._exchange.open
 
     def after_step(self) -> None:
-        """Give a snapshot if one is due and the round before is over."""
         self._steps, self._since = self._steps + 1, self._since + 1
         if self._since >= self._every and not self._exchange.open:
             self._record(Span.AVERAGE, self._steps)
@@ -194,7 +176,6 @@ class WeightAverager(_Replica):
             self._exchange.offer(self._snapshot)
 
     def after_training(self) -> None:
-        """Give the last weights; from now on the stage waits for those of the others."""
         self._record(Span.AVERAGE, self._steps)
         self._at_the_end = True
         self._exchange.offer(self._whole.packed(self._state), last=True)
@@ -219,7 +200,6 @@ class WeightAverager(_Replica):
         return {"steps": self._steps, "since": due, "round": self._exchange.round}
 
     def load_state(self, state: State) -> None:
-        """Take up ``state``."""
         self._steps, self._since, self._exchange.round = state["steps"], state["since"], state["round"]
 
 
@@ -232,8 +212,7 @@ def averager_of(
 ) -> Averager:
     """The averaging of one stage of one replica, as the plan's mode says.
 
-    ``tensors`` are the stage's parameters and buffers (``Stage.state_tensors``), and ``record`` is told when the worker
-    turns to averaging.
+    ``tensors`` are the stage's parameters and buffers; ``record`` is told when the worker turns to averaging.
     """
     if plan.ties is not None:
         shared = ([tensors[name] for name in names if name in tensors] for names in plan.ties.names)
@@ -248,9 +227,7 @@ def averager_of(
 
 
 def share_bytes(state_bytes: int) -> int:
-    """Bytes that the largest message of an exchange takes, encoded, at most; ``state_bytes`` are those of the stage's
-    parameters and buffers, and one more for each of them.
-    """
+    """Bytes of the largest message, encoded; ``state_bytes`` are those of parameters and buffers, plus one for each."""
     return state_bytes + _SLACK_BYTES
 
 

@@ -2,68 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-from pipeline.schedule import policies
-from pipeline.schedule.policies import Policy
+from pipeline.schedule.policies import Policy, async_1f1b, gpipe, naive, one_f_one_b, unlocked
 
 __all__ = ["MODES", "Mode"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mode:
-    """One mode of training.
+    """One mode of training."""
 
-    Attributes:
-        policy: says what a stage does next.
-        gradient: what a stage below the last one updates from: the true gradient, a synthetic one from its DNI, or that
-            of a loss of its own.
-        exact: equals single-process training over the same microbatches.
-        cuts_batches: works on microbatches.
-        timed: what is learned depends on when messages arrive; else their order alone decides, whatever the delays.
-        stashes: several batches are open at once while weights change: the backward pass needs the weights of its
-            forward pass.
-        averages: what the replicas of a stage average (``pipeline.replicas.averaging``): the gradients before every
-            step, or the weights now and then.
-        says: one line for the user.
-    """
-
-    policy: Policy
-    gradient: Literal["true", "synthetic", "local"] = "true"
-    exact: bool = True
-    cuts_batches: bool = False
-    timed: bool = False
-    stashes: bool = False
-    averages: Literal["gradients", "weights"] = "gradients"
-    says: str
+    policy: Policy  # says what a stage does next
+    says: str  # to the user
+    _: KW_ONLY
+    gradient: Literal["true", "synthetic", "local"] = "true"  # what a stage updates from: of the loss, a DNI, its own
+    exact: bool = True  # equals single-process training over the same microbatches
+    cuts_batches: bool = False  # works on microbatches
+    timed: bool = False  # what is learned depends on when messages arrive; else on their order alone
+    stashes: bool = False  # weights change while batches are open, and backward passes need those of the forward
+    averages: Literal["gradients", "weights"] = "gradients"  # of replicas: before every step, or now and then
 
 
 MODES: dict[str, Mode] = {
-    "naive": Mode(policy=policies.naive, says="locked, one batch in the pipeline at a time"),
-    "gpipe": Mode(policy=policies.gpipe, cuts_batches=True, says="locked, microbatches: all forward, all backward"),
-    "1f1b": Mode(policy=policies.one_f_one_b, cuts_batches=True, says="locked, microbatches, as few open as possible"),
+    "naive": Mode(naive, "locked, one batch in the pipeline at a time"),
+    "gpipe": Mode(gpipe, "locked, microbatches: all forward, all backward", cuts_batches=True),
+    "1f1b": Mode(one_f_one_b, "locked, microbatches, as few open as possible", cuts_batches=True),
     "async-1f1b": Mode(
-        policy=policies.async_1f1b,
-        exact=False,
-        stashes=True,
-        averages="weights",
-        says="delayed true gradients on stashed weights",
+        async_1f1b, "delayed true gradients on stashed weights", exact=False, stashes=True, averages="weights"
     ),
     "local": Mode(
-        policy=policies.unlocked,
-        gradient="local",
-        exact=False,
-        averages="weights",
-        says="every stage has a loss of its own, no gradients",
+        unlocked, "every stage has a loss of its own, no gradients", gradient="local", exact=False, averages="weights"
     ),
     "unlocked": Mode(
-        policy=policies.unlocked,
+        unlocked,
+        "updates at once from synthetic gradients",
         gradient="synthetic",
         exact=False,
         timed=True,
         averages="weights",
-        says="updates at once from synthetic gradients",
     ),
 }
 """Modes by name."""

@@ -61,41 +61,23 @@ class Action(enum.Enum):
 
 
 class View(NamedTuple):
-    """All a policy may know. Whole batches count as one microbatch each in modes that do not cut them.
+    """All a policy may know. Whole batches count as one microbatch each in modes that do not cut them."""
 
-    Attributes:
-        stages_above: stages between this one and the loss; 0 for the last stage.
-        microbatches: microbatches per batch.
-        forwarded: microbatches whose forward is done.
-        backwarded: microbatches whose backward (or update) is done.
-        activation: something waits to be taken from below (stage 0: from the loader).
-        gradient: a gradient waits to be taken from above.
-        room: a send to the stage above would not block.
-        ended: nothing more will come from below.
-        actions: actions taken so far.
-        average: the average over the replicas of this stage can be taken.
-        held: nothing else may happen before it is.
-        updates: the stage updates from its oldest open batch; else it was only passed on.
-        locked: the oldest open batch waits for its gradient, though the mode updates from synthetic ones.
-        late: the gradient that waits belongs to a batch whose update is over.
-        ahead: async-1f1b: batches that may be open besides one; None: as many as there are stages above.
-    """
-
-    stages_above: int = 1
-    microbatches: int = 1
-    forwarded: int = 0
-    backwarded: int = 0
-    activation: bool = False
-    gradient: bool = False
-    room: bool = True
-    ended: bool = False
-    actions: int = 0
-    average: bool = False
-    held: bool = False
-    updates: bool = True
-    locked: bool = False
-    late: bool = False
-    ahead: int | None = None
+    stages_above: int = 1  # between this one and the loss; 0 for the last stage
+    microbatches: int = 1  # per batch
+    forwarded: int = 0  # microbatches whose forward is done
+    backwarded: int = 0  # microbatches whose backward (or update) is done
+    activation: bool = False  # something waits to be taken from below (stage 0: from the loader)
+    gradient: bool = False  # a gradient waits to be taken from above
+    room: bool = True  # a send to the stage above would not block
+    ended: bool = False  # nothing more will come from below
+    actions: int = 0  # taken so far
+    average: bool = False  # the average over the replicas of this stage can be taken
+    held: bool = False  # nothing else may happen before it is
+    updates: bool = True  # the stage updates from its oldest open batch; else it was only passed on
+    locked: bool = False  # the oldest open batch waits for its gradient, though the mode updates from synthetic ones
+    late: bool = False  # the gradient that waits belongs to a batch whose update is over
+    ahead: int | None = None  # async-1f1b: open batches besides one; None: as many as there are stages above
 
     @property
     def open(self) -> int:
@@ -146,8 +128,7 @@ def async_1f1b(view: View) -> Action:
 def unlocked(view: View) -> Action:
     """Update at once; learn from a true gradient as soon as there is one; otherwise take the next batch.
 
-    A batch that came in while the stage was locked waits for its gradient instead; meanwhile the stage learns from what
-    comes for older ones.
+    A batch of a locked stage waits for its gradient; meanwhile the stage learns from what comes for older ones.
     """
     if view.open and view.locked:
         return Action.LEARN if view.gradient and view.late else view.backward_if_possible
@@ -159,9 +140,7 @@ def unlocked(view: View) -> Action:
 def averaged(policy: Policy) -> Policy:
     """The policy of a stage that has replicas: take the average when it is there, and wait for it where that must be.
 
-    A batch that is open between its forward and its update has its gradient taken on the weights of its forward: the
-    weights do not change between the two (but for stashed ones, of which the graph has a copy). A locked stage, which
-    waits between them, takes no average then.
+    Never between a batch's forward and its update, whose gradient is taken on the weights of the forward.
     """
 
     def with_averages(view: View) -> Action:
@@ -174,10 +153,7 @@ def averaged(policy: Policy) -> Policy:
 
 
 def scripted(order: Sequence[Action]) -> Policy:
-    """Follow a fixed order of actions, waiting for what each needs: this makes an unlocked run repeatable.
-
-    After the end of the order (e.g. from ``reference.schedule``) the stage waits.
-    """
+    """Follow a fixed order of actions, waiting for what each needs, so that an unlocked run repeats; then wait."""
 
     def policy(view: View) -> Action:
         if view.actions >= len(order):

@@ -9,13 +9,12 @@
                                     counts as 1/10,000 of its largest median over 256 targets at least: what is learned
                                     by heart has no gradient left to be right about
 
-What is not finite always ends the run, the rest is ``plan.guard``. Thresholds were set between runs that ended well and
-runs that did not (docs/convergence.md). Gradients that DNIs pass on to each other grow from nothing by many orders of
-magnitude in runs that end well, so only true ones are held against their beginning.
+What is not finite always ends the run, the rest is ``plan.guard``. Thresholds lie between runs that ended well and runs
+that did not (docs/convergence.md). Only true gradients are held against their beginning: those that DNIs pass on to
+each other grow from nothing by many orders of magnitude in runs that end well.
 
-Nothing here changes a number. A batch costs one pass over the activation, and one over the gradients of biases and
-norms, where what is not finite in a backward pass arrives; to look at every weight would cost a part of the optimizer's
-time.
+A batch costs one pass over the activation, and one over the gradients of biases and norms, where what is not finite in
+a backward pass arrives; to look at every weight would cost a part of the optimizer's time.
 """
 
 from __future__ import annotations
@@ -29,13 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.dni.dni import DNI, training_window
+from pipeline.dni.dni import DNI
 from pipeline.dni.forms import root_mean_square
 from pipeline.dni.regressors import Custom
 from pipeline.errors import StageError
 from pipeline.messages.bundle import Bundle, as_bundle, as_value, differentiable, rows_in
 from pipeline.model.compute import ComputeContext
-from pipeline.model.cut import Cut
 from pipeline.model.partition import Layer
 from pipeline.plan.plan import Plan
 from pipeline.seeding import seed_layer
@@ -59,22 +57,14 @@ _SLOWER = "lower the learning rate, or clip (--optimizer.clip 1)"
 class Guard:
     """Watches one stage. Whatever looks at something raises a ``StageError`` where the run has to end.
 
-    Args:
-        cut: above the stage, where it has a DNI.
-        computing: how its layers compute; None: as the plan says, on the CPU.
+    ``computing`` is how its layers compute; None: as the plan says, on the CPU.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        stage: int,
-        layers: Sequence[Layer],
-        cut: Cut | None = None,
-        computing: ComputeContext | None = None,
+        self, plan: Plan, stage: int, layers: Sequence[Layer], computing: ComputeContext | None = None
     ) -> None:
         self._plan, self._stage, self._layers = plan, stage, layers
         self._computing = computing or ComputeContext(plan)
-        self._window = training_window(cut, plan.dni, plan.seed) if cut is not None and plan.unlocked else None
         self._named = [
             (layer.name, layer.full(name), parameter)
             for layer in layers
@@ -93,10 +83,7 @@ class Guard:
         self._largest = 0.0  # median of the squares of the last targets; later on one outlier does not move it
 
     def activation(self, batch: int, seeded: int, x: Bundle, h: Bundle) -> None:
-        """Look at what a forward pass made of ``x``; the layer that made it not finite is named.
-
-        Its layers were ``seeded`` with the batch, or with the number of the microbatch.
-        """
+        """Look at what a forward pass made of ``x``; the layer, ``seeded`` again, that made it not finite is named."""
         if not all(map(_finite, differentiable(h))):
             came_broken = not all(map(_finite, differentiable(x)))
             what = "what comes in" if came_broken else "the output"
@@ -161,29 +148,24 @@ class Guard:
             raise self._failed(batch, "the gradient for the stage below is not finite: lower the learning rate")
 
     def target(self, batch: int, dni: DNI, h: Tensor, labels: Tensor, gradient: Tensor) -> None:
-        """Look at a target, or at the part of it that the DNI trains on, and hold the prediction against every 16th.
+        """Look at a target, or at the part that the DNI trains on; hold the prediction against every 16th.
 
-        The DNI is asked, not changed. A user's own module is not asked: that might change it.
+        A user's own module is not asked: that might change it.
         """
         self._num_targets += 1
         if not self._plan.guard or self._num_targets % _ONE_IN or isinstance(dni.form, Custom):
             return
-        assert self._window is not None, "a stage with a DNI has a cut above it"
-        rows = self._window.of(batch) if len(gradient) < len(h) else slice(None)
+        rows = dni.window.of(batch) if len(gradient) < len(h) else slice(None)
         predicted = dni.predict(h[rows], rows_in(labels, rows))
         size = float(gradient.square().sum())
         self._check_silence(batch, silent=size > 0 and not bool(predicted.any()))
         self._check_error(batch, float((predicted - gradient).square().sum()), size)
 
     def state(self) -> State:
-        """What the run began with and has been like of late."""
         return attributes(self, _REMEMBERED)
 
     def load_state(self, state: State) -> None:
-        """Take up ``state``."""
         set_attributes(self, _REMEMBERED, state)
-
-    # ------------------------------------------------------------------ private
 
     def _check_silence(self, batch: int, *, silent: bool) -> None:
         self._silent = [*self._silent, batch] if silent else []

@@ -9,72 +9,23 @@ badly, since the weights see sums over the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.messages.bundle import Bundle, differentiable, gradients_like, is_differentiable
-
-__all__ = ["Quality", "Sample", "compare"]
+__all__ = ["Quality", "compare"]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """One stage, one batch.
-
-    Attributes:
-        batch: its id.
-        cosine: between the gradients of the stage's parameters under s and under g; 1 is perfect, 0 is no help. Of a
-            stage that trains no parameter: between s and g.
-        norm_ratio: norm of the former over norm of the latter.
-        error: |s - g|^2 / |g|^2 at the cut; 1 is no better than zeros.
-    """
+    """One stage, one batch. Where a stage trains no parameter, s and g themselves are compared."""
 
     batch: int
-    cosine: float
-    norm_ratio: float
-    error: float
-
-
-_Gradients = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], bool], tuple[Tensor | None, ...]]
-"""(h, wanted, gradient of h, whether the graph is kept) -> gradients of what is wanted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What a stage keeps of a sampled batch until its true gradient comes.
-
-    Attributes:
-        x: what the true gradient is passed on for; empty in the first stage.
-        h: the output, with its graph.
-        leaves: the parameters as they were in the forward pass.
-        synthetic: like ``h``, the synthetic gradient.
-        gradients: of the leaves under the synthetic gradient; None: not taken yet.
-        grad: takes gradients through the graph of ``h``.
-    """
-
-    x: Bundle
-    h: Tensor
-    leaves: Sequence[Tensor]
-    synthetic: Tensor
-    gradients: Sequence[Tensor | None] | None
-    grad: _Gradients
-
-    def judge(self, batch: int, g: Tensor) -> tuple[Quality, Bundle | None]:
-        """The quality under the true gradient ``g`` of ``h``, and that of ``x``; None in the first stage."""
-        under_s = self.gradients
-        if under_s is None:
-            under_s = self.grad([self.h], self.leaves, [self.synthetic], True)
-        count = len(self.leaves)
-        found = self.grad([self.h], [*self.leaves, *differentiable(self.x)], [g], False)
-        quality = compare(batch, self.synthetic, g, under_s or [self.synthetic], found[:count] or [g])
-        if not self.x:
-            return quality, None
-        rest = iter(found[count:])
-        below = tuple(next(rest) if is_differentiable(tensor) else None for tensor in self.x)
-        return quality, gradients_like(below, self.x)
+    cosine: float  # between the gradients of the stage's parameters under s and under g; 1 is perfect, 0 is no help
+    norm_ratio: float  # norm of the former over norm of the latter
+    error: float  # |s - g|^2 / |g|^2 at the cut; 1 is no better than zeros
 
 
 def compare(

@@ -38,7 +38,13 @@ class Entrance:
 
     def leaf(self, x: Bundle, route: Route, batch: int) -> tuple[Bundle, slice, Callable[[Tensor], Tensor] | None]:
         """The leaf, the samples of its gradient that are wanted, and what stands for the first layer, if anything."""
-        leaf, samples, enter = self._narrowed(x, route, batch)
+        leaf, samples, enter = x, slice(None), None
+        if self._window is not None and not route.awaited:
+            samples = self._window.of(batch)
+            if len(x) == 1 and not (self._plain or route.stashes or route.samples):
+                rows = present(x[0])[samples]
+                if (enter := on_rows(self._layers.layers[0].module, rows, samples)) is not None:
+                    leaf, samples = (rows,), slice(None)
         wanted = route.sends_now or route.relays or (route.samples and not self._first)
         if wanted or self._layers.needs_input_gradient:
             for tensor in differentiable(leaf):
@@ -54,7 +60,7 @@ class Entrance:
 
     def gradient(self, kept: Kept) -> Bundle:
         """What a backward pass found for the leaf, as autograd gave it: ``x.grad`` is laid out as x is, and kernels
-        round by strides. Only the first batch, and those of a stage where it matters, are looked at.
+        round by strides. Looked at in the first batch, and where it matters.
         """
         found: list[Tensor | None] = []
         for place, tensor in enumerate(kept.x):
@@ -67,13 +73,3 @@ class Entrance:
                 below = natural
             found.append(below)
         return tuple(found)
-
-    def _narrowed(self, x: Bundle, route: Route, batch: int) -> tuple[Bundle, slice, Callable[[Tensor], Tensor] | None]:
-        if self._window is None or route.locks.below:
-            return x, slice(None), None
-        samples = self._window.of(batch)
-        if len(x) > 1 or self._plain or route.stashes or route.samples:
-            return x, samples, None
-        leaf = present(x[0])[samples]
-        enter = on_rows(self._layers.layers[0].module, leaf, samples)
-        return (x, samples, None) if enter is None else ((leaf,), slice(None), enter)

@@ -29,7 +29,6 @@ class EvaluationMetrics:
     answers: int = 0
 
     def add(self, recipe: Recipe, output: Any, labels: Any) -> None:
-        """Take in the output of one batch."""
         if recipe.careful_correct is not None:
             correct, answers = recipe.careful_correct(output, labels)
             self.correct += float(correct)
@@ -51,7 +50,7 @@ class EvaluationMetrics:
 def scores_of(
     recipe: Recipe, network: nn.Module, computing: ComputeContext | None = None, first: int = 0, every: int = 1
 ) -> EvaluationMetrics:
-    """Go through the held-out batches with a whole network in evaluation mode; afterwards its modules train as before.
+    """The held-out batches through a whole network in evaluation mode; afterwards its modules train as before.
 
     Takes every n-th batch (``every``) from ``first`` on. Without ``computing``: plainly, on the CPU.
     """

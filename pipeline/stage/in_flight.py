@@ -17,44 +17,26 @@ __all__ = ["InFlight", "Kept"]
 
 @dataclass(slots=True)
 class Kept:
-    """What is kept of one piece of work.
-
-    Attributes:
-        route: what was decided when it came in.
-        x: the input the graph hangs on, or of the input what the stage below wants a gradient for.
-        h: the output, with its graph until the backward pass is over.
-        context: its context.
-        samples: of the gradient of x, what the stage below wants.
-        leaves: what the gradients are taken for: the parameters, or their stashed copies.
-        stash: parameters and buffers of the forward pass, if not today's.
-        natural: gradients of x by their place, with the strides that autograd gave them.
-        synthetic: what the DNI predicted.
-        loss: in the last stage.
-    """
+    """What is kept of one piece of work."""
 
     route: Route
-    x: Bundle
-    h: Bundle
+    x: Bundle  # the input the graph hangs on, or of the input what the stage below wants a gradient for
+    h: Bundle  # the output, with its graph until the backward pass is over
     context: Bundle
-    samples: slice
-    leaves: list[Tensor]
-    stash: Stash
-    natural: dict[int, Tensor] = field(default_factory=dict)
-    synthetic: Tensor | None = None
-    loss: float = float("nan")
+    samples: slice  # of the gradient of x, what the stage below wants
+    leaves: list[Tensor]  # what the gradients are taken for: the parameters, or their stashed copies
+    stash: Stash  # parameters and buffers of the forward pass, if not today's
+    natural: dict[int, Tensor] = field(default_factory=dict)  # gradients of x by place, with autograd's strides
+    synthetic: Tensor | None = None  # what the DNI predicted
+    loss: float = float("nan")  # in the last stage
 
     @property
     def labels(self) -> Any:
-        """What the loss takes: the context, or the one tensor that it is."""
         return as_value(self.context)
 
 
 class InFlight(dict[Item, Kept]):
-    """The pieces of work of one stage that something is still kept of.
-
-    Args:
-        stage: its index, for errors.
-    """
+    """The pieces of work of one stage that something is still kept of."""
 
     def __init__(self, stage: int) -> None:
         super().__init__()
@@ -88,6 +70,6 @@ class InFlight(dict[Item, Kept]):
             del self[item]
 
     def out_of_place(self, batch: int, what: str) -> StageError:
-        """What is raised for something that came for a batch of which nothing is kept."""
+        """The error to raise for something that came for a batch of which nothing is kept."""
         what = f"{what} came, of which nothing is kept: it came twice, or too late"
         return StageError(what, stage=self._stage, batch=batch)

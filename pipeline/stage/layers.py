@@ -1,11 +1,8 @@
 """The layers of a stage, run: seeded one by one, on stashed weights, compiled, in training and in evaluation.
 
-What goes in and comes out are bundles. A layer is called with a tensor, or with a tuple where a bundle has several.
-
 Weights are *stashed* where they will change between a forward pass and the last backward pass through it: the layers
-run on copies of their parameters and buffers, and the graph hangs on these. The copies stand in the place of the
-weights during the backward passes too, since a layer that is computed anew there (activation checkpointing) has to be
-computed on them; the gradients found on them are applied to the weights of today.
+run on copies of their parameters and buffers, during the backward passes too (activation checkpointing computes layers
+anew there). Gradients found on the copies are applied to the weights of today.
 """
 
 from __future__ import annotations
@@ -20,13 +17,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.errors import StageError
-from pipeline.messages.bundle import Bundle, as_bundle, as_value
+from pipeline.messages.bundle import Bundle, as_bundle, as_value, differentiable, is_bundle, is_differentiable
 from pipeline.messages.layout import Layout
 from pipeline.model.checkpointing import checkpoints_reentrantly
 from pipeline.model.compute import ComputeContext
 from pipeline.model.given_model import ModuleModes
 from pipeline.model.partition import Layer
-from pipeline.model.segment import joined
+from pipeline.model.segment import Segment, joined
 from pipeline.model.unwritten import Unwritten
 from pipeline.plan.plan import Plan
 from pipeline.seeding import seed_layer
@@ -44,8 +41,7 @@ _Entrance = Callable[[Tensor], Tensor]
 class StageLayers:
     """The layers of one stage, already initialised; they are moved to where it computes.
 
-    Attributes:
-        parameters: those that are trained, each once.
+    A layer is called with a tensor, or with a tuple where the bundle has several.
     """
 
     def __init__(self, layers: Sequence[Layer], index: int, plan: Plan, computing: ComputeContext) -> None:
@@ -55,12 +51,12 @@ class StageLayers:
         self._modules = computing.placed(_Modules(modules))
         self._outlets: dict[bool, Layout | None] = {}
         self.compiled = computing.chain([layer.module for layer in layers])
-        self.parameters = [p for p in self._modules.parameters() if p.requires_grad]
+        self.parameters = [p for p in self._modules.parameters() if p.requires_grad]  # each once
         self._modes = ModuleModes(self._modules)
         writes = None  # a compiled chain is asked: it would be compiled once more for the copies of a first call
         if self.compiled is not None:
             writes = any(getattr(module, "inplace", False) for module in layers[0].module.modules())
-        self._forward, self._evaluate = (Unwritten(run, writes) for run in (self._run_training, self._run_evaluation))
+        self._run = Unwritten(self._run_layers, writes)
         self._needs_input_gradient: bool | None = None
 
     @property
@@ -71,17 +67,17 @@ class StageLayers:
         return self._needs_input_gradient is not False
 
     def training(self, mode: bool) -> None:
-        """Into training, or into evaluation. What is computed anew in a backward pass is computed as in training."""
+        """Into training, or into evaluation; a backward pass too is made in training, as it may compute layers anew."""
         self._modes.switch(mode)
 
     def forward(self, batch: int, seeded: int, x: Bundle, stash: Stash, enter: _Entrance | None) -> Bundle:
         """The output, with its graph, of the layers run on the ``stash``; a layer that fails is named.
 
-        The random numbers of every layer follow from ``seeded``: the batch, or the number of the microbatch. ``enter``
-        stands for the first layer, if given.
+        ``seeded``, the batch or the number of the microbatch, fixes the random numbers; ``enter`` stands for the first
+        layer, if given.
         """
         with self._computing.autocast():
-            h = self._bundle(self.within(stash, self._forward, batch, seeded, enter, *x), training=True)
+            h = self._bundle(self.within(stash, self._run, batch, seeded, enter, *x), training=True)
         if stash:
             with torch.no_grad():
                 for name, buffer in self._modules.named_buffers():
@@ -93,7 +89,7 @@ class StageLayers:
     def evaluate(self, batch: int, x: Bundle) -> Bundle:
         """The output for a held-out batch, in evaluation mode."""
         with self._computing.autocast():
-            return self._bundle(self._evaluate(batch, *x), training=False)
+            return self._bundle(self._run(batch, None, None, *x), training=False)
 
     def value(self, h: Bundle, *, training: bool) -> Any:
         """An output as the last layer gives it: a tensor, or the container that the tensors lie in."""
@@ -112,13 +108,13 @@ class StageLayers:
         return {name: copies.setdefault(id(tensor), _stashed(tensor)) for name, tensor in named}
 
     def leaves(self, stash: Stash) -> list[Tensor]:
-        """What gradients are taken for, like ``parameters``: these, or their stashed copies."""
+        """What gradients are taken for: ``parameters``, or their stashed copies."""
         if not stash:
             return list(self.parameters)
         return [stash[name] for name, parameter in self._modules.named_parameters() if parameter.requires_grad]
 
     def take_gradients(self, leaves: Sequence[Tensor]) -> None:
-        """Gradients found on stashed copies of the weights are applied to the weights of today."""
+        """Give the gradients found on stashed copies to the weights of today."""
         for parameter, copied in zip(self.parameters, leaves, strict=True):
             parameter.grad, copied.grad = copied.grad, None
 
@@ -129,15 +125,13 @@ class StageLayers:
         return functional_call(self._modules, stash, (partial(call, *given, **named),), tie_weights=False)
 
     def gradients(
-        self, stash: Stash, h: Sequence[Tensor], wanted: Sequence[Tensor], g: Sequence[Tensor], keep: bool
-    ) -> tuple[Tensor | None, ...]:
-        """Of ``h`` under ``g``, for what is ``wanted``; ``keep``: the graph is needed once more."""
-        if not wanted:
-            return ()
-        found: tuple[Tensor | None, ...] = self.within(
-            stash, torch.autograd.grad, h, wanted, g, allow_unused=True, retain_graph=keep
-        )
-        return found
+        self, stash: Stash, h: Tensor, g: Tensor, leaves: Sequence[Tensor], x: Bundle = (), *, keep: bool = False
+    ) -> tuple[Sequence[Tensor | None], Bundle]:
+        """Of ``leaves`` and of ``x`` under the gradient ``g`` of ``h``; ``keep``: the graph is needed once more."""
+        wanted, grad = [*leaves, *differentiable(x)], torch.autograd.grad
+        found = self.within(stash, grad, [h], wanted, [g], allow_unused=True, retain_graph=keep) if wanted else ()
+        of_x = iter(found[len(leaves) :])
+        return found[: len(leaves)], tuple(next(of_x) if is_differentiable(tensor) else None for tensor in x)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers under the unsplit model's names: ``<layer>.<name>``."""
@@ -150,11 +144,9 @@ class StageLayers:
         }
 
     def state(self) -> State:
-        """Parameters and buffers."""
         return module_state(self._modules)
 
     def load_state(self, state: State) -> None:
-        """Take up ``state``."""
         load_module(self._modules, state)
 
     @contextlib.contextmanager
@@ -167,70 +159,49 @@ class StageLayers:
         except Exception as error:
             raise StageError(said(error), stage=self._index, layer=layer, batch=batch) from error
 
-    # ------------------------------------------------------------------ private
-
-    def _run_training(self, batch: int, seeded: int, enter: _Entrance | None, *x: Tensor | None) -> Any:
-        """One by one; in one call where they are compiled, which is seeded like the first of them."""
+    def _run_layers(self, batch: int, seeded: int | None, enter: _Entrance | None, *x: Tensor | None) -> Any:
+        """One by one, or in one call where they are compiled, seeded like the first of them; ``seeded`` None: not."""
+        calls: list[tuple[str | None, int, Callable[[Any], Any]]]
+        calls = [(layer.name, layer.index, layer.module) for layer in self.layers]
         if self.compiled is not None:
-            seed_layer(self._plan.seed, self.layers[0].index, seeded)
-            return self._called(self.compiled, as_value(x), None, batch)
+            calls = [(None, self.layers[0].index, self.compiled)]
         value: Any = as_value(x)
         if self._whole is not None:
-            return self._run_whole(value, batch, partial(self._seed, seeded))
-        for layer in self.layers:
-            seed_layer(self._plan.seed, layer.index, seeded)
-            call, enter = enter or layer.module, None
-            value = self._called(call, value, layer.name, batch)
+            return self._run_whole(self._whole, batch, seeded, value)
+        for name, index, call in calls:
+            if seeded is not None:
+                seed_layer(self._plan.seed, index, seeded)
+            called, enter = enter or call, None
+            with self.naming(name, batch):
+                value = called(value)
         return value
 
-    def _run_evaluation(self, batch: int, *x: Tensor | None) -> Any:
-        value: Any = as_value(x)
-        if self.compiled is not None:
-            return self._called(self.compiled, value, None, batch)
-        if self._whole is not None:
-            return self._run_whole(value, batch, _nothing)
-        for layer in self.layers:
-            value = self._called(layer.module, value, layer.name, batch)
-        return value
-
-    def _run_whole(self, value: Any, batch: int, enter: Callable[[int], None]) -> Any:
+    def _run_whole(self, whole: Segment, batch: int, seeded: int | None, value: Any) -> Any:
+        """All parts in one call of the model's forward."""
         at = self.layers[0]
 
-        def entered(index: int) -> None:
+        def enter(index: int) -> None:
             nonlocal at
             at = self.layers[index - self.layers[0].index]
-            enter(index)
+            if seeded is not None:
+                seed_layer(self._plan.seed, index, seeded)
 
-        assert self._whole is not None
         try:
-            return self._whole.run(value, entered)
+            return whole.run(value, enter)
         except Exception as error:
             with self.naming(at.name, batch):
                 raise error
 
-    def _seed(self, seeded: int, index: int) -> None:
-        seed_layer(self._plan.seed, index, seeded)
-
     def _bundle(self, value: Any, *, training: bool) -> Bundle:
-        h = as_bundle(value)
         if training not in self._outlets:
-            self._outlets[training] = None if isinstance(value, Tensor | tuple) else Layout.of(value)
-        return h
-
-    def _called(self, call: Callable[[Any], Any], value: Any, layer: str | None, batch: int) -> Any:
-        with self.naming(layer, batch):
-            return call(value)
-
-
-def _nothing(index: int) -> None:
-    pass
+            self._outlets[training] = None if is_bundle(value) else Layout.of(value)
+        return as_bundle(value)
 
 
 class _Modules(nn.ModuleList):
     """The layers of a stage as one module, within which anything can be called (``functional_call`` calls modules)."""
 
     def forward(self, call: Callable[[], Any]) -> Any:
-        """Call it."""
         return call()
 
 

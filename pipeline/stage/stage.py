@@ -1,15 +1,14 @@
-"""A stage: a consecutive group of layers, its optimizer and the DNI of the cut above it. It is told what to do when.
+"""A stage: consecutive layers, their optimizer and the DNI of the cut above. It is told what to do when.
 
-What happens to one batch, unlocked, in a stage that is neither first nor last:
+One batch, unlocked, in a stage that is neither first nor last:
 
     x (from below) -> forward -> h  sent down the pipeline at once
     s = DNI(h, y)  -> backward -> dL/dW, dL/dx      dL/dx = J^T s is sent to the stage below under `bootstrap`
                    -> step
     g (from above) -> learn: DNI(h, y) -> g;        J^T g is sent to the stage below under `true` and `mixed`
 
-The relay J^T g comes after the weights have been stepped in place, which autograd rightly refuses. A stage that will
-relay therefore runs the forward pass on stashed copies of its weights and buffers (``pipeline.stage.layers``), one per
-batch in flight, and keeps that graph.
+The relay J^T g comes after the weights were stepped in place, where autograd refuses a backward pass. So a stage that
+will relay runs its forward pass on stashed copies of its weights (``pipeline.stage.layers``), and keeps that graph.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from torch import Tensor
 
 from pipeline.data.recipe import Recipe
 from pipeline.dni.dni import DNI
-from pipeline.dni.local_loss import LocalLoss
-from pipeline.messages.bundle import Bundle, Item, as_value, detached, differentiable, gradients_like, is_differentiable
+from pipeline.messages.bundle import Bundle, Item, as_value, detached, differentiable, gradients_like
 from pipeline.metrics.spans import Recorder, Span, silent
 from pipeline.model.compute import ComputeContext
 from pipeline.model.cut import Cut
@@ -47,27 +45,16 @@ __all__ = ["Stage"]
 
 @dataclass
 class Stage:
-    """One stage.
+    """One stage."""
 
-    Args:
-        layers: its layers, in order, already initialised.
-        index: 0 is the stage that sees the data.
-        plan: the plan of the run.
-        recipe: gives the loss.
-        cut: what is known of the cut above; None for the last stage and in locked modes (no DNI is built then).
-        below: what is known of the cut below; None for the first stage.
-        record: told what the stage turns to.
-        device: where it computes; what it is given is brought there.
-    """
-
-    layers: Sequence[Layer]
+    layers: Sequence[Layer]  # already initialised
     index: int
     plan: Plan
     recipe: Recipe
-    cut: Cut | None = None
-    below: Cut | None = None
-    record: Recorder = silent
-    device: str = CPU
+    cut: Cut | None = None  # the cut above; None for the last stage and in locked modes (no DNI is built then)
+    below: Cut | None = None  # the cut below; None for the first stage
+    record: Recorder = silent  # told what the stage turns to
+    device: str = CPU  # where it computes; what it is given is brought there
 
     def __post_init__(self) -> None:
         self._flow = Flow(self.plan, self.index)
@@ -79,7 +66,7 @@ class Stage:
         self.in_flight = InFlight(self.index)
         self._true_gradient: Bundle | None = None
         self.scores = EvaluationMetrics()
-        self._guard = Guard(self.plan, self.index, self.layers, self.cut, self._computing)
+        self._guard = Guard(self.plan, self.index, self.layers, self._computing)
         self._lock = Lock(self.plan, self.index)
         self._predictor = Predictor(self.cut, self.plan, self._layers, self._computing, self._guard)
 
@@ -88,23 +75,11 @@ class Stage:
         """The DNI of the cut above, in the mode ``unlocked``."""
         return self._predictor.dni
 
-    @property
-    def local(self) -> LocalLoss | None:
-        """The stage's own loss, in the mode ``local``."""
-        return self._predictor.local
-
-    # ------------------------------------------------------------------ one training batch
-
     def forward(self, item: Item, x: Bundle, context: Bundle, *, awaited: bool = False) -> Bundle:
-        """Compute the stage's output for a training batch, detached, and keep what the backward pass needs.
+        """The stage's output for a training batch, detached; what the backward pass needs is kept.
 
-        The batch's ``Route``, and whether the stage is locked for it (``pipeline.stage.unlock``), is decided here.
-
-        Args:
-            item: with the seed and the layer it fixes every random number.
-            x: the output of the stage below, or the inputs.
-            context: the labels first.
-            awaited: the stage below is locked and waits for the gradient of the whole batch.
+        The batch's ``Route``, and whether the stage is locked for it, is decided here. ``awaited``: the stage below is
+        locked and waits for the gradient of the whole batch.
 
         Raises:
             StageError: a layer failed; it is named.
@@ -120,8 +95,7 @@ class Stage:
         h = self._layers.forward(batch, seeded, x, stash, enter)
         output = detached(h)
         self._guard.activation(batch, seeded, x, output)
-        kept = Kept(route, leaf, h, context, samples, self._layers.leaves(stash), stash)
-        self.in_flight[item] = kept
+        kept = self.in_flight[item] = Kept(route, leaf, h, context, samples, self._layers.leaves(stash), stash)
         self._entrance.listen(kept)
         return output
 
@@ -144,9 +118,8 @@ class Stage:
         The loss of one of n microbatches counts 1/n, so that the parts add up to the mean over the batch.
 
         Returns:
-            What the stage below is to get now: dL/dx of the samples its DNI trains on (``RowSubsample``; all of them in
-            modes without DNIs), or None when nothing is sent at this point (first stage; targets ``true`` and ``mixed``
-            below the last stage; not a batch whose target flows).
+            What the stage below gets now: dL/dx of the samples its DNI trains on (of all in modes without DNIs); None
+            where nothing is sent at this point (``Route.sends_now``).
         """
         batch, kept = item.batch, self.in_flight.of(item)
         route = kept.route
@@ -158,8 +131,7 @@ class Stage:
                 self.optimizer.zero_grad(set_to_none=True)
             inputs = kept.leaves if route.relays else None  # the gradient of x comes later, in learn
             if outputs and inputs != []:
-                again = route.relays or route.samples
-                backward = torch.autograd.backward
+                again, backward = route.relays or route.samples, torch.autograd.backward
                 self._layers.within(kept.stash, backward, outputs, under, retain_graph=again, inputs=inputs)
         below = self._entrance.gradient(kept)
         if kept.stash:
@@ -177,20 +149,16 @@ class Stage:
         return sent
 
     def step(self, batch: int) -> None:
-        """Step the optimizer with the gradients that ``backward`` left.
+        """Step the optimizer with the gradients that ``backward`` left; they are dropped by the next ``backward``.
 
-        They are dropped only by the next batch's ``backward``, which takes their memory over while it is still there:
-        dropped here, it goes back to the system and the next backward pass takes a tenth longer.
+        Dropped here, their memory would go back to the system, and the next backward pass take a tenth longer.
         """
         self.record(Span.STEP, batch)
         if self.optimizer is not None:
             self.optimizer.step()
 
     def skip(self, item: Item) -> None:
-        """End a batch without an update; what its target will need is kept.
-
-        Recorded like a backward pass and a step, of hardly any length, so that every batch has an end.
-        """
+        """End a batch without an update, but recorded like one; what its target will need is kept."""
         self.record(Span.BACKWARD, item.batch)
         kept = self.in_flight.of(item)
         if self.last:
@@ -206,11 +174,11 @@ class Stage:
     def learn(self, item: Item, gradient: Bundle) -> Bundle | None:
         """Train the DNI on a target, and relay it. Targets may come in any order; what was kept of the batch goes.
 
-        The gradient is like the stage's output, or its samples that ``dni`` trains on where nothing is relayed.
+        The gradient is like the stage's output; where nothing is relayed, of the samples that the DNI trains on alone.
 
         Returns:
-            What the stage below is to get: J^T g (``true``), J^T (lambda g + (1 - lambda) s) (``mixed``; BP(lambda),
-            Pemberton et al. 2021, section 2), or None when nothing is relayed.
+            What the stage below gets: J^T g (``true``), J^T (lambda g + (1 - lambda) s) (``mixed``; BP(lambda),
+            Pemberton et al. 2021, section 2), or None where nothing is relayed.
 
         Raises:
             StageError: nothing is kept of the batch: its target came twice, or was said to be dropped.
@@ -228,20 +196,18 @@ class Stage:
         if self.plan.targets == "mixed":
             assert kept.synthetic is not None
             g = torch.lerp(kept.synthetic, g, self.plan.mix)
-        h, wanted = self._predictor.output(kept), differentiable(kept.x)
-        found = iter(self._layers.gradients(kept.stash, [h], wanted, [g], kept.route.samples))
-        relayed = tuple(next(found) if is_differentiable(tensor) else None for tensor in kept.x)
+        h = self._predictor.output(kept)
+        _, relayed = self._layers.gradients(kept.stash, h, g, [], kept.x, keep=kept.route.samples)
         self._guard.gradient_below(batch, relayed)
         return gradients_like(relayed, kept.x, kept.samples)
 
     def true_gradient(self) -> Bundle | None:
-        """Last stage: the input gradient of the whole batch that was just updated, if it is sampled; gives it once."""
+        """Last stage: the input gradient of the whole batch just updated from, if it is sampled; gives it once."""
         gradient, self._true_gradient = self._true_gradient, None
         return gradient
 
     def judge(self, batch: int, gradient: Bundle) -> tuple[Quality, Bundle | None]:
-        """Compare the synthetic gradient of a sampled batch with the true one; the latter's input gradient goes to the
-        stage below, if there is one.
+        """Compare the synthetic gradient of a sampled batch with the true one, and take that on for the stage below.
 
         Raises:
             StageError: the stage keeps no such sample.
@@ -258,8 +224,6 @@ class Stage:
         """The training loss of a batch whose backward is done, once; last stage only."""
         return sum(self.in_flight.pop(Item(batch, part)).loss for part in range(self.plan.microbatches))
 
-    # ------------------------------------------------------------------ held-out batches
-
     @torch.no_grad()
     def evaluate(self, batch: int, x: Bundle, context: Bundle) -> Bundle:
         """Forward a held-out batch in evaluation mode; the last stage adds to ``scores``."""
@@ -272,8 +236,6 @@ class Stage:
                 self.scores.add(self.recipe, self._layers.value(h, training=False), as_value(context))
         return h
 
-    # ------------------------------------------------------------------ state
-
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers under the unsplit model's names: ``<layer>.<name>``."""
         return self._layers.tensors()
@@ -283,27 +245,21 @@ class Stage:
         return optimizer_tensors(self.optimizer, self.state_tensors())
 
     def state(self) -> State:
-        """All that the stage remembers between two batches, as a tree of its parts (``pipeline.state``).
-
-        Random numbers are no part of it: they follow from (seed, layer, batch).
-        """
+        """All that the stage remembers between two batches; random numbers follow from (seed, layer, batch)."""
         optimizer = None if self.optimizer is None else plain(self.optimizer.state_dict())
         return {"optimizer": optimizer} | {name: part.state() for name, part in self._parts().items()}
 
     def load_state(self, state: State) -> None:
-        """Take up ``state`` of such a stage, which then goes on as that one would have."""
         for name, part in self._parts().items():
             part.load_state(state[name])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(plain(state["optimizer"]))
 
-    # ------------------------------------------------------------------ private
-
     def _parts(self) -> dict[str, Stateful]:
         return {"layers": self._layers, "predictor": self._predictor, "guard": self._guard, "lock": self._lock}
 
     def _outputs(self, item: Item, kept: Kept, gradient: Bundle | None) -> tuple[list[Tensor], list[Tensor] | None]:
-        """What is backpropagated, and under which gradients; the last stage's loss is kept and looked at."""
+        """What is backpropagated, and under which gradients."""
         if self.last:
             with self._computing.autocast():
                 loss = self._loss(kept.h, kept.context) / self.plan.microbatches

@@ -17,20 +17,18 @@ that one then sends the gradient of the whole batch as soon as it has it, from w
                        k=2  .  .  F0 U0 .  F1 U1
 
 So stages joined by locked cuts are one module of Jaderberg et al. 2017 (section 2), whose uppermost cut has the DNI in
-use; a cut that locks adds no work to any stage, and no stage has to know of more than the cuts beside it.
+use.
 
-``auto`` begins locked. The true gradient of the loss of every ``quality_every``-th batch travels all the way down,
-locked or not, and each stage compares the gradients of its weights under s and under g
-(``pipeline.stage.dni_quality``). Over the last 3 samples since the last switch, with c
-the mean cosine and r the geometric mean of the ratio of norms:
+``auto`` begins locked. The true gradient of every ``quality_every``-th batch travels all the way down, locked or not,
+and each stage compares the gradients of its weights under s and under g (``pipeline.stage.dni_quality``). Over the
+last 3 samples since the last switch, with c the mean cosine and r the geometric mean of the ratio of norms:
 
     unlocks when  c >= C      and  1e-4 <= r <= 10         C = unlock_cosine
     locks when    c <  C / 3  or   r outside 5e-5 .. 20    between the two it stays as it is
 
 Small ratios are let pass: Adam does not see them, and label_residual predicts too small gradients in runs that end
-well. Decisions hold from the next batch that comes in on; a batch keeps the state it came in with. In the reference
-driver they repeat exactly. In processes a sample comes when it comes; ``deterministic`` runs know their order of
-actions before they start and so refuse ``auto``, but not a warm-up.
+well. A batch keeps the state it came in with. In the reference driver decisions repeat exactly; in processes a sample
+comes when it comes, so ``deterministic`` runs refuse ``auto``, but not a warm-up.
 """
 
 from __future__ import annotations
@@ -52,21 +50,13 @@ _LEAST_RATIO, _MOST_RATIO, _RATIO_HYSTERESIS = 1e-4, 10.0, 2.0
 
 @dataclass(frozen=True)
 class Switch:
-    """A stage locks or unlocks.
-
-    Attributes:
-        stage: its index.
-        batch: the first batch that it concerns.
-        locked: what the stage is from then on.
-        cosine: mean of the samples that led to it; None at the end of a warm-up, where nothing was measured.
-        norm_ratio: their geometric mean; None likewise.
-    """
+    """A stage locks or unlocks."""
 
     stage: int
-    batch: int
-    locked: bool
-    cosine: float | None = None
-    norm_ratio: float | None = None
+    batch: int  # the first that it concerns
+    locked: bool  # what the stage is from then on
+    cosine: float | None = None  # mean of the samples that led to it; None at the end of a warm-up
+    norm_ratio: float | None = None  # their geometric mean; None likewise
 
 
 class Lock:
@@ -75,10 +65,8 @@ class Lock:
     def __init__(self, plan: Plan, stage: int) -> None:
         self._plan, self._stage = plan, stage
         self._auto = plan.unlock == "auto"
-        has_dni = plan.unlocked and stage < plan.stages - 1
-        self._warmup = plan.warmup_steps
-        self.locked = has_dni and (self._auto or self._warmup > 0)
-        self._fixed = not has_dni
+        self._has_dni = plan.unlocked and stage < plan.stages - 1
+        self.locked = self._has_dni and (self._auto or plan.warmup_steps > 0)
         self._samples: deque[Quality] = deque(maxlen=_SAMPLES)
         self._switch: Switch | None = None
 
@@ -88,13 +76,21 @@ class Lock:
 
     def decide(self, batch: int) -> bool:
         """Whether the stage waits for the gradient of this batch, which comes in now."""
-        if self._fixed or batch < self._warmup:
+        if not self._has_dni or batch < self._plan.warmup_steps:
             return self.locked
         if not self._auto:
             if self.locked:
                 self._turn(batch)
-        elif len(self._samples) == _SAMPLES and self._wants_to_turn():
-            self._turn(batch, self._cosine, self._norm_ratio)
+        elif len(self._samples) == _SAMPLES:
+            cosine = sum(sample.cosine for sample in self._samples) / _SAMPLES
+            ratios = [sample.norm_ratio for sample in self._samples]
+            ratio = math.exp(sum(map(math.log, ratios)) / _SAMPLES) if min(ratios) > 0 else 0.0
+            least, slack = self._plan.unlock_cosine, 1.0
+            if not self.locked:
+                least, slack = least / _HYSTERESIS, _RATIO_HYSTERESIS
+            good = cosine >= least and _LEAST_RATIO / slack <= ratio <= _MOST_RATIO * slack
+            if good is self.locked:
+                self._turn(batch, cosine, ratio)
         return self.locked
 
     def switched(self) -> Switch | None:
@@ -103,33 +99,13 @@ class Lock:
         return switch
 
     def state(self) -> State:
-        """Whether the stage is locked, and the samples that count."""
         return {"locked": self.locked, "samples": [list(astuple(sample)) for sample in self._samples]}
 
     def load_state(self, state: State) -> None:
-        """Take up ``state``."""
         self.locked = state["locked"]
         self._samples = deque((Quality(*sample) for sample in state["samples"]), _SAMPLES)
-
-    # ------------------------------------------------------------------ private
 
     def _turn(self, batch: int, cosine: float | None = None, norm_ratio: float | None = None) -> None:
         self.locked = not self.locked
         self._switch = Switch(self._stage, batch, self.locked, cosine, norm_ratio)
         self._samples.clear()
-
-    def _wants_to_turn(self) -> bool:
-        least, slack = self._plan.unlock_cosine, 1.0
-        if not self.locked:
-            least, slack = least / _HYSTERESIS, _RATIO_HYSTERESIS
-        good = self._cosine >= least and _LEAST_RATIO / slack <= self._norm_ratio <= _MOST_RATIO * slack
-        return good is self.locked
-
-    @property
-    def _cosine(self) -> float:
-        return sum(sample.cosine for sample in self._samples) / len(self._samples)
-
-    @property
-    def _norm_ratio(self) -> float:
-        ratios = [sample.norm_ratio for sample in self._samples]
-        return math.exp(sum(map(math.log, ratios)) / len(ratios)) if min(ratios) > 0 else 0.0
