@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from launch.setup.rank import Rank
 from launch.setup.recipe_source import GivenRecipe, being_loaded
 from launch.setup.resolve_source import resolve_source
 from launch.show.console import Console
-from pipeline import Batch, Plan, PlanError, Recipe
+from pipeline import Plan, PlanError, Recipe
 from pipeline.plan.replica_layout import worker_of
 from pipeline.run.resolved import Resolved
 from workers.channels.names import Names
@@ -51,11 +52,11 @@ class Launcher:
 def train(
     *,
     model: Callable[[], nn.Module],
-    batches: Callable[[int], Batch] | Sequence[Batch],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    batches: Callable[[int], Any] | Iterable[Any],
+    loss: Callable[[Any, Any], Tensor],
     plan: Plan,
-    evaluation: Callable[[], Iterable[Batch]] | None = None,
-    correct: Callable[[Tensor, Tensor], tuple[Tensor, int]] | None = None,
+    evaluation: Callable[[], Iterable[Any]] | Iterable[Any] | None = None,
+    correct: Callable[[Any, Any], tuple[Tensor, int]] | None = None,
     name: str = "train",
     runs: str | Path = "runs",
     quiet: bool = False,
@@ -67,11 +68,14 @@ def train(
     builds from them is compared with what this process builds, and a difference is refused.
 
     Args:
-        model: builds the whole network (``nn.Sequential``, a list of modules, or a module whose children are a chain).
-        batches: batch i as a function of i, or a sequence of batches; pairs (inputs, labels) of one shape.
-        loss: (output, labels) -> mean over the rows.
+        model: builds the whole network: any module, or a list of modules. Where its layers are no chain, every stage
+            runs a part of its own forward (``Plan.split``).
+        batches: batch i as a function of i, a list of batches, or a ``DataLoader``. A batch is (inputs, labels), a dict
+            of the model's arguments, or the inputs alone; all are of one shape.
+        loss: (what the model gives, labels) -> mean over the rows. The labels of a dict are the dict, those of inputs
+            alone the inputs.
         plan: how to run; ``plan.steps`` must be given.
-        evaluation: the held-out batches, in a fixed order.
+        evaluation: the held-out batches, in a fixed order, or a function that gives them.
         correct: counts right answers, e.g. ``freewheel.correct_predictions``.
         name: name of the run.
         runs: folder of the runs.

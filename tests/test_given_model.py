@@ -34,8 +34,9 @@ def _recipe(model: Callable[[], Any], **parts: Any) -> Recipe:
 
 
 def _refused(model: Callable[[], Any], **plan: Any) -> str:
+    """As a chain; what is none may still be split by its own forward."""
     with pytest.raises(PlanError) as caught:
-        resolve(_recipe(model), Plan(**plan))
+        resolve(_recipe(model), Plan(**({"split": "chain"} | plan)))
     return "\n".join(caught.value.problems)
 
 

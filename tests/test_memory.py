@@ -29,9 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import DNIPlan, Plan, Recipe
+from pipeline.data.network import stage_layers
 from pipeline.messages.bundle import Item
 from pipeline.model.partition import layers_of
-from pipeline.run.network import stage_layers
 from pipeline.run.resolve import resolve
 from pipeline.stage.stage import Stage
 

@@ -12,13 +12,13 @@ import torch
 
 from launch import train
 from pipeline import ChannelPlan, DNIPlan, Plan, PlanError, run_reference
+from pipeline.data.network import stage_layers
 from pipeline.errors import StageError
 from pipeline.messages.bundle import Bundle, Item
 from pipeline.messages.message import Kind, Message
 from pipeline.plan.check import check_plan
 from pipeline.plan.topology import edges_of
 from pipeline.run.hollow_stage import HollowStage
-from pipeline.run.network import stage_layers
 from pipeline.run.reference import Costs, Reference
 from pipeline.run.resolve import resolve
 from pipeline.run.runner import Runner

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from launch.setup.layer_times import layer_seconds
 from pipeline import Batch, OptimizerPlan, Plan, PlanError, Recipe, run_reference
+from pipeline.data.network import stage_layers
 from pipeline.data.recipe import build_model
 from pipeline.messages.bundle import Bundle, Item, present
 from pipeline.model.partition import balanced_sizes, balanced_split, depth_of, ends_normalised, layers_of
 from pipeline.plan.plan import DNIPlan
-from pipeline.run.network import stage_layers
 from pipeline.run.resolve import resolve
 from pipeline.run.resolved import Resolved
 from pipeline.stage.stage import Stage
@@ -53,8 +53,9 @@ def _resolve(model: Callable[[], Any], **plan: Any) -> Resolved:
 
 
 def _refused(model: Callable[[], Any], **plan: Any) -> str:
+    """As a chain; what is none may still be split by its own forward."""
     with pytest.raises(PlanError) as caught:
-        _resolve(model, **plan)
+        _resolve(model, **({"split": "chain"} | plan))
     (problem,) = caught.value.problems
     return problem
 
@@ -339,20 +340,35 @@ def test_a_model_without_layers_is_refused(model: Callable[[], Any]) -> None:
 # ---------------------------------------------------------------- tied weights
 
 
-def test_weights_tied_across_stages_are_refused_with_both_names() -> None:
-    assert _refused(tied_inside, stages=2, sizes=(2, 3)) == (
-        "1.weight (stage 0) and 3.weight (stage 1) are the same tensor: tied weights cannot be split over stages; "
-        "put both into one stage, or untie them."
-    )
+def twice() -> nn.Sequential:
+    """A layer in two places."""
+    layer = nn.Linear(WIDTH, WIDTH)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(WIDTH, CLASSES))
 
 
-def test_a_layer_that_stands_in_two_stages_is_refused() -> None:
-    def model() -> nn.Sequential:
-        twice = nn.Linear(WIDTH, WIDTH)
-        return nn.Sequential(twice, nn.Tanh(), twice, nn.Linear(WIDTH, CLASSES))
+def test_weights_tied_across_stages_are_found_by_all_their_names() -> None:
+    ties = _resolve(tied_inside, stages=2, sizes=(2, 3)).plan.ties
+    assert ties is not None
+    assert (ties.stages, ties.names[0]) == ((0, 1), ("1.weight", "3.weight"))
+    assert _resolve(twice, stages=2, sizes=(3, 1)).plan.ties is None
 
-    assert _refused(model, stages=2, sizes=(2, 2)).startswith("0.weight (stage 0) and 2.weight (stage 1) are the same")
-    assert _resolve(model, stages=2, sizes=(3, 1)).sizes == (3, 1)
+
+@pytest.mark.parametrize("mode", ["naive", "gpipe"])
+@pytest.mark.parametrize("model", [tied_inside, twice])
+def test_weights_tied_across_stages_train_as_in_one_process(model: Callable[[], nn.Sequential], mode: str) -> None:
+    """To the last bit: their gradients are added up before every step, on both sides."""
+    sizes = (2, 3) if model is tied_inside else (2, 2)
+    plan = Plan(mode=mode, stages=2, sizes=sizes, steps=10)
+    alone, _, losses = train_alone(_recipe(model), plan)
+    mine = run_reference(_recipe(model), plan)
+    assert_same(mine.state_tensors(), dict(alone.state_dict()))
+    assert mine.losses == losses
+
+
+def test_copies_of_tied_weights_are_equal_after_unlocked_training() -> None:
+    plan = Plan(stages=2, sizes=(2, 3), steps=12)
+    done = run_reference(_recipe(tied_inside), plan).state_tensors()
+    assert torch.equal(done["1.weight"], done["3.weight"])
 
 
 def test_running_means_shared_across_stages_are_refused() -> None:
@@ -361,11 +377,6 @@ def test_running_means_shared_across_stages_are_refused() -> None:
         return nn.Sequential(nn.Linear(WIDTH, WIDTH), norm, nn.Linear(WIDTH, WIDTH), norm, nn.Linear(WIDTH, CLASSES))
 
     assert _refused(model, stages=2, sizes=(3, 2)).startswith("1.running_mean (stage 0) and 3.running_mean (stage 1)")
-
-
-def test_an_automatic_balance_may_not_cut_a_tie_either() -> None:
-    assert "are the same tensor" in _refused(tied_inside, stages=2, balance="layers")
-    assert "are the same tensor" in _refused(tied_inside, stages=2)
 
 
 @pytest.mark.parametrize("sizes", [(5,), (1, 3, 1)], ids=str)

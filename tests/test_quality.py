@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from launch import train
 from launch.results.dni_quality import summarised
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, Recipe
+from pipeline.data.network import stage_layers
 from pipeline.messages.bundle import Item
 from pipeline.plan.check import check_plan
-from pipeline.run.network import stage_layers
 from pipeline.run.reference import run_reference
 from pipeline.run.resolve import resolve
 from pipeline.stage.dni_quality import compare

@@ -101,14 +101,26 @@ def test_a_smaller_batch_in_the_middle_of_the_run_is_named_when_it_comes() -> No
     ("batches", "sentence"),
     [
         ([], "batches is empty: give at least one (inputs, labels)."),
-        (lambda index: _batch(index)[0], "batch 0 is a Tensor: give a pair of tensors (inputs, labels)."),
         (
-            lambda index: (*_batch(index), 3),
-            "batch 0 is a tuple of Tensor, Tensor, int: give a pair of tensors (inputs, labels).",
+            lambda index: "nothing",
+            "batch 0 is a str: give tensors or arrays, as (inputs, labels), as a dict of the "
+            "model's arguments, or the inputs alone.",
         ),
         (
-            lambda index: (np.zeros((2, 3)), [1, 2]),
-            "batch 0 is a tuple of ndarray, list: give a pair of tensors (inputs, labels).",
+            lambda index: _batch(index)[0],
+            "the loss does not take output [8, 3] torch.float32 and labels, which are the inputs "
+            "as the batch has no others, [8, 6] torch.float32: give labels of the shape it needs (0D or 1D target "
+            "tensor expected, multi-target not supported).",
+        ),
+        (
+            lambda index: (*_batch(index), 3),
+            "layer 0 cannot take the inputs, [8, 6] torch.float32, [8] torch.int64: linear(): argument 'input' "
+            "(position 1) must be Tensor, not tuple",
+        ),
+        (
+            lambda index: (np.zeros((8, 6)), [1] * 8),
+            "layer 0 cannot take the inputs, [8, 6] torch.float64: mat1 and mat2 must have the same dtype, but got "
+            "Double and Float",
         ),
         (
             lambda index: _batch(index, rows=0),
@@ -128,25 +140,48 @@ def test_a_smaller_batch_in_the_middle_of_the_run_is_named_when_it_comes() -> No
             "alike; drop or fill up the smaller one.",
         ),
     ],
-    ids=["no batch", "no labels", "three parts", "no tensors", "no rows", "fewer labels", "0-dim", "dtype"],
+    ids=["no batch", "text", "no labels", "three parts", "doubles", "no rows", "fewer labels", "0-dim", "dtype"],
 )
 def test_what_is_no_batch_is_refused(batches: Any, sentence: str) -> None:
     assert _refused(batches=batches) == sentence
 
 
-def test_a_data_loader_is_refused_with_what_to_give_instead() -> None:
-    """It was "'DataLoader' object is not subscriptable"."""
-    loader = DataLoader(TensorDataset(*_batch(0)), batch_size=4)
-    assert _refused(batches=loader) == (
-        "batches is a DataLoader: give a function of the batch's number, such as "
-        "freewheel.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in memory; "
-        "the loader has to drop the last, smaller one."
-    )
+def _loader(rows: int = 32, **options: Any) -> DataLoader[Any]:
+    x, y = zip(*(_batch(index) for index in range(rows // ROWS)), strict=True)
+    return DataLoader(TensorDataset(torch.cat(x), torch.cat(y)), batch_size=ROWS, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_loader_is_read_in_order_and_shuffled_by_seed_and_epoch(workers: int) -> None:
+    """Read twice it gives the same, whoever reads it, and other orders in other epochs and for other seeds."""
+    recipe = _recipe(batches=_loader(shuffle=True, num_workers=workers))
+    first = [recipe.seeded_batch(5, index).inputs for index in range(9)]
+    torch.manual_seed(1)
+    assert all(torch.equal(recipe.seeded_batch(5, index).inputs, first[index]) for index in range(9))
+    assert {row.sum().item() for row in torch.cat(first[:4])} == {row.sum().item() for row in torch.cat(first[4:8])}
+    assert not torch.equal(torch.cat(first[:4]), torch.cat(first[4:8]))
+    assert not torch.equal(recipe.seeded_batch(6, 0).inputs, first[0])
+    own = _recipe(batches=_loader(shuffle=True, num_workers=workers, generator=torch.Generator()))
+    assert torch.equal(own.seeded_batch(5, 3).inputs, own.seeded_batch(5, 3).inputs)
+
+
+def test_a_data_loader_trains_as_its_batches_in_a_list() -> None:
+    plan = Plan(mode="naive", steps=6)
+    loaded = run_reference(_recipe(batches=_loader(), evaluation=_loader()), plan)
+    listed = run_reference(_recipe(batches=list(_loader()), evaluation=list(_loader())), plan)
+    assert loaded.losses == listed.losses
+    assert loaded.scores == listed.scores
+
+
+def test_what_cannot_be_iterated_again_is_refused() -> None:
+    assert _refused(batches=iter([_batch(0)])).startswith("batches is a list_iterator: give a function of the batch's")
+    dataset = TensorDataset(*_batch(0))
+    assert _refused(batches=dataset).startswith("batches is a TensorDataset, whose items are single samples: give a")
 
 
 def test_batches_of_a_list_come_again_and_again() -> None:
     recipe = _recipe(batches=[_batch(0), _batch(1)])
-    assert recipe.batch(5) is recipe.batch(1)
+    assert recipe.batch(5).inputs is recipe.batch(1).inputs
 
 
 def test_a_list_of_many_batches_can_travel_to_the_workers() -> None:
@@ -298,8 +333,8 @@ def test_held_out_batches_have_to_fit_into_the_channels(held_out: Batch) -> None
     inputs, labels = held_out
     assert _refused(evaluation=lambda: [_batch(0), held_out]) == (
         f"evaluation batch 1 has inputs {list(inputs.shape)} {inputs.dtype} and labels {list(labels.shape)} "
-        f"{labels.dtype}: it needs 1 to 8 rows, the inputs torch.float32 of shape [6], the labels no larger than in "
-        "training, [8] torch.int64."
+        f"{labels.dtype}: it needs 1 to 8 rows, the inputs as in training, [8, 6] torch.float32, the labels no larger, "
+        "[8] torch.int64."
     )
 
 

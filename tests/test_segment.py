@@ -267,7 +267,7 @@ def test_no_cut_where_the_stage_above_could_not_follow(make: Callable[[], nn.Mod
     assert known.names == ["one", "two"], "a cut before three would need what was read, or written, two layers below"
 
 
-def test_a_model_of_one_layer_is_refused() -> None:
+def test_a_model_of_one_layer_is_one_part() -> None:
     class One(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -276,8 +276,9 @@ def test_a_model_of_one_layer_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.only(x) * 2
 
-    with pytest.raises(PlanError, match="One cannot be cut anywhere: its forward calls a single layer"):
-        trace(One().train(), (torch.randn(4, 3),), {})
+    assert trace(One().train(), (torch.randn(4, 3),), {}).names == ["only"]
+    with pytest.raises(PlanError, match=r"ReLU.forward calls no layer with parameters"):
+        trace(nn.ReLU().train(), (torch.randn(4, 3),), {})
 
 
 def test_a_forward_that_goes_another_way_later_says_so() -> None:

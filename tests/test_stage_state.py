@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import DNIPlan, OptimizerPlan, Plan, StageError
+from pipeline.data.network import stage_layers
 from pipeline.messages.bundle import Bundle, Item
 from pipeline.replicas.all_gather import AllGather
 from pipeline.replicas.averaging import Averager, averager_of
-from pipeline.run.network import stage_layers
 from pipeline.run.resolve import resolve
 from pipeline.schedule.modes import MODES
 from pipeline.seeding import seeded

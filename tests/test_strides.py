@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from launch import train
 from pipeline import Plan, Recipe, run_reference
+from pipeline.data.network import stage_layers
 from pipeline.data.recipe import Batch
 from pipeline.messages.bundle import Item, present
-from pipeline.run.network import stage_layers
 from pipeline.run.resolve import resolve
 from pipeline.stage.stage import Stage
 

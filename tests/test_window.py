@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import DNIPlan, Plan, Recipe
+from pipeline.data.network import stage_layers
 from pipeline.dni.row_window import RowSubsample, on_rows
 from pipeline.messages.bundle import Item, present
-from pipeline.run.network import stage_layers
 from pipeline.run.reference import run_reference
 from pipeline.run.resolve import resolve
 from pipeline.stage.stage import Stage

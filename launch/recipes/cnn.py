@@ -33,7 +33,7 @@ def cnn(data: Path | None = None, width: int = 16, batch: int = 128, batch_norm:
     check_counts(width=width, batch=batch)
     flat = digits(batch=batch, seed=seed) if data is None else mnist(data, batch=batch, seed=seed)
     side, evaluation = _SIDE[flat.name], flat.evaluation
-    assert evaluation is not None, "both have held-out images"
+    assert callable(evaluation), "both have held-out images"
     assert callable(flat.batches), "both are functions of the index"
     return Recipe(
         name="cnn",

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from pipeline import Plan, PlanError, Recipe
+from pipeline.data.network import layers_for
 from pipeline.messages.bundle import as_bundle, as_value
 from pipeline.model.compute import ComputeContext
 from pipeline.model.partition import Layer
 from pipeline.model.segment import copies_of
-from pipeline.run.network import layers_for
 from pipeline.wording import said
 from workers.processes.claim_gpu import prepare_device
 from workers.processes.context import process_context

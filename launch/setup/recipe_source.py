@@ -29,7 +29,7 @@ from launch.recipes import BUILT_IN, Entry
 from pipeline import Plan, PlanError, Recipe, nearest
 from pipeline.data.batch import plain_batch, tensors_of_value
 from pipeline.messages.bundle import present
-from pipeline.messages.layout import Layout
+from pipeline.messages.nesting import Nesting
 from pipeline.user_code import calling, place_of
 from pipeline.wording import said
 
@@ -102,12 +102,12 @@ class GivenRecipe:
         return save({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in parts})
 
     @cached_property
-    def layouts(self) -> list[Layout]:
+    def layouts(self) -> list[Nesting]:
         """How the tensors of a list of batches lie in each; where all are alike, one for all of them."""
         batches: Any = self.recipe.batches
         if not isinstance(batches, list | tuple):
             return []
-        found = [Layout.of(plain_batch(batch)) for batch in batches]
+        found = [Nesting.of(plain_batch(batch)) for batch in batches]
         return found[:1] if all(layout == found[0] for layout in found) else found
 
 
@@ -121,7 +121,7 @@ class PackedRecipe:
 
     functions: bytes
     batches: bytes | None
-    layouts: Sequence[Layout] = ()
+    layouts: Sequence[Nesting] = ()
 
     def __call__(self) -> Recipe:
         """Make the recipe, or raise PlanError: what belongs to it cannot be imported or made in this process."""

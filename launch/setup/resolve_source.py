@@ -16,10 +16,10 @@ from launch.setup.layer_times import layer_seconds, layer_seconds_on
 from launch.setup.local_gpus import chosen_here
 from launch.setup.recipe_source import check_travels
 from pipeline import Plan, PlanError, Recipe
+from pipeline.data.network import tried
 from pipeline.data.recipe import build_model, check_scores, label_problem
 from pipeline.plan.check import check_plan
 from pipeline.plan.device_choice import DeviceChoice, first_gpu
-from pipeline.run.network import tried
 from pipeline.run.resolve import Measure, resolve
 from pipeline.run.resolved import Resolved
 from pipeline.user_code import RecipeFailed, calling, place_of

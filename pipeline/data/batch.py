@@ -52,6 +52,8 @@ def plain_batch(value: Any) -> Any:
         return value
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
+    if isinstance(value, list) and value and all(isinstance(each, bool | int | float) for each in value):
+        return torch.tensor(value)
     if isinstance(value, Mapping):
         return {name: plain_batch(each) for name, each in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

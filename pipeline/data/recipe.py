@@ -8,15 +8,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.data.batch import Minibatch, as_batch, part, rows_of, tensors_of_value
+from pipeline.data.stream import Stream
 from pipeline.errors import PlanError
 from pipeline.messages.bundle import Bundle, present
-from pipeline.messages.layout import Layout
+from pipeline.messages.nesting import Nesting
 from pipeline.model.given_model import check_model, in_training_mode
 from pipeline.model.unwritten import Unwritten
 from pipeline.plan.plan import Plan
@@ -47,10 +48,12 @@ class Recipe:
     Attributes:
         name: how it is called in reports.
         model: builds the whole, unsplit network; called once per process under the plan's seed.
-        batches: batch i of the training data, a function of i alone; or a sequence of batches, gone through in order
-            again and again. Every batch has the same shape.
+        batches: batch i of the training data, a function of i alone; or batches, gone through in order again and again:
+            a list of them, a ``DataLoader``, anything that can be iterated more than once. A batch is (inputs, labels),
+            a dict of the model's arguments, or the inputs alone (``pipeline.data.batch``). All have the same shape.
         loss: (output, labels) -> scalar, the mean over the rows.
-        evaluation: the held-out batches, in a fixed order; None: no evaluation. The last one may be smaller.
+        evaluation: the held-out batches in a fixed order, or a function that gives them; None: no evaluation. The last
+            one may be smaller.
         correct: (output, labels) -> number of right answers, as a tensor, and how many there could be; None: loss only.
         steps: number of batches to train on when the plan does not say.
         labels: how the tensors that travel as context lie in what ``loss`` and ``correct`` take; None: as they travel.
@@ -58,19 +61,19 @@ class Recipe:
 
     name: str
     model: Callable[[], nn.Module]
-    batches: Callable[[int], Any] | Sequence[Any]
+    batches: Callable[[int], Any] | Iterable[Any]
     loss: Callable[[Any, Any], Tensor]
-    evaluation: Callable[[], Iterable[Any]] | None = None
+    evaluation: Callable[[], Iterable[Any]] | Iterable[Any] | None = None
     correct: Callable[[Any, Any], tuple[Tensor, int]] | None = None
     steps: int = 1000
-    labels: Layout | None = None
+    labels: Nesting | None = None
 
     @cached_property
     def careful_loss(self) -> Callable[[Any, Any], Tensor]:
         """The loss; it leaves output and labels as they are, should the user's write into them."""
         return Unwritten(self.loss)
 
-    def arranged(self, labels: Layout) -> Recipe:
+    def arranged(self, labels: Nesting) -> Recipe:
         """The same with a loss, and ``correct``, that take the labels as they travel: a tensor, or a tuple of them."""
         if labels.alone or self.labels is not None:
             return self
@@ -82,24 +85,34 @@ class Recipe:
         """``correct``; as ``careful_loss``."""
         return None if self.correct is None else Unwritten(self.correct)
 
-    def batch(self, index: int) -> Minibatch:
-        """Training batch ``index``, or RecipeFailed."""
+    def batch(self, index: int, seed: int = 0) -> Minibatch:
+        """Training batch ``index``, or RecipeFailed; ``seed`` is that of a loader's order."""
         if callable(self.batches):
             with calling(f"batches({index})"):
                 return as_batch(self.batches(index))
-        return as_batch(self.batches[index % len(self.batches)])
+        if self._stream is not None:
+            with calling(f"batches, number {index}"):
+                return as_batch(self._stream.batch(seed, index))
+        batches = cast(Sequence[Any], self.batches)
+        return as_batch(batches[index % len(batches)])
+
+    @cached_property
+    def _stream(self) -> Stream | None:
+        """What ``batches`` are read from, where they have no numbers."""
+        return None if callable(self.batches) or _numbered(self.batches) else Stream(self.batches)
 
     def seeded_batch(self, seed: int, index: int) -> Minibatch:
         """Training batch ``index`` with whatever is random in it drawn from (seed, index)."""
         if isinstance(self.batches, list | tuple):  # nothing is random, and batches may be small
             return self.batch(index)
         with seeded(seed, "batch", index):
-            return self.batch(index)
+            return self.batch(index, seed)
 
     def held_out(self) -> Iterator[Minibatch]:
         """The held-out batches, none without ``evaluation``; what is random in them is the same for every seed."""
         with seeded(0, "held out"):
-            batches = iter(self.evaluation() if self.evaluation else ())
+            given = self.evaluation() if callable(self.evaluation) else self.evaluation
+            batches = iter(() if given is None else given)
         for index in itertools.count():
             with seeded(0, "held out", index):
                 batch = next(batches, None)
@@ -108,7 +121,7 @@ class Recipe:
             yield as_batch(batch)
 
 
-def _arranged(call: Callable[[Any, Any], Any], labels: Layout, output: Any, given: Any) -> Any:
+def _arranged(call: Callable[[Any, Any], Any], labels: Nesting, output: Any, given: Any) -> Any:
     return call(output, labels.value(given if isinstance(given, tuple) else (given,)))
 
 
@@ -147,6 +160,10 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_rows, generator=generator)
 
 
+def _numbered(batches: Any) -> bool:
+    return isinstance(batches, Sequence)
+
+
 def build_model(recipe: Recipe, seed: int) -> nn.Module:
     """The whole network with the weights that ``seed`` gives, in training mode; PlanError where there is none."""
     with seeded(seed, "weights"):
@@ -176,16 +193,22 @@ def check_batches(recipe: Recipe, plan: Plan) -> Minibatch:
     if callable(recipe.batches):
         last = (plan.steps or recipe.steps) * plan.replicas - 1
         indices: Iterable[int] = sorted({0, min(1, last), last})
+    elif isinstance(recipe.batches, torch.utils.data.Dataset):
+        raise PlanError(
+            f"batches is a {type(recipe.batches).__name__}, whose items are single samples: give a "
+            "torch.utils.data.DataLoader(dataset, batch_size=..., drop_last=True)."
+        )
+    elif not _numbered(recipe.batches):
+        if not isinstance(recipe.batches, Iterable) or isinstance(recipe.batches, Iterator):
+            raise PlanError(
+                f"batches is a {type(recipe.batches).__name__}: give a function of the batch's number, a list of "
+                "batches, a DataLoader, or what else can be iterated more than once."
+            )
+        indices = [0]
     elif not recipe.batches:
         raise PlanError("batches is empty: give at least one (inputs, labels).")
-    elif not hasattr(recipe.batches, "__getitem__"):
-        raise PlanError(
-            f"batches is a {type(recipe.batches).__name__}: give a function of the batch's number, such as "
-            "freewheel.ArrayBatches(inputs, labels, batch_size), or a list: list(loader) is one of all batches in "
-            "memory; the loader has to drop the last, smaller one."
-        )
     else:
-        indices = range(len(recipe.batches))
+        indices = range(len(cast(Sequence[Any], recipe.batches)))
     first = _checked(recipe.seeded_batch(plan.seed, 0), 0)
     for index in indices:
         same_shape(index, _checked(recipe.seeded_batch(plan.seed, index), index), first)
@@ -251,7 +274,7 @@ def same_shape(index: int, batch: Minibatch, first: Minibatch) -> None:
     """Raise PlanError unless batch ``index`` has the shapes and dtypes of the first one."""
     for what, mine, expected in zip(("inputs", "labels"), batch, first, strict=True):
         one, other = tensors_of_value(mine), tensors_of_value(expected)
-        if not isinstance(mine, Tensor) and Layout.of(mine) != Layout.of(expected):
+        if not isinstance(mine, Tensor) and Nesting.of(mine) != Nesting.of(expected):
             raise PlanError(f"batch {index} has other {what} than batch 0: give every batch the same names and values.")
         for tensor, like in zip(map(present, one), map(present, other), strict=True):
             if tensor.shape != like.shape or tensor.dtype != like.dtype:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.messages.bundle import Bundle, Specs, TensorSpec, rows_in
-from pipeline.messages.layout import Layout
+from pipeline.messages.nesting import Nesting
 
 __all__ = ["Cut", "MainOutput"]
 
@@ -23,7 +23,7 @@ __all__ = ["Cut", "MainOutput"]
 class MainOutput:
     """The one tensor, among those that a network gives, that the loss depends on."""
 
-    layout: Layout
+    layout: Nesting
     place: int
 
     def loss(self, loss: Callable[[Any, Any], Tensor], others: Bundle = ()) -> Callable[[Tensor, Any], Tensor]:

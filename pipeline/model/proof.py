@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pipeline.errors import PlanError
-from pipeline.messages.bundle import as_bundle, as_value, detached, differentiable
+from pipeline.messages.bundle import as_bundle, as_value, detached, differentiable, rows_in
 from pipeline.model.autograd_graph import leaves_of
 from pipeline.model.given_model import copy_of, hooks_of, overrides
 from pipeline.model.partition import Layer, layers_of
-from pipeline.model.segment import Trace, parts_of
 from pipeline.plan.plan import Ties
 from pipeline.seeding import seeded
 from pipeline.user_code import calling
 from pipeline.wording import text_of
 
-__all__ = ["check_chain", "check_partition", "check_parts", "has_a_forward_of_its_own", "ties_of"]
+__all__ = ["Step", "check_chain", "check_partition", "close", "equal", "has_a_forward_of_its_own", "ties_of"]
 
 _T = TypeVar("_T")
 _Model = nn.Module | Sequence[nn.Module]
@@ -43,7 +42,7 @@ def check_partition(
     return check_chain(model, layers, inputs)
 
 
-def check_chain(model: _Model, layers: Sequence[Layer], inputs: Tensor) -> list[Any]:
+def check_chain(model: _Model, layers: Sequence[Layer], inputs: Any) -> list[Any]:
     """Prove that the layers in a row are the model, and return every layer's output for ``inputs`` (evaluation mode).
 
     Works on copies of the model, whose modules are in the modes that they train in, and on ``inputs`` [batch, ...], in
@@ -85,11 +84,11 @@ def ties_of(stages: Sequence[Sequence[Layer]]) -> Ties | None:
     if not pairs:
         return None
     for first, second in sorted(pairs, key=lambda pair: pair[1].order):
-        if (first.start, first.end) != (second.start, second.end) or not first.learns:
+        if first.identity != second.identity or not first.learns:
             how = "are the same tensor" if first.identity == second.identity else "share their memory"
             raise PlanError(
-                f"{first.name} (stage {first.stage}) and {second.name} (stage {second.stage}) {how}: of what stages "
-                "have in common only whole weights that learn can be split; put both into one stage, or untie them."
+                f"{first.name} (stage {first.stage}) and {second.name} (stage {second.stage}) {how}: tied "
+                "weights cannot be split over stages; put both into one stage, or untie them."
             )
     groups: dict[int, list[_Place]] = {}
     for place in sorted((place for pair in pairs for place in pair), key=attrgetter("order")):
@@ -152,25 +151,29 @@ def _nothing_left_out(model: nn.Module) -> None:
 # ---------------------------------------------------------------- in evaluation mode
 
 
-def _check_evaluation(model: _Model, inputs: Tensor) -> list[Any]:
+def _check_evaluation(model: _Model, inputs: Any) -> list[Any]:
     chain = layers_of(copy_of(model))
     for layer in chain:
         layer.module.eval()
     with torch.no_grad(), seeded(0, "proof"):
-        outputs = _run_chain(chain, inputs.clone())  # a layer may work in place
+        outputs = _run_chain(chain, _copied(inputs))  # a layer may work in place
     if isinstance(model, nn.Module) and (has_a_forward_of_its_own(model) or overrides(model, "train", "eval")):
         whole = copy_of(model)
         whole.eval()  # one of the user's own need not give the model back
         _same_modes(whole, chain)
         if has_a_forward_of_its_own(model):
             with torch.no_grad(), seeded(0, "proof"), calling(f"{type(model).__name__}.forward"):
-                expected = whole(inputs.clone())
-            if not _equal(expected, outputs[-1]):
+                expected = whole(*as_bundle(_copied(inputs)))
+            if not equal(expected, outputs[-1]):
                 raise PlanError(
                     f"{type(model).__name__}.forward does not compute the chain of its children "
                     f"({_names(chain)}): put everything its forward does into layers, in order."
                 )
     return outputs
+
+
+def _copied(inputs: Any) -> Any:
+    return as_value(tuple(each if each is None else each.clone() for each in as_bundle(inputs)))
 
 
 def _run_chain(layers: Sequence[Layer], value: Any) -> list[Any]:
@@ -180,9 +183,8 @@ def _run_chain(layers: Sequence[Layer], value: Any) -> list[Any]:
         try:
             value = layer.module(value)
         except Exception as error:
-            raise PlanError(
-                f"layer {layer.name} cannot take what the layer before it gives, {given}: {text_of(error)}"
-            ) from error
+            what = "what the layer before it gives" if layer.index else "the inputs"
+            raise PlanError(f"layer {layer.name} cannot take {what}, {given}: {text_of(error)}") from error
         places = value if isinstance(value, tuple) else (value,)
         last = layer is layers[-1] and as_bundle(value)
         if not last and (
@@ -216,7 +218,7 @@ def _same_modes(whole: nn.Module, chain: Sequence[Layer]) -> None:
 # ---------------------------------------------------------------- in training mode
 
 
-def _check_training(model: _Model, inputs: Tensor) -> None:
+def _check_training(model: _Model, inputs: Any) -> None:
     _, borrowed = _on_few_rows(lambda rows: list(_borrowed(model, rows)), inputs)
     if borrowed:
         raise PlanError(
@@ -227,19 +229,19 @@ def _check_training(model: _Model, inputs: Tensor) -> None:
         return
     own = f"{type(model).__name__}.forward in training mode"
     with calling(own):
-        rows, theirs = _on_few_rows(lambda rows: _Step.of(model, lambda whole, x: whole(x), rows), inputs)
-    mine = _Step.of(model, lambda whole, x: _run_chain(layers_of(whole), x)[-1], rows)
-    if not _equal(theirs.output, mine.output):
+        rows, theirs = _on_few_rows(lambda rows: Step.of(model, lambda whole, x: whole(*as_bundle(x)), rows), inputs)
+    mine = Step.of(model, lambda whole, x: _run_chain(layers_of(whole), x)[-1], rows)
+    if not equal(theirs.output, mine.output):
         raise PlanError(
             f"{own} does not compute the chain of its children ({_names(layers_of(model))}), though in evaluation mode "
             "it does: make what it does in training only, such as dropout or noise, a layer (nn.Dropout), in order."
         )
-    if apart := [name for name, buffer in theirs.buffers.items() if not _equal(buffer, mine.buffers[name])]:
+    if apart := [name for name, buffer in theirs.buffers.items() if not equal(buffer, mine.buffers[name])]:
         raise PlanError(
             f"{own} does not leave the values in {', '.join(apart)} that the chain of its children leaves: let no "
             "forward but that of the layer itself set them."
         )
-    if apart := [name for name, gradient in theirs.gradients.items() if not _close(gradient, mine.gradients[name])]:
+    if apart := [name for name, gradient in theirs.gradients.items() if not close(gradient, mine.gradients[name])]:
         raise PlanError(
             f"{own} does not give {', '.join(apart)} the gradients that the chain of its children gives: put what it "
             "does to them between its children, such as detach() or no_grad(), into layers; freeze what is not to "
@@ -247,10 +249,10 @@ def _check_training(model: _Model, inputs: Tensor) -> None:
         )
 
 
-def _on_few_rows(run: Callable[[Tensor], _T], inputs: Tensor) -> tuple[Tensor, _T]:
+def _on_few_rows(run: Callable[[Any], _T], inputs: Any) -> tuple[Any, _T]:
     """The first rows and what ``run`` gives for them; all of them where it takes nothing but whole batches."""
     try:
-        return inputs[:_ROWS], run(inputs[:_ROWS])
+        return rows_in(inputs, slice(_ROWS)), run(rows_in(inputs, slice(_ROWS)))
     except Exception:
         return inputs, run(inputs)
 
@@ -269,59 +271,7 @@ def _borrowed(model: _Model, value: Any) -> Iterator[str]:
                 yield f"layer {layer.name} computes with {names[leaf]}"
 
 
-def check_parts(model: nn.Module, known: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Prove that the parts of a model's forward, one after the other, are the whole; returns what each of them gives
-    for these arguments (evaluation mode, as ``check_chain``).
-
-    Raises:
-        PlanError: the output, or in training the buffers or gradients, are other ones.
-    """
-    kind, inputs = type(model).__name__, (args, kwargs)
-    if names := [getattr(hook, "__name__", type(hook).__name__) for hook in hooks_of(model)]:
-        raise PlanError(
-            f"{kind} has hooks on itself ({', '.join(names)}), which every stage would call: put them on a layer."
-        )
-    whole = copy_of(model)
-    whole.eval()
-    layers = parts_of(copy_of(model), known)
-    for layer in layers:
-        layer.module.eval()
-    with torch.no_grad(), seeded(0, "proof"):
-        expected = whole(*args, **kwargs)
-    with torch.no_grad(), seeded(0, "proof"):
-        outputs = _run_parts(layers, _first(inputs))
-    if not _same(expected, outputs[-1]):
-        raise PlanError(f"the parts of {kind}.forward give something else than the whole: split it at other places.")
-    theirs = _Step.of(model, lambda copied, given: copied(*given[0], **given[1]), inputs)
-    mine = _Step.of(model, lambda copied, given: _run_parts(parts_of(copied, known), _first(given))[-1], inputs)
-    apart = [name for name, buffer in theirs.buffers.items() if not _equal(buffer, mine.buffers[name])]
-    apart += [name for name, gradient in theirs.gradients.items() if not _close(gradient, mine.gradients[name])]
-    if apart or not _same(theirs.output, mine.output):
-        what = f"give {', '.join(apart[:3])} other values" if apart else "give something else"
-        raise PlanError(f"in training the parts of {kind}.forward {what} than the whole: split it at other places.")
-    return outputs
-
-
-def _run_parts(layers: Sequence[Layer], value: Any) -> list[Any]:
-    outputs = []
-    for layer in layers:
-        with calling(f"forward, layer {layer.name}"):
-            value = layer.module(value)
-        outputs.append(value)
-    return outputs
-
-
-def _first(inputs: Any) -> Any:
-    """What the first part gets: the tensors among the arguments."""
-    return as_value(tuple(each.clone() for each in as_bundle(inputs) if each is not None))
-
-
-def _same(theirs: Any, mine: Any) -> bool:
-    ours, others = as_bundle(mine), as_bundle(theirs)
-    return len(ours) == len(others) and all(map(_equal, others, ours))
-
-
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """What a forward and a backward pass in training mode leave: the output, buffers and gradients by name."""
 
     output: object
@@ -329,7 +279,7 @@ class _Step(NamedTuple):
     gradients: dict[str, Tensor | None]
 
     @classmethod
-    def of(cls, model: nn.Module, run: Callable[[nn.Module, Any], object], x: Any) -> _Step:
+    def of(cls, model: nn.Module, run: Callable[[nn.Module, Any], object], x: Any) -> Step:
         """Run a copy of the model."""
         model = copy_of(model)
         with torch.enable_grad(), seeded(0, "proof"):
@@ -347,13 +297,13 @@ def has_a_forward_of_its_own(model: nn.Module) -> bool:
     return own or "forward" in vars(model) or overrides(model, "__call__")
 
 
-def _equal(theirs: object, mine: object) -> bool:
+def equal(theirs: object, mine: object) -> bool:
     if not (isinstance(theirs, Tensor) and isinstance(mine, Tensor)):
         return theirs is mine
     return theirs.dtype == mine.dtype and torch.equal(theirs, mine)
 
 
-def _close(theirs: Tensor | None, mine: Tensor | None) -> bool:
+def close(theirs: Tensor | None, mine: Tensor | None) -> bool:
     if theirs is None or mine is None:
         return theirs is mine
     return not bool((theirs - mine).norm() > 1e-3 * theirs.norm())

@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from pipeline.errors import PlanError
 
-__all__ = ["INPUT", "Event", "Given", "Recording", "Ref", "intercepted", "outside_of_modes", "record", "tensors_in"]
+__all__ = ["INPUT", "Given", "Operation", "Recording", "Ref", "intercepted", "outside_of_modes", "record", "tensors_in"]
 
 INPUT = -1
 """Number of the event that gives the inputs of the model."""
@@ -49,8 +49,8 @@ class Given(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Event:
-    """One call.
+class Operation:
+    """One call that was made.
 
     Attributes:
         name: of the unit, or of the torch function.
@@ -100,14 +100,14 @@ class Recording:
     """
 
     inputs: list[Given] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    events: list[Operation] = field(default_factory=list)
     output: tuple[Ref, ...] = ()
     free: set[Any] = field(default_factory=set)
     random: set[Any] = field(default_factory=set)
     carried: tuple[Ref, ...] = ()
 
     @property
-    def heavy(self) -> list[Event]:
+    def heavy(self) -> list[Operation]:
         """The events that one stage computes, in order."""
         return [event for event in self.events if not event.light]
 
@@ -259,7 +259,7 @@ class _Recorder(TorchFunctionMode):
         light = not (unit or learned or written or any(tensor.requires_grad for tensor in given))
         light = light and all(ref.event == INPUT or self.recording.events[ref.event].light for ref in takes)
         draws = not torch.equal(random, torch.get_rng_state())
-        event = Event(
+        event = Operation(
             name=name,
             what=what,
             unit=unit,

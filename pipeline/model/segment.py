@@ -24,7 +24,7 @@ from pipeline.messages.bundle import Bundle, as_bundle, as_value
 from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
 from pipeline.model.recording import INPUT, Given, Recording, Ref, intercepted, outside_of_modes, record, tensors_in
-from pipeline.model.units import Boundary, Crossing, boundaries, crossing, units_of
+from pipeline.model.units import Crossing, CutPlace, boundaries, crossing, units_of
 from pipeline.seeding import seeded
 
 __all__ = ["Segment", "Trace", "copies_of", "joined", "parts_of", "trace"]
@@ -46,7 +46,7 @@ class Trace:
     """
 
     recordings: dict[bool, Recording]
-    entries: dict[bool, list[Boundary | None]]
+    entries: dict[bool, list[CutPlace | None]]
     names: Sequence[str]
     holds: Sequence[Sequence[str]]
     leaves: Sequence[Any]
@@ -58,13 +58,13 @@ class Trace:
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Call copies of a model with the inputs of a batch, in training and in evaluation, and see where it can be cut.
+    """Call copies of a model with the inputs of a batch, in training and in evaluation; see where it can be cut.
 
     Raises:
         PlanError: there is no place for a cut, or the two ways differ in the layers or in what crosses a cut.
     """
     recordings: dict[bool, Recording] = {}
-    found: dict[bool, dict[str, Boundary]] = {}
+    found: dict[bool, dict[str, CutPlace]] = {}
     like: dict[str, Crossing] | None = None
     for training in (True, False):
         copied = copy_of(model)
@@ -78,21 +78,23 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     if names != list(found[False]):
         raise PlanError(f"{kind}.forward calls other layers in evaluation than in training: it cannot be split.")
     legal = [name for name in names if not (found[True][name].wrong or found[False][name].wrong)]
-    if not legal:
-        why = next((each.wrong for each in found[True].values()), "its forward calls a single layer with parameters")
+    if names and not legal:
+        why = found[True][names[0]].wrong or found[False][names[0]].wrong
         raise PlanError(f"{kind} cannot be cut anywhere: {why}.")
     for name in legal:
         if like is not None and crossing(recordings[True], found[True][name]) != like[name]:
             raise PlanError(f"{kind}: other tensors cross a cut before {name} in evaluation than in training.")
-    entries: dict[bool, list[Boundary | None]] = {way: [None, *(found[way][name] for name in legal)] for way in found}
-    first = next(event.name for event in recordings[True].events if event.unit)
+    entries: dict[bool, list[CutPlace | None]] = {way: [None, *(found[way][name] for name in legal)] for way in found}
+    first = next((event.name for event in recordings[True].events if event.unit), None)
+    if first is None:
+        raise PlanError(f"{kind}.forward calls no layer with parameters.")
     leaves, structure = tree_flatten((args, kwargs))
     bare = [... if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     holds = _holds(model, recordings[True], entries[True])
     return Trace(recordings, entries, [first, *legal], holds, bare, structure)
 
 
-def _holds(model: nn.Module, recording: Recording, entries: Sequence[Boundary | None]) -> list[list[str]]:
+def _holds(model: nn.Module, recording: Recording, entries: Sequence[CutPlace | None]) -> list[list[str]]:
     """Of every part; what no event computes with is of the first."""
     starts = [0 if each is None else each.position for each in entries]
     holds = [
@@ -252,8 +254,8 @@ class _Replay(TorchFunctionMode):
     def __init__(
         self,
         recording: Recording,
-        start: Boundary | None,
-        end: Boundary | None,
+        start: CutPlace | None,
+        end: CutPlace | None,
         given: dict[Ref, Tensor | None],
         dead: dict[Ref, Tensor],
         enter: Callable[[int], None],

@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.model.recording import INPUT, Recording, Ref
 
-__all__ = ["Boundary", "Crossing", "boundaries", "crossing", "units_of"]
+__all__ = ["Crossing", "CutPlace", "boundaries", "crossing", "units_of"]
 
 Crossing = list[tuple[tuple[int, ...], torch.dtype]]
 
@@ -59,7 +59,7 @@ def _is_opened(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Boundary:
+class CutPlace:
     """A place between two events where a cut may be.
 
     Attributes:
@@ -77,7 +77,7 @@ class Boundary:
     wrong: str = ""
 
 
-def boundaries(recording: Recording, like: Mapping[str, Crossing] | None = None) -> dict[str, Boundary]:
+def boundaries(recording: Recording, like: Mapping[str, Crossing] | None = None) -> dict[str, CutPlace]:
     """The best boundary before every unit that is called but the first, by the unit's name.
 
     Of the places between the call of the unit before and its own, the one where the fewest differentiable tensors
@@ -87,7 +87,7 @@ def boundaries(recording: Recording, like: Mapping[str, Crossing] | None = None)
     calls = [number for number, event in enumerate(recording.events) if event.unit]
     first = {recording.events[number].name: number for number in reversed(calls)}
     starts = sorted(first.values())
-    found: list[Boundary] = []
+    found: list[CutPlace] = []
     for start in reversed(starts[1:]):
         before = max(number for number in calls if number < start)
         places = [_boundary(recording, place, found[-1] if found else None) for place in range(before + 1, start + 1)]
@@ -99,12 +99,12 @@ def boundaries(recording: Recording, like: Mapping[str, Crossing] | None = None)
     return {recording.events[start].name: each for start, each in zip(starts[1:], reversed(found), strict=True)}
 
 
-def crossing(recording: Recording, boundary: Boundary) -> Crossing:
+def crossing(recording: Recording, boundary: CutPlace) -> Crossing:
     """Shapes and dtypes of what crosses."""
     return [(given.shape, given.dtype) for given in map(recording.given, boundary.live)]
 
 
-def _boundary(recording: Recording, position: int, after: Boundary | None) -> Boundary:
+def _boundary(recording: Recording, position: int, after: CutPlace | None) -> CutPlace:
     """The boundary before an event; ``after`` is the next one that was chosen, whose needs it has to meet."""
     needed = [ref for event in recording.events[position : after.position if after else None] for ref in event.takes]
     needed += after.live if after else recording.output
@@ -117,7 +117,7 @@ def _boundary(recording: Recording, position: int, after: Boundary | None) -> Bo
             wrong = f"{recording.events[ref.event].name} before the cut writes into a tensor that is used behind it"
     refs = tuple(sorted(live))
     differentiable = sum(recording.given(ref).differentiable for ref in refs)
-    return Boundary(position, refs, differentiable, _nbytes(recording, refs), wrong)
+    return CutPlace(position, refs, differentiable, _nbytes(recording, refs), wrong)
 
 
 def _nbytes(recording: Recording, refs: Iterable[Ref]) -> int:

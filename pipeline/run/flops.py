@@ -23,15 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from torch.utils.module_tracker import ModuleTracker
 
 from pipeline.data.batch import tensors_of_value
+from pipeline.data.network import layers_for
 from pipeline.data.recipe import Recipe
 from pipeline.messages.bundle import Bundle, Item, is_differentiable
-from pipeline.messages.layout import Layout
+from pipeline.messages.nesting import Nesting
 from pipeline.metrics.measurements import GROUPS
 from pipeline.metrics.spans import Span
 from pipeline.model.cut import Cut
 from pipeline.model.partition import split
 from pipeline.plan.plan import Plan
-from pipeline.run.network import layers_for
 from pipeline.schedule.modes import MODES
 from pipeline.seeding import seeded
 from pipeline.stage.stage import Stage
@@ -77,7 +77,7 @@ def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageF
     assert plan.sizes is not None, "the plan is resolved"
     assert plan.emulation is None, "a stage that sleeps computes nothing"
     batch = recipe.seeded_batch(plan.seed, 0)
-    recipe = recipe.arranged(Layout.of(batch.labels))
+    recipe = recipe.arranged(Nesting.of(batch.labels))
     x, context = map(tensors_of_value, batch)
     counted = []
     counting = dataclasses.replace(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline.dni.dni import describe_form, training_window
 from pipeline.errors import PlanError
 from pipeline.messages.bundle import as_bundle, as_value, differentiable, present, rows_in
-from pipeline.messages.layout import Layout
+from pipeline.messages.nesting import Nesting
 from pipeline.model.autograd_graph import leaves_of
 from pipeline.model.cut import Cut, MainOutput
 from pipeline.model.given_model import copy_of
@@ -110,7 +110,7 @@ def main_output(loss: _Loss, given: Any, labels: Any, plan: Plan) -> tuple[MainO
     """
     if isinstance(given, Tensor):
         return None, given, loss
-    layout, tensors = Layout.of(given), [each for each in as_bundle(given) if each is not None]
+    layout, tensors = Nesting.of(given), [each for each in as_bundle(given) if each is not None]
     leaves = [each.detach().clone().requires_grad_(each.is_floating_point()) for each in tensors]
     kinds = f"a {type(given).__name__} of {', '.join(str(list(each.shape)) for each in tensors)}"
     try:
@@ -139,7 +139,7 @@ def main_output(loss: _Loss, given: Any, labels: Any, plan: Plan) -> tuple[MainO
     return outlet, main, outlet.loss(loss, others)
 
 
-def try_loss(loss: _Loss, output: Tensor, labels: Any) -> Trial:
+def try_loss(loss: _Loss, output: Tensor, labels: Any, *, without_labels: bool = False) -> Trial:
     """Try the loss with gradients, on copies: neither the tensors nor a loss that has a state are changed.
 
     Raises:
@@ -147,7 +147,8 @@ def try_loss(loss: _Loss, output: Tensor, labels: Any) -> Trial:
             parameters of its own, or a state that every call changes.
     """
     given = ", ".join(f"{list(each.shape)} {each.dtype}" for each in map(present, as_bundle(labels)))
-    shapes = f"output {list(output.shape)} {output.dtype} and labels {given}"
+    others = ", which are the inputs as the batch has no others," if without_labels else ""
+    shapes = f"output {list(output.shape)} {output.dtype} and labels{others} {given}"
     if not (output.is_floating_point() or output.is_complex()):
         raise PlanError(f"the network gives {shapes}: only floating-point outputs have a gradient.")
     loss = _own_copy(loss)

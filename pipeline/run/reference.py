@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.loader import inputs, phantom_inputs
+from pipeline.data.network import stage_layers
 from pipeline.data.recipe import Recipe
 from pipeline.messages.message import Message
 from pipeline.messages.queue_ends import Inlet, Outlet
@@ -26,7 +27,6 @@ from pipeline.plan.topology import Edge, data_edge, edges_of, name_of
 from pipeline.replicas.all_gather import ROOM, gathering
 from pipeline.replicas.averaging import averager_of
 from pipeline.run.hollow_stage import HollowStage
-from pipeline.run.network import stage_layers
 from pipeline.run.resolve import resolve
 from pipeline.run.resolved import Resolved
 from pipeline.run.runner import Runner

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.data.batch import Minibatch, rows_of, tensors_of_value
+from pipeline.data.network import tried
 from pipeline.data.recipe import Recipe, build_model, check_batches
 from pipeline.dni.dni import FORMS, describe_form, target_every
 from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
 from pipeline.messages.bundle import TensorSpec, as_bundle, as_value, differentiable, present, specs_of
-from pipeline.messages.layout import Layout
+from pipeline.messages.nesting import Nesting
 from pipeline.model.checkpointing import check_checkpointing
 from pipeline.model.cut import Cut, MainOutput
 from pipeline.model.partition import (
@@ -37,7 +38,6 @@ from pipeline.plan.plan import DNIPlan, Plan
 from pipeline.run import reasons
 from pipeline.run.fingerprint import fingerprint, first_two
 from pipeline.run.loss_trial import Trial, check_learns, main_output, try_loss, with_loss
-from pipeline.run.network import tried
 from pipeline.run.resolved import Resolved
 from pipeline.schedule.modes import MODES
 from pipeline.user_code import calling
@@ -86,7 +86,7 @@ def resolve(
         raise PlanError(
             f"{plan.microbatches} microbatches for batches of {rows} rows: give a number that divides the rows."
         )
-    recipe = recipe.arranged(Layout.of(batch.labels))
+    recipe = recipe.arranged(Nesting.of(batch.labels))
     inputs, labels = as_value(tensors_of_value(batch.inputs)), as_value(tensors_of_value(batch.labels))
     model = build_model(recipe, plan.seed)
     layers, outputs, how, because = tried(model, batch.inputs, plan)
@@ -109,7 +109,7 @@ def resolve(
     check_checkpointing(stages, plan, inputs)
     check_learns(layers, inputs, outputs)
     outlet, output, loss = main_output(recipe.loss, outputs[-1], labels, plan)
-    trial = try_loss(loss, output, labels)
+    trial = try_loss(loss, output, labels, without_labels=batch.labels is batch.inputs)
     ends = list(accumulate(sizes[:-1]))
     _check_cuts(layers, ends, outputs, plan)
     cuts = tuple(
@@ -149,7 +149,7 @@ def resolve(
         reasons=says,
         two_labels=first_two(labels) if isinstance(labels, Tensor) else b"",
         structured=outlet is not None,
-        labels=Layout.of(batch.labels),
+        labels=Nesting.of(batch.labels),
     )
     built = tuple(fingerprint(recipe, resolved, index, stage) for index, stage in enumerate(stages))
     return dataclasses.replace(resolved, fingerprints=built)
@@ -197,7 +197,7 @@ def _cut(
     )
 
 
-def _label_of(layout: Layout | None, count: int) -> int:
+def _label_of(layout: Nesting | None, count: int) -> int:
     """Which of the tensors of the context are the labels: those that are called so, or else the first."""
     names = list(layout.structure.context or ()) if layout is not None and layout.structure.type is dict else []
     called = [names.index(name) for name in _LABELS if name in names and len(names) == count]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.data.recipe import Recipe
-from pipeline.messages.layout import Layout
+from pipeline.messages.nesting import Nesting
 from pipeline.model.cut import Cut
 from pipeline.plan.channel_choice import ChannelChoice
 from pipeline.plan.plan import Plan
@@ -56,7 +56,7 @@ class Resolved:
     reasons: tuple[tuple[str, str, str], ...]
     two_labels: bytes = b""
     structured: bool = False
-    labels: Layout | None = None
+    labels: Nesting | None = None
     fingerprints: tuple[Mapping[str, Sketch], ...] = ()
 
     def arranged(self, recipe: Recipe) -> Recipe:

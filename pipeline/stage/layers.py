@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from pipeline.errors import StageError
 from pipeline.messages.bundle import Bundle, as_bundle, as_value, differentiable, is_bundle, is_differentiable
-from pipeline.messages.layout import Layout
+from pipeline.messages.nesting import Nesting
 from pipeline.model.checkpointing import checkpoints_reentrantly
 from pipeline.model.compute import ComputeContext
 from pipeline.model.given_model import ModuleModes
@@ -49,7 +49,7 @@ class StageLayers:
         self._whole = joined(layers)  # parts of a model's own forward are run in one call of it
         modules = [layer.module for layer in layers] if self._whole is None else [self._whole]
         self._modules = computing.placed(_Modules(modules))
-        self._outlets: dict[bool, Layout | None] = {}
+        self._outlets: dict[bool, Nesting | None] = {}
         self.compiled = computing.chain([layer.module for layer in layers])
         self.parameters = [p for p in self._modules.parameters() if p.requires_grad]  # each once
         self._modes = ModuleModes(self._modules)
@@ -194,7 +194,7 @@ class StageLayers:
 
     def _bundle(self, value: Any, *, training: bool) -> Bundle:
         if training not in self._outlets:
-            self._outlets[training] = None if is_bundle(value) else Layout.of(value)
+            self._outlets[training] = None if is_bundle(value) else Nesting.of(value)
         return as_bundle(value)
 
 

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from pipeline.data.network import stage_layers
 from pipeline.data.recipe import Recipe
 from pipeline.errors import PlanError
 from pipeline.messages.bundle import Specs, TensorSpec
@@ -34,7 +35,6 @@ from pipeline.replicas.all_gather import gathering
 from pipeline.replicas.averaging import averager_of
 from pipeline.run.fingerprint import fingerprint
 from pipeline.run.hollow_stage import HollowStage
-from pipeline.run.network import stage_layers
 from pipeline.run.reference import schedule
 from pipeline.run.runner import Runner
 from pipeline.run.sketch import Sketch

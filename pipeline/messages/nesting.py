@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ["Layout"]
+__all__ = ["Nesting"]
 
 _PLAIN = (int, float, complex, str, bytes, bool)
 
 
 @dataclass(frozen=True)
-class Layout:
+class Nesting:
     """How the tensors of a value lie in it.
 
     Attributes:
@@ -27,7 +27,7 @@ class Layout:
     structure: TreeSpec
 
     @classmethod
-    def of(cls, value: Any) -> Layout:
+    def of(cls, value: Any) -> Nesting:
         """Of a value like it."""
         leaves, structure = tree_flatten(value)
         return cls(tuple(_kept(leaf) for leaf in leaves), structure)

@@ -11,7 +11,8 @@ from pipeline.data.recipe import Recipe, build_model
 from pipeline.errors import PlanError
 from pipeline.messages.bundle import as_value
 from pipeline.model.partition import Layer, layers_of, split
-from pipeline.model.proof import check_chain, check_parts, has_a_forward_of_its_own
+from pipeline.model.proof import check_chain, has_a_forward_of_its_own
+from pipeline.model.proof_of_parts import check_parts
 from pipeline.model.segment import parts_of, trace
 from pipeline.plan.plan import Plan
 from pipeline.user_code import RecipeFailed
