@@ -9,9 +9,8 @@ A message takes two copies on each side of a hop, and none of them holds the com
                                                                   v    |             v
     slot               ------------------------------------------ full |------------ empty
 
-The snapshot is a copy within the device, of microseconds; from then on the sent tensors may be changed or freed. It is
-narrowed on the way, so what crosses a bus is what travels. A message is posted when its bytes are in the slot: nobody
-is told of a message and then has to wait for it. A slot is released when the device has copied it out.
+The snapshot is a copy within the device, of microseconds, and narrowed on the way; from then on the sent tensors may be
+changed or freed. A message is posted when its bytes are in the slot, a slot released when the device has copied it out.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from workers.channels.engine import Done, Engine
 from workers.channels.errors import ChannelBroken
 from workers.channels.slot import Slot
 
-__all__ = ["DeviceStaging", "LandingSlot", "StagedSlot", "incoming_slot", "outgoing_slot"]
+__all__ = ["DeviceStaging", "LandingSlot", "StagedSlot"]
 
 _DRAIN_WITHIN_S = 10.0
 
@@ -37,9 +36,7 @@ _DRAIN_WITHIN_S = 10.0
 class DeviceStaging:
     """The thread of one end that waits for its device's copies. Else of the end's own thread.
 
-    Args:
-        engine: of the device, for this end alone.
-        called: the channel, for errors.
+    ``engine`` is for this end alone, ``called`` the channel in errors.
 
     Attributes:
         before_landing: called with the batch id before computing has to wait for a received message.
@@ -48,7 +45,7 @@ class DeviceStaging:
 
     def __init__(self, engine: Engine, called: str) -> None:
         self.engine, self._called = engine, called
-        self.before_landing: Callable[[int], None] = _nobody
+        self.before_landing: Callable[[int], None] = lambda batch: None
         self.on_failure = self.spoil
         self._unpin: Callable[[], None] | None = None
         self._failed: Exception | None = None
@@ -112,22 +109,12 @@ class DeviceStaging:
 class StagedSlot(Slot):
     """A slot to send from that a device fills: header by the host, tensors through a buffer on the device.
 
-    Args:
-        memory: of the header; as for ``Slot``.
-        wire_dtype: as for ``Slot``.
-        staging: of the device.
-        payload: [bytes] uint8 where the tensors' bytes are to be, in step with the slot's; on the host or a device.
-            None: behind the header, as in any slot.
+    ``payload`` is [bytes] uint8 where the tensors' bytes are to be, in step with the slot's; on the host or a device.
+    None: behind the header, as in any slot.
     """
 
-    __slots__ = ("_buffer", "_payload", "_staging", "_used")
-
     def __init__(
-        self,
-        memory: memoryview,
-        wire_dtype: torch.dtype | None,
-        staging: DeviceStaging,
-        payload: Tensor | None = None,
+        self, memory: memoryview, wire_dtype: torch.dtype | None, staging: DeviceStaging, payload: Tensor | None = None
     ) -> None:
         super().__init__(memory, wire_dtype)
         self._payload = torch.frombuffer(self._body, dtype=torch.uint8) if payload is None else payload
@@ -161,13 +148,11 @@ class StagedSlot(Slot):
 
 
 class LandingSlot(Slot):
-    """A slot to receive in whose messages are read as copies on a device."""
+    """A slot to receive in whose messages are read as copies on a device; ``payload`` as for `StagedSlot`."""
 
-    __slots__ = ("_staging",)
-
-    def __init__(self, memory: memoryview, staging: DeviceStaging) -> None:
+    def __init__(self, memory: memoryview, staging: DeviceStaging, payload: Tensor | None = None) -> None:
         super().__init__(memory)
-        self._staging = staging
+        self._staging, self._payload = staging, payload
 
     def read(self) -> Message:
         """The message, copied to the device; raises ``ChannelBroken`` where an earlier copy failed."""
@@ -177,16 +162,5 @@ class LandingSlot(Slot):
         message = message.holding(self._staging.engine.fetch(message.tensors))
         return widened(message) if narrow else message
 
-
-def outgoing_slot(memory: memoryview, wire_dtype: torch.dtype | None, staging: DeviceStaging | None) -> Slot:
-    """A slot to send from, memory as for ``Slot``."""
-    return Slot(memory, wire_dtype) if staging is None else StagedSlot(memory, wire_dtype, staging)
-
-
-def incoming_slot(memory: memoryview, staging: DeviceStaging | None) -> Slot:
-    """A slot to receive in."""
-    return Slot(memory) if staging is None else LandingSlot(memory, staging)
-
-
-def _nobody(batch: int) -> None:
-    """Nobody wants to know."""
+    def _laid_over(self) -> Message:
+        return super()._laid_over() if self._payload is None else decode_over(self._body, self._payload)

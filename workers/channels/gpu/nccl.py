@@ -76,18 +76,17 @@ class NcclLink:
     @classmethod
     def join(cls, device: torch.device, meeting: Meeting, name: str, side: int, within_s: float) -> Self:
         """Connect this device and that of the process that joins the other side; see ``Engine.wire``."""
+        both = f"{device} with the {'sender' if side else 'receiver'}'s GPU"
         try:
             return _within(within_s, lambda: cls._connected(device, meeting, name, side, within_s))
         except TimeoutError as error:
             raise ChannelTimeout(
-                f"{name}: NCCL did not connect {device} with the {'sender' if side else 'receiver'}'s GPU within "
-                f"{within_s:.3g} s: NCCL_DEBUG=INFO tells how far it comes, NCCL_SOCKET_IFNAME names the network "
-                "interface. Or choose channels gloo"
+                f"{name}: NCCL did not connect {both} within {within_s:.3g} s: NCCL_DEBUG=INFO tells how far it comes, "
+                "NCCL_SOCKET_IFNAME names the network interface. Or choose channels gloo"
             ) from error
         except PairBroken as error:
             raise RuntimeError(
-                f"{name}: NCCL does not connect {device} with the {'sender' if side else 'receiver'}'s GPU ({error}): "
-                "NCCL_DEBUG=INFO tells why. Or choose channels gloo"
+                f"{name}: NCCL does not connect {both} ({error}): NCCL_DEBUG=INFO tells why. Or choose channels gloo"
             ) from error
 
     @classmethod
@@ -185,11 +184,7 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 
 
 def _within(within_s: float, call: Callable[[], _T]) -> _T:
-    """What ``call`` gives, from a thread that is left to itself where that takes too long.
-
-    Raises:
-        TimeoutError: it does.
-    """
+    """What ``call`` gives, from a thread that is left to itself where that takes too long: a ``TimeoutError``."""
     answer: Future[_T] = Future()
 
     def run() -> None:

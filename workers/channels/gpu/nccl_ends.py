@@ -8,8 +8,8 @@
 Everything but the tensors is as in `workers.channels.net.credit_end`: the order, the credits, the end, the death of the
 peer. A slot there holds a header only, and where the payload lies in the slot's buffer on the device.
 
-A wire, such as NCCL's, does what it is asked by a kernel that spins until the other side has queued its part. Nobody is
-to spin for what may never come, so:
+NCCL does what it is asked by a kernel that spins until the other side has queued its part. Nobody is to spin for what
+may never come, so:
 
 * A send is queued when what it sends is there: it waits for the other process, never for this one's computing.
 * A header travels when its send is queued, and the receive is queued when the header is there. So receives match sends
@@ -28,8 +28,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from pipeline.messages.message import ALIGNMENT_BYTES, Layout, Message, decode_over
+from pipeline.messages.message import ALIGNMENT_BYTES, Layout, Message
 from workers.channels.engine import DeviceLink, Done
 from workers.channels.interface import ChannelKind
 from workers.channels.net.credit_end import RemoteEnd
@@ -50,15 +51,13 @@ _SPAN_AT = 48  # in a slot's record
 class _OutgoingSlot(StagedSlot):
     """A header that travels over gloo, and a buffer on the device from which the payload is sent."""
 
-    __slots__ = ("_sent", "_wire")
-
     def __init__(self, memory: memoryview, channel: ChannelSpec, staging: DeviceStaging, wire: DeviceLink) -> None:
         elsewhere = torch.empty(channel.slot_bytes, dtype=torch.uint8, device="meta")
         super().__init__(memory, channel.wire_dtype, staging, elsewhere)
         self._wire, self._sent = wire, _NOTHING
 
     def write(self, message: Message) -> None:
-        """See ``Slot``. A credit has come for what was sent from here before, so its send has ended, or is about to."""
+        """A credit has come for what was sent from here before, so its send has ended, or is about to."""
         self._staging.check()
         self._sent.synchronize()
         Slot.write(self, message)  # the payload is sent with the header
@@ -77,11 +76,11 @@ class _OutgoingSlot(StagedSlot):
 class _IncomingSlot(LandingSlot):
     """The same, as the receiver sees it."""
 
-    __slots__ = ("_payload", "_wire")
+    _payload: Tensor
 
     def __init__(self, memory: memoryview, channel: ChannelSpec, staging: DeviceStaging, wire: DeviceLink) -> None:
-        super().__init__(memory, staging)
-        self._wire, self._payload = wire, staging.engine.empty(channel.slot_bytes)
+        super().__init__(memory, staging, staging.engine.empty(channel.slot_bytes))
+        self._wire = wire
 
     def receive(self) -> Done:
         """Queue the payload of the message whose header is here; when that is there too."""
@@ -92,9 +91,6 @@ class _IncomingSlot(LandingSlot):
                 "plan with the same version"
             )
         return self._wire.receive(self._payload[start:stop]) if start < stop else _NOTHING
-
-    def _laid_over(self) -> Message:
-        return decode_over(self._body, self._payload)
 
 
 class _Nothing:
@@ -110,16 +106,8 @@ _NOTHING: Done = _Nothing()
 class _WireEnd(RemoteEnd):
     """What both ends share: besides what a ``RemoteEnd`` has, the link between the devices.
 
-    Raises:
-        ChannelTimeout: the other end did not come, or the devices did not connect.
-        ValueError: the ends do not agree on the slots.
-        RuntimeError: the devices cannot be connected.
-
-    Blocks:
-        until the other end is there, at most three times ``opening.within_s``: to connect twice, and to greet.
-
-    Attributes:
-        wire: carries the payloads.
+    Raises also ``ChannelTimeout`` where the devices did not connect, after at most ``opening.within_s`` more, and
+    ``RuntimeError`` where they cannot be connected.
     """
 
     staging: DeviceStaging
@@ -149,11 +137,11 @@ class _WireEnd(RemoteEnd):
 
 
 class NcclSender(_WireEnd, RemoteSender):
-    """The sending end; see ``Sender``."""
+    """The sending end."""
 
     _slots: Sequence[_OutgoingSlot]
 
-    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> _OutgoingSlot:
         return _OutgoingSlot(memory, channel, self.staging, self.wire)
 
     def _ship_next(self) -> None:
@@ -164,11 +152,11 @@ class NcclSender(_WireEnd, RemoteSender):
 
 
 class NcclReceiver(_WireEnd, RemoteReceiver):
-    """The receiving end; see ``Receiver``."""
+    """The receiving end."""
 
     _slots: Sequence[_IncomingSlot]
 
-    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> _IncomingSlot:
         return _IncomingSlot(memory, channel, self.staging, self.wire)
 
     def _take_in(self, index: int) -> bool:
