@@ -65,7 +65,7 @@ def curves_of(sweep: ScalingReport, what: str) -> list[Curve]:
     keyed: dict[tuple[str, str, int], list[tuple[float, BenchRow, tuple[float, float, float]]]] = {}
     for value, report in sweep.points:
         for row in report.rows:
-            if (figure := _FIGURES[what](row)) is not None:
+            if (figure := _PANELS[what][1](row)) is not None:
                 c = row.contender
                 keyed.setdefault((c.engine, c.mode, c.threads), []).append((value, row, figure))
     curves = []
@@ -81,7 +81,7 @@ def draw_curves(sweep: ScalingReport, path: Path) -> Path:
     headline = style.Headline(curves_title(sweep), subtitle(sweep, over=sweep.axis.name), sweep.emulated)
     figure = style.new_figure(headline, TOP_PX + _HEIGHT_PX + BELOW_PX)
     ours = Look(style.ACCENT, style.ACCENT, 2.2, weight="bold")
-    for left, (what, heading) in zip(_LEFTS_PX, _HEADINGS.items(), strict=True):
+    for left, (what, (heading, _)) in zip(_LEFTS_PX, _PANELS.items(), strict=True):
         axes = style.axes_at(figure, left, headline.height_px + TOP_PX, _WIDTH_PX, _HEIGHT_PX)
         style.name_across(axes, sweep.axis.label)
         if sweep.axis.name == "stages":
@@ -154,8 +154,7 @@ def _throughput(row: BenchRow) -> tuple[float, float, float]:
     return spread.median, spread.min, spread.max
 
 
-_FIGURES = {"latency": _latency, "throughput": _throughput}
-_HEADINGS = {
-    "latency": "update latency of stage 0, ms (p50, band: p99)",
-    "throughput": "samples/s (median, band: all rounds)",
+_PANELS = {
+    "latency": ("update latency of stage 0, ms (p50, band: p99)", _latency),
+    "throughput": ("samples/s (median, band: all rounds)", _throughput),
 }

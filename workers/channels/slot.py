@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.messages.bundle import Item
-from pipeline.messages.message import ALIGNMENT_BYTES, Kind, Layout, Message, decode, layout_of, write_into
+from pipeline.messages.message import ALIGNMENT_BYTES, Kind, Layout, Message, decode, layout_of
 from pipeline.plan.channel_choice import narrowed, widened
 
 __all__ = ["Slot", "slot_stride"]
@@ -36,11 +36,9 @@ def slot_stride(slot_bytes: int) -> int:
 
 
 class Slot:
-    """A slot, on the side that writes or on the side that reads.
+    """A slot, on the side that writes or on the side that reads, in ``slot_stride`` bytes that are zero at first.
 
-    Args:
-        memory: ``slot_stride`` bytes, zero at first.
-        wire_dtype: what a written message's activation or gradient is narrowed to; None: it travels as it is.
+    ``wire_dtype`` is what a written message's activation or gradient is narrowed to; None: it travels as it is.
     """
 
     def __init__(self, memory: memoryview, wire_dtype: torch.dtype | None = None) -> None:
@@ -50,7 +48,7 @@ class Slot:
         self._like = Message(Kind.END, Item(0), 0)  # what was read last, laid over the slot
         self._tensors: tuple[Tensor, ...] = ()
         self._rooms: tuple[tuple[int, int] | None, ...] = ()
-        self._wire_dtype, self._narrow = wire_dtype, False
+        self._wire_dtype, self._narrow, self._payload_bytes = wire_dtype, False, len(self._body)
         self.used_bytes = 0
         """Bytes of the memory that the last written message takes."""
 
@@ -58,12 +56,11 @@ class Slot:
         """Copy the message in; ``ValueError``: it is larger than the slot, ``TypeError``: a dtype cannot travel."""
         places = (*message.payload, len(message.payload), *message.context)
         specs = [(place.dtype, place.shape, place.stride()) if isinstance(place, Tensor) else place for place in places]
-        if specs == self._specs:
-            self._copy_in(message)
-        else:
+        if specs != self._specs:
             self._specs = None
             self._lay_out(message)
             self._specs = specs
+        self._copy_in(message)
         m, serial, narrow = message, self._serial, self._narrow
         _RECORD.pack_into(self._record, 0, serial, m.kind, narrow, m.stage, m.generation, *m.item, m.sent_ns)
 
@@ -102,11 +99,16 @@ class Slot:
                 ctypes.memmove(room[0], tensor.data_ptr(), room[1])
 
     def _lay_out(self, message: Message) -> None:
-        """Write a message unlike the last one, header and tensors."""
+        """Make place for a message unlike the last one, and write its header."""
         sent = narrowed(message, self._wire_dtype)
         layout = layout_of(sent)
-        self._check_fits(layout.total_bytes, len(self._body))
-        write_into(self._body, sent, layout)
+        for needed, there in ((layout.total_bytes, self._payload_bytes), (len(layout.header), len(self._body))):
+            if needed > there:
+                raise ValueError(
+                    f"a message of {needed:,} bytes does not fit its slot of {there:,} bytes; make the slots larger or "
+                    "the batch smaller"
+                )
+        self._body[: len(layout.header)] = layout.header
         with torch.inference_mode(False):
             self._tensors = self._laid_over().tensors
         self._rooms = tuple(map(_room, self._tensors, message.tensors))
@@ -116,13 +118,6 @@ class Slot:
         self._narrow = narrow
         self.used_bytes = ALIGNMENT_BYTES + layout.total_bytes
         self._serial += 1
-
-    def _check_fits(self, total_bytes: int, room_bytes: int) -> None:
-        if total_bytes > room_bytes:
-            raise ValueError(
-                f"a message of {total_bytes:,} bytes does not fit its slot of {room_bytes:,} bytes; make the slots "
-                "larger or the batch smaller"
-            )
 
     def _laid_over(self) -> Message:
         """The message whose header lies in the slot."""

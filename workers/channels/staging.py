@@ -22,8 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.messages.message import Message, decode_over, layout_of
-from pipeline.plan.channel_choice import narrowed, widened
+from pipeline.messages.message import Layout, Message, decode_over
+from pipeline.plan.channel_choice import widened
 from workers.channels.engine import Done, Engine
 from workers.channels.errors import ChannelBroken
 from workers.channels.slot import Slot
@@ -118,7 +118,8 @@ class StagedSlot(Slot):
     ) -> None:
         super().__init__(memory, wire_dtype)
         self._payload = torch.frombuffer(self._body, dtype=torch.uint8) if payload is None else payload
-        self._staging, self._buffer, self._used = staging, staging.engine.empty(len(self._payload)), slice(0)
+        self._payload_bytes = len(self._payload)
+        self._staging, self._buffer, self._used = staging, staging.engine.empty(self._payload_bytes), slice(0)
 
     def write(self, message: Message) -> None:
         """As ``Slot``; the tensors are there when what ``DeviceStaging.then`` is given next is called."""
@@ -131,17 +132,12 @@ class StagedSlot(Slot):
         if self._used.start < self._used.stop:
             self._staging.engine.copy(self._payload[self._used], self._buffer[self._used])
 
-    def _lay_out(self, message: Message) -> None:
-        sent = narrowed(message, self._wire_dtype)
-        layout = layout_of(sent)
-        self._check_fits(layout.total_bytes, len(self._payload))
-        self._check_fits(len(layout.header), len(self._body))
-        self._body[: len(layout.header)] = layout.header
-        with torch.inference_mode(False):
-            self._tensors = decode_over(self._body, self._buffer).tensors
+    def _laid_out(self, layout: Layout, *, narrow: bool) -> None:
+        super()._laid_out(layout, narrow=narrow)
         self._used = slice(layout.offsets[0] if layout.offsets else layout.total_bytes, layout.total_bytes)
-        self._laid_out(layout, narrow=sent is not message)
-        self._copy_in(message)
+
+    def _laid_over(self) -> Message:
+        return decode_over(self._body, self._buffer)
 
     def _copy_in(self, message: Message) -> None:
         self._staging.engine.snapshot(self._tensors, message.tensors)

@@ -13,7 +13,6 @@ sender's next copy into it waits for the event.
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Sequence
 
@@ -34,7 +33,6 @@ __all__ = ["CUDA_IPC", "HEADER_SLOT_BYTES", "PeerReceiver", "PeerSender"]
 HEADER_SLOT_BYTES = 1024
 """Bytes of a slot of the ring: a message's header, and behind it the handle of an event."""
 _EVENT_BYTES = 64
-_LENGTH = struct.Struct("<B")  # on the card: of the handle that follows, once it is there
 
 
 class _OutgoingSlot(StagedSlot):
@@ -84,18 +82,16 @@ class PeerSender(ShmSender):
         ]
 
     def _awaited_card(self, deadline_s: float) -> bytes:
-        """The handle of the payloads, once the receiver has written it."""
+        """The handle of the payloads, once the receiver has written it, behind its length."""
         until = time.monotonic() + deadline_s
-        while True:
-            (length,) = _LENGTH.unpack_from(self._card)
-            if length:
-                return bytes(self._card[_LENGTH.size :][:length])
+        while not (length := self._card[0]):
             if time.monotonic() > until:
                 raise ChannelTimeout(
                     f"{self.label}: the receiver has not offered memory of its device within {deadline_s:.3g} s: is "
                     "its worker alive?"
                 )
             time.sleep(POLL_S)
+        return bytes(self._card[1 : 1 + length])
 
 
 class PeerReceiver(ShmReceiver):
@@ -111,8 +107,8 @@ class PeerReceiver(ShmReceiver):
             _IncomingSlot(header, staging, payload[: channel.slot_bytes])
             for header, payload in zip(memories, memory.view(-1, stride), strict=True)
         ]
-        self._card[_LENGTH.size :][: len(handle)] = handle
-        _LENGTH.pack_into(self._card, 0, len(handle))  # last: who sees it sees everything
+        self._card[1 : 1 + len(handle)] = handle
+        self._card[0] = len(handle)  # last: who sees it sees everything
         return slots
 
 

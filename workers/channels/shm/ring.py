@@ -25,22 +25,12 @@ from pipeline.errors import PlanError
 from pipeline.messages.message import Message
 from workers.channels.errors import ChannelTimeout
 from workers.channels.interface import ChannelKind, End, Receiver, Sender
-from workers.channels.shm.host_memory import check_shared_memory, new_prefix, sweep_stale, too_little
+from workers.channels.shm.host_memory import check_shared_memory, new_prefix, too_little
 from workers.channels.slot import Slot, slot_stride
 from workers.channels.spec import ChannelSpec, Opening
 from workers.channels.wakeup import acquire_within, create_semaphore, open_semaphore, unlink_semaphore
 
-__all__ = [
-    "SHM",
-    "ShmReceiver",
-    "ShmSender",
-    "check_shared_memory",
-    "create_ring",
-    "new_prefix",
-    "ring_bytes",
-    "sweep_stale",
-    "unlink_ring",
-]
+__all__ = ["SHM", "ShmReceiver", "ShmSender", "create_ring", "new_prefix", "ring_bytes", "unlink_ring"]
 
 _HEADER_BYTES = 4096
 _SIZES = struct.Struct("<qq")  # number of slots, bytes from one to the next
@@ -110,6 +100,7 @@ class _ShmEnd(End):
     """
 
     _attached_at: ClassVar[int]
+    _closed_at: ClassVar[int]
 
     def __init__(self, channel: ChannelSpec, opening: Opening) -> None:
         super().__init__(channel, opening, (channel.edge.target, channel.edge.source)[self.side])
@@ -152,17 +143,22 @@ class _ShmEnd(End):
     def depth(self) -> int:
         return 0 if self._closed else max(0, self.capacity - int(self._empty.value))
 
-    def _shut(self) -> None:
-        self._closed, self._slots = True, []
-        self._filled.close()
-        self._empty.close()
-        self._ring()
+    def close(self) -> None:
+        """The sender gets `ChannelClosed` at once, the receiver behind what was sent."""
+        if not self._closed:
+            self._drain()
+            self._header[self._closed_at] = 1
+            (self._filled, self._empty)[self.side].release()  # wakes the peer; one more filled than messages sent
+            self._closed, self._slots = True, []
+            self._filled.close()
+            self._empty.close()
+            self._ring()
 
 
 class ShmSender(_ShmEnd, Sender):
     """The sending end of a ring that any process makes with `create_ring`. Rings after each send."""
 
-    _attached_at = _SENDER_ATTACHED
+    _attached_at, _closed_at = _SENDER_ATTACHED, _SENDER_CLOSED
 
     def room(self) -> bool:
         return self._closed or bool(self._empty.value) or bool(self._header[_RECEIVER_CLOSED])
@@ -189,19 +185,16 @@ class ShmSender(_ShmEnd, Sender):
         self._ring()
 
     def close(self) -> None:
-        """The receiver gets what was sent, then `ChannelClosed`."""
         if not self._closed:
-            self._drain()
             _NUM_SENT.pack_into(self._header, _NUM_SENT_AT, self._next)
-            self._header[_SENDER_CLOSED] = 1
-            self._filled.release()  # one more than messages sent: wakes the receiver
-            self._shut()
+        super().close()
 
 
 class ShmReceiver(_ShmEnd, Receiver):
     """The receiving end of a ring. Rings after each release."""
 
-    _attached_at, _drained = _RECEIVER_ATTACHED, False
+    _attached_at, _closed_at = _RECEIVER_ATTACHED, _RECEIVER_CLOSED
+    _drained = False
 
     def poll(self) -> Message | None:
         # Asking for the value first makes an empty poll 0.1 us instead of 1 us.
@@ -228,14 +221,6 @@ class ShmReceiver(_ShmEnd, Receiver):
         if not self._closed:
             self._empty.release()
             self._ring()
-
-    def close(self) -> None:
-        """The sender gets `ChannelClosed` at once."""
-        if not self._closed:
-            self._drain()
-            self._header[_RECEIVER_CLOSED] = 1
-            self._empty.release()  # wakes the sender
-            self._shut()
 
 
 SHM = ChannelKind("shm", ShmSender, ShmReceiver, lambda channel: channel.slot_bytes)
