@@ -19,7 +19,6 @@ __all__ = [
     "FAINT",
     "GREY",
     "INK",
-    "LANE",
     "MUTED",
     "PHASE_COLOURS",
     "RIVAL",
@@ -43,7 +42,6 @@ INK = "#1b2733"
 MUTED = "#5d6b79"
 GREY = "#a7b2bd"
 FAINT = "#dfe4e9"
-LANE = "#f1f3f5"
 ACCENT = "#0072b2"  # unlocked
 RIVAL = "#d55e00"  # what beats it
 PHASE_COLOURS = {
@@ -53,6 +51,7 @@ PHASE_COLOURS = {
     "relay": "#cc79a7",
     "send + receive": "#009e73",
     "other": "#c3cbd3",
+    "waiting": "#f1f3f5",
 }
 TEXT = 8.5  # points
 SMALL = 7.0

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from launch.bench.report import BenchRow, Report
 from launch.plots import style
-from launch.plots.blocks import PHASES, SpanBlock, blocks, shared_window_s, window_of
+from launch.plots.blocks import SpanBlock, blocks, shared_window_s, window_of
 from launch.plots.words import subtitle, timeline_title
 from launch.results.run_folder import read_spans
 
@@ -39,7 +39,7 @@ def draw_timeline(report: Report, path: Path) -> Path:
     headline = style.Headline(timeline_title(report), subtitle(report), report.emulated)
     panels_px = sum(_NAME_PX + _GAP_PX + lane_px * len(stages) for stages in runs)
     figure = style.new_figure(headline, _KEY_PX + panels_px + _AXIS_PX)
-    top, seen = headline.height_px + _KEY_PX, set[str]()
+    top, seen = headline.height_px + _KEY_PX, {"waiting"}
     for index, (row, stages) in enumerate(zip(rows, runs, strict=True)):
         height = lane_px * len(stages)
         axes = style.axes_at(figure, _LEFT_PX, top + _NAME_PX, style.WIDTH_PX - _LEFT_PX - _RIGHT_PX, height)
@@ -47,7 +47,7 @@ def draw_timeline(report: Report, path: Path) -> Path:
         axes.set(xlim=(0, seconds * 1e3), ylim=(len(stages) - 0.5, -0.5))
         _name_lanes(axes, row, report)
         for lane, spans in enumerate(stages):
-            axes.axhspan(lane - 0.38, lane + 0.38, color=style.LANE, linewidth=0)
+            axes.axhspan(lane - 0.38, lane + 0.38, color=style.PHASE_COLOURS["waiting"], linewidth=0)
             found = blocks(spans, window)
             seen.update(block.phase for block in found)
             _draw_lane(axes, lane, found, window.start_ns, lane_px)
@@ -56,7 +56,7 @@ def draw_timeline(report: Report, path: Path) -> Path:
         else:
             style.name_across(axes, "milliseconds")
         top += _NAME_PX + height + _GAP_PX
-    _draw_key(figure, [phase for phase in dict.fromkeys(PHASES.values()) if phase in seen], headline.height_px)
+    _draw_key(figure, [phase for phase in style.PHASE_COLOURS if phase in seen], headline.height_px)
     return style.save(figure, path)
 
 
@@ -89,10 +89,10 @@ def _draw_key(figure: Figure, phases: Sequence[str], top: int) -> None:
     """Coloured squares with their phases, in one line under the headline."""
     height_px = round(figure.get_figheight() * figure.dpi)
     x, y = _LEFT_PX, top + 4
-    for name, colour in [*((phase, style.PHASE_COLOURS[phase]) for phase in phases), ("waiting", style.LANE)]:
+    for name in phases:
         square = (x / style.WIDTH_PX, 1 - (y + 16) / height_px), 16 / style.WIDTH_PX, 16 / height_px
         edge = 0.6 if name == "waiting" else 0
-        figure.add_artist(Rectangle(*square, facecolor=colour, edgecolor=style.GREY, linewidth=edge))
+        figure.add_artist(Rectangle(*square, fc=style.PHASE_COLOURS[name], ec=style.GREY, linewidth=edge))
         label = f"{name} (number: batch)" if name == "forward" else name
         at = (x + 24) / style.WIDTH_PX, 1 - (y + 8) / height_px
         figure.text(*at, label, va="center", color=style.MUTED, fontsize=style.TEXT)

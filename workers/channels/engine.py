@@ -34,10 +34,8 @@ class DeviceLink(Protocol):
     def send(self, payload: Tensor) -> Done:
         """Queue sending [bytes] uint8, at least one, that are there; does not block.
 
-        What is returned is done when the memory may be written to again; it raises ``PairBroken`` where the link fails.
-
-        Raises:
-            PairBroken: the link failed, or is cut.
+        What is returned is done when the memory may be written to again. Both raise ``PairBroken`` where the link
+        failed, or is cut.
         """
 
     def receive(self, payload: Tensor) -> Done:
@@ -72,10 +70,7 @@ class Engine(Protocol):
         """Where the copying stream is now."""
 
     def shareable(self, num_bytes: int) -> tuple[Tensor, bytes]:
-        """[num_bytes] uint8 on the device, and a handle for other processes, at most 255 bytes.
-
-        It lives as long as the process: others may still copy into it.
-        """
+        """[num_bytes] uint8 on the device until the process ends, and a handle for others, at most 255 bytes."""
 
     def opened(self, handle: bytes, num_bytes: int) -> Tensor:
         """[num_bytes] uint8 that an engine of any process shares; ``RuntimeError``: this device cannot reach them."""

@@ -51,7 +51,7 @@ class DeviceStaging:
         self._failed: Exception | None = None
         self._closed = False
         self._closing = threading.Lock()  # whatever is queued comes before the end of the queue
-        self._waiting: queue.SimpleQueue[tuple[Done, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[Done | None, Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait, name=f"{called}, copies", daemon=True)
         self._thread.start()
 
@@ -66,8 +66,8 @@ class DeviceStaging:
         else:
             self.after(self.engine.mark(), call)
 
-    def after(self, done: Done, call: Callable[[], None]) -> None:
-        """As ``then``, but once the device has come to ``done``; from any thread."""
+    def after(self, done: Done | None, call: Callable[[], None]) -> None:
+        """As ``then``, but once the device has come to ``done``, if given; from any thread."""
         with self._closing:
             if not self._closed:
                 self._waiting.put((done, call))
@@ -100,7 +100,8 @@ class DeviceStaging:
         while (item := self._waiting.get()) is not None:
             done, call = item
             try:
-                done.synchronize()
+                if done is not None:
+                    done.synchronize()
                 call()
             except Exception as error:
                 self.on_failure(error)

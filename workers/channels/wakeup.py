@@ -6,8 +6,6 @@ A worker has several channels and sleeps on one thing only, its bell:
         bell.clear()                      first clear, then look: what comes after the look rings again
         if not (poll everything):
             bell.wait(timeout_s)
-
-A bell is a named counting semaphore, so any process of the host that knows its name can ring it.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ POLL_S = 0.002  # nothing can wait for a name to appear, so it is looked for
 
 
 class WakeUp:
-    """A named counting semaphore that says "something changed": one process waits, any rings. Use `create`, `attach`.
+    """A named counting semaphore: one process waits, any that knows the name rings. Use `create` and `attach`.
 
     ``spin_s``: seconds in which a wait looks before it sleeps. 0 where threads of this very process ring: whoever looks
     holds the interpreter's lock that they need.
@@ -108,15 +106,14 @@ def acquire_within(semaphore: Any, timeout_s: float, spin_s: float = SPIN_S) -> 
     """
     if _taken_soon(semaphore, min(timeout_s, spin_s)):
         return True
-    end, remaining_s = time.monotonic() + timeout_s, timeout_s
+    end = time.monotonic() + timeout_s
     while True:
         try:
-            semaphore.acquire(max(remaining_s, 0))
+            semaphore.acquire(max(end - time.monotonic(), 0))
             return True
         except (posix_ipc.BusyError, posix_ipc.SignalError):
             # Busy can come early: the system call counts on the wall clock, which may be set.
-            remaining_s = end - time.monotonic()
-            if remaining_s <= 0:
+            if time.monotonic() >= end:
                 return False
 
 

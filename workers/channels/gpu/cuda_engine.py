@@ -111,8 +111,7 @@ class CudaEngine:
         return event, handle
 
     def opened_signal(self, handle: bytes) -> torch.cuda.Event:
-        event = _own.get(handle) or torch.cuda.Event.from_ipc_handle(self._device, handle)
-        return cast(torch.cuda.Event, event)
+        return cast(torch.cuda.Event, _own.get(handle) or torch.cuda.Event.from_ipc_handle(self._device, handle))
 
     def wire(self, meeting: Meeting, name: str, side: int, within_s: float) -> NcclLink:
         return NcclLink.join(self._device, meeting, name, side, within_s)

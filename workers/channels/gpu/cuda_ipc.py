@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pipeline.messages.message import Message
@@ -38,10 +37,8 @@ _EVENT_BYTES = 64
 class _OutgoingSlot(StagedSlot):
     """A header in the ring, a payload on the receiver's device."""
 
-    def __init__(
-        self, memory: memoryview, wire_dtype: torch.dtype | None, staging: DeviceStaging, payload: Tensor
-    ) -> None:
-        super().__init__(memory[:-_EVENT_BYTES], wire_dtype, staging, payload)
+    def __init__(self, memory: memoryview, channel: ChannelSpec, staging: DeviceStaging, payload: Tensor) -> None:
+        super().__init__(memory[:-_EVENT_BYTES], channel.wire_dtype, staging, payload)
         self._free = staging.engine.opened_signal(bytes(memory[-_EVENT_BYTES:]))
 
     def send_off(self) -> None:
@@ -63,11 +60,8 @@ class _IncomingSlot(LandingSlot):
 
 
 class PeerSender(ShmSender):
-    """The sending end, in a ring with slots of 1024 bytes.
-
-    Raises:
-        ChannelTimeout: there is no such ring, or its receiver did not come, each in ``opening.within_s``.
-        RuntimeError: this device cannot reach the other one's memory.
+    """The sending end. ``ChannelTimeout``: there is no such ring, or its receiver did not come, each in
+    ``opening.within_s``; ``RuntimeError``: this device cannot reach the other one's memory.
     """
 
     staging: DeviceStaging
@@ -76,10 +70,8 @@ class PeerSender(ShmSender):
     def _slots_over(self, memories: Sequence[memoryview], channel: ChannelSpec, within_s: float) -> list[Slot]:
         staging, stride = self.staging, slot_stride(channel.slot_bytes)
         payloads = staging.engine.opened(self._awaited_card(within_s), len(memories) * stride).view(-1, stride)
-        return [
-            _OutgoingSlot(memory, channel.wire_dtype, staging, payload[: channel.slot_bytes])
-            for memory, payload in zip(memories, payloads, strict=True)
-        ]
+        places = zip(memories, payloads[:, : channel.slot_bytes], strict=True)
+        return [_OutgoingSlot(memory, channel, staging, payload) for memory, payload in places]
 
     def _awaited_card(self, deadline_s: float) -> bytes:
         """The handle of the payloads, once the receiver has written it, behind its length."""
@@ -103,10 +95,8 @@ class PeerReceiver(ShmReceiver):
     def _slots_over(self, memories: Sequence[memoryview], channel: ChannelSpec, within_s: float) -> list[Slot]:
         staging, stride = self.staging, slot_stride(channel.slot_bytes)
         memory, handle = staging.engine.shareable(len(memories) * stride)
-        slots: list[Slot] = [
-            _IncomingSlot(header, staging, payload[: channel.slot_bytes])
-            for header, payload in zip(memories, memory.view(-1, stride), strict=True)
-        ]
+        places = zip(memories, memory.view(-1, stride)[:, : channel.slot_bytes], strict=True)
+        slots: list[Slot] = [_IncomingSlot(header, staging, payload) for header, payload in places]
         self._card[1 : 1 + len(handle)] = handle
         self._card[0] = len(handle)  # last: who sees it sees everything
         return slots

@@ -1,21 +1,16 @@
-"""NCCL as a wire: one group of two ranks per directed edge. The only file that knows it; nothing here needs it until a
-worker on a GPU connects.
+"""NCCL as a wire: one group of two ranks per directed edge. The only file that knows it.
 
 What NCCL and ProcessGroupNCCL really do (their sources as of torch 2.11 to 2.13), and what follows from it:
 
 * A send or receive is a kernel that spins until the other side's runs; `workers.channels.gpu.nccl_ends` says how nobody
   spins in vain. One group for both directions can deadlock, so each edge has its own, made directly, not by
   ``new_group``. It is eagerly connected: else the first message makes yet another communicator. The first message
-  between two ranks also sets up the transport, and blocks the host until both are in it: one byte travels while the
-  channel is opened.
+  between two ranks sets up the transport, and blocks the host until both are in it: one byte travels at the opening.
 * A watchdog thread per group would end the whole process, with nothing but a log, when an operation takes longer than
-  the group's timeout or NCCL reports an error: a dead peer, say, that gloo has told us of already. With
-  TORCH_NCCL_BLOCKING_WAIT=1 a group has no watchdog, no monitor of it, and no timeout of its own (and what
-  TORCH_NCCL_ASYNC_ERROR_HANDLING says is asked by nobody); it is set while the group is made, the only time when it is
-  read, so that other groups of the process are as they were. What blocks then is ``Work.wait``, which is called for its
-  error only: ``block_current_stream`` orders an event behind the operation.
-* Nobody else asks NCCL for errors then (of the network, say): who waits for a transfer does, once a second. Deadlines
-  are the channel's and the run's own.
+  the group's timeout or NCCL reports an error, such as a dead peer. TORCH_NCCL_BLOCKING_WAIT=1, which is read when a
+  group is made and set only then, leaves out the watchdog, its monitor and the timeout. What blocks then is
+  ``Work.wait``, called for its error only: ``block_current_stream`` orders an event behind the operation.
+* Nobody else asks NCCL for errors then: who waits for a transfer does, once a second.
 * ``ncclCommAbort`` frees spinning kernels at once. It also frees memory, which waits for every kernel of the device,
   those of other communicators too (NCCL #1013): each wire is cut in a thread of its own, so that several can be freed
   together, and is waited for 5 s at most. ``ncclCommDestroy`` would wait for the peer, so every wire ends by abort, a

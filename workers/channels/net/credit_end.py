@@ -16,6 +16,7 @@ as much as a small message, so it is given only where the sender takes half of t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import threading
 import time
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from workers.channels.errors import ChannelBroken, ChannelTimeout
 from workers.channels.interface import End
-from workers.channels.net.gloo import Pair, PairBroken
+from workers.channels.net.gloo import Meeting, Pair, PairBroken
 from workers.channels.slot import Slot, slot_stride
 from workers.channels.spec import ChannelSpec, Opening
 
@@ -58,7 +59,7 @@ class RemoteEnd(End):
         self._thread = threading.Thread(target=self._listen, name=f"{self.label}, {self.who}", daemon=True)
         self._pair = Pair.join(opening.meeting, channel.meets_as, self.side, opening.within_s)
         try:
-            self._connect(channel, opening)
+            self._connect(opening.meeting, channel, opening.within_s)
             self._make_slots(channel)
             self._greet(opening.within_s)
         except BaseException:
@@ -100,7 +101,7 @@ class RemoteEnd(End):
     def _ship_end(self) -> None:
         """Ship what says that nothing will follow."""
 
-    def _connect(self, channel: ChannelSpec, opening: Opening) -> None:
+    def _connect(self, meeting: Meeting, channel: ChannelSpec, within_s: float) -> None:
         """Connect what else there is to be connected."""
 
     def _cut(self) -> None:
@@ -111,9 +112,8 @@ class RemoteEnd(End):
         mine = torch.tensor([self._ring_size, self._slot_bytes[0].numel()])
         theirs = torch.zeros_like(mine)
         try:
-            expected, sent = self._pair.expect(theirs), self._pair.send(mine)
-            self._pair.wait(expected, timedelta(seconds=within_s))
-            self._pair.wait(sent, timedelta(seconds=within_s))
+            for work in (self._pair.expect(theirs), self._pair.send(mine)):
+                self._pair.wait(work, timedelta(seconds=within_s))
         except PairBroken as error:
             said = f"{self.label}: no greeting from the {self.peer} in {within_s:.3g} s: {error}"
             raise ChannelTimeout(said) from error
@@ -145,15 +145,13 @@ class RemoteEnd(End):
 
     def _listen(self) -> None:
         """The waiter thread: until the peer has ended or the connection is gone."""
-        index, more = 0, True
-        while more:
-            try:
+        try:
+            for index in itertools.cycle(range(self._ring_size)):
                 self._pair.wait(self._expected[index])
-                more = self._take_in(index)
-            except PairBroken as error:
-                more = False
-                self._lose(error)
-            index = (index + 1) % self._ring_size
+                if not self._take_in(index):
+                    return
+        except PairBroken as error:
+            self._lose(error)
 
     def _take_in(self, index: int) -> bool:
         """What has arrived in a buffer, from the waiter thread; False when nothing follows it."""
@@ -186,9 +184,8 @@ class RemoteEnd(End):
     def _flush(self) -> None:
         """Wait until the last words have left; the peer has posted its receives for them."""
         with contextlib.suppress(PairBroken):
-            for work in self._sent:
-                if work is not None:
-                    self._pair.wait(work, timedelta(seconds=_CLOSE_WITHIN_S))
+            for work in filter(None, self._sent):
+                self._pair.wait(work, timedelta(seconds=_CLOSE_WITHIN_S))
 
     def _within(self, deadline_s: float, ready: Callable[[], bool]) -> None:
         """Wait, with the lock held, until ``ready``, the peer's end or a broken connection; else give up."""

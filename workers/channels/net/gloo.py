@@ -100,10 +100,7 @@ class Pair:
 
     @classmethod
     def join(cls, meeting: Meeting, name: str, side: int, within_s: float) -> Self:
-        """Connect to the process that joins the other side (0 or 1) of the same name, which is used once.
-
-        Raises ``ChannelTimeout`` where nobody came within ``within_s`` seconds.
-        """
+        """Connect to who joins the other side (0 or 1) of a name used once; ``ChannelTimeout``: nobody in that time."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [meeting.device]
         options._threads = 1
@@ -126,10 +123,7 @@ class Pair:
         return _asked(self._group.recv, [data], self._peer, 0)
 
     def wait(self, work: Any, within: timedelta = _FOREVER) -> None:
-        """Wait for one `send` or `expect`; lets other threads run.
-
-        Raises ``PairBroken`` where the connection is gone, or ``within`` is over, which cuts it.
-        """
+        """Wait for a `send` or `expect`; ``PairBroken``: the connection is gone, or ``within`` over, which cuts it."""
         _asked(work.wait, within)
 
     def cut(self) -> None:

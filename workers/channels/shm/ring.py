@@ -37,10 +37,8 @@ _SIZES = struct.Struct("<qq")  # number of slots, bytes from one to the next
 _NUM_SENT = struct.Struct("<q")  # written by the sender when it closes
 _NUM_SENT_AT = 16
 # Each flag has one writer, and the two sides do not share a cache line.
-_SENDER_ATTACHED = 64
-_SENDER_CLOSED = 65
-_RECEIVER_ATTACHED = 128
-_RECEIVER_CLOSED = 129
+_SENDER_ATTACHED, _SENDER_CLOSED = 64, 65
+_RECEIVER_ATTACHED, _RECEIVER_CLOSED = 128, 129
 _CARD = 256  # from here to the end of the header a kind of channel leaves what its ends have to know of each other
 
 
@@ -56,8 +54,7 @@ def create_ring(name: str, slots: int, slot_bytes: int) -> None:
     encoded message, or header.
 
     Raises:
-        PlanError: too little shared memory, or sizes below 1. Without the reservation a full /dev/shm would
-            kill the process that touches it (SIGBUS).
+        PlanError: too little shared memory (unreserved, it would kill the process that touches it), or sizes below 1.
         FileExistsError: the name is taken.
     """
     if slots < 1 or slot_bytes < 1:
