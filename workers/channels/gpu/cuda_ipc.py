@@ -60,8 +60,11 @@ class _IncomingSlot(LandingSlot):
 
 
 class PeerSender(ShmSender):
-    """The sending end. ``ChannelTimeout``: there is no such ring, or its receiver did not come, each in
-    ``opening.within_s``; ``RuntimeError``: this device cannot reach the other one's memory.
+    """The sending end.
+
+    Raises:
+        ChannelTimeout: there is no such ring, or its receiver did not come, each in ``opening.within_s``.
+        RuntimeError: this device cannot reach the other one's memory.
     """
 
     staging: DeviceStaging
