@@ -29,7 +29,7 @@ from workers.channels.errors import ChannelBroken, ChannelClosed, ChannelTimeout
 from workers.channels.interface import Receiver, Sender
 from workers.channels.net.gloo import Meeting, Rendezvous
 from workers.channels.shm.ring import create_ring, new_prefix, unlink_ring
-from workers.channels.wakeup import WakeUp
+from workers.channels.wakeup import WakeUp, unlink_semaphore
 from workers.processes.context import process_context
 from workers.wiring.edges import ChannelSpec, open_receiver, open_sender, ring_slot_bytes
 
@@ -166,7 +166,7 @@ class Workbench:
 
     def bell(self) -> WakeUp:
         bell = self.stack.enter_context(WakeUp.create(f"{new_prefix()}-b"))
-        self.stack.callback(bell.unlink)
+        self.stack.callback(unlink_semaphore, bell.name)
         return bell
 
     def process(self, target: Callable[..., None], *args: object) -> BaseProcess:

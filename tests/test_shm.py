@@ -22,16 +22,8 @@ from pipeline.messages.message import Kind, Message
 from pipeline.plan.device_choice import CPU
 from pipeline.plan.topology import Edge
 from workers.channels.errors import ChannelTimeout
-from workers.channels.shm.ring import (
-    ShmReceiver,
-    ShmSender,
-    check_shared_memory,
-    create_ring,
-    new_prefix,
-    ring_bytes,
-    sweep_stale,
-    unlink_ring,
-)
+from workers.channels.shm.host_memory import check_shared_memory, sweep_stale
+from workers.channels.shm.ring import ShmReceiver, ShmSender, create_ring, new_prefix, ring_bytes, unlink_ring
 from workers.channels.spec import ChannelSpec, Opening
 
 DEADLINE_S = 20.0

@@ -1,7 +1,4 @@
-"""Pictures of a benchmark, in the folder of its run: throughput, timeline, curves over an axis.
-
-Drawn with matplotlib, an optional extra; nothing else imports it.
-"""
+"""Pictures of a benchmark, in the folder of its run. Drawn with matplotlib, an extra that nothing else imports."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.bench.report import Report
+from launch.bench.scaling import ScalingReport
 from launch.show.console import Console
 
 __all__ = ["INSTALL", "draw", "drawn"]
@@ -18,16 +16,23 @@ INSTALL = "pip install 'freewheel[plots]'"
 
 
 def draw(report: Report, console: Console) -> list[Path]:
-    """Draw whatever the report has data for, and say where; without matplotlib, say what to install.
+    """Draw what the report has data for into its folder, and say where; without matplotlib, say what to install.
 
     Returns:
-        The PNG files, 1200 pixels wide, in the report's folder.
+        throughput.png; timeline.png when one of our own modes ran; latency.png or link.png of a sweep. 1200 px wide.
     """
 
     def draw_all() -> list[Path]:
-        from launch.plots import pictures
+        from launch.plots.curves import draw_curves
+        from launch.plots.throughput import draw_throughput
+        from launch.plots.timeline import draw_timeline, shown_rows
 
-        return pictures.draw_all(report)
+        paths = [draw_throughput(report, report.folder / "throughput.png")]
+        if shown_rows(report):
+            paths.append(draw_timeline(report, report.folder / "timeline.png"))
+        if isinstance(report, ScalingReport):
+            paths.append(draw_curves(report, report.folder / report.axis.picture))
+        return paths
 
     return drawn(draw_all, report.folder, console)
 

@@ -14,21 +14,15 @@ from pipeline.metrics.spans import Span, Spans
 
 __all__ = ["PHASES", "ShownTime", "SpanBlock", "blocks", "period_s", "shared_window_s", "window_of"]
 
-PHASES: dict[Span, str] = {
-    Span.FORWARD: "forward",
-    Span.BACKWARD: "backward + step",
-    Span.STEP: "backward + step",
-    Span.DNI: "dni",
-    Span.DNI_TRAIN: "dni",
-    Span.RELAY: "relay",
-    Span.SEND: "send + receive",
-    Span.RECEIVE: "send + receive",
-    Span.AVERAGE: "send + receive",
-    Span.LOAD: "other",
-    Span.EVALUATE: "other",
-    Span.QUALITY: "other",
-    Span.OTHER: "other",
+_SPANS_OF = {
+    "forward": (Span.FORWARD,),
+    "backward + step": (Span.BACKWARD, Span.STEP),
+    "dni": (Span.DNI, Span.DNI_TRAIN),
+    "relay": (Span.RELAY,),
+    "send + receive": (Span.SEND, Span.RECEIVE, Span.AVERAGE),
+    "other": (Span.LOAD, Span.EVALUATE, Span.QUALITY, Span.OTHER),
 }
+PHASES = {kind: phase for phase, kinds in _SPANS_OF.items() for kind in kinds}
 """The phase of every kind of span; waiting has none, it is left blank."""
 
 _MOST_BATCHES = 80  # of the faster run: with more, blocks are too narrow to be seen
@@ -66,18 +60,13 @@ def blocks(spans: Spans, window: ShownTime) -> list[SpanBlock]:
         if phase is None:
             continue
         if last and (last.phase, last.batch, last.end_ns) == (phase, batch, start_ns):
-            found[-1] = SpanBlock(phase, batch, last.start_ns, end_ns)
-        else:
-            found.append(SpanBlock(phase, batch, start_ns, end_ns))
+            start_ns = found.pop().start_ns
+        found.append(SpanBlock(phase, batch, start_ns, end_ns))
     return found
 
 
 def period_s(stages: Sequence[Spans]) -> float:
-    """Median seconds from one batch to the next at the end of the pipeline; needs two batches.
-
-    Raises:
-        ValueError: fewer than two batches came out.
-    """
+    """Median seconds from one batch to the next at the end of the pipeline; needs two batches, else ``ValueError``."""
     ends = sorted(stages[-1].last_end(Span.STEP).values())
     if len(ends) < 2:
         raise ValueError(f"{len(ends)} batches came out of the pipeline: two are needed for the time between them.")

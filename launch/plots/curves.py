@@ -16,17 +16,7 @@ from launch.bench.spread import Spread
 from launch.plots import style
 from launch.plots.words import curves_title, subtitle
 
-__all__ = [
-    "BELOW_PX",
-    "TOP_PX",
-    "WIDE",
-    "Curve",
-    "Look",
-    "apart",
-    "curves_of",
-    "draw_curves",
-    "draw_panel",
-]
+__all__ = ["BELOW_PX", "TOP_PX", "WIDE", "Curve", "Look", "apart", "curves_of", "draw_curves", "draw_panel"]
 
 WIDE = 20.0
 """Largest over smallest value from which an axis is logarithmic."""
@@ -34,13 +24,6 @@ TOP_PX = 50  # above the axes
 BELOW_PX = 90
 _WIDTH_PX, _HEIGHT_PX, _LEFTS_PX = 400, 420, (90, 660)
 _LABEL_PX = 22  # least distance of two labels
-_BESIDE: dict[str, Any] = {
-    "xycoords": "axes fraction",
-    "xytext": (8, 0),
-    "textcoords": "offset points",
-    "va": "center",
-    "annotation_clip": False,
-}
 
 
 @dataclass(frozen=True)
@@ -48,12 +31,8 @@ class Curve:
     """One row over the axis.
 
     Attributes:
-        name: of the row.
         kind: ``unlocked``, ``backprop`` or empty.
-        at: places on the axis with a figure.
-        middle: the figure at each.
-        low: lower edge of the band.
-        high: upper edge of the band.
+        at: places on the axis with a figure, ``middle``, in a band from ``low`` to ``high``.
         lost: places without a figure, as what was run there diverged.
     """
 
@@ -80,16 +59,13 @@ class Look:
 def curves_of(sweep: ScalingReport, what: str) -> list[Curve]:
     """The curves of a panel.
 
-    Args:
-        sweep: the measured points.
-        what: ``latency``, of stage 0 in ms, p50 with a band up to p99; or ``throughput`` in samples per second, the
-            median of the rounds with a band from the slowest to the fastest.
+    ``what`` is ``latency``, of stage 0 in ms, p50 with a band up to p99; or ``throughput`` in samples per second, the
+    median of the rounds with a band from the slowest to the fastest.
     """
     keyed: dict[tuple[str, str, int], list[tuple[float, BenchRow, tuple[float, float, float]]]] = {}
     for value, report in sweep.points:
         for row in report.rows:
-            figure = _FIGURES[what](row)
-            if figure is not None:
+            if (figure := _PANELS[what][1](row)) is not None:
                 c = row.contender
                 keyed.setdefault((c.engine, c.mode, c.threads), []).append((value, row, figure))
     curves = []
@@ -104,12 +80,8 @@ def draw_curves(sweep: ScalingReport, path: Path) -> Path:
     """Update latency on the left, throughput on the right, one line per row, named at its end."""
     headline = style.Headline(curves_title(sweep), subtitle(sweep, over=sweep.axis.name), sweep.emulated)
     figure = style.new_figure(headline, TOP_PX + _HEIGHT_PX + BELOW_PX)
-    panels = (
-        ("latency", "update latency of stage 0, ms (p50, band: p99)"),
-        ("throughput", "samples/s (median, band: all rounds)"),
-    )
     ours = Look(style.ACCENT, style.ACCENT, 2.2, weight="bold")
-    for left, (what, heading) in zip(_LEFTS_PX, panels, strict=True):
+    for left, (what, (heading, _)) in zip(_LEFTS_PX, _PANELS.items(), strict=True):
         axes = style.axes_at(figure, left, headline.height_px + TOP_PX, _WIDTH_PX, _HEIGHT_PX)
         style.name_across(axes, sweep.axis.label)
         if sweep.axis.name == "stages":
@@ -127,13 +99,7 @@ def draw_panel(
 ) -> None:
     """Draw the curves with their bands, and a cross at the upper edge for what was lost.
 
-    Args:
-        axes: with their values across.
-        heading: above them.
-        curves: what is drawn.
-        looks: of each curve.
-        wide: largest over smallest value from which the axis is logarithmic.
-        zero: whether an axis that is not logarithmic begins at 0.
+    The axis is logarithmic from ``wide``, largest over smallest value, on; else it begins at 0 where ``zero``.
     """
     style.write(axes, 0, 1.04, heading, color=style.INK, fontweight="bold")
     axes.grid(axis="y", color=style.FAINT, linewidth=0.8)
@@ -154,28 +120,19 @@ def draw_panel(
     for curve, look in zip(curves, looks, strict=True):
         drawn: dict[str, Any] = {"color": look.colour, "clip_on": False, "zorder": 3 if curve.kind == "unlocked" else 2}
         axes.fill_between(curve.at, curve.low, curve.high, color=look.colour, alpha=0.15, linewidth=0)
-        axes.plot(
-            curve.at, curve.middle, look.line, linewidth=look.width, marker="o", markersize=2.25 * look.width, **drawn
-        )
+        axes.plot(curve.at, curve.middle, f"{look.line}o", linewidth=look.width, markersize=2.25 * look.width, **drawn)
         axes.plot(curve.lost, [top] * len(curve.lost), linestyle="", marker="x", markersize=6, **drawn)
         ends.append(float(axes.transData.transform((0, curve.middle[-1] if curve.middle else top))[1]))
     lowest, highest = (float(axes.transAxes.transform((0, edge))[1]) for edge in (0, 1))
     for curve, look, y in zip(curves, looks, apart(ends, _LABEL_PX, lowest, highest), strict=True):
         at = 1.0, (y - lowest) / (highest - lowest)
-        axes.annotate(curve.name, at, fontsize=style.TEXT, color=look.ink, fontweight=look.weight, **_BESIDE)
+        style.annotate(axes, curve.name, at, (8, 0), va="center", color=look.ink, fontweight=look.weight)
 
 
 def apart(positions: Sequence[float], distance: float, lowest: float, highest: float) -> list[float]:
-    """Move positions as little as pushing from below and then from above does, until they are apart.
+    """Move positions as little as pushing from below and then from above does, until they are ``distance`` apart.
 
-    Args:
-        positions: in any order.
-        distance: least distance of two of them.
-        lowest: none lies below it, unless there are too many.
-        highest: none lies above it.
-
-    Returns:
-        the new positions, in the order given.
+    In the order given; none lies above ``highest``, and none below ``lowest``, unless there are too many.
     """
     order = sorted(range(len(positions)), key=positions.__getitem__)
     moved, edge = list(positions), lowest - distance
@@ -197,4 +154,7 @@ def _throughput(row: BenchRow) -> tuple[float, float, float]:
     return spread.median, spread.min, spread.max
 
 
-_FIGURES = {"latency": _latency, "throughput": _throughput}
+_PANELS = {
+    "latency": ("update latency of stage 0, ms (p50, band: p99)", _latency),
+    "throughput": ("samples/s (median, band: all rounds)", _throughput),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,16 @@ __all__ = [
     "FAINT",
     "GREY",
     "INK",
-    "LANE",
     "MUTED",
     "PHASE_COLOURS",
     "RIVAL",
-    "SEPARATOR",
     "SMALL",
     "TEXT",
     "WIDTH_PX",
     "Headline",
+    "annotate",
     "axes_at",
+    "joined",
     "name_across",
     "new_figure",
     "save",
@@ -37,12 +38,10 @@ __all__ = [
 WIDTH_PX = 1200
 _DPI = 150
 _LEFT_PX, _TOP_PX = 40, 24
-
 INK = "#1b2733"
 MUTED = "#5d6b79"
 GREY = "#a7b2bd"
 FAINT = "#dfe4e9"
-LANE = "#f1f3f5"
 ACCENT = "#0072b2"  # unlocked
 RIVAL = "#d55e00"  # what beats it
 PHASE_COLOURS = {
@@ -52,26 +51,19 @@ PHASE_COLOURS = {
     "relay": "#cc79a7",
     "send + receive": "#009e73",
     "other": "#c3cbd3",
+    "waiting": "#f1f3f5",
 }
 TEXT = 8.5  # points
 SMALL = 7.0
-SEPARATOR = "  ·  "  # between the parts of a subtitle, where its lines break
+_SEPARATOR = "  ·  "  # between the parts of a subtitle, where its lines break
 _TITLE = 13.5
-
-
 _TITLE_CHARACTERS, _SUBTITLE_CHARACTERS = 60, 120
 _LINE = 1.35  # height of a line in letter heights
 
 
 @dataclass(frozen=True)
 class Headline:
-    """What a picture says, and under which circumstances; one or two lines each.
-
-    Attributes:
-        title: the finding.
-        subtitle: the circumstances.
-        emulated: marked as such.
-    """
+    """What a picture says, and under which circumstances; one or two lines each. ``emulated`` is marked as such."""
 
     title: str
     subtitle: str
@@ -111,6 +103,12 @@ def write(axes: Axes, x: float, y: float, text: str, **how: Any) -> None:
     axes.text(x, y, text, **{"transform": axes.transAxes, "color": MUTED, "fontsize": TEXT, **how})
 
 
+def annotate(axes: Axes, text: str, at: tuple[float, float], offset: tuple[int, int], **how: Any) -> None:
+    """Write so many points beside a place of the axes, in parts of them, unless other ``xycoords`` are given."""
+    how = {"xycoords": "axes fraction", "fontsize": TEXT, "color": INK, **how}
+    axes.annotate(text, at, offset, textcoords="offset points", annotation_clip=False, **how)
+
+
 def name_across(axes: Axes, text: str) -> None:
     """Say what the axis across is."""
     axes.set_xlabel(text, color=MUTED, fontsize=TEXT, labelpad=8)
@@ -133,6 +131,11 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def joined(parts: Sequence[str]) -> str:
+    """A subtitle; its lines break between the parts."""
+    return _SEPARATOR.join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
+
+
 def _wrapped(text: str, characters: int) -> list[str]:
     lines = textwrap.wrap(text, characters, break_on_hyphens=False, max_lines=2, placeholder=" ...")
-    return [line.removesuffix(SEPARATOR.rstrip()) for line in lines]
+    return [line.removesuffix(_SEPARATOR.rstrip()) for line in lines]

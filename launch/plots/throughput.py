@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from launch.bench.report import BenchRow, Report
 from launch.bench.spread import Spread
@@ -14,18 +14,11 @@ __all__ = ["draw_throughput"]
 
 _LEFT_PX, _RIGHT_PX, _ROW_PX = 250, 440, 56
 _COLUMNS_PX = (110, 215, 395)  # right edges of the columns with figures, from the right edge of the bars
-_RIGHT: dict[str, Any] = {"ha": "right", "va": "center"}
-_ABOVE: dict[str, Any] = {
-    "xytext": (0, 4),
-    "textcoords": "offset points",
-    "fontsize": style.SMALL,
-    "annotation_clip": False,
-}
 
 
 def draw_throughput(report: Report, path: Path) -> Path:
     """Bars: the median of the rounds, whiskers from the slowest to the fastest; the yardstick as a line."""
-    rows = sorted(report.rows, key=lambda row: Spread.of(row.rates).median, reverse=True)
+    rows = sorted(report.rows, key=lambda row: row.rate, reverse=True)
     spreads = [Spread.of(row.rates) for row in rows]
     height = _ROW_PX * len(rows)
     headline = style.Headline(throughput_title(report), subtitle(report), report.emulated)
@@ -42,17 +35,17 @@ def draw_throughput(report: Report, path: Path) -> Path:
         axes.barh(y, spread.median, height=0.62, color=colour)
         axes.errorbar(spread.median, y, xerr=whiskers, fmt="none", ecolor=style.INK, elinewidth=1.0, capsize=2.5)
         ink, weight = (style.INK, "normal") if colour == style.GREY else (colour, "bold")
+        put = partial(style.write, axes, transform=axes.get_yaxis_transform(), ha="right", va="center")  # y in rows
         for x, text in zip((-14, *(width + edge for edge in _COLUMNS_PX)), _words(row, report), strict=True):
-            rows_down = axes.get_yaxis_transform()  # x in parts of the axes, y in rows
-            style.write(axes, x / width, y, text, transform=rows_down, color=ink, fontweight=weight, **_RIGHT)
-    yardstick = Spread.of(report.rows[0].rates).median
+            put(x / width, y, text, color=ink, fontweight=weight)
+    yardstick = report.rows[0].rate
     axes.axvline(yardstick, color=style.INK, linewidth=1.0, linestyle=(0, (4, 3)))
     side = "center" if yardstick < axes.get_xlim()[1] * 0.9 else "right"
-    axes.annotate("yardstick", (yardstick, 1), xycoords=("data", "axes fraction"), ha=side, **_ABOVE)
+    above = partial(style.annotate, axes, offset=(0, 4), fontsize=style.SMALL)
+    above("yardstick", (yardstick, 1), xycoords=("data", "axes fraction"), ha=side, color="black")
     for edge, text in zip(_COLUMNS_PX, ("samples/s", "x yardstick", "x unlocked"), strict=True):
         if text != "x unlocked" or report.unlocked is not None:
-            at = ((width + edge) / width, 1.0)
-            axes.annotate(text, at, xycoords="axes fraction", ha="right", color=style.MUTED, **_ABOVE)
+            above(text, ((width + edge) / width, 1.0), ha="right", color=style.MUTED)
     return style.save(figure, path)
 
 
@@ -68,5 +61,4 @@ def _words(row: BenchRow, report: Report) -> tuple[str, str, str, str]:
     if report.unlocked is not None and row is not report.unlocked:
         against = times(row.speedup(report.unlocked).median)
         against = f"beats it: {against}" if report.beaten_by(row) else against
-    rate = Spread.of(row.rates).median
-    return row.name, f"{rate:,.0f}", times(row.speedup(report.rows[0]).median), against
+    return row.name, f"{row.rate:,.0f}", times(row.speedup(report.rows[0]).median), against

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from launch.bench.report import BenchRow, Report
 from launch.plots import style
-from launch.plots.blocks import PHASES, SpanBlock, blocks, shared_window_s, window_of
+from launch.plots.blocks import SpanBlock, blocks, shared_window_s, window_of
 from launch.plots.words import subtitle, timeline_title
 from launch.results.run_folder import read_spans
 
@@ -22,7 +21,6 @@ _LEFT_PX, _RIGHT_PX = 120, 100
 _KEY_PX, _GAP_PX, _NAME_PX, _AXIS_PX = 40, 26, 34, 70
 _LANES_PX = 900  # what all lanes of all rows may take together
 _DIGIT_PX = 10  # of a batch id in its block
-_CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline"}
 
 
 def shown_rows(report: Report) -> list[BenchRow]:
@@ -41,7 +39,7 @@ def draw_timeline(report: Report, path: Path) -> Path:
     headline = style.Headline(timeline_title(report), subtitle(report), report.emulated)
     panels_px = sum(_NAME_PX + _GAP_PX + lane_px * len(stages) for stages in runs)
     figure = style.new_figure(headline, _KEY_PX + panels_px + _AXIS_PX)
-    top, seen = headline.height_px + _KEY_PX, set[str]()
+    top, seen = headline.height_px + _KEY_PX, {"waiting"}
     for index, (row, stages) in enumerate(zip(rows, runs, strict=True)):
         height = lane_px * len(stages)
         axes = style.axes_at(figure, _LEFT_PX, top + _NAME_PX, style.WIDTH_PX - _LEFT_PX - _RIGHT_PX, height)
@@ -49,7 +47,7 @@ def draw_timeline(report: Report, path: Path) -> Path:
         axes.set(xlim=(0, seconds * 1e3), ylim=(len(stages) - 0.5, -0.5))
         _name_lanes(axes, row, report)
         for lane, spans in enumerate(stages):
-            axes.axhspan(lane - 0.38, lane + 0.38, color=style.LANE, linewidth=0)
+            axes.axhspan(lane - 0.38, lane + 0.38, color=style.PHASE_COLOURS["waiting"], linewidth=0)
             found = blocks(spans, window)
             seen.update(block.phase for block in found)
             _draw_lane(axes, lane, found, window.start_ns, lane_px)
@@ -58,7 +56,7 @@ def draw_timeline(report: Report, path: Path) -> Path:
         else:
             style.name_across(axes, "milliseconds")
         top += _NAME_PX + height + _GAP_PX
-    _draw_key(figure, [phase for phase in dict.fromkeys(PHASES.values()) if phase in seen], headline.height_px)
+    _draw_key(figure, [phase for phase in style.PHASE_COLOURS if phase in seen], headline.height_px)
     return style.save(figure, path)
 
 
@@ -76,35 +74,25 @@ def _name_lanes(axes: Axes, row: BenchRow, report: Report) -> None:
 def _draw_lane(axes: Axes, lane: int, found: Sequence[SpanBlock], start_ns: int, lane_px: int) -> None:
     px_per_ms = (style.WIDTH_PX - _LEFT_PX - _RIGHT_PX) / axes.get_xlim()[1]
     for phase in dict.fromkeys(block.phase for block in found):
-        bars = [
-            ((block.start_ns - start_ns) * 1e-6, (block.end_ns - block.start_ns) * 1e-6)
-            for block in found
-            if block.phase == phase
-        ]
+        mine = [block for block in found if block.phase == phase]
+        bars = [((block.start_ns - start_ns) * 1e-6, (block.end_ns - block.start_ns) * 1e-6) for block in mine]
         axes.broken_barh(bars, (lane - 0.38, 0.76), facecolor=style.PHASE_COLOURS[phase], linewidth=0)
     for block in found:
         text, width_ms = str(block.batch), (block.end_ns - block.start_ns) * 1e-6
         if block.phase == "forward" and width_ms * px_per_ms > _DIGIT_PX * len(text) + 4 and lane_px >= 18:
             middle = ((block.start_ns + block.end_ns) / 2 - start_ns) * 1e-6
-            axes.text(middle, lane, text, color=style.INK, fontsize=style.SMALL, clip_on=True, **_CENTRED)
+            number = axes.text(middle, lane, text, color=style.INK, fontsize=style.SMALL, clip_on=True)
+            number.set(ha="center", va="center_baseline")
 
 
 def _draw_key(figure: Figure, phases: Sequence[str], top: int) -> None:
     """Coloured squares with their phases, in one line under the headline."""
     height_px = round(figure.get_figheight() * figure.dpi)
     x, y = _LEFT_PX, top + 4
-    entries = [(phase, style.PHASE_COLOURS[phase]) for phase in phases]
-    for name, colour in [*entries, ("waiting", style.LANE)]:
-        square = Rectangle(
-            (x / style.WIDTH_PX, 1 - (y + 16) / height_px),
-            16 / style.WIDTH_PX,
-            16 / height_px,
-            facecolor=colour,
-            edgecolor=style.GREY,
-            linewidth=0.6 if name == "waiting" else 0,
-            transform=figure.transFigure,
-        )
-        figure.add_artist(square)
+    for name in phases:
+        square = (x / style.WIDTH_PX, 1 - (y + 16) / height_px), 16 / style.WIDTH_PX, 16 / height_px
+        edge = 0.6 if name == "waiting" else 0
+        figure.add_artist(Rectangle(*square, fc=style.PHASE_COLOURS[name], ec=style.GREY, linewidth=edge))
         label = f"{name} (number: batch)" if name == "forward" else name
         at = (x + 24) / style.WIDTH_PX, 1 - (y + 8) / height_px
         figure.text(*at, label, va="center", color=style.MUTED, fontsize=style.TEXT)

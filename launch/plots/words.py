@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launch.bench.report import Report
 from launch.bench.scaling import ScalingReport
-from launch.plots.style import SEPARATOR
+from launch.plots.style import joined
 
 __all__ = ["curves_title", "subtitle", "throughput_title", "timeline_title", "times"]
 
@@ -22,7 +22,7 @@ def subtitle(report: Report, over: str | None = None) -> str:
     ]
     given = [text for text in (plan.emulate, None if over == "latency_ms" else plan.link) if text is not None]
     parts += [f"emulated {','.join(given)}"] if given else []
-    return SEPARATOR.join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)  # lines break between parts
+    return joined(parts)
 
 
 def throughput_title(report: Report) -> str:

@@ -23,7 +23,7 @@ from pipeline.plan.device_choice import DeviceChoice, first_gpu
 from pipeline.run.resolve import Measure, resolve
 from pipeline.run.resolved import Resolved
 from pipeline.user_code import RecipeFailed, calling, place_of
-from workers.channels.shm.ring import check_shared_memory
+from workers.channels.shm.host_memory import check_shared_memory
 from workers.wiring.run_memory import needed_bytes
 
 __all__ = ["resolve_source"]

@@ -88,4 +88,4 @@ def _subtitle(grid: Grid) -> str:
         "reference driver",
         f"torch {where['torch']}",
     ]
-    return style.SEPARATOR.join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
+    return style.joined(parts)

@@ -30,16 +30,12 @@ class DeviceLink(Protocol):
     """Carries bytes from one device to another: one direction, in order, beside the computing."""
 
     is_cut: bool
-    """Whether this side has been cut."""
 
     def send(self, payload: Tensor) -> Done:
-        """Queue sending [bytes] uint8, at least one, that are there; does not block. Their memory is to stay as it is.
+        """Queue sending [bytes] uint8, at least one, that are there; does not block.
 
-        Returns:
-            when the memory may be written to again; its ``synchronize`` raises ``PairBroken`` where the link fails.
-
-        Raises:
-            PairBroken: the link failed, or is cut.
+        What is returned is done when the memory may be written to again. Both raise ``PairBroken`` where the link
+        failed, or is cut.
         """
 
     def receive(self, payload: Tensor) -> Done:
@@ -48,8 +44,7 @@ class DeviceLink(Protocol):
     def cut(self) -> None:
         """End what is under way, for good; from any thread. What was being received is garbage, and nobody is told.
 
-        Blocks:
-            until the device is free of it, a few seconds at most.
+        Blocks until the device is free of it, a few seconds at most.
         """
 
 
@@ -75,17 +70,10 @@ class Engine(Protocol):
         """Where the copying stream is now."""
 
     def shareable(self, num_bytes: int) -> tuple[Tensor, bytes]:
-        """[num_bytes] uint8 on the device, and a handle for other processes, at most 255 bytes.
-
-        It lives as long as the process: others may still copy into it.
-        """
+        """[num_bytes] uint8 on the device until the process ends, and a handle for others, at most 255 bytes."""
 
     def opened(self, handle: bytes, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8: the memory that another engine shares, of this or another process.
-
-        Raises:
-            RuntimeError: this device cannot reach that memory.
-        """
+        """[num_bytes] uint8 that an engine of any process shares; ``RuntimeError``: this device cannot reach them."""
 
     def signal(self) -> tuple[Signal, bytes]:
         """A new event, and its handle of 64 bytes."""
@@ -103,9 +91,6 @@ class Engine(Protocol):
         """Connect to the device of the process that asks for the other side (0 sends, 1 receives) of the same name.
 
         Raises:
-            ChannelTimeout: they were not connected within ``within_s`` seconds.
+            ChannelTimeout: they were not connected within ``within_s`` seconds, which is how long this blocks.
             RuntimeError: these two devices cannot be connected.
-
-        Blocks:
-            until connected, at most ``within_s``.
         """

@@ -18,7 +18,9 @@ from typing import ClassVar, NoReturn, Self
 
 from pipeline.messages.message import Message
 from workers.channels.errors import ChannelBroken, ChannelClosed, ChannelTimeout
+from workers.channels.slot import Slot
 from workers.channels.spec import ChannelSpec, Opening
+from workers.channels.staging import LandingSlot, StagedSlot
 
 __all__ = ["ChannelKind", "End", "Receiver", "Sender"]
 
@@ -26,21 +28,16 @@ __all__ = ["ChannelKind", "End", "Receiver", "Sender"]
 class End(ABC):
     """What both ends share. Whoever opens several ends does so in an order common to all processes.
 
-    Args:
-        channel: the channel.
-        opening: what it is opened with.
-        rings: the worker whose bell it rings.
+    ``rings`` is the worker whose bell this end rings; the attributes are those of ``ChannelSpec`` and ``Opening``.
 
     Raises:
         ChannelTimeout: the other end, or the memory, was not there in time.
-
-    Attributes:
-        label: what the channel is called in errors, like ``"activations 0->1"``.
-        capacity: number of slots.
-        generation: how often the workers of the run were started anew; both ends have the same.
-        staging: copies from and to the device where this end's worker computes; None: on the CPU.
     """
 
+    side: ClassVar[int]  # 0 sends, 1 receives
+    who: ClassVar[str]
+    peer: ClassVar[str]
+    _awaits: ClassVar[str]
     _header_bytes: ClassVar[int] = 0
     """Bytes of a slot that holds a header only; 0: the tensors lie in the slots, where a device copies them."""
 
@@ -65,9 +62,20 @@ class End(ABC):
     def __exit__(self, *raised: object) -> None:
         self.close()
 
+    @abstractmethod
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+        """A slot as this end sees it."""
+
     def _pin(self, memory: memoryview) -> None:
         if self.staging is not None and not self._header_bytes:
             self.staging.pin(memory)
+
+    def _once_copied(self, call: Callable[[], None]) -> None:
+        """Call when what goes to or comes from a device is copied, in the staging's thread; on the CPU at once."""
+        if self.staging is None:
+            call()
+        else:
+            self.staging.then(call)
 
     def _drain(self) -> None:
         """Wait until what is under way to or from a device is copied."""
@@ -84,9 +92,16 @@ class End(ABC):
     def _refuse(self, closed_by: str) -> NoReturn:
         raise ChannelClosed(f"{self.label}: closed by {closed_by} ({self._fullness()})")
 
+    def _give_up(self, waited_s: float) -> NoReturn:
+        raise ChannelTimeout(
+            f"{self.label}: the {self.who} waited {waited_s:.3g} s for {self._awaits} ({self._fullness()})"
+        )
+
 
 class Sender(End):
     """The end that sends."""
+
+    side, who, peer, _awaits = 0, "sender", "receiver", "the receiver to free a slot"
 
     @abstractmethod
     def room(self) -> bool:
@@ -94,11 +109,7 @@ class Sender(End):
 
     @abstractmethod
     def send(self, message: Message, deadline_s: float) -> None:
-        """Send one message; on return its tensors may be changed (those of a device by its current stream).
-
-        Args:
-            message: what to send; its tensors are copied once.
-            deadline_s: seconds from now within which a slot must be free.
+        """Copy and send one message; on return its tensors may be changed (those of a device by its current stream).
 
         Raises:
             ChannelTimeout: the channel stayed full.
@@ -106,27 +117,24 @@ class Sender(End):
             ValueError: the message is larger than a slot.
 
         Blocks:
-            while the channel is full, at most ``deadline_s``.
+            while the channel is full, at most ``deadline_s`` seconds from now.
         """
 
     def _stamped(self, message: Message) -> Message:
         """The message with the generation of this end."""
         return message if message.generation == self.generation else replace(message, generation=self.generation)
 
-    def _give_up(self, waited_s: float) -> NoReturn:
-        raise ChannelTimeout(
-            f"{self.label}: the sender waited {waited_s:.3g} s for the receiver to free a slot ({self._fullness()})"
-        )
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+        wire_dtype = channel.wire_dtype
+        return Slot(memory, wire_dtype) if self.staging is None else StagedSlot(memory, wire_dtype, self.staging)
 
 
 class Receiver(End):
-    """The end that receives. `poll` and `receive` read in place, `take` and `take_within` copy.
+    """The end that receives. `poll` and `receive` read in place, `take` and `take_within` copy."""
 
-    Attributes:
-        held: number of messages received in place and not yet released.
-    """
-
+    side, who, peer, _awaits = 1, "receiver", "sender", "the sender's next message"
     held: int = 0
+    """Number of messages received in place and not yet released."""
     _frees_at_once: ClassVar[bool] = False
     """Whether a slot is free before the device has copied it out: the sender's device waits then."""
 
@@ -144,42 +152,30 @@ class Receiver(End):
 
     @abstractmethod
     def receive(self, deadline_s: float) -> Message:
-        """As `poll`, but waits for a message, at most ``deadline_s`` seconds.
-
-        Raises:
-            ChannelTimeout: no message came.
-        """
+        """As `poll`, but waits for a message, at most ``deadline_s`` seconds; raises ``ChannelTimeout``."""
 
     def release(self) -> None:
-        """Free the oldest slot whose message was received and not yet released. Never blocks.
-
-        Raises:
-            RuntimeError: no slot is held.
-        """
+        """Free the oldest slot that is held. Never blocks; raises ``RuntimeError`` where none is."""
         if not self.held:
             raise RuntimeError(f"{self.label}: no message is held, so there is nothing to release")
         self.held -= 1
-        if self.staging is None or self._frees_at_once:
+        if self._frees_at_once:
             self._free()
         else:
-            self.staging.then(self._free)
+            self._once_copied(self._free)
 
     @abstractmethod
     def _free(self) -> None:
         """Let the sender have the oldest slot held; a closed end has nothing to do. Never blocks."""
 
     def take(self) -> Message | None:
-        """As `poll`, but a copy, its slot already free again.
-
-        Raises:
-            RuntimeError: a message that `poll` or `receive` gave is not yet released.
-        """
+        """As `poll`, but a copy, its slot already free again; raises ``RuntimeError`` while a message is held."""
         self._require_none_held()
         message = self.poll()
         return None if message is None else self.copied(message)
 
     def take_within(self, deadline_s: float) -> Message:
-        """As `receive`, but a copy, its slot already free again; raises ``RuntimeError`` as `take`."""
+        """As `receive`, but a copy, as `take`."""
         self._require_none_held()
         return self.copied(self.receive(deadline_s))
 
@@ -203,22 +199,17 @@ class Receiver(End):
             )
         return message
 
-    def _give_up(self, waited_s: float) -> NoReturn:
-        raise ChannelTimeout(
-            f"{self.label}: the receiver waited {waited_s:.3g} s for the sender's next message ({self._fullness()})"
-        )
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+        return Slot(memory) if self.staging is None else LandingSlot(memory, self.staging)
 
 
 @dataclass(frozen=True)
 class ChannelKind:
-    """One way to carry messages.
+    """One way to carry messages: how its two ends are opened.
 
     Attributes:
         name: a key of ``pipeline.plan.channel_choice.CHANNELS``.
-        sender: opens the sending end.
-        receiver: opens the receiving end.
-        ring_slot_bytes: bytes of a slot of its ring in shared memory; None: it has none, and its ends meet at the run's
-            rendezvous.
+        ring_slot_bytes: bytes of a slot of its ring in shared memory; None: its ends meet at the run's rendezvous.
     """
 
     name: str

@@ -12,12 +12,7 @@ __all__ = ["Meeting", "Names"]
 
 @dataclass(frozen=True)
 class Names:
-    """Names of everything shared in one run; all begin with the run's prefix.
-
-    Attributes:
-        prefix: of this run alone.
-        generation: how often its workers were started anew; every generation has channels of its own.
-    """
+    """Names of everything shared in one run; all begin with its prefix. Every generation has channels of its own."""
 
     prefix: str
     generation: int = 0
@@ -33,19 +28,15 @@ class Names:
 
     def channel(self, edge: Edge) -> str:
         """The channel of an edge: after the worker at the lower end of its cut; of averages after both."""
-        letter, later = edge.what[0], f".{self.generation}" if self.generation else ""
-        ends = f"{edge.source}.{edge.target}" if edge.what == "averages" else str(min(edge.source, edge.target))
-        return f"{self.prefix}-{'m' if edge.what == 'averages' else letter}{ends}{later}"
+        later = f".{self.generation}" if self.generation else ""
+        if edge.what == "averages":
+            return f"{self.prefix}-m{edge.source}.{edge.target}{later}"
+        return f"{self.prefix}-{edge.what[0]}{min(edge.source, edge.target)}{later}"
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """A process's place at the rendezvous; of one thread. All its pairs share one event loop thread.
-
-    Attributes:
-        store: the connection to the store.
-        device: where this process's pairs listen.
-    """
+    """A process's place at the rendezvous, of one thread: the store, and the device where its pairs listen."""
 
     store: Any
     device: Any

@@ -21,16 +21,14 @@ class ChannelSpec:
     """The bounded channel of one edge. Can be sent to any process.
 
     Attributes:
-        edge: whose.
         kind: what carries it, a key of ``pipeline.plan.channel_choice.CHANNELS``.
         name: under which both ends find each other on one host.
         label: what errors call it, like ``"activations 0->1"``.
         slots: how many messages fit.
         slot_bytes: bytes of the largest encoded message (``layout_of(message).total_bytes``, as narrowed).
         wire_dtype: what float32 activations and gradients are narrowed to on their way; None: they travel as they are.
-        source_device: where the sender computes.
-        target_device: where the receiver computes.
-        generation: what its ends stamp messages with, and accept.
+        source_device: where the sender computes; the receiver on ``target_device``.
+        generation: how often the workers were started anew; ends stamp messages with it, and take no others.
     """
 
     edge: Edge
@@ -50,10 +48,6 @@ class ChannelSpec:
         return f"{self.label}, generation {self.generation}"
 
 
-def _no_bell(worker: int) -> None:
-    """Nobody waits for one."""
-
-
 @dataclass(frozen=True)
 class Opening:
     """What a process opens one end with.
@@ -66,6 +60,6 @@ class Opening:
     """
 
     within_s: float
-    bell: Callable[[int], WakeUp | None] = _no_bell
+    bell: Callable[[int], WakeUp | None] = lambda worker: None
     meeting: Meeting | None = None
     staging: DeviceStaging | None = None

@@ -9,9 +9,8 @@ A message takes two copies on each side of a hop, and none of them holds the com
                                                                   v    |             v
     slot               ------------------------------------------ full |------------ empty
 
-The snapshot is a copy within the device, of microseconds; from then on the sent tensors may be changed or freed. It is
-narrowed on the way, so what crosses a bus is what travels. A message is posted when its bytes are in the slot: nobody
-is told of a message and then has to wait for it. A slot is released when the device has copied it out.
+The snapshot is a copy within the device, of microseconds, and narrowed on the way; from then on the sent tensors may be
+changed or freed. A message is posted when its bytes are in the slot, a slot released when the device has copied it out.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.messages.message import Message, decode_over, layout_of
-from pipeline.plan.channel_choice import narrowed, widened
+from pipeline.messages.message import Layout, Message, decode_over
+from pipeline.plan.channel_choice import widened
 from workers.channels.engine import Done, Engine
 from workers.channels.errors import ChannelBroken
 from workers.channels.slot import Slot
 
-__all__ = ["DeviceStaging", "LandingSlot", "StagedSlot", "incoming_slot", "outgoing_slot"]
+__all__ = ["DeviceStaging", "LandingSlot", "StagedSlot"]
 
 _DRAIN_WITHIN_S = 10.0
 
@@ -37,9 +36,7 @@ _DRAIN_WITHIN_S = 10.0
 class DeviceStaging:
     """The thread of one end that waits for its device's copies. Else of the end's own thread.
 
-    Args:
-        engine: of the device, for this end alone.
-        called: the channel, for errors.
+    ``engine`` is for this end alone, ``called`` the channel in errors.
 
     Attributes:
         before_landing: called with the batch id before computing has to wait for a received message.
@@ -48,13 +45,13 @@ class DeviceStaging:
 
     def __init__(self, engine: Engine, called: str) -> None:
         self.engine, self._called = engine, called
-        self.before_landing: Callable[[int], None] = _nobody
+        self.before_landing: Callable[[int], None] = lambda batch: None
         self.on_failure = self.spoil
         self._unpin: Callable[[], None] | None = None
         self._failed: Exception | None = None
         self._closed = False
         self._closing = threading.Lock()  # whatever is queued comes before the end of the queue
-        self._waiting: queue.SimpleQueue[tuple[Done, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[Done | None, Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait, name=f"{called}, copies", daemon=True)
         self._thread.start()
 
@@ -69,8 +66,8 @@ class DeviceStaging:
         else:
             self.after(self.engine.mark(), call)
 
-    def after(self, done: Done, call: Callable[[], None]) -> None:
-        """As ``then``, but once the device has come to ``done``; from any thread."""
+    def after(self, done: Done | None, call: Callable[[], None]) -> None:
+        """As ``then``, but once the device has come to ``done``, if given; from any thread."""
         with self._closing:
             if not self._closed:
                 self._waiting.put((done, call))
@@ -103,7 +100,8 @@ class DeviceStaging:
         while (item := self._waiting.get()) is not None:
             done, call = item
             try:
-                done.synchronize()
+                if done is not None:
+                    done.synchronize()
                 call()
             except Exception as error:
                 self.on_failure(error)
@@ -112,26 +110,17 @@ class DeviceStaging:
 class StagedSlot(Slot):
     """A slot to send from that a device fills: header by the host, tensors through a buffer on the device.
 
-    Args:
-        memory: of the header; as for ``Slot``.
-        wire_dtype: as for ``Slot``.
-        staging: of the device.
-        payload: [bytes] uint8 where the tensors' bytes are to be, in step with the slot's; on the host or a device.
-            None: behind the header, as in any slot.
+    ``payload`` is [bytes] uint8 where the tensors' bytes are to be, in step with the slot's; on the host or a device.
+    None: behind the header, as in any slot.
     """
 
-    __slots__ = ("_buffer", "_payload", "_staging", "_used")
-
     def __init__(
-        self,
-        memory: memoryview,
-        wire_dtype: torch.dtype | None,
-        staging: DeviceStaging,
-        payload: Tensor | None = None,
+        self, memory: memoryview, wire_dtype: torch.dtype | None, staging: DeviceStaging, payload: Tensor | None = None
     ) -> None:
         super().__init__(memory, wire_dtype)
         self._payload = torch.frombuffer(self._body, dtype=torch.uint8) if payload is None else payload
-        self._staging, self._buffer, self._used = staging, staging.engine.empty(len(self._payload)), slice(0)
+        self._payload_bytes = len(self._payload)
+        self._staging, self._buffer, self._used = staging, staging.engine.empty(self._payload_bytes), slice(0)
 
     def write(self, message: Message) -> None:
         """As ``Slot``; the tensors are there when what ``DeviceStaging.then`` is given next is called."""
@@ -144,30 +133,23 @@ class StagedSlot(Slot):
         if self._used.start < self._used.stop:
             self._staging.engine.copy(self._payload[self._used], self._buffer[self._used])
 
-    def _lay_out(self, message: Message) -> None:
-        sent = narrowed(message, self._wire_dtype)
-        layout = layout_of(sent)
-        self._check_fits(layout.total_bytes, len(self._payload))
-        self._check_fits(len(layout.header), len(self._body))
-        self._body[: len(layout.header)] = layout.header
-        with torch.inference_mode(False):
-            self._tensors = decode_over(self._body, self._buffer).tensors
+    def _laid_out(self, layout: Layout, *, narrow: bool) -> None:
+        super()._laid_out(layout, narrow=narrow)
         self._used = slice(layout.offsets[0] if layout.offsets else layout.total_bytes, layout.total_bytes)
-        self._laid_out(layout, narrow=sent is not message)
-        self._copy_in(message)
+
+    def _laid_over(self) -> Message:
+        return decode_over(self._body, self._buffer)
 
     def _copy_in(self, message: Message) -> None:
         self._staging.engine.snapshot(self._tensors, message.tensors)
 
 
 class LandingSlot(Slot):
-    """A slot to receive in whose messages are read as copies on a device."""
+    """A slot to receive in whose messages are read as copies on a device; ``payload`` as for `StagedSlot`."""
 
-    __slots__ = ("_staging",)
-
-    def __init__(self, memory: memoryview, staging: DeviceStaging) -> None:
+    def __init__(self, memory: memoryview, staging: DeviceStaging, payload: Tensor | None = None) -> None:
         super().__init__(memory)
-        self._staging = staging
+        self._staging, self._payload = staging, payload
 
     def read(self) -> Message:
         """The message, copied to the device; raises ``ChannelBroken`` where an earlier copy failed."""
@@ -177,16 +159,5 @@ class LandingSlot(Slot):
         message = message.holding(self._staging.engine.fetch(message.tensors))
         return widened(message) if narrow else message
 
-
-def outgoing_slot(memory: memoryview, wire_dtype: torch.dtype | None, staging: DeviceStaging | None) -> Slot:
-    """A slot to send from, memory as for ``Slot``."""
-    return Slot(memory, wire_dtype) if staging is None else StagedSlot(memory, wire_dtype, staging)
-
-
-def incoming_slot(memory: memoryview, staging: DeviceStaging | None) -> Slot:
-    """A slot to receive in."""
-    return Slot(memory) if staging is None else LandingSlot(memory, staging)
-
-
-def _nobody(batch: int) -> None:
-    """Nobody wants to know."""
+    def _laid_over(self) -> Message:
+        return super()._laid_over() if self._payload is None else decode_over(self._body, self._payload)

@@ -6,8 +6,6 @@ A worker has several channels and sleeps on one thing only, its bell:
         bell.clear()                      first clear, then look: what comes after the look rings again
         if not (poll everything):
             bell.wait(timeout_s)
-
-A bell is a named counting semaphore, so any process of the host that knows its name can ring it.
 """
 
 from __future__ import annotations
@@ -19,36 +17,22 @@ from typing import Any, Self
 
 import posix_ipc
 
-__all__ = [
-    "LOOK_FOR_NAME_EVERY_S",
-    "SPIN_S",
-    "WakeUp",
-    "acquire_within",
-    "create_semaphore",
-    "open_semaphore",
-    "unlink_semaphore",
-]
+__all__ = ["POLL_S", "SPIN_S", "WakeUp", "acquire_within", "create_semaphore", "open_semaphore", "unlink_semaphore"]
 
 # A sleeping core of a virtual machine takes 60 to 90 us to wake, as long as three hops; one that looks does not sleep.
 SPIN_S = 100e-6
-LOOK_FOR_NAME_EVERY_S = 0.002  # nothing can wait for a name to appear, so it is looked for
+POLL_S = 0.002  # nothing can wait for a name to appear, so it is looked for
 
 
 class WakeUp:
-    """A named counting semaphore that says "something changed". One process waits, any process rings.
+    """A named counting semaphore: one process waits, any that knows the name rings. Use `create` and `attach`.
 
-    Args:
-        name: its name on this host, without a slash.
-        semaphore: the open semaphore; use `create` and `attach`.
-        spin_s: how long a wait looks before it sleeps, in seconds. 0 where threads of this very process ring: whoever
-            looks holds the interpreter's lock that they need.
+    ``spin_s``: seconds in which a wait looks before it sleeps. 0 where threads of this very process ring: whoever looks
+    holds the interpreter's lock that they need.
     """
 
     def __init__(self, name: str, semaphore: Any, spin_s: float = SPIN_S) -> None:
-        self.name = name
-        self._spin_s = spin_s
-        self._semaphore = semaphore
-        self._open = True
+        self.name, self._semaphore, self._spin_s, self._open = name, semaphore, spin_s, True
 
     @classmethod
     def create(cls, name: str) -> Self:
@@ -80,10 +64,6 @@ class WakeUp:
             self._open = False
             self._semaphore.close()
 
-    def unlink(self) -> None:
-        """Remove the name; whoever has attached goes on. A name already removed is no error."""
-        unlink_semaphore(self.name)
-
     def __enter__(self) -> Self:
         return self
 
@@ -110,11 +90,11 @@ def open_semaphore(name: str, deadline_s: float) -> Any:
                 raise TimeoutError(
                     f"no semaphore '{name}' after {deadline_s:.3g} s: was it made, and not yet unlinked?"
                 ) from error
-        time.sleep(LOOK_FOR_NAME_EVERY_S)
+        time.sleep(POLL_S)
 
 
 def unlink_semaphore(name: str) -> None:
-    """Remove a semaphore's name; one already removed is no error."""
+    """Remove a semaphore's name; who has it open goes on. One already removed is no error."""
     with contextlib.suppress(posix_ipc.ExistentialError):
         posix_ipc.unlink_semaphore(f"/{name}")
 
@@ -122,21 +102,18 @@ def unlink_semaphore(name: str) -> None:
 def acquire_within(semaphore: Any, timeout_s: float, spin_s: float = SPIN_S) -> bool:
     """Take one from a semaphore; False when ``timeout_s`` seconds passed without one.
 
-    A signal interrupts the system call: its Python handler runs, then the wait goes on for the rest of
-    the time, unless the handler raised (Ctrl-C).
+    After a signal's Python handler the wait goes on for the rest of the time, unless the handler raised (Ctrl-C).
     """
     if _taken_soon(semaphore, min(timeout_s, spin_s)):
         return True
     end = time.monotonic() + timeout_s
-    remaining_s = timeout_s
     while True:
         try:
-            semaphore.acquire(max(remaining_s, 0))
+            semaphore.acquire(max(end - time.monotonic(), 0))
             return True
         except (posix_ipc.BusyError, posix_ipc.SignalError):
             # Busy can come early: the system call counts on the wall clock, which may be set.
-            remaining_s = end - time.monotonic()
-            if remaining_s <= 0:
+            if time.monotonic() >= end:
                 return False
 
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from pipeline.run.resolved import Resolved
 from workers.channels.names import Names
-from workers.channels.shm.ring import check_shared_memory, create_ring, ring_bytes, sweep_stale, unlink_ring
+from workers.channels.shm.host_memory import check_shared_memory, sweep_stale
+from workers.channels.shm.ring import create_ring, ring_bytes, unlink_ring
 from workers.channels.wakeup import WakeUp, unlink_semaphore
 from workers.telemetry.status_table import StatusTable
 from workers.wiring.edges import ChannelSpec, channels_of, ring_slot_bytes

@@ -1,10 +1,8 @@
-"""What lanes and peer memory need of CUDA: a copying stream, pinned host memory, handles that other processes open.
+"""What staging and peer memory need of CUDA: a copying stream, pinned host memory, handles that other processes open.
 
-torch knows streams and events. The memory that is shared is asked of CUDA itself (cudaMalloc, cudaIpcGetMemHandle): a
-block of torch's allocator would be shared whole, and its way of counting references leaves files behind when a process
-is killed.
-
-Nothing here is used, and CUDA not touched, before a worker with a GPU makes a ``CudaEngine``.
+The memory that is shared is asked of CUDA itself (cudaMalloc, cudaIpcGetMemHandle): a block of torch's allocator would
+be shared whole, and its way of counting references leaves files behind when a process is killed. CUDA is not touched
+before a worker with a GPU makes a ``CudaEngine``.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,11 +32,7 @@ ends, since others may still copy into it."""
 
 
 class CudaEngine:
-    """The ``workers.channels.engine.Engine`` of a GPU.
-
-    Args:
-        device: as torch names it, e.g. ``cuda:0``; the computing stream is whichever is current there.
-    """
+    """The ``workers.channels.engine.Engine`` of a GPU, e.g. ``cuda:0``; the stream that is current there computes."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -53,12 +47,8 @@ class CudaEngine:
         with torch.cuda.device(self._device):
             if runtime.cudaHostRegister(address, len(memory), 0) != 0:
                 runtime.cudaGetLastError()  # else the next kernel reports it
-                return _nothing
-
-        def unpin() -> None:
-            runtime.cudaHostUnregister(address)
-
-        return unpin
+                return lambda: None
+        return partial(runtime.cudaHostUnregister, address)
 
     @torch.no_grad()
     def snapshot(self, into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
@@ -108,9 +98,8 @@ class CudaEngine:
             )
         pointer = ctypes.c_void_p()
         with torch.cuda.device(self._device):
-            opened = _runtime().cudaIpcOpenMemHandle(
-                ctypes.byref(pointer), _Handle.from_buffer_copy(name), _LAZY_PEER_ACCESS
-            )
+            theirs = _Handle.from_buffer_copy(name)
+            opened = _runtime().cudaIpcOpenMemHandle(ctypes.byref(pointer), theirs, _LAZY_PEER_ACCESS)
             _check(opened, f"memory of {there} that another process shares (or choose channels shm)")
         return _over(pointer, num_bytes, self._device)
 
@@ -122,8 +111,7 @@ class CudaEngine:
         return event, handle
 
     def opened_signal(self, handle: bytes) -> torch.cuda.Event:
-        event = _own.get(handle) or torch.cuda.Event.from_ipc_handle(self._device, handle)
-        return cast(torch.cuda.Event, event)
+        return cast(torch.cuda.Event, _own.get(handle) or torch.cuda.Event.from_ipc_handle(self._device, handle))
 
     def wire(self, meeting: Meeting, name: str, side: int, within_s: float) -> NcclLink:
         return NcclLink.join(self._device, meeting, name, side, within_s)
@@ -145,13 +133,8 @@ class _OnDevice:
     """A pointer as torch takes it without a copy: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html"""
 
     def __init__(self, pointer: ctypes.c_void_p, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (pointer.value, False),
-            "strides": None,
-            "version": 2,
-        }
+        shape, data = (num_bytes,), (pointer.value, False)
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": "|u1", "data": data, "strides": None, "version": 2}
 
 
 def _over(pointer: ctypes.c_void_p, num_bytes: int, device: torch.device) -> Tensor:
@@ -190,7 +173,3 @@ def _check(status: int, what: str) -> None:
         runtime.cudaGetLastError()
         said = runtime.cudaGetErrorString(status).decode()
         raise RuntimeError(f"CUDA gives no {what}: {said} (error {status})")
-
-
-def _nothing() -> None:
-    """There is nothing to end."""

@@ -1,21 +1,16 @@
-"""NCCL as a wire: one group of two ranks per directed edge. The only file that knows it; nothing here needs it until a
-worker on a GPU connects.
+"""NCCL as a wire: one group of two ranks per directed edge. The only file that knows it.
 
 What NCCL and ProcessGroupNCCL really do (their sources as of torch 2.11 to 2.13), and what follows from it:
 
 * A send or receive is a kernel that spins until the other side's runs; `workers.channels.gpu.nccl_ends` says how nobody
   spins in vain. One group for both directions can deadlock, so each edge has its own, made directly, not by
   ``new_group``. It is eagerly connected: else the first message makes yet another communicator. The first message
-  between two ranks also sets up the transport, and blocks the host until both are in it: one byte travels while the
-  channel is opened.
+  between two ranks sets up the transport, and blocks the host until both are in it: one byte travels at the opening.
 * A watchdog thread per group would end the whole process, with nothing but a log, when an operation takes longer than
-  the group's timeout or NCCL reports an error: a dead peer, say, that gloo has told us of already. With
-  TORCH_NCCL_BLOCKING_WAIT=1 a group has no watchdog, no monitor of it, and no timeout of its own (and what
-  TORCH_NCCL_ASYNC_ERROR_HANDLING says is asked by nobody); it is set while the group is made, the only time when it is
-  read, so that other groups of the process are as they were. What blocks then is ``Work.wait``, which is called for its
-  error only: ``block_current_stream`` orders an event behind the operation.
-* Nobody else asks NCCL for errors then (of the network, say): who waits for a transfer does, once a second. Deadlines
-  are the channel's and the run's own.
+  the group's timeout or NCCL reports an error, such as a dead peer. TORCH_NCCL_BLOCKING_WAIT=1, which is read when a
+  group is made and set only then, leaves out the watchdog, its monitor and the timeout. What blocks then is
+  ``Work.wait``, called for its error only: ``block_current_stream`` orders an event behind the operation.
+* Nobody else asks NCCL for errors then: who waits for a transfer does, once a second.
 * ``ncclCommAbort`` frees spinning kernels at once. It also frees memory, which waits for every kernel of the device,
   those of other communicators too (NCCL #1013): each wire is cut in a thread of its own, so that several can be freed
   together, and is waited for 5 s at most. ``ncclCommDestroy`` would wait for the peer, so every wire ends by abort, a
@@ -76,18 +71,17 @@ class NcclLink:
     @classmethod
     def join(cls, device: torch.device, meeting: Meeting, name: str, side: int, within_s: float) -> Self:
         """Connect this device and that of the process that joins the other side; see ``Engine.wire``."""
+        both = f"{device} with the {'sender' if side else 'receiver'}'s GPU"
         try:
             return _within(within_s, lambda: cls._connected(device, meeting, name, side, within_s))
         except TimeoutError as error:
             raise ChannelTimeout(
-                f"{name}: NCCL did not connect {device} with the {'sender' if side else 'receiver'}'s GPU within "
-                f"{within_s:.3g} s: NCCL_DEBUG=INFO tells how far it comes, NCCL_SOCKET_IFNAME names the network "
-                "interface. Or choose channels gloo"
+                f"{name}: NCCL did not connect {both} within {within_s:.3g} s: NCCL_DEBUG=INFO tells how far it comes, "
+                "NCCL_SOCKET_IFNAME names the network interface. Or choose channels gloo"
             ) from error
         except PairBroken as error:
             raise RuntimeError(
-                f"{name}: NCCL does not connect {device} with the {'sender' if side else 'receiver'}'s GPU ({error}): "
-                "NCCL_DEBUG=INFO tells why. Or choose channels gloo"
+                f"{name}: NCCL does not connect {both} ({error}): NCCL_DEBUG=INFO tells why. Or choose channels gloo"
             ) from error
 
     @classmethod
@@ -172,24 +166,18 @@ def _told() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment(changes: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in changes}
+    before = {name: os.environ[name] for name in changes if name in os.environ}
     os.environ.update(changes)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in changes:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _within(within_s: float, call: Callable[[], _T]) -> _T:
-    """What ``call`` gives, from a thread that is left to itself where that takes too long.
-
-    Raises:
-        TimeoutError: it does.
-    """
+    """What ``call`` gives, from a thread that is left to itself where that takes too long: a ``TimeoutError``."""
     answer: Future[_T] = Future()
 
     def run() -> None:

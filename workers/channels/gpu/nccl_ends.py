@@ -8,13 +8,11 @@
 Everything but the tensors is as in `workers.channels.net.credit_end`: the order, the credits, the end, the death of the
 peer. A slot there holds a header only, and where the payload lies in the slot's buffer on the device.
 
-A wire, such as NCCL's, does what it is asked by a kernel that spins until the other side has queued its part. Nobody is
-to spin for what may never come, so:
+NCCL's kernels spin until the other side has queued its part. Nobody is to spin for what may never come, so:
 
 * A send is queued when what it sends is there: it waits for the other process, never for this one's computing.
-* A header travels when its send is queued, and the receive is queued when the header is there. So receives match sends
-  one to one and in order, and last as long as the transfer; while nothing flows, nothing is queued.
-* Credits bound what is queued; a buffer is sent from again when its last send has ended.
+* A header travels when its send is queued, and the receive is queued when the header is there: receives match sends one
+  to one and in order, and while nothing flows, nothing is queued. Credits bound what is queued.
 * A message is there when its payload is, and the sender's last word is taken in behind all payloads: its answer tells
   the sender that they have arrived, and that its side of the wire may go.
 * When gloo says that the peer is gone, the wire is cut, which frees whoever spins; what had not landed is dropped.
@@ -28,15 +26,16 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from pipeline.messages.message import ALIGNMENT_BYTES, Layout, Message, decode_over
+from pipeline.messages.message import ALIGNMENT_BYTES, Layout, Message
 from workers.channels.engine import DeviceLink, Done
 from workers.channels.interface import ChannelKind
 from workers.channels.net.credit_end import RemoteEnd
 from workers.channels.net.ends import RemoteReceiver, RemoteSender
-from workers.channels.net.gloo import PairBroken
+from workers.channels.net.gloo import Meeting, PairBroken
 from workers.channels.slot import Slot
-from workers.channels.spec import ChannelSpec, Opening
+from workers.channels.spec import ChannelSpec
 from workers.channels.staging import DeviceStaging, LandingSlot, StagedSlot
 
 __all__ = ["NCCL", "NcclReceiver", "NcclSender"]
@@ -50,17 +49,17 @@ _SPAN_AT = 48  # in a slot's record
 class _OutgoingSlot(StagedSlot):
     """A header that travels over gloo, and a buffer on the device from which the payload is sent."""
 
-    __slots__ = ("_sent", "_wire")
-
     def __init__(self, memory: memoryview, channel: ChannelSpec, staging: DeviceStaging, wire: DeviceLink) -> None:
         elsewhere = torch.empty(channel.slot_bytes, dtype=torch.uint8, device="meta")
         super().__init__(memory, channel.wire_dtype, staging, elsewhere)
-        self._wire, self._sent = wire, _NOTHING
+        self._wire = wire
+        self._sent: Done | None = None
 
     def write(self, message: Message) -> None:
-        """See ``Slot``. A credit has come for what was sent from here before, so its send has ended, or is about to."""
+        """A credit has come for what was sent from here before, so its send has ended, or is about to."""
         self._staging.check()
-        self._sent.synchronize()
+        if self._sent is not None:
+            self._sent.synchronize()
         Slot.write(self, message)  # the payload is sent with the header
 
     def send_off(self) -> None:
@@ -77,58 +76,36 @@ class _OutgoingSlot(StagedSlot):
 class _IncomingSlot(LandingSlot):
     """The same, as the receiver sees it."""
 
-    __slots__ = ("_payload", "_wire")
+    _payload: Tensor
 
     def __init__(self, memory: memoryview, channel: ChannelSpec, staging: DeviceStaging, wire: DeviceLink) -> None:
-        super().__init__(memory, staging)
-        self._wire, self._payload = wire, staging.engine.empty(channel.slot_bytes)
+        super().__init__(memory, staging, staging.engine.empty(channel.slot_bytes))
+        self._wire = wire
 
-    def receive(self) -> Done:
-        """Queue the payload of the message whose header is here; when that is there too."""
+    def receive(self) -> Done | None:
+        """Queue the payload of the message whose header is here: when that is there too; None: it has no payload."""
         start, stop = _SPAN.unpack_from(self._record, _SPAN_AT)
         if stop > len(self._payload):
             raise PairBroken(
                 f"a message of {stop:,} bytes came where slots have {len(self._payload):,}: both must run the same "
                 "plan with the same version"
             )
-        return self._wire.receive(self._payload[start:stop]) if start < stop else _NOTHING
-
-    def _laid_over(self) -> Message:
-        return decode_over(self._body, self._payload)
-
-
-class _Nothing:
-    """What is done already."""
-
-    def synchronize(self) -> None:
-        """At once."""
-
-
-_NOTHING: Done = _Nothing()
+        return self._wire.receive(self._payload[start:stop]) if start < stop else None
 
 
 class _WireEnd(RemoteEnd):
     """What both ends share: besides what a ``RemoteEnd`` has, the link between the devices.
 
-    Raises:
-        ChannelTimeout: the other end did not come, or the devices did not connect.
-        ValueError: the ends do not agree on the slots.
-        RuntimeError: the devices cannot be connected.
-
-    Blocks:
-        until the other end is there, at most three times ``opening.within_s``: to connect twice, and to greet.
-
-    Attributes:
-        wire: carries the payloads.
+    Raises also ``ChannelTimeout`` where the devices did not connect, after at most ``opening.within_s`` more, and
+    ``RuntimeError`` where they cannot be connected.
     """
 
     staging: DeviceStaging
     wire: DeviceLink
     _header_bytes = _HEADER_BYTES
 
-    def _connect(self, channel: ChannelSpec, opening: Opening) -> None:
-        assert opening.meeting is not None, "as RemoteEnd"
-        self.wire = self.staging.engine.wire(opening.meeting, channel.meets_as, self.side, opening.within_s)
+    def _connect(self, meeting: Meeting, channel: ChannelSpec, within_s: float) -> None:
+        self.wire = self.staging.engine.wire(meeting, channel.meets_as, self.side, within_s)
         self.staging.on_failure = self._break_off
 
     def _break_off(self, error: Exception) -> None:
@@ -149,11 +126,11 @@ class _WireEnd(RemoteEnd):
 
 
 class NcclSender(_WireEnd, RemoteSender):
-    """The sending end; see ``Sender``."""
+    """The sending end."""
 
     _slots: Sequence[_OutgoingSlot]
 
-    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> _OutgoingSlot:
         return _OutgoingSlot(memory, channel, self.staging, self.wire)
 
     def _ship_next(self) -> None:
@@ -164,17 +141,17 @@ class NcclSender(_WireEnd, RemoteSender):
 
 
 class NcclReceiver(_WireEnd, RemoteReceiver):
-    """The receiving end; see ``Receiver``."""
+    """The receiving end."""
 
     _slots: Sequence[_IncomingSlot]
 
-    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
+    def _slot(self, memory: memoryview, channel: ChannelSpec) -> _IncomingSlot:
         return _IncomingSlot(memory, channel, self.staging, self.wire)
 
     def _take_in(self, index: int) -> bool:
         self._heard = time.monotonic()
         last = self._slots[index].is_end
-        done = _NOTHING if last else self._slots[index].receive()
+        done = None if last else self._slots[index].receive()
         self.staging.after(done, partial(self._landed, index))
         return not last
 

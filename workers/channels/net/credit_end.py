@@ -4,10 +4,9 @@
     | slot 0 | slot 1 | ... |  -- messages -->   | slot 0 | slot 1 | ... |   receives are posted ahead for all slots
     released: n                <-- credits --    | n = messages released |   the sender has room while sent - n < slots
 
-It is the shared memory ring, but each side has its own half. There is one slot more than the capacity, for the message
-that says that nothing will follow, so that a close never waits for room. Either end may begin to close; the other one
-answers at once, from its waiter thread, and so each knows that everything it sent has arrived before the connection
-goes. An end that has said so sends nothing any more.
+It is the shared memory ring, but each side has its own half. One slot more than the capacity is for the message that
+says that nothing will follow, so that a close never waits for room. Either end may begin to close; the other answers at
+once, from its waiter thread, so each knows that everything it sent has arrived before the connection goes.
 
 Each end has one waiter thread: it takes what arrives and rings the bell of its own worker. Buffers need no bookkeeping:
 a credit for message n proves that message n has left, message n that the credits up to n - slots have. A credit costs
@@ -17,6 +16,7 @@ as much as a small message, so it is given only where the sender takes half of t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import threading
 import time
@@ -30,15 +30,13 @@ from torch import Tensor
 
 from workers.channels.errors import ChannelBroken, ChannelTimeout
 from workers.channels.interface import End
-from workers.channels.net.gloo import Pair, PairBroken
+from workers.channels.net.gloo import Meeting, Pair, PairBroken
 from workers.channels.slot import Slot, slot_stride
 from workers.channels.spec import ChannelSpec, Opening
 
-__all__ = ["CLOSED", "RemoteEnd"]
+__all__ = ["RemoteEnd"]
 
 _CLOSE_WITHIN_S = 2.0
-CLOSED = -1
-"""A credit that says: this receiver takes nothing any more."""
 
 
 class RemoteEnd(End):
@@ -47,15 +45,9 @@ class RemoteEnd(End):
     It rings its own worker, when a message or a release has arrived, and when the channel closes or breaks.
 
     Raises:
-        ChannelTimeout: the other end did not come.
+        ChannelTimeout: the other end did not come in ``opening.within_s`` to connect, or in as long again to greet.
         ValueError: the ends do not agree on the slots.
-
-    Blocks:
-        until the other end is there, at most ``opening.within_s`` to connect and as long again to greet.
     """
-
-    side = 0
-    who = peer = ""
 
     def __init__(self, channel: ChannelSpec, opening: Opening) -> None:
         super().__init__(channel, opening, (channel.edge.source, channel.edge.target)[self.side])
@@ -67,7 +59,7 @@ class RemoteEnd(End):
         self._thread = threading.Thread(target=self._listen, name=f"{self.label}, {self.who}", daemon=True)
         self._pair = Pair.join(opening.meeting, channel.meets_as, self.side, opening.within_s)
         try:
-            self._connect(channel, opening)
+            self._connect(opening.meeting, channel, opening.within_s)
             self._make_slots(channel)
             self._greet(opening.within_s)
         except BaseException:
@@ -85,13 +77,12 @@ class RemoteEnd(End):
         self._slots: Sequence[Slot] = [self._slot(memoryview(row.numpy()), channel) for row in memory]
         self._slot_bytes = list(memory)
         self._credits = list(torch.zeros(self._ring_size, 1, dtype=torch.int64))
+        self._incoming = (self._credits, self._slot_bytes)[self.side]  # where what the peer says lands
         self._sent: list[Any] = [None] * self._ring_size
         self._expected: list[Any] = [None] * self._ring_size
 
     def close(self) -> None:
-        """Blocks until what is under way to or from a device is copied, and the other end's process answered, at most
-        2 s: it does at once unless it is stopped.
-        """
+        """Blocks until what is under way to or from a device is copied, and the peer answered: within 2 s, or never."""
         if self._closed:
             return
         self._wind_up()
@@ -102,16 +93,6 @@ class RemoteEnd(End):
         self._slots, self._sent, self._expected = [], [], []
         self._ring()
 
-    # ------------------------------------------------------------------ what the two ends do differently
-
-    @abstractmethod
-    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
-        """A slot of this end's ring."""
-
-    @abstractmethod
-    def _incoming(self) -> list[Tensor]:
-        """Where what the peer says lands."""
-
     @abstractmethod
     def _arrived(self, index: int) -> bool:
         """Take in what arrived in a buffer; False when it says that nothing will follow."""
@@ -120,26 +101,22 @@ class RemoteEnd(End):
     def _ship_end(self) -> None:
         """Ship what says that nothing will follow."""
 
-    def _connect(self, channel: ChannelSpec, opening: Opening) -> None:
+    def _connect(self, meeting: Meeting, channel: ChannelSpec, within_s: float) -> None:
         """Connect what else there is to be connected."""
 
     def _cut(self) -> None:
         self._pair.cut()
-
-    # ------------------------------------------------------------------ private
 
     def _greet(self, within_s: float) -> None:
         """Agree with the other end on the slots, which also warms the connection up."""
         mine = torch.tensor([self._ring_size, self._slot_bytes[0].numel()])
         theirs = torch.zeros_like(mine)
         try:
-            expected, sent = self._pair.expect(theirs), self._pair.send(mine)
-            self._pair.wait(expected, timedelta(seconds=within_s))
-            self._pair.wait(sent, timedelta(seconds=within_s))
+            for work in (self._pair.expect(theirs), self._pair.send(mine)):
+                self._pair.wait(work, timedelta(seconds=within_s))
         except PairBroken as error:
-            raise ChannelTimeout(
-                f"{self.label}: no greeting from the {self.peer} in {within_s:.3g} s: {error}"
-            ) from error
+            said = f"{self.label}: no greeting from the {self.peer} in {within_s:.3g} s: {error}"
+            raise ChannelTimeout(said) from error
         if not torch.equal(mine, theirs):
             raise ValueError(
                 f"{self.label}: the {self.who} has {mine[0] - 1} slots of {mine[1]} bytes, the {self.peer} "
@@ -168,15 +145,13 @@ class RemoteEnd(End):
 
     def _listen(self) -> None:
         """The waiter thread: until the peer has ended or the connection is gone."""
-        index, more = 0, True
-        while more:
-            try:
+        try:
+            for index in itertools.cycle(range(self._ring_size)):
                 self._pair.wait(self._expected[index])
-                more = self._take_in(index)
-            except PairBroken as error:
-                more = False
-                self._lose(error)
-            index = (index + 1) % self._ring_size
+                if not self._take_in(index):
+                    return
+        except PairBroken as error:
+            self._lose(error)
 
     def _take_in(self, index: int) -> bool:
         """What has arrived in a buffer, from the waiter thread; False when nothing follows it."""
@@ -198,7 +173,7 @@ class RemoteEnd(End):
         self._ring()
 
     def _expect(self, index: int) -> None:
-        self._expected[index] = self._pair.expect(self._incoming()[index])
+        self._expected[index] = self._pair.expect(self._incoming[index])
 
     def _ship(self, index: int, data: Tensor) -> None:
         """Send a buffer; what was sent from it before has left, see above, but gloo wants to hear a wait for it."""
@@ -209,9 +184,8 @@ class RemoteEnd(End):
     def _flush(self) -> None:
         """Wait until the last words have left; the peer has posted its receives for them."""
         with contextlib.suppress(PairBroken):
-            for work in self._sent:
-                if work is not None:
-                    self._pair.wait(work, timedelta(seconds=_CLOSE_WITHIN_S))
+            for work in filter(None, self._sent):
+                self._pair.wait(work, timedelta(seconds=_CLOSE_WITHIN_S))
 
     def _within(self, deadline_s: float, ready: Callable[[], bool]) -> None:
         """Wait, with the lock held, until ``ready``, the peer's end or a broken connection; else give up."""
@@ -227,7 +201,3 @@ class RemoteEnd(End):
             f"{self._fullness()}, last heard of it {time.monotonic() - self._heard:.3g} s ago): {self._broken}. Its "
             "process died, or the network between the hosts did: look what its worker reported, and at its system's log"
         ) from self._broken
-
-    @abstractmethod
-    def _give_up(self, waited_s: float) -> NoReturn:
-        """Raise what says who waited for whom."""

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import contextlib
 
-from torch import Tensor
-
 from pipeline.messages.message import Message
 from workers.channels.interface import ChannelKind, Receiver, Sender
-from workers.channels.net.credit_end import CLOSED, RemoteEnd
+from workers.channels.net.credit_end import RemoteEnd
 from workers.channels.net.gloo import PairBroken
-from workers.channels.slot import Slot
-from workers.channels.spec import ChannelSpec
-from workers.channels.staging import incoming_slot, outgoing_slot
 
 __all__ = ["GLOO", "RemoteReceiver", "RemoteSender"]
 
+_CLOSED = -1  # a credit that says: this receiver takes nothing any more
+
 
 class RemoteSender(Sender, RemoteEnd):
-    """The sending end of a remote channel; see `Sender`."""
+    """The sending end of a remote channel."""
 
-    side, who, peer = 0, "sender", "receiver"
     _num_sent = _num_shipped = _num_released = 0
 
     def depth(self) -> int:
@@ -47,10 +43,7 @@ class RemoteSender(Sender, RemoteEnd):
                 error.add_note(f"while sending on {self.label}")
                 raise
             self._num_sent += 1
-            if self.staging is None:
-                self._ship_next()
-            else:
-                self.staging.then(self._ship_next)
+            self._once_copied(self._ship_next)
             if self._broken is not None:
                 self._break(0.0)
 
@@ -59,26 +52,22 @@ class RemoteSender(Sender, RemoteEnd):
         with self._changed:
             if self._said_end or self._broken is not None:
                 return  # nobody takes it
-            index = self._num_shipped % self._ring_size
             try:
-                self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
+                self._ship_slot(self._num_shipped % self._ring_size)
             except PairBroken as error:
                 self._broken = error
                 self._changed.notify_all()
             self._num_shipped += 1
 
+    def _ship_slot(self, index: int) -> None:
+        self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
+
     def _has_room(self) -> bool:
         return self._num_sent - self._num_released < self.capacity
 
-    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
-        return outgoing_slot(memory, channel.wire_dtype, self.staging)
-
-    def _incoming(self) -> list[Tensor]:
-        return self._credits
-
     def _arrived(self, index: int) -> bool:
         released = int(self._credits[index])
-        if released == CLOSED:
+        if released == _CLOSED:
             return False
         if not self._said_end:
             self._expect(index)  # first, so that there is always one for every credit that can come
@@ -88,13 +77,12 @@ class RemoteSender(Sender, RemoteEnd):
     def _ship_end(self) -> None:
         index = self._num_shipped % self._ring_size
         self._slots[index].write_end()
-        self._ship(index, self._slot_bytes[index][: self._slots[index].used_bytes])
+        self._ship_slot(index)
 
 
 class RemoteReceiver(Receiver, RemoteEnd):
-    """The receiving end of a remote channel; see `Receiver`."""
+    """The receiving end of a remote channel."""
 
-    side, who, peer = 1, "receiver", "sender"
     _num_arrived = _num_read = _num_released = _num_told = _num_credits = 0
 
     def depth(self) -> int:
@@ -143,12 +131,6 @@ class RemoteReceiver(Receiver, RemoteEnd):
     def _has_message(self) -> bool:
         return self._num_arrived > self._num_read
 
-    def _slot(self, memory: memoryview, channel: ChannelSpec) -> Slot:
-        return incoming_slot(memory, self.staging)
-
-    def _incoming(self) -> list[Tensor]:
-        return self._slot_bytes
-
     def _arrived(self, index: int) -> bool:
         if self._slots[index].is_end:
             return False
@@ -158,7 +140,7 @@ class RemoteReceiver(Receiver, RemoteEnd):
         return True
 
     def _ship_end(self) -> None:
-        self._ship_credit(CLOSED)
+        self._ship_credit(_CLOSED)
 
 
 GLOO = ChannelKind("gloo", RemoteSender, RemoteReceiver)

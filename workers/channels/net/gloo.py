@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self
@@ -51,12 +51,7 @@ def address_towards(host: str, port: int) -> str:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where processes find each other: a TCPStore that one of them hosts.
-
-    Attributes:
-        host: name or address of the host, as the others reach it.
-        port: its TCP port.
-    """
+    """Where processes find each other: a TCPStore that one of them hosts, at ``host`` as the others reach it."""
 
     host: str
     port: int
@@ -75,11 +70,10 @@ class Rendezvous:
         del store  # its server ends with it
 
     def join(self, within_s: float) -> Meeting:
-        """Connect to the store. The process's pairs then listen at its address as seen from the store's host, or at
-        the (first) interface that ``GLOO_SOCKET_IFNAME`` names.
+        """Connect to the store; ``ChannelTimeout``: nothing answered within ``within_s`` seconds.
 
-        Raises:
-            ChannelTimeout: nothing answered within ``within_s`` seconds.
+        The process's pairs then listen at the (first) interface that ``GLOO_SOCKET_IFNAME`` names, or else at its
+        address as seen from the store's host.
         """
         try:
             store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -106,11 +100,7 @@ class Pair:
 
     @classmethod
     def join(cls, meeting: Meeting, name: str, side: int, within_s: float) -> Self:
-        """Connect to the process that joins the other side (0 or 1) of the same name, which is used once.
-
-        Raises:
-            ChannelTimeout: nobody came within ``within_s`` seconds.
-        """
+        """Connect to who joins the other side (0 or 1) of a name used once; ``ChannelTimeout``: nobody in that time."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [meeting.device]
         options._threads = 1
@@ -126,22 +116,15 @@ class Pair:
 
     def send(self, data: Tensor) -> Any:
         """Send a contiguous CPU tensor; returns what `wait` takes. Raises ``PairBroken``; does not block."""
-        return _posted(self._group.send, data, self._peer)
+        return _asked(self._group.send, [data], self._peer, 0)
 
     def expect(self, data: Tensor) -> Any:
         """Receive the next message into a tensor at least as long; else as `send`."""
-        return _posted(self._group.recv, data, self._peer)
+        return _asked(self._group.recv, [data], self._peer, 0)
 
     def wait(self, work: Any, within: timedelta = _FOREVER) -> None:
-        """Wait for one `send` or `expect`; lets other threads run.
-
-        Raises:
-            PairBroken: the connection is gone, or ``within`` is over, which cuts it.
-        """
-        try:
-            work.wait(within)
-        except RuntimeError as error:
-            raise PairBroken(_first_line(error)) from error
+        """Wait for a `send` or `expect`; ``PairBroken``: the connection is gone, or ``within`` over, which cuts it."""
+        _asked(work.wait, within)
 
     def cut(self) -> None:
         """Close the connection; whoever waits, on either side, gets `PairBroken`."""
@@ -149,9 +132,9 @@ class Pair:
             self.wait(self.expect(torch.empty(1, dtype=torch.uint8)), _AT_ONCE)
 
 
-def _posted(post: Any, data: Tensor, peer: int) -> Any:
+def _asked(call: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return post([data], peer, 0)
+        return call(*arguments)
     except RuntimeError as error:
         raise PairBroken(_first_line(error)) from error
 

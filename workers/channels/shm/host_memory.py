@@ -45,16 +45,15 @@ def too_little(needed_bytes: int, free: str = "less than that is") -> PlanError:
 
 
 def sweep_stale() -> list[str]:
-    """Remove what runs left in /dev/shm whose driver was killed before it could unlink the names.
+    """Remove what runs left in /dev/shm whose driver was killed before it could unlink the names; returns them.
 
     Only this user's files of this PID namespace: the processes of another container that shares /dev/shm cannot be
-    seen from here, and look dead. What somebody else has put there under such a name is left alone. Returns the names.
+    seen from here, and look dead.
     """
     pattern = re.compile(rf"(?:sem\.)?fw-(\d{{1,9}})-{_pid_namespace()}[0-9a-f]+")
     removed = []
     for entry in sorted(_DIRECTORY.iterdir()) if _DIRECTORY.is_dir() else ():
-        match = pattern.match(entry.name)
-        if match and not _alive(int(match[1])):
+        if (match := pattern.match(entry.name)) and not _alive(int(match[1])):
             with contextlib.suppress(OSError):
                 state = entry.lstat()
                 if stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid():

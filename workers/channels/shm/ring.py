@@ -3,12 +3,10 @@
     segment fw-<driver pid>-...    semaphores ...-e: empty slots (sender waits), ...-f: filled (receiver)
     | sizes, closed flags | slot 0 | slot 1 | ... |
 
-One copy in (the sender's), read in place, two counting semaphores, no threads. Each side keeps its own
-place in the ring; the post and wait of the semaphores order the memory. Everything has a name, so that
-processes without a common parent can attach, and once both have, `unlink_ring` removes the names while
-the memory lives on: then even `kill -9` of every process leaves nothing behind.
-
-A peer killed by SIGKILL cannot be seen from here: deadlines cover it.
+One copy in (the sender's), read in place, two counting semaphores, no threads. Each side keeps its own place in the
+ring; the post and wait of the semaphores order the memory. Everything has a name, so that processes without a common
+parent can attach; once both have, `unlink_ring` removes the names while the memory lives on, and even `kill -9` of all
+leaves nothing behind. A peer killed by SIGKILL cannot be seen from here: deadlines cover it.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ import errno
 import mmap
 import os
 import struct
-from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import posix_ipc
 
@@ -27,36 +25,21 @@ from pipeline.errors import PlanError
 from pipeline.messages.message import Message
 from workers.channels.errors import ChannelTimeout
 from workers.channels.interface import ChannelKind, End, Receiver, Sender
-from workers.channels.shm.host_memory import check_shared_memory, new_prefix, sweep_stale, too_little
+from workers.channels.shm.host_memory import check_shared_memory, new_prefix, too_little
 from workers.channels.slot import Slot, slot_stride
 from workers.channels.spec import ChannelSpec, Opening
-from workers.channels.staging import incoming_slot, outgoing_slot
 from workers.channels.wakeup import acquire_within, create_semaphore, open_semaphore, unlink_semaphore
 
-__all__ = [
-    "CARD",
-    "SHM",
-    "ShmReceiver",
-    "ShmSender",
-    "check_shared_memory",
-    "create_ring",
-    "new_prefix",
-    "ring_bytes",
-    "sweep_stale",
-    "unlink_ring",
-]
+__all__ = ["SHM", "ShmReceiver", "ShmSender", "create_ring", "new_prefix", "ring_bytes", "unlink_ring"]
 
 _HEADER_BYTES = 4096
 _SIZES = struct.Struct("<qq")  # number of slots, bytes from one to the next
 _NUM_SENT = struct.Struct("<q")  # written by the sender when it closes
 _NUM_SENT_AT = 16
 # Each flag has one writer, and the two sides do not share a cache line.
-_SENDER_ATTACHED = 64
-_SENDER_CLOSED = 65
-_RECEIVER_ATTACHED = 128
-_RECEIVER_CLOSED = 129
-CARD = 256
-"""From here to the end of the header a kind of channel may leave what its ends have to know of each other."""
+_SENDER_ATTACHED, _SENDER_CLOSED = 64, 65
+_RECEIVER_ATTACHED, _RECEIVER_CLOSED = 128, 129
+_CARD = 256  # from here to the end of the header a kind of channel leaves what its ends have to know of each other
 
 
 def ring_bytes(slots: int, slot_bytes: int) -> int:
@@ -67,14 +50,11 @@ def ring_bytes(slots: int, slot_bytes: int) -> int:
 def create_ring(name: str, slots: int, slot_bytes: int) -> None:
     """Make a ring and reserve its memory. It lives until `unlink_ring` and the last end that is attached.
 
-    Args:
-        name: starts with the run's `new_prefix`; up to 28 characters.
-        slots: how many messages fit.
-        slot_bytes: bytes of the largest encoded message, or header.
+    The name starts with the run's `new_prefix` and has up to 28 characters; ``slot_bytes`` are those of the largest
+    encoded message, or header.
 
     Raises:
-        PlanError: too little shared memory, or sizes below 1. Without the reservation a full /dev/shm would
-            kill the process that touches it (SIGBUS).
+        PlanError: too little shared memory (unreserved, it would kill the process that touches it), or sizes below 1.
         FileExistsError: the name is taken.
     """
     if slots < 1 or slot_bytes < 1:
@@ -109,18 +89,18 @@ def unlink_ring(name: str) -> None:
 
 
 class _ShmEnd(End):
-    """One process's mapping of a ring, with the slots cut out once; ``attached`` is this end's flag.
+    """One process's mapping of a ring, with the slots cut out once.
 
     Raises:
-        ChannelTimeout: there is no such ring.
+        ChannelTimeout: there is no such ring; this blocks for ``opening.within_s`` then.
         ValueError: somebody has attached this end before.
-
-    Blocks:
-        until the ring exists, at most ``opening.within_s``.
     """
 
-    def __init__(self, channel: ChannelSpec, opening: Opening, rings: int, attached: int) -> None:
-        super().__init__(channel, opening, rings)
+    _attached_at: ClassVar[int]
+    _closed_at: ClassVar[int]
+
+    def __init__(self, channel: ChannelSpec, opening: Opening) -> None:
+        super().__init__(channel, opening, (channel.edge.target, channel.edge.source)[self.side])
         name = channel.name
         try:
             self._filled = open_semaphore(f"{name}-f", opening.within_s)
@@ -140,13 +120,12 @@ class _ShmEnd(End):
         self.capacity, stride = _SIZES.unpack_from(view)
         # Tensors read in place keep their slot's memoryview alive, and that the mapping: it is never closed
         # by hand (a tensor would crash), but goes with its last view.
-        self._header = view[:_HEADER_BYTES]
+        self._header, self._card = view[:_HEADER_BYTES], view[_CARD:_HEADER_BYTES]
         self._next = 0  # how many messages this side has sent or received
-        self._closed = False
-        self._slots: list[Slot] = []
-        if self._header[attached]:
+        self._closed, self._slots = False, list[Slot]()
+        if self._header[self._attached_at]:
             raise ValueError(f"{self.label}: this end of '{name}' is attached already; a channel has one of each end")
-        self._header[attached] = 1
+        self._header[self._attached_at] = 1
         try:
             self._pin(view)
             memories = [view[start : start + stride] for start in range(_HEADER_BYTES, len(view), stride)]
@@ -155,29 +134,28 @@ class _ShmEnd(End):
             self.close()
             raise
 
-    @abstractmethod
     def _slots_over(self, memories: Sequence[memoryview], channel: ChannelSpec, within_s: float) -> list[Slot]:
-        """The slots, as this end sees them."""
+        return [self._slot(memory, channel) for memory in memories]
 
     def depth(self) -> int:
         return 0 if self._closed else max(0, self.capacity - int(self._empty.value))
 
-    def _shut(self) -> None:
-        self._closed = True
-        self._slots = []
-        self._filled.close()
-        self._empty.close()
-        self._ring()
+    def close(self) -> None:
+        """The sender gets `ChannelClosed` at once, the receiver behind what was sent."""
+        if not self._closed:
+            self._drain()
+            self._header[self._closed_at] = 1
+            (self._filled, self._empty)[self.side].release()  # wakes the peer; one more filled than messages sent
+            self._closed, self._slots = True, []
+            self._filled.close()
+            self._empty.close()
+            self._ring()
 
 
 class ShmSender(_ShmEnd, Sender):
-    """The sending end of a ring that any process makes with `create_ring`; see `Sender`. Rings after each send."""
+    """The sending end of a ring that any process makes with `create_ring`. Rings after each send."""
 
-    def __init__(self, channel: ChannelSpec, opening: Opening) -> None:
-        super().__init__(channel, opening, channel.edge.target, _SENDER_ATTACHED)
-
-    def _slots_over(self, memories: Sequence[memoryview], channel: ChannelSpec, within_s: float) -> list[Slot]:
-        return [outgoing_slot(memory, channel.wire_dtype, self.staging) for memory in memories]
+    _attached_at, _closed_at = _SENDER_ATTACHED, _SENDER_CLOSED
 
     def room(self) -> bool:
         return self._closed or bool(self._empty.value) or bool(self._header[_RECEIVER_CLOSED])
@@ -197,35 +175,23 @@ class ShmSender(_ShmEnd, Sender):
             error.add_note(f"while sending on {self.label}")
             raise
         self._next += 1
-        if self.staging is None:
-            self._post()
-        else:
-            self.staging.then(self._post)
+        self._once_copied(self._post)
 
     def _post(self) -> None:
         self._filled.release()
         self._ring()
 
     def close(self) -> None:
-        """The receiver gets what was sent, then `ChannelClosed`."""
         if not self._closed:
-            self._drain()
             _NUM_SENT.pack_into(self._header, _NUM_SENT_AT, self._next)
-            self._header[_SENDER_CLOSED] = 1
-            self._filled.release()  # one more than messages sent: wakes the receiver
-            self._shut()
+        super().close()
 
 
 class ShmReceiver(_ShmEnd, Receiver):
-    """The receiving end of a ring; see `Receiver`. Rings after each release."""
+    """The receiving end of a ring. Rings after each release."""
 
+    _attached_at, _closed_at = _RECEIVER_ATTACHED, _RECEIVER_CLOSED
     _drained = False
-
-    def __init__(self, channel: ChannelSpec, opening: Opening) -> None:
-        super().__init__(channel, opening, channel.edge.source, _RECEIVER_ATTACHED)
-
-    def _slots_over(self, memories: Sequence[memoryview], channel: ChannelSpec, within_s: float) -> list[Slot]:
-        return [incoming_slot(memory, self.staging) for memory in memories]
 
     def poll(self) -> Message | None:
         # Asking for the value first makes an empty poll 0.1 us instead of 1 us.
@@ -252,14 +218,6 @@ class ShmReceiver(_ShmEnd, Receiver):
         if not self._closed:
             self._empty.release()
             self._ring()
-
-    def close(self) -> None:
-        """The sender gets `ChannelClosed` at once."""
-        if not self._closed:
-            self._drain()
-            self._header[_RECEIVER_CLOSED] = 1
-            self._empty.release()  # wakes the sender
-            self._shut()
 
 
 SHM = ChannelKind("shm", ShmSender, ShmReceiver, lambda channel: channel.slot_bytes)
