@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-from rich.table import Table
+from rich.table import Column, Table
 
-from launch.bench.compare import chosen_rows, prepare_rows
+from launch.bench.compare import chosen_rows, run_rounds
 from launch.bench.report import BenchRow, Report, show
 from launch.bench.where_rows_run import LOCAL, Site
 from launch.options.options import BenchOptions
-from launch.results import run_folder
 from launch.show.console import Console
 from launch.show.tables import print_table
 from pipeline import Plan, PlanError, Recipe
@@ -29,11 +28,8 @@ __all__ = ["AXES", "ScalingAxis", "ScalingReport", "axis_of", "bench_over", "mod
 class ScalingAxis:
     """What a comparison can run over.
 
-    Attributes:
-        name: of a point's value in bench.json; ``over_<name>`` is the option and the field with the points.
-        label: of the picture, whose file is ``picture``; ``heading`` of a column, ``unit`` behind a number.
-        of: the value that a plan has.
-        place: (plan, value) -> the plan with that value.
+    ``name`` is that of a point's value in bench.json, ``label`` stands in the picture, whose file is ``picture``,
+    ``heading`` above a column, ``unit`` behind a number. A plan has the value ``of(plan)``; ``place`` gives it another.
     """
 
     name: str
@@ -51,8 +47,7 @@ class ScalingAxis:
 
     def wanted(self, options: BenchOptions) -> tuple[float, ...]:
         """The points that were asked for."""
-        values: tuple[float, ...] = getattr(options, self.field)
-        return values
+        return cast(tuple[float, ...], getattr(options, self.field))
 
 
 def _with_latency(plan: Plan, latency_ms: float) -> Plan:
@@ -88,18 +83,12 @@ AXES = (
 
 @dataclass(kw_only=True)
 class ScalingReport(Report):
-    """A report at the plan's own point, and the reports of all points.
-
-    Attributes:
-        axis: what was varied.
-        points: (value, report) in ascending order; the plan's own point is one of them.
-    """
+    """A report at the plan's own point, and (value, report) of all points, in ascending order, its own among them."""
 
     axis: ScalingAxis
     points: tuple[tuple[float, Report], ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields of bench.json."""
         points = [
             {self.axis.name: value, "verdict": r.verdict, "rows": r.row_dicts(), "left_out": r.left_out}
             for value, r in self.points
@@ -145,14 +134,9 @@ def bench_over(
 ) -> ScalingReport:
     """Compare at every point that ``options`` ask for and at the plan's own; print the plan's own point in full first.
 
-    Rounds are the outer loop, so that points may be compared with each other as rows may.
-
     Raises:
         PlanError: a point cannot run; nothing was started.
         RunFailed: a run failed.
-
-    Blocks:
-        until all rows of all points ran in all rounds.
     """
     axis = axis_of(options)
     if axis is None:
@@ -161,32 +145,19 @@ def bench_over(
     plans = {value: axis.place(plan, value) for value in sorted({own, *axis.wanted(options)})}
     names = chosen_rows(options.rows, plans[own])
     resolved = {value: _resolved(source, each, axis, value, site) for value, each in plans.items()}
-    site.agree(resolved[own])
-    folder = run_folder.new_run_dir(options.runs, options.name or run_folder.default_name(source().name, "bench"))
-    console.decided(source().name, resolved[own], folder)
-    comparisons = {
-        value: prepare_rows(
-            names, source, each, folder / f"{axis.name}-{value:g}", console, site, everything="all" in options.rows
-        )
-        for value, each in resolved.items()
-    }
-    for number in range(options.rounds):
-        for value, comparison in comparisons.items():
-            comparison.run_round(number, console, f"round {number + 1} of {options.rounds}, {value:g} {axis.unit}")
-    points = tuple((value, comparison.report(command)) for value, comparison in comparisons.items())
+    places = [(each, f"{axis.name}-{value:g}", f", {value:g} {axis.unit}") for value, each in resolved.items()]
+    reports = run_rounds(source, names, resolved[own], places, options, command, console, site)
+    points = tuple(zip(resolved, reports, strict=True))
     main = dict(points)[own]
-    sweep = ScalingReport(**{**vars(main), "folder": folder}, axis=axis, points=points)
+    sweep = ScalingReport(**{**vars(main), "folder": main.folder.parent}, axis=axis, points=points)
     show(sweep, console)
     console.rich.print(f"\n[bold]{sweep.finding()}[/bold]\n")
     print_table(console.rich, _table(sweep))
     short = [each for each in resolved.values() if each.steps < _FILLS * each.plan.stages > _FILLS]
     if short:
         most = max(each.plan.stages for each in short)
-        console.extra(
-            "note",
-            f"{short[0].steps} batches do not fill {most} stages for long: busy% is too low there",
-            f"--steps {_FILLS * most} or more",
-        )
+        text = f"{short[0].steps} batches do not fill {most} stages for long: busy% is too low there"
+        console.extra("note", text, f"--steps {_FILLS * most} or more")
     return sweep
 
 
@@ -199,11 +170,9 @@ def _resolved(source: Callable[[], Recipe], plan: Plan, axis: ScalingAxis, value
 
 def _table(sweep: ScalingReport) -> Table:
     """One line per point and row, the points apart."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(sweep.axis.heading, justify="right", no_wrap=True)
-    table.add_column("mode", no_wrap=True)
-    for name in ("samples/s", f"x {sweep.rows[0].name}", "update ms p50", "p99", "busy%"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = (sweep.axis.heading, "samples/s", f"x {sweep.rows[0].name}", "update ms p50", "p99", "busy%")
+    point, *figures = (Column(name, justify="right", no_wrap=True) for name in names)
+    table = Table(point, Column("mode", no_wrap=True), *figures, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for value, report in sweep.points:
         for index, row in enumerate(report.rows):
             latencies = [f"{seconds * 1e3:,.2f}" for seconds in row.latency_s] if row.latency_s else ["-", "-"]
@@ -215,6 +184,6 @@ def _table(sweep: ScalingReport) -> Table:
 
 
 def _same(row: BenchRow, report: Report) -> BenchRow | None:
-    """The row of another point that trains in the same way."""
+    """The row of a report that trains in the same way."""
     alike = (row.contender.engine, row.contender.mode)
     return next((r for r in report.rows if (r.contender.engine, r.contender.mode) == alike), None)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from launch.bench.rivals.loop import as_bytes, broadcast
 from launch.bench.rivals.placement import Placement
 from pipeline.data.recipe import Recipe
 from pipeline.model.given_model import ModuleModes
@@ -29,9 +30,7 @@ __all__ = ["ForwardPass"]
 class ForwardPass:
     """The way of held-out batches through the stages. Made in all ranks at the same time: it opens connections.
 
-    Args:
-        placement: which rank has which virtual stage, and what goes in between.
-        stages: the modules of this rank's virtual stages, by index, in order.
+    ``stages`` are the modules of this rank's virtual stages, by index, in order.
     """
 
     placement: Placement
@@ -51,11 +50,8 @@ class ForwardPass:
     def scores(self, recipe: Recipe) -> EvaluationMetrics:
         """One pass over the held-out batches in evaluation mode; the modules are in their modes of before afterwards.
 
-        Returns:
-            The scores in the rank of the last virtual stage, scores of no rows in the others.
-
-        Blocks:
-            until this rank's part is done; at most the time limit of the process group per message.
+        The rank of the last virtual stage has the scores, the others scores of no rows. Blocks until this rank's part
+        is done, at most the time limit of the process group per message.
         """
         batches = list(recipe.held_out())
         scores, given = EvaluationMetrics(), [inputs for inputs, _ in batches]
@@ -66,7 +62,9 @@ class ForwardPass:
             for x, (_, labels) in zip(given, batches, strict=True):
                 y = stage(self._received(index - 1, len(labels)) if index - 1 in self._groups else x)
                 if index in self._groups:
-                    self._send(index, y)
+                    flat = as_bytes(y)
+                    work = dist.broadcast(flat, self.placement.ranks[index], group=self._groups[index], async_op=True)
+                    self._sending.append((work, flat))  # kept until it is there
                 elif index == len(self.placement.ranks) - 1:
                     scores.add(recipe, y, labels)
                 here.append(y)
@@ -77,21 +75,8 @@ class ForwardPass:
         self._sending.clear()
         return scores
 
-    def _send(self, edge: int, y: Tensor) -> None:
-        """To the next virtual stage; the tensor is kept until it is there."""
-        y = y.contiguous()
-        sender = self.placement.ranks[edge]
-        work = dist.broadcast(_bytes(y), sender, group=self._groups[edge], async_op=True)
-        self._sending.append((work, y))
-
     def _received(self, edge: int, rows: int) -> Tensor:
         """From the virtual stage before: what it gives for a batch of ``rows`` rows."""
         kind = self.placement.edges[edge + 1]
         x = torch.empty((rows, *kind.shape[1:]), dtype=kind.dtype)
-        dist.broadcast(_bytes(x), self.placement.ranks[edge], group=self._groups[edge])
-        return x
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """A view: gloo does not know every dtype."""
-    return tensor.reshape(-1).view(torch.uint8)
+        return broadcast(x, self.placement.ranks[edge], self._groups[edge])

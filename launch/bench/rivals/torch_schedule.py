@@ -59,16 +59,11 @@ def run_torch_schedule(
 
     Losses of microbatches are means over equal numbers of rows, and torch divides the summed gradients by the number of
     microbatches: the step is that of the whole batch. BatchNorm sees one microbatch at a time. A look at the held-out
-    data takes its batches through the same stages, forward only.
-
-    Args as in ``Training`` and ``run_ranks``; ``schedule`` is one of ``TORCH_SCHEDULES``.
+    data takes its batches through the same stages, forward only. Args as in ``Training``; ``schedule`` is one of
+    ``TORCH_SCHEDULES``; blocks and fails as ``run_ranks``.
 
     Raises:
         PlanError: the schedule cannot run so; nothing was started.
-        RunFailed: a rank failed, with its traceback, or it took too long.
-
-    Blocks:
-        until it is over, at most ``within_s``.
     """
     check_microbatches(schedule, resolved, microbatches)
     rival = TorchSchedule(schedule, microbatches, place(source(), resolved, schedule, microbatches))
@@ -85,16 +80,12 @@ def best_microbatches(
     threads: int,
     steps: int = 6,
     warmup: int = 2,
-    rounds: int = 2,
     within_s: float = 3600.0,
     places: Places = HERE,
 ) -> dict[int, float]:
-    """Try 1, 2, 4 and 8 microbatches, as far as batch and schedule allow, for a few steps each.
+    """Samples per second with 1, 2, 4 and 8 microbatches, as far as batch and schedule allow, by trials of a few steps.
 
-    Args as in ``run_torch_schedule``, of each trial; ``rounds`` says how often each number is tried, in turns.
-
-    Returns:
-        Samples per second of every number, in its fastest round: noise only ever adds time.
+    Of two trials the faster one counts: noise only ever adds time. Args as in ``run_torch_schedule``, of each trial.
 
     Raises:
         PlanError: no number fits, or the schedule cannot run.
@@ -103,7 +94,7 @@ def best_microbatches(
     short = replace(resolved, plan=replace(resolved.plan, steps=steps, evaluate_every=None, until=None))
     options: dict[str, Any] = {"threads": threads, "warmup": warmup, "within_s": within_s, "places": places}
     tried: dict[int, float] = {}
-    for parts in _possible(schedule, resolved) * rounds:
+    for parts in _possible(schedule, resolved) * 2:
         run = run_torch_schedule(source, short, schedule, microbatches=parts, evaluates=False, **options)
         tried[parts] = max(tried.get(parts, 0.0), run.batches * resolved.batch_shape[0] / run.seconds)
     return tried
@@ -123,14 +114,14 @@ def _possible(schedule: str, resolved: Resolved) -> list[int]:
 
 
 class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
-    """What a rank does: a schedule, into how many microbatches batches are cut, and who has which layers."""
+    """What a rank does."""
 
     schedule: str
     microbatches: int
     placement: Placement
 
     def __call__(self, training: Training, rank: int) -> RankRun:
-        """Train; the process group stands. Blocks until the training is over."""
+        """Train, in a process group that stands."""
         logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # it would print the schedule
         recipe, plan = training.source(), training.plan
         mine = self.placement.stages_of(rank)
@@ -162,14 +153,9 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
         from torch.distributed.pipelining import PipelineStage
 
         before, after = self.placement.edges[index : index + 2]
-        return PipelineStage(
-            chain,
-            index,
-            len(self.placement.sizes),
-            torch.device("cpu"),
-            input_args=(before.example(requires_grad=index > 0),),
-            output_args=(after.example(requires_grad=True),),
-        )
+        given, made = (before.example(requires_grad=index > 0),), (after.example(requires_grad=True),)
+        place, stages = torch.device("cpu"), len(self.placement.sizes)
+        return PipelineStage(chain, index, stages, place, input_args=given, output_args=made)
 
     def _schedule(self, recipe: Recipe, stages: list[PipelineStage]) -> PipelineScheduleSingle | PipelineScheduleMulti:
         from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
