@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from launch.bench.rivals.child import Child, ChildDied, ending
 from launch.bench.spread import Spread
@@ -50,9 +50,7 @@ class ChannelRow:
     """What was measured for one channel and one size of message.
 
     Attributes:
-        channel: the implementation.
         message_bytes: payload: one float32 tensor.
-        rounds: how often it was measured.
         hop_p50_us: median time of one hop in microseconds: half of there and back.
         hop_p99_us: 99th percentile of the same.
         gb_per_s: payload streamed one way in 1e9 bytes per second: one copy in, read in place, released.
@@ -65,10 +63,6 @@ class ChannelRow:
     hop_p99_us: Spread
     gb_per_s: Spread
 
-    def to_dict(self) -> dict[str, Any]:
-        """The row as plain values, for JSON."""
-        return asdict(self)
-
 
 def bench_channel(
     sizes: Sequence[int] = SIZES,
@@ -77,17 +71,10 @@ def bench_channel(
     deadline_s: float = 180.0,
     devices: tuple[str, str] = (CPU, CPU),
 ) -> list[ChannelRow]:
-    """Measure every kind of channel between two fresh processes with one compute thread each.
+    """Measure every kind of channel between two fresh processes with one compute thread each: a row per kind and size.
 
-    Args:
-        sizes: bytes of each message, multiples of 4.
-        rounds: how often everything is measured, interleaved.
-        slots: slots of each channel.
-        deadline_s: for everything together, in seconds; this blocks no longer.
-        devices: where the two processes have their tensors.
-
-    Returns:
-        one row per kind of channel and size. No process and no shared memory is left.
+    This blocks for ``deadline_s`` at most, and leaves no process and no shared memory. ``devices`` are those on which
+    the two processes have their tensors.
 
     Raises:
         ValueError: a size is not a positive multiple of 4, or rounds is below 1.
@@ -122,9 +109,8 @@ def print_rows(rows: Sequence[ChannelRow], console: Console | None = None) -> No
     """Print a table per channel: medians of the rounds, with the smallest and the largest."""
     console = console or Console()
     for channel in dict.fromkeys(row.channel for row in rows):
-        table = Table(title=f"one hop, {channel}, {rows[0].rounds} rounds: median (min to max)")
-        for heading in ("message", "p50 us", "p99 us", "GB/s"):
-            table.add_column(heading, justify="right")
+        columns = [Column(heading, justify="right") for heading in ("message", "p50 us", "p99 us", "GB/s")]
+        table = Table(*columns, title=f"one hop, {channel}, {rows[0].rounds} rounds: median (min to max)")
         for row in (row for row in rows if row.channel == channel):
             figures = (row.hop_p50_us, row.hop_p99_us, row.gb_per_s)
             table.add_row(_readable(row.message_bytes), *(_spread(figure) for figure in figures))
@@ -153,9 +139,6 @@ def _tracks(prefix: str, sizes: Sequence[int], slots: int, devices: tuple[str, s
         if (kind != "nccl" or nccl_here()) and obstacle(kind, *(("here", device) for device in devices)) is None
         for i, size in enumerate(sizes)
     )
-
-
-# ---------------------------------------------------------------- in the two processes
 
 
 def _attached(pipe: Connection, tracks: Sequence[_Track], meet: Rendezvous, place: int) -> tuple[str, list[Any]]:
@@ -219,9 +202,6 @@ def _message(size: int, device: str = CPU) -> Message:
 
 def _num_streamed(size: int) -> int:
     return max(32, min(2000, _STREAM_BYTES // size))
-
-
-# ---------------------------------------------------------------- in words
 
 
 def _row(track: _Track, samples: Sequence[tuple[float, float, float]]) -> ChannelRow:

@@ -5,20 +5,19 @@ round 1: backprop, naive, unlocked    round 2: backprop, naive, unlocked    ... 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from launch.bench.global_batch import RecipeSource
 from launch.bench.report import BenchRow, Report, emulated_by, show
 from launch.bench.rows import DEFAULT_ROWS, EMULATED_ROWS, ROWS
 from launch.bench.where_rows_run import LOCAL, Site
 from launch.options.options import BenchOptions
 from launch.results import run_folder
-from launch.results.dni_quality import StageQuality
 from launch.results.environment import environment
 from launch.show.console import Console
 from launch.training import run
-from pipeline import Plan, PlanError, Recipe, nearest
+from pipeline import Plan, PlanError, nearest
 from pipeline.run.resolved import Resolved
 
 __all__ = ["chosen_rows", "run_bench", "run_rounds"]
@@ -28,12 +27,7 @@ _SAMPLES = 20
 
 
 def run_bench(
-    source: Callable[[], Recipe],
-    plan: Plan,
-    options: BenchOptions,
-    command: list[str],
-    console: Console,
-    site: Site = LOCAL,
+    source: RecipeSource, plan: Plan, options: BenchOptions, command: list[str], console: Console, site: Site = LOCAL
 ) -> Report:
     """Compare ways to train on equal work, and print the verdict first.
 
@@ -47,14 +41,17 @@ def run_bench(
     resolved = site.resolve(source, replace(plan, quality_every=None))
     (report,) = run_rounds(source, names, resolved, [(resolved, "", "")], options, command, console, site)
     if options.quality and "unlocked" in names and not report.emulated and plan.stages > 1:
+        every = plan.quality_every or max(1, resolved.steps // _SAMPLES)
         with console.rich.status("unlocked once more, with samples of the true gradient"):
-            report.quality = _quality(source, resolved, plan.quality_every, report.folder, site)
+            sampled = site.resolve(source, replace(resolved.plan, quality_every=every))
+            once = run(source, sampled, report.folder, "quality", Console(quiet=True), launcher=site.launcher)
+        report.quality = once.quality
     show(report, console)
     return report
 
 
 def run_rounds(
-    source: Callable[[], Recipe],
+    source: RecipeSource,
     names: Sequence[str],
     own: Resolved,
     points: Sequence[tuple[Resolved, str, str]],
@@ -98,15 +95,6 @@ def run_rounds(
                 with console.rich.status(f"round {number} of {options.rounds}{point}: {row.name}"):
                     row.outcomes.append(row.contender.train(report.folder, f"{row.label}-{number}"))
     return reports
-
-
-def _quality(
-    source: Callable[[], Recipe], resolved: Resolved, every: int | None, folder: Path, site: Site
-) -> list[StageQuality]:
-    """Of the synthetic gradients of one more unlocked run, whose speed counts nowhere."""
-    sampled = replace(resolved.plan, quality_every=every or max(1, resolved.steps // _SAMPLES))
-    resolved, quiet = site.resolve(source, sampled), Console(quiet=True)
-    return run(source, resolved, folder, "quality", quiet, launcher=site.launcher).quality
 
 
 def chosen_rows(wanted: Sequence[str], plan: Plan) -> list[str]:

@@ -12,12 +12,13 @@ from typing import Any, cast
 from rich.table import Column, Table
 
 from launch.bench.compare import chosen_rows, run_rounds
+from launch.bench.global_batch import RecipeSource
 from launch.bench.report import BenchRow, Report, show
 from launch.bench.where_rows_run import LOCAL, Site
 from launch.options.options import BenchOptions
 from launch.show.console import Console
 from launch.show.tables import print_table
-from pipeline import Plan, PlanError, Recipe
+from pipeline import Plan, PlanError
 from pipeline.plan.emulation import Link
 from pipeline.run.resolved import Resolved
 
@@ -125,12 +126,7 @@ def mode_name(row: BenchRow) -> str:
 
 
 def bench_over(
-    source: Callable[[], Recipe],
-    plan: Plan,
-    options: BenchOptions,
-    command: list[str],
-    console: Console,
-    site: Site = LOCAL,
+    source: RecipeSource, plan: Plan, options: BenchOptions, command: list[str], console: Console, site: Site = LOCAL
 ) -> ScalingReport:
     """Compare at every point that ``options`` ask for and at the plan's own; print the plan's own point in full first.
 
@@ -161,7 +157,7 @@ def bench_over(
     return sweep
 
 
-def _resolved(source: Callable[[], Recipe], plan: Plan, axis: ScalingAxis, value: float, site: Site) -> Resolved:
+def _resolved(source: RecipeSource, plan: Plan, axis: ScalingAxis, value: float, site: Site) -> Resolved:
     try:
         return site.resolve(source, plan)
     except PlanError as error:

@@ -44,7 +44,6 @@ class ForwardPass:
             for index in range(len(ranks) - 1)
             if ranks[index] != ranks[index + 1]
         }
-        self._sending: list[tuple[Any, Tensor]] = []
 
     @torch.no_grad()
     def scores(self, recipe: Recipe) -> EvaluationMetrics:
@@ -53,30 +52,27 @@ class ForwardPass:
         The rank of the last virtual stage has the scores, the others scores of no rows. Blocks until this rank's part
         is done, at most the time limit of the process group per message.
         """
-        batches = list(recipe.held_out())
+        batches, ranks = list(recipe.held_out()), self.placement.ranks
         scores, given = EvaluationMetrics(), [inputs for inputs, _ in batches]
+        sending: list[tuple[Any, Tensor]] = []
         for index, stage in self.stages.items():
             modes = ModuleModes(stage)
             modes.switch(False)
             here: list[Tensor] = []
             for x, (_, labels) in zip(given, batches, strict=True):
-                y = stage(self._received(index - 1, len(labels)) if index - 1 in self._groups else x)
+                if index - 1 in self._groups:
+                    like = self.placement.edges[index].example(len(labels))
+                    x = broadcast(like, ranks[index - 1], self._groups[index - 1])
+                y = stage(x)
                 if index in self._groups:
                     flat = as_bytes(y)
-                    work = dist.broadcast(flat, self.placement.ranks[index], group=self._groups[index], async_op=True)
-                    self._sending.append((work, flat))  # kept until it is there
-                elif index == len(self.placement.ranks) - 1:
+                    work = dist.broadcast(flat, ranks[index], group=self._groups[index], async_op=True)
+                    sending.append((work, flat))  # kept until it is there
+                elif index == len(ranks) - 1:
                     scores.add(recipe, y, labels)
                 here.append(y)
             given = here
             modes.switch(True)
-        for work, _ in self._sending:
+        for work, _ in sending:
             work.wait()
-        self._sending.clear()
         return scores
-
-    def _received(self, edge: int, rows: int) -> Tensor:
-        """From the virtual stage before: what it gives for a batch of ``rows`` rows."""
-        kind = self.placement.edges[edge + 1]
-        x = torch.empty((rows, *kind.shape[1:]), dtype=kind.dtype)
-        return broadcast(x, self.placement.ranks[edge], self._groups[edge])

@@ -63,13 +63,10 @@ class Boundary:
     shape: tuple[int, ...]
     dtype_name: str
 
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype_name)
-        return dtype
-
-    def example(self, *, requires_grad: bool) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, requires_grad=requires_grad)
+    def example(self, rows: int | None = None, *, requires_grad: bool = False) -> Tensor:
+        """A tensor like it; with another number of rows where it is given."""
+        shape = self.shape if rows is None else (rows, *self.shape[1:])
+        return torch.empty(shape, dtype=getattr(torch, self.dtype_name), requires_grad=requires_grad)
 
 
 @dataclass(frozen=True)

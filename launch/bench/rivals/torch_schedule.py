@@ -11,11 +11,11 @@ raises and the others wait for it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import msgspec
 import torch
@@ -33,13 +33,7 @@ from pipeline.model.partition import Layer, layers_of, split
 from pipeline.run.resolved import Resolved
 from pipeline.seeding import derived_seed
 
-if TYPE_CHECKING:
-    from torch.distributed.pipelining import PipelineStage
-    from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
-
 __all__ = ["TorchSchedule", "best_microbatches", "run_torch_schedule"]
-
-_CANDIDATES = (1, 2, 4, 8)
 
 
 def run_torch_schedule(
@@ -102,7 +96,7 @@ def best_microbatches(
 
 def _possible(schedule: str, resolved: Resolved) -> list[int]:
     refusals, possible = [], []
-    for parts in _CANDIDATES:
+    for parts in (1, 2, 4, 8):
         try:
             check_microbatches(schedule, resolved, parts)
             possible.append(parts)
@@ -129,7 +123,7 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
         local = [layer for index in mine for layer in stages[index]]
         torch.manual_seed(derived_seed(plan.seed, "rank", rank))
         chains = {index: _chain(stages[index], is_first=index == 0) for index in mine}
-        schedule = self._schedule(recipe, [self._stage(index, chain) for index, chain in chains.items()])
+        schedule = self._schedule(recipe, chains)
         look = partial(ForwardPass(self.placement, chains).scores, recipe) if plan.until is not None else None
         parameters = [p for layer in local for p in layer.module.parameters() if p.requires_grad]
         optimizer = build_optimizer(plan.optimizer, parameters, plan.steps)
@@ -137,7 +131,7 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
 
         def step(index: int) -> float | None:
             inputs, labels = recipe.seeded_batch(plan.seed, index) if first or last else (None, None)
-            given, target = ((inputs,) if first else ()), cast(dict[str, Any], {"target": labels} if last else {})
+            given, target = ((inputs,) if first else ()), ({"target": labels} if last else {})
             losses: list[Tensor] = []
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
@@ -149,21 +143,18 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
         whole = partial(assembled, recipe, plan, local, self.placement.owners)
         return training.run(recipe, rank, step, whole, look)
 
-    def _stage(self, index: int, chain: nn.Sequential) -> PipelineStage:
+    def _schedule(self, recipe: Recipe, chains: Mapping[int, nn.Module]) -> Any:
         from torch.distributed.pipelining import PipelineStage
-
-        before, after = self.placement.edges[index : index + 2]
-        given, made = (before.example(requires_grad=index > 0),), (after.example(requires_grad=True),)
-        place, stages = torch.device("cpu"), len(self.placement.sizes)
-        return PipelineStage(chain, index, stages, place, input_args=given, output_args=made)
-
-    def _schedule(self, recipe: Recipe, stages: list[PipelineStage]) -> PipelineScheduleSingle | PipelineScheduleMulti:
         from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
+        stages, total, here = [], len(self.placement.sizes), torch.device("cpu")
+        for index, chain in chains.items():
+            before, after = self.placement.edges[index : index + 2]
+            given, made = (before.example(requires_grad=index > 0),), (after.example(requires_grad=True),)
+            stages.append(PipelineStage(chain, index, total, here, input_args=given, output_args=made))
         kind: Any = get_schedule_class(self.schedule)
-        given = stages if issubclass(kind, PipelineScheduleMulti) else stages[0]
-        schedule: PipelineScheduleSingle | PipelineScheduleMulti = kind(given, self.microbatches, loss_fn=recipe.loss)
-        return schedule
+        several = issubclass(kind, PipelineScheduleMulti)
+        return kind(stages if several else stages[0], self.microbatches, loss_fn=recipe.loss)
 
 
 class _Own(nn.Module):
