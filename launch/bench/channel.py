@@ -3,10 +3,9 @@
     pinger (process 1) -- there --> ponger (process 2)      latency: there and back, halved
                        <-- back ---                         throughput: a stream there, one message back
 
-Channels, sizes and rounds are interleaved, so that a slow minute of the machine hits all alike. Gloo runs over the
-loopback interface here, so its rows show what it costs by itself, without a network; NCCL between two GPUs takes the
-way between them that it finds fastest. On a GPU a message counts as received when it is there for computing: shared
-memory and gloo then carry it through pinned memory of the host.
+Channels, sizes and rounds are interleaved: a slow minute of the machine hits all alike. Gloo runs over the loopback
+interface, so its rows show what it costs without a network. On a GPU a message counts as received when it is there for
+computing: shared memory and gloo carry it through pinned memory of the host.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ SIZES = (4, 4 << 10, 256 << 10, 1 << 20, 8 << 20)
 _STEP_DEADLINE_S = 20.0  # for one message; the whole has a deadline of its own
 _NUM_WARM_UP = 20
 _NUM_PINGS = 300
-_STREAM_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +71,7 @@ def bench_channel(
 ) -> list[ChannelRow]:
     """Measure every kind of channel between two fresh processes with one compute thread each: a row per kind and size.
 
-    This blocks for ``deadline_s`` at most, and leaves no process and no shared memory. ``devices`` are those on which
-    the two processes have their tensors.
+    Blocks for ``deadline_s`` at most, and leaves nothing behind. ``devices`` are those of the two processes' tensors.
 
     Raises:
         ValueError: a size is not a positive multiple of 4, or rounds is below 1.
@@ -112,8 +109,7 @@ def print_rows(rows: Sequence[ChannelRow], console: Console | None = None) -> No
         columns = [Column(heading, justify="right") for heading in ("message", "p50 us", "p99 us", "GB/s")]
         table = Table(*columns, title=f"one hop, {channel}, {rows[0].rounds} rounds: median (min to max)")
         for row in (row for row in rows if row.channel == channel):
-            figures = (row.hop_p50_us, row.hop_p99_us, row.gb_per_s)
-            table.add_row(_readable(row.message_bytes), *(_spread(figure) for figure in figures))
+            table.add_row(_readable(row.message_bytes), *map(_spread, (row.hop_p50_us, row.hop_p99_us, row.gb_per_s)))
         console.print(table)
 
 
@@ -201,7 +197,7 @@ def _message(size: int, device: str = CPU) -> Message:
 
 
 def _num_streamed(size: int) -> int:
-    return max(32, min(2000, _STREAM_BYTES // size))
+    return max(32, min(2000, (512 << 20) // size))
 
 
 def _row(track: _Track, samples: Sequence[tuple[float, float, float]]) -> ChannelRow:

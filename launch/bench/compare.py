@@ -22,16 +22,11 @@ from pipeline.run.resolved import Resolved
 
 __all__ = ["chosen_rows", "run_bench", "run_rounds"]
 
-_SAMPLES = 20
-"""Batches of a run whose quality is sampled, where the user does not say."""
-
 
 def run_bench(
     source: RecipeSource, plan: Plan, options: BenchOptions, command: list[str], console: Console, site: Site = LOCAL
 ) -> Report:
-    """Compare ways to train on equal work, and print the verdict first.
-
-    Same model, initial weights, batches and optimizer in every row; the first tenth of the batches warms up.
+    """Compare ways to train with the same model, initial weights, batches and optimizer, and print the verdict first.
 
     Raises:
         PlanError: the plan, or a row that was asked for by name, cannot run.
@@ -41,7 +36,7 @@ def run_bench(
     resolved = site.resolve(source, replace(plan, quality_every=None))
     (report,) = run_rounds(source, names, resolved, [(resolved, "", "")], options, command, console, site)
     if options.quality and "unlocked" in names and not report.emulated and plan.stages > 1:
-        every = plan.quality_every or max(1, resolved.steps // _SAMPLES)
+        every = plan.quality_every or max(1, resolved.steps // 20)
         with console.rich.status("unlocked once more, with samples of the true gradient"):
             sampled = site.resolve(source, replace(resolved.plan, quality_every=every))
             once = run(source, sampled, report.folder, "quality", Console(quiet=True), launcher=site.launcher)
@@ -62,11 +57,7 @@ def run_rounds(
 ) -> list[Report]:
     """Run the named rows of all points in all rounds, on which this blocks; a report for every point.
 
-    Rounds are the outer loop, so that points may be compared with each other as rows may.
-
-    Args:
-        own: what the user's own plan resolves to.
-        points: the plan, where in the benchmark's folder its runs go, and what the console says of it.
+    Points are plans, each with where in the benchmark's folder its runs go, and what the console says of it.
 
     Raises:
         PlanError: a row cannot run here; but where all rows are asked for it is left out.
@@ -98,19 +89,14 @@ def run_rounds(
 
 
 def chosen_rows(wanted: Sequence[str], plan: Plan) -> list[str]:
-    """Names of the rows: the yardstick first. Emulated stages have nothing that others could run.
-
-    Raises:
-        PlanError: no such row, or one that cannot run with this plan; or the plan evaluates on the way.
-    """
+    """Names of the rows, or PlanError: no such row, one that cannot run with this plan, or it evaluates on the way."""
     if plan.evaluate_every is not None and plan.until is None:
         raise PlanError("a benchmark evaluates once, at the end of each run: leave --evaluate-every out, or add until.")
     for name in wanted:
         if name != "all" and name not in ROWS:
             raise PlanError(nearest(name, [*ROWS, "all"], "row"))
     if emulated_by(plan):
-        theirs = [name for name in wanted if name not in (*EMULATED_ROWS, "all", *DEFAULT_ROWS)]
-        if theirs:
+        if theirs := [name for name in wanted if name not in (*EMULATED_ROWS, "all", *DEFAULT_ROWS)]:
             raise PlanError(f"{', '.join(theirs)} cannot be emulated: leave it out, or leave out what emulates.")
         return [name for name in EMULATED_ROWS if "all" in wanted or name in wanted]
     return [name for name in ROWS if name == "backprop" or "all" in wanted or name in wanted]

@@ -1,7 +1,4 @@
-"""The cost ledger: what a sample costs in every mode, in seconds and in floating-point operations, side by side.
-
-It answers the sceptic: is the same work only moved in time, or is there more of it, or less waiting?
-"""
+"""The cost ledger: what a sample costs in every mode, in seconds and in operations: more work, or less waiting?"""
 
 from __future__ import annotations
 
@@ -85,21 +82,16 @@ def entry(seconds: Work | None, flop: Work | None) -> dict[str, float | None] | 
 
 
 def show_ledger(
-    console: Console,
-    accounts: Sequence[Account],
-    unlocked: Account | None,
-    alone: Account | None,
-    locked: Account | None,
+    console: Console, rows: Sequence[Account], unlocked: Account | None, alone: Account | None, locked: Account | None
 ) -> None:
     """Print the ledger and what follows from it."""
     console.print()
-    print_table(console, _table(accounts))
+    print_table(console, _table(rows))
     console.print(f"[dim]{_LEGEND}[/dim]")
-    for account in accounts:
-        if account.note is not None:
-            console.print(f"  not counted: {account.name}  [dim]({escape(account.note)})[/dim]")
-    sentence = same_work(unlocked, alone, locked) if unlocked is not None else None
-    if sentence is not None:
+    for row in rows:
+        if row.note is not None:
+            console.print(f"  not counted: {row.name}  [dim]({escape(row.note)})[/dim]")
+    if unlocked is not None and (sentence := same_work(unlocked, alone, locked)) is not None:
         console.print(f"\n{sentence}")
 
 

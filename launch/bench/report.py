@@ -153,8 +153,6 @@ class Report:
         recipe: name of what was trained.
         resolved: the unlocked run; the rows do the same work.
         folder: where the runs of all rows lie.
-        command: what was typed.
-        environment: where it was measured.
         rows: ratios are over the first one.
         left_out: rows that could not run here, with the reason.
         quality: of the synthetic gradients, by stage, from a run of its own; empty where nothing was sampled.
@@ -168,11 +166,6 @@ class Report:
     rows: list[BenchRow]
     left_out: dict[str, str]
     quality: list[StageQuality] = field(default_factory=list)
-
-    @property
-    def batch_rows(self) -> int:
-        """Rows of a step."""
-        return self.resolved.step_rows
 
     @property
     def emulated(self) -> bool:
@@ -224,7 +217,7 @@ class Report:
 
     def row_dicts(self) -> list[dict[str, Any]]:
         """The entries of ``rows`` in bench.json."""
-        return [row.as_dict(self.rows[0], self.batch_rows, self.emulated) for row in self.rows]
+        return [row.as_dict(self.rows[0], self.resolved.step_rows, self.emulated) for row in self.rows]
 
 
 def _bought(report: Report) -> str:
@@ -245,9 +238,7 @@ def _bought(report: Report) -> str:
     if alike and unlocked.last.accuracy is not None and rival.last.accuracy is not None:
         text += f"; after the same {resolved.steps:,} batches {unlocked.last.accuracy:.1%} right"
         text += f" against {rival.last.accuracy:.1%} ({rival.name})"
-    text += "."
-    if slower:
-        text += f" Unlocking loses here against {', '.join(slower)}."
+    text += f". Unlocking loses here against {', '.join(slower)}." if slower else "."
     return f"Emulated. {text}{_of_the_limit(unlocked, resolved)}" if report.emulated else text
 
 
@@ -276,7 +267,7 @@ def show(report: Report, console: Console) -> None:
             f"{row.latency_s[0] * 1e3:.2f}" if row.latency_s else "-",
             row.mean_percent("busy"),
             row.mean_percent("dni"),
-            *((_predicted(row, report),) if report.emulated else _outcome(row, scored)),
+            *_outcome(row, report),
         )
     print_table(console.rich, table)
     by_model = "cost model: samples/s by the same policies on a virtual clock"
@@ -299,14 +290,13 @@ def show(report: Report, console: Console) -> None:
     show_ledger(console.rich, [row.account for row in report.rows], *compared)
 
 
-def _outcome(row: BenchRow, scored: bool) -> tuple[str, str]:
+def _outcome(row: BenchRow, report: Report) -> list[str]:
+    if report.emulated:
+        predicted = row.contender.predicted
+        return [f"{predicted * report.resolved.step_rows:,.0f}" if predicted else "-"]
+    scored = report.rows[0].last.accuracy is not None
     learned = f"{row.last.accuracy:.2%}" if scored else f"{row.last.loss:.4f}"
-    return f"{max(row.last.peak_memory_bytes) / 2**20:,.0f}", learned
-
-
-def _predicted(row: BenchRow, report: Report) -> str:
-    predicted = row.contender.predicted
-    return f"{predicted * report.batch_rows:,.0f}" if predicted else "-"
+    return [f"{max(row.last.peak_memory_bytes) / 2**20:,.0f}", learned]
 
 
 def emulated_by(plan: Plan) -> bool:

@@ -1,7 +1,6 @@
 """The rows of a benchmark: every way to train that can be compared, ours and theirs, behind one call each.
 
 ROWS[name](source, resolved, runs, site) -> contender    finds what has to be found first (microbatches); may refuse
-contender.train(runs, name) -> RowOutcome                one training run, in fresh processes
 """
 
 from __future__ import annotations
@@ -66,8 +65,6 @@ class Contender:
         engine: whose code trains: single, ddp, torch or freewheel.
         mode: ``backprop``, a torch schedule, or one of our modes.
         stages: number of processes that share the work of a batch.
-        threads: compute threads of each.
-        microbatches: where batches are cut.
         predicted: batches per second by the cost model; None: nothing is emulated, or it cannot say.
         flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
         note: why operations could not be counted.
@@ -92,8 +89,7 @@ class Contender:
 def _single(threads: int, source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
     source, resolved = global_batches(source, resolved)
     device = first_gpu(resolved.devices) or CPU
-    options: dict[str, Any] = {"warmup": resolved.warmup, "look": site.look, "device": device}
-    train = partial(run_single, source, resolved.plan, threads=threads, **options)
+    train = partial(run_single, source, resolved.plan, look=site.look, device=device)
     return _rival(source, resolved, train, engine="single", mode="backprop", stages=1, threads=threads)
 
 
@@ -101,8 +97,7 @@ def _ddp(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Co
     ranks, threads = resolved.plan.workers, resolved.plan.threads
     _check_plain(resolved, "ddp")
     source, resolved = global_batches(source, resolved)
-    options: dict[str, Any] = {"ranks": ranks, "warmup": resolved.warmup, "places": site.places}
-    train = partial(run_ddp, source, resolved, threads=threads, **options)
+    train = partial(run_ddp, source, resolved, ranks=ranks, places=site.places)
     return _rival(source, resolved, train, engine="ddp", mode="backprop", stages=ranks, threads=threads)
 
 
@@ -112,40 +107,36 @@ def _torch(schedule: str, source: RecipeSource, resolved: Resolved, runs: Path, 
     stages, threads = resolved.plan.stages, resolved.plan.threads
     tried = best_microbatches(source, resolved, schedule, threads=threads, places=site.places)
     parts = max(tried, key=tried.__getitem__)
-    options: dict[str, Any] = {"microbatches": parts, "warmup": resolved.warmup, "places": site.places}
-    train = partial(run_torch_schedule, source, resolved, schedule, threads=threads, **options)
+    train = partial(run_torch_schedule, source, resolved, schedule, microbatches=parts, places=site.places)
     return _rival(
         source, resolved, train, engine="torch", mode=schedule, stages=stages, threads=threads, microbatches=parts
     )
 
 
-def _rival(source: RecipeSource, resolved: Resolved, train: Callable[[], RivalRun], **described: Any) -> Contender:
+def _rival(
+    source: RecipeSource, resolved: Resolved, train: Callable[..., RivalRun], *, threads: int, **described: Any
+) -> Contender:
     """Operations are those of the unsplit model: a cut adds no product, nor does splitting the backward pass."""
     plan = replace(_in_mode(resolved.plan, "naive"), stages=1, sizes=(sum(resolved.sizes),))
 
     def once(runs: Path, name: str) -> RowOutcome:
-        return _outcome(train(), resolved.batch_shape[0])
+        done = train(threads=threads, warmup=resolved.warmup)
+        samples, spent = done.batches * resolved.batch_shape[0], None
+        if done.forward_s is not None and done.backward_s is not None:
+            rest_s = done.seconds - done.forward_s - done.backward_s
+            parts = {"forward": done.forward_s, "backward": done.backward_s, "other": rest_s}
+            spent = Work(**{name: seconds / samples for name, seconds in parts.items()})
+        rate, peaks = samples / done.seconds, done.peak_memory_bytes
+        return RowOutcome(rate, done.loss, done.accuracy, peaks, reached=done.reached, spent_s=spent)
 
-    return Contender(train=once, **described, **_counted(source, resolved, plan))
-
-
-def _outcome(done: RivalRun, rows: int) -> RowOutcome:
-    samples, spent = done.batches * rows, None
-    if done.forward_s is not None and done.backward_s is not None:
-        rest_s = done.seconds - done.forward_s - done.backward_s
-        parts = {"forward": done.forward_s, "backward": done.backward_s, "other": rest_s}
-        spent = Work(**{name: seconds / samples for name, seconds in parts.items()})
-    rate, peaks = samples / done.seconds, done.peak_memory_bytes
-    return RowOutcome(rate, done.loss, done.accuracy, peaks, reached=done.reached, spent_s=spent)
+    return Contender(train=once, threads=threads, **described, **_counted(source, resolved, plan))
 
 
 def _check_plain(resolved: Resolved, who: str) -> None:
     """Rivals compute on the CPU in float32 so far: beside rows that do not, their figures would say nothing."""
     plan, gpu = resolved.plan, first_gpu(resolved.devices)
-    given = [f"device {gpu}"] if gpu else []
-    given += [f"autocast {plan.autocast}"] if plan.autocast else []
-    given += ["compile"] if plan.compile else []
-    if given:
+    options = {f"device {gpu}": gpu, f"autocast {plan.autocast}": plan.autocast, "compile": plan.compile}
+    if given := [option for option, value in options.items() if value]:
         raise PlanError(f"{who} is compared on the CPU in float32 only: leave {' and '.join(given)} out, or that row.")
 
 
@@ -199,22 +190,17 @@ def _in_mode(plan: Plan, mode: str) -> Plan:
     """The same work in another mode; what only concerns the plan's own mode is left out."""
     if mode == plan.mode:
         return plan
-    defaults = Plan()
-    keep_dni = MODES[mode].gradient == "local"
+    kind, defaults = MODES[mode], Plan()
+    of_unlocked = ("targets", "mix", "quality_every", "warmup_steps", "unlock", "unlock_cosine")
     return replace(
         plan,
         mode=mode,
-        microbatches=plan.microbatches if MODES[mode].cuts_batches else 1,
-        average_every=plan.average_every if MODES[mode].averages == "weights" else defaults.average_every,
-        targets=defaults.targets,
-        mix=defaults.mix,
-        dni=DNIPlan(hidden=plan.dni.hidden, lr=plan.dni.lr) if keep_dni else DNIPlan(),
+        microbatches=plan.microbatches if kind.cuts_batches else 1,
+        average_every=plan.average_every if kind.averages == "weights" else defaults.average_every,
+        dni=DNIPlan(hidden=plan.dni.hidden, lr=plan.dni.lr) if kind.gradient == "local" else DNIPlan(),
         deterministic=False,
         hop_steps=0.0,
-        quality_every=None,
-        warmup_steps=defaults.warmup_steps,
-        unlock=defaults.unlock,
-        unlock_cosine=defaults.unlock_cosine,
+        **{name: getattr(defaults, name) for name in of_unlocked},
     )
 
 

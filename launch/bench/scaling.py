@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from rich.table import Column, Table
 
@@ -45,10 +45,6 @@ class ScalingAxis:
     def field(self) -> str:
         """The option, and the field of bench.json."""
         return f"over_{self.name}"
-
-    def wanted(self, options: BenchOptions) -> tuple[float, ...]:
-        """The points that were asked for."""
-        return cast(tuple[float, ...], getattr(options, self.field))
 
 
 def _with_latency(plan: Plan, latency_ms: float) -> Plan:
@@ -101,11 +97,11 @@ class ScalingReport(Report):
         (first, low), (last, high) = self.points[0], self.points[-1]
         text = f"From {first:g} to {last:g} {self.axis.unit}: "
         parts = []
-        for row in (high.unlocked, high.best_locked):
-            same = [_same(row, report) for report in (low, high)] if row else []
-            pair = [each.latency_s[0] * 1e3 for each in same if each and each.latency_s]
-            if row and len(pair) == 2:
-                parts.append(f"{mode_name(row)} {pair[0]:,.1f} to {pair[1]:,.1f} ms")
+        for name in (mode_name(row) for row in (high.unlocked, high.best_locked) if row):
+            same = [row for report in (low, high) for row in report.rows if mode_name(row) == name]
+            pair = [row.latency_s[0] * 1e3 for row in same if row.latency_s]
+            if len(pair) == 2:
+                parts.append(f"{name} {pair[0]:,.1f} to {pair[1]:,.1f} ms")
         text += f"update latency of stage 0, {'; '.join(parts)}." if parts else "no update latency was measured."
         gains = [
             f"{report.unlocked.speedup(report.best_locked).times()} {report.best_locked.name}"
@@ -117,7 +113,7 @@ class ScalingReport(Report):
 
 def axis_of(options: BenchOptions) -> ScalingAxis | None:
     """The axis that was asked for, if any."""
-    return next((axis for axis in AXES if axis.wanted(options)), None)
+    return next((axis for axis in AXES if getattr(options, axis.field)), None)
 
 
 def mode_name(row: BenchRow) -> str:
@@ -138,10 +134,15 @@ def bench_over(
     if axis is None:
         raise PlanError(f"nothing to compare over: give one of {', '.join(each.field for each in AXES)}.")
     own = axis.of(plan)
-    plans = {value: axis.place(plan, value) for value in sorted({own, *axis.wanted(options)})}
+    plans = {value: axis.place(plan, value) for value in sorted({own, *getattr(options, axis.field)})}
     names = chosen_rows(options.rows, plans[own])
-    resolved = {value: _resolved(source, each, axis, value, site) for value, each in plans.items()}
-    places = [(each, f"{axis.name}-{value:g}", f", {value:g} {axis.unit}") for value, each in resolved.items()]
+    resolved: dict[float, Resolved] = {}
+    for value, each in plans.items():
+        try:
+            resolved[value] = site.resolve(source, each)
+        except PlanError as error:
+            raise PlanError(*(f"{axis.field} {value:g}: {problem}" for problem in error.problems)) from error
+    places = [(run, f"{axis.name}-{value:g}", f", {value:g} {axis.unit}") for value, run in resolved.items()]
     reports = run_rounds(source, names, resolved[own], places, options, command, console, site)
     points = tuple(zip(resolved, reports, strict=True))
     main = dict(points)[own]
@@ -149,19 +150,11 @@ def bench_over(
     show(sweep, console)
     console.rich.print(f"\n[bold]{sweep.finding()}[/bold]\n")
     print_table(console.rich, _table(sweep))
-    short = [each for each in resolved.values() if each.steps < _FILLS * each.plan.stages > _FILLS]
-    if short:
-        most = max(each.plan.stages for each in short)
+    if short := [run for run in resolved.values() if run.steps < _FILLS * run.plan.stages > _FILLS]:
+        most = max(run.plan.stages for run in short)
         text = f"{short[0].steps} batches do not fill {most} stages for long: busy% is too low there"
         console.extra("note", text, f"--steps {_FILLS * most} or more")
     return sweep
-
-
-def _resolved(source: RecipeSource, plan: Plan, axis: ScalingAxis, value: float, site: Site) -> Resolved:
-    try:
-        return site.resolve(source, plan)
-    except PlanError as error:
-        raise PlanError(*(f"{axis.field} {value:g}: {problem}" for problem in error.problems)) from error
 
 
 def _table(sweep: ScalingReport) -> Table:
@@ -177,9 +170,3 @@ def _table(sweep: ScalingReport) -> Table:
         if value != sweep.points[-1][0]:
             table.add_row()
     return table
-
-
-def _same(row: BenchRow, report: Report) -> BenchRow | None:
-    """The row of a report that trains in the same way."""
-    alike = (row.contender.engine, row.contender.mode)
-    return next((r for r in report.rows if (r.contender.engine, r.contender.mode) == alike), None)

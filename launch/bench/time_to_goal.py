@@ -115,8 +115,7 @@ class Race:
         unlocked = next((line for line in self.lines if line.kind == UNLOCKED), None)
         if unlocked is not None and unlocked.always:
             text += self._of_unlocked(unlocked, there)
-        missing = [line.name for line in self.lines if not line.found]
-        if missing:
+        if missing := [line.name for line in self.lines if not line.found]:
             text += f" Never within {steps}: {', '.join(missing)}."
         return text + self._partly()
 

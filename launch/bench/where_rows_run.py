@@ -40,4 +40,3 @@ class Site:
 
 
 LOCAL = Site()
-"""This host, with processes that are children of this one."""

@@ -3,8 +3,7 @@
     rank 0   S0b0 S0b1 S0b2             S3b0 S3b1 S3b2      S = virtual stage, b = batch; placed as a V
     rank 1        S1b0 S1b1 S1b2 S2b0 S2b1 S2b2             sending never blocks, so ranks overlap
 
-torch's schedules cannot all leave out their backward passes (ZBVZeroBubble cannot), take batches of one size only, and
-set up their connections anew at every change between training and evaluation; this does none of that.
+torch's own schedules take batches of one size only, and ZBVZeroBubble cannot leave out its backward passes.
 """
 
 from __future__ import annotations
@@ -28,17 +27,14 @@ __all__ = ["ForwardPass"]
 
 @dataclass
 class ForwardPass:
-    """The way of held-out batches through the stages. Made in all ranks at the same time: it opens connections.
-
-    ``stages`` are the modules of this rank's virtual stages, by index, in order.
-    """
+    """The way of held-out batches through this rank's virtual stages, by index. Made in all ranks at the same time."""
 
     placement: Placement
     stages: Mapping[int, nn.Module]
 
     def __post_init__(self) -> None:
         ranks = self.placement.ranks
-        # One group per directed edge, as collectives of a group are matched by their order alone.
+        # One group with a connection per directed edge: collectives of a group are matched by their order alone.
         self._groups: dict[int, Any] = {
             index: dist.new_group([ranks[index], ranks[index + 1]])
             for index in range(len(ranks) - 1)

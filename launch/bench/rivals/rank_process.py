@@ -36,10 +36,9 @@ class Seat:
 
 
 class RankProcess(Child):
-    """One rank in a process of its own.
+    """One rank in a process of its own, at this host's address on the way to the meeting.
 
-    The group listens at this host's address on the way to the meeting; ``GLOO_SOCKET_IFNAME`` in the environment names
-    another interface.
+    ``GLOO_SOCKET_IFNAME`` in the environment names another interface.
     """
 
     def __init__(self, rival: Rival, training: Training, seat: Seat) -> None:

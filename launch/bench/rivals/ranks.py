@@ -107,4 +107,3 @@ class _Here:
 
 
 HERE: Places = _Here()
-"""This host."""

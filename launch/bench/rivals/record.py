@@ -75,15 +75,8 @@ def merged(ranks: Sequence[RankRun]) -> RivalRun:
     losses = [run.last_loss for run in ranks if run.last_loss is not None]
     last_loss = sum(losses) / len(losses)
     loss, accuracy = first.held_out or (last_loss, None)
-    reached = [run.reached for run in ranks if run.reached is not None]
-    return RivalRun(
-        batches=first.batches,
-        seconds=max(run.seconds for run in ranks),
-        loss=loss,
-        accuracy=accuracy,
-        last_loss=last_loss,
-        peak_memory_bytes=tuple(run.peak_memory_bytes for run in ranks),
-        reached=replace(reached[0], seconds=max(one.seconds for one in reached)) if reached else None,
-        forward_s=first.forward_s,
-        backward_s=first.backward_s,
-    )
+    times = [run.reached for run in ranks if run.reached is not None]
+    reached = replace(times[0], seconds=max(one.seconds for one in times)) if times else None
+    seconds, peaks = max(run.seconds for run in ranks), tuple(run.peak_memory_bytes for run in ranks)
+    spent = (first.forward_s, first.backward_s)
+    return RivalRun(first.batches, seconds, loss, accuracy, last_loss, peaks, reached, *spent)

@@ -1,11 +1,6 @@
 """Pipelines run by torch.distributed.pipelining: its schedules on our layers, cut as our own stages are.
 
-torch.distributed.pipelining is imported where a schedule runs: it brings torch's compiler along, which would cost every
-command two seconds at its start.
-
-Shapes are given beforehand (``input_args``, ``output_args``): otherwise the first step would find them out by an
-extra pass. Every example activation but the network's input says ``requires_grad``: without it torch's first stage
-raises and the others wait for it.
+It is imported where a schedule runs: it brings torch's compiler along, two seconds at the start of every command.
 """
 
 from __future__ import annotations
@@ -67,34 +62,16 @@ def run_torch_schedule(
 
 
 def best_microbatches(
-    source: Callable[[], Recipe],
-    resolved: Resolved,
-    schedule: str,
-    *,
-    threads: int,
-    steps: int = 6,
-    warmup: int = 2,
-    within_s: float = 3600.0,
-    places: Places = HERE,
+    source: Callable[[], Recipe], resolved: Resolved, schedule: str, *, threads: int, places: Places = HERE
 ) -> dict[int, float]:
     """Samples per second with 1, 2, 4 and 8 microbatches, as far as batch and schedule allow, by trials of a few steps.
 
-    Of two trials the faster one counts: noise only ever adds time. Args as in ``run_torch_schedule``, of each trial.
+    Of two trials the faster one counts: noise only ever adds time. Args as in ``run_torch_schedule``.
 
     Raises:
         PlanError: no number fits, or the schedule cannot run.
         RunFailed: a trial failed.
     """
-    short = replace(resolved, plan=replace(resolved.plan, steps=steps, evaluate_every=None, until=None))
-    options: dict[str, Any] = {"threads": threads, "warmup": warmup, "within_s": within_s, "places": places}
-    tried: dict[int, float] = {}
-    for parts in _possible(schedule, resolved) * 2:
-        run = run_torch_schedule(source, short, schedule, microbatches=parts, evaluates=False, **options)
-        tried[parts] = max(tried.get(parts, 0.0), run.batches * resolved.batch_shape[0] / run.seconds)
-    return tried
-
-
-def _possible(schedule: str, resolved: Resolved) -> list[int]:
     refusals, possible = [], []
     for parts in (1, 2, 4, 8):
         try:
@@ -104,7 +81,13 @@ def _possible(schedule: str, resolved: Resolved) -> list[int]:
             refusals.append(str(error))
     if not possible:
         raise PlanError(*refusals)
-    return possible
+    short = replace(resolved, plan=replace(resolved.plan, steps=6, evaluate_every=None, until=None))
+    options: dict[str, Any] = {"threads": threads, "warmup": 2, "evaluates": False, "places": places}
+    tried: dict[int, float] = {}
+    for parts in possible * 2:
+        run = run_torch_schedule(source, short, schedule, microbatches=parts, **options)
+        tried[parts] = max(tried.get(parts, 0.0), run.batches * resolved.batch_shape[0] / run.seconds)
+    return tried
 
 
 class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
@@ -149,6 +132,7 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
 
         stages, total, here = [], len(self.placement.sizes), torch.device("cpu")
         for index, chain in chains.items():
+            # Given shapes spare an extra pass; without requires_grad torch's first stage raises, and the others wait.
             before, after = self.placement.edges[index : index + 2]
             given, made = (before.example(requires_grad=index > 0),), (after.example(requires_grad=True),)
             stages.append(PipelineStage(chain, index, total, here, input_args=given, output_args=made))
