@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import takewhile
 from types import FrameType
 
@@ -222,5 +223,5 @@ def _bench_channel(arguments: list[str]) -> int:
     if options.json is not None:
         command = ["freewheel", "bench", "channel", *arguments]
         content = {"schema": SCHEMA, "command": command, "environment": environment()}
-        write_json({**content, "rows": [row.to_dict() for row in rows]}, options.json)
+        write_json({**content, "rows": [asdict(row) for row in rows]}, options.json)
     return 0

@@ -128,7 +128,7 @@ def test_torch_schedules_equal_training_alone(schedule: str, microbatches: int, 
 @pytest.mark.processes
 def test_the_fastest_number_of_microbatches_is_chosen() -> None:
     source = partial(problems.wide_recipe, 4, 32, 12)
-    tried = best_microbatches(source, _resolved(source), "1F1B", threads=1, steps=3, warmup=1, within_s=WITHIN_S)
+    tried = best_microbatches(source, _resolved(source), "1F1B", threads=1)
     assert tried.keys() == {2, 4}, "1 is too few for 1F1B on two ranks, 8 does not divide 12 rows"
     assert min(tried.values()) > 0
 

@@ -148,7 +148,7 @@ def _row(mode: str, *rates: float, engine: str = "freewheel", parts: int | None 
 def _report(*rows: BenchRow, **plan: Any) -> Report:
     resolved: Any = SimpleNamespace(plan=Plan(steps=40, **plan), steps=40, batch_shape=(128, 64), step_rows=128)
     environment = {"processor": "Some CPU", "cores": 2}
-    return Report("digits", resolved, Path("nowhere"), "", [], environment, list(rows), {})
+    return Report("digits", resolved, Path("nowhere"), [], environment, list(rows), {})
 
 
 SINGLE = _row("backprop", 100, 110, 90, engine="single")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -206,7 +207,7 @@ def test_the_benchmark_measures_and_leaves_nothing() -> None:
     rows = bench_channel(sizes=(4096,), rounds=1, deadline_s=60)
     assert [(row.channel, row.message_bytes) for row in rows] == [("shared memory", 4096), ("gloo", 4096)]
     assert all(0 < row.hop_p50_us.median <= row.hop_p99_us.median and row.gb_per_s.min > 0 for row in rows)
-    assert rows[0].to_dict()["hop_p50_us"].keys() == {"median", "min", "max"}
+    assert asdict(rows[0])["hop_p50_us"].keys() == {"median", "min", "max"}
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     print_rows(rows, console)
     console.file.close()

@@ -3,23 +3,22 @@
     pinger (process 1) -- there --> ponger (process 2)      latency: there and back, halved
                        <-- back ---                         throughput: a stream there, one message back
 
-Channels, sizes and rounds are interleaved, so that a slow minute of the machine hits all alike. Gloo runs over the
-loopback interface here, so its rows show what it costs by itself, without a network; NCCL between two GPUs takes the
-way between them that it finds fastest. On a GPU a message counts as received when it is there for computing: shared
-memory and gloo then carry it through pinned memory of the host.
+Channels, sizes and rounds are interleaved: a slow minute of the machine hits all alike. Gloo runs over the loopback
+interface, so its rows show what it costs without a network. On a GPU a message counts as received when it is there for
+computing: shared memory and gloo carry it through pinned memory of the host.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from launch.bench.rivals.child import Child, ChildDied, ending
 from launch.bench.spread import Spread
@@ -42,7 +41,6 @@ SIZES = (4, 4 << 10, 256 << 10, 1 << 20, 8 << 20)
 _STEP_DEADLINE_S = 20.0  # for one message; the whole has a deadline of its own
 _NUM_WARM_UP = 20
 _NUM_PINGS = 300
-_STREAM_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +48,7 @@ class ChannelRow:
     """What was measured for one channel and one size of message.
 
     Attributes:
-        channel: the implementation.
         message_bytes: payload: one float32 tensor.
-        rounds: how often it was measured.
         hop_p50_us: median time of one hop in microseconds: half of there and back.
         hop_p99_us: 99th percentile of the same.
         gb_per_s: payload streamed one way in 1e9 bytes per second: one copy in, read in place, released.
@@ -65,10 +61,6 @@ class ChannelRow:
     hop_p99_us: Spread
     gb_per_s: Spread
 
-    def to_dict(self) -> dict[str, Any]:
-        """The row as plain values, for JSON."""
-        return asdict(self)
-
 
 def bench_channel(
     sizes: Sequence[int] = SIZES,
@@ -77,17 +69,9 @@ def bench_channel(
     deadline_s: float = 180.0,
     devices: tuple[str, str] = (CPU, CPU),
 ) -> list[ChannelRow]:
-    """Measure every kind of channel between two fresh processes with one compute thread each.
+    """Measure every kind of channel between two fresh processes with one compute thread each: a row per kind and size.
 
-    Args:
-        sizes: bytes of each message, multiples of 4.
-        rounds: how often everything is measured, interleaved.
-        slots: slots of each channel.
-        deadline_s: for everything together, in seconds; this blocks no longer.
-        devices: where the two processes have their tensors.
-
-    Returns:
-        one row per kind of channel and size. No process and no shared memory is left.
+    Blocks for ``deadline_s`` at most, and leaves nothing behind. ``devices`` are those of the two processes' tensors.
 
     Raises:
         ValueError: a size is not a positive multiple of 4, or rounds is below 1.
@@ -122,12 +106,10 @@ def print_rows(rows: Sequence[ChannelRow], console: Console | None = None) -> No
     """Print a table per channel: medians of the rounds, with the smallest and the largest."""
     console = console or Console()
     for channel in dict.fromkeys(row.channel for row in rows):
-        table = Table(title=f"one hop, {channel}, {rows[0].rounds} rounds: median (min to max)")
-        for heading in ("message", "p50 us", "p99 us", "GB/s"):
-            table.add_column(heading, justify="right")
+        columns = [Column(heading, justify="right") for heading in ("message", "p50 us", "p99 us", "GB/s")]
+        table = Table(*columns, title=f"one hop, {channel}, {rows[0].rounds} rounds: median (min to max)")
         for row in (row for row in rows if row.channel == channel):
-            figures = (row.hop_p50_us, row.hop_p99_us, row.gb_per_s)
-            table.add_row(_readable(row.message_bytes), *(_spread(figure) for figure in figures))
+            table.add_row(_readable(row.message_bytes), *map(_spread, (row.hop_p50_us, row.hop_p99_us, row.gb_per_s)))
         console.print(table)
 
 
@@ -153,9 +135,6 @@ def _tracks(prefix: str, sizes: Sequence[int], slots: int, devices: tuple[str, s
         if (kind != "nccl" or nccl_here()) and obstacle(kind, *(("here", device) for device in devices)) is None
         for i, size in enumerate(sizes)
     )
-
-
-# ---------------------------------------------------------------- in the two processes
 
 
 def _attached(pipe: Connection, tracks: Sequence[_Track], meet: Rendezvous, place: int) -> tuple[str, list[Any]]:
@@ -218,10 +197,7 @@ def _message(size: int, device: str = CPU) -> Message:
 
 
 def _num_streamed(size: int) -> int:
-    return max(32, min(2000, _STREAM_BYTES // size))
-
-
-# ---------------------------------------------------------------- in words
+    return max(32, min(2000, (512 << 20) // size))
 
 
 def _row(track: _Track, samples: Sequence[tuple[float, float, float]]) -> ChannelRow:

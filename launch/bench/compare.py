@@ -5,78 +5,28 @@ round 1: backprop, naive, unlocked    round 2: backprop, naive, unlocked    ... 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 
-from launch.bench.report import BenchRow, Report, bench_verdict, emulated_by, show
+from launch.bench.global_batch import RecipeSource
+from launch.bench.report import BenchRow, Report, emulated_by, show
 from launch.bench.rows import DEFAULT_ROWS, EMULATED_ROWS, ROWS
-from launch.bench.time_to_goal import Race, break_even
 from launch.bench.where_rows_run import LOCAL, Site
 from launch.options.options import BenchOptions
 from launch.results import run_folder
-from launch.results.dni_quality import StageQuality
 from launch.results.environment import environment
 from launch.show.console import Console
 from launch.training import run
-from pipeline import Plan, PlanError, Recipe, nearest
+from pipeline import Plan, PlanError, nearest
 from pipeline.run.resolved import Resolved
 
-__all__ = ["Comparison", "chosen_rows", "prepare_rows", "run_bench"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Rows that are ready to run on the same work.
-
-    Attributes:
-        recipe: name of what is trained.
-        resolved: the unlocked run.
-        folder: where the runs go.
-        rows: by name, without outcomes at first.
-        left_out: rows that cannot run here, with the reason.
-        site: where the rows run.
-    """
-
-    recipe: str
-    resolved: Resolved
-    folder: Path
-    rows: dict[str, BenchRow]
-    left_out: dict[str, str]
-    site: Site
-
-    def run_round(self, number: int, console: Console, what: str) -> None:
-        """Run every row once; blocks until all are over.
-
-        Raises:
-            RunFailed: a run failed.
-        """
-        for name, row in self.rows.items():
-            with console.rich.status(f"{what}: {row.name}"):
-                row.outcomes.append(row.contender.train(self.folder, f"{name}-{number + 1}"))
-
-    def report(self, command: list[str]) -> Report:
-        """What the rounds so far say, at least one."""
-        rows = list(self.rows.values())
-        lines, goal = [row.line for row in rows], self.resolved.plan.goal
-        race = Race(goal, self.resolved, lines) if goal is not None else None
-        sentences = [bench_verdict(rows, self.resolved, race), break_even(lines), race.verdict() if race else ""]
-        verdict = " ".join(sentence for sentence in sentences if sentence)
-        where = {**environment(), "hosts": list(self.site.hosts) or None}
-        return Report(self.recipe, self.resolved, self.folder, verdict, command, where, rows, self.left_out, race)
+__all__ = ["chosen_rows", "run_bench", "run_rounds"]
 
 
 def run_bench(
-    source: Callable[[], Recipe],
-    plan: Plan,
-    options: BenchOptions,
-    command: list[str],
-    console: Console,
-    site: Site = LOCAL,
+    source: RecipeSource, plan: Plan, options: BenchOptions, command: list[str], console: Console, site: Site = LOCAL
 ) -> Report:
-    """Compare ways to train on equal work, and print the verdict first.
-
-    Same model, initial weights, batches and optimizer in every row; the first tenth of the batches warms up.
+    """Compare ways to train with the same model, initial weights, batches and optimizer, and print the verdict first.
 
     Raises:
         PlanError: the plan, or a row that was asked for by name, cannot run.
@@ -84,79 +34,69 @@ def run_bench(
     """
     names = chosen_rows(options.rows, plan)
     resolved = site.resolve(source, replace(plan, quality_every=None))
-    site.agree(resolved)
-    folder = run_folder.new_run_dir(options.runs, options.name or run_folder.default_name(source().name, "bench"))
-    console.decided(source().name, resolved, folder)
-    comparison = prepare_rows(names, source, resolved, folder, console, site, everything="all" in options.rows)
-    for number in range(options.rounds):
-        comparison.run_round(number, console, f"round {number + 1} of {options.rounds}")
-    report = comparison.report(command)
+    (report,) = run_rounds(source, names, resolved, [(resolved, "", "")], options, command, console, site)
     if options.quality and "unlocked" in names and not report.emulated and plan.stages > 1:
+        every = plan.quality_every or max(1, resolved.steps // 20)
         with console.rich.status("unlocked once more, with samples of the true gradient"):
-            report.quality = _quality(source, resolved, plan.quality_every, folder, site)
+            sampled = site.resolve(source, replace(resolved.plan, quality_every=every))
+            once = run(source, sampled, report.folder, "quality", Console(quiet=True), launcher=site.launcher)
+        report.quality = once.quality
     show(report, console)
     return report
 
 
-def _quality(
-    source: Callable[[], Recipe], resolved: Resolved, every: int | None, folder: Path, site: Site
-) -> list[StageQuality]:
-    """Of the synthetic gradients of one more unlocked run, whose speed counts nowhere."""
-    sampled = replace(resolved.plan, quality_every=every or max(1, resolved.steps // _SAMPLES))
-    resolved, quiet = site.resolve(source, sampled), Console(quiet=True)
-    return run(source, resolved, folder, "quality", quiet, launcher=site.launcher).quality
+def run_rounds(
+    source: RecipeSource,
+    names: Sequence[str],
+    own: Resolved,
+    points: Sequence[tuple[Resolved, str, str]],
+    options: BenchOptions,
+    command: list[str],
+    console: Console,
+    site: Site,
+) -> list[Report]:
+    """Run the named rows of all points in all rounds, on which this blocks; a report for every point.
+
+    Points are plans, each with where in the benchmark's folder its runs go, and what the console says of it.
+
+    Raises:
+        PlanError: a row cannot run here; but where all rows are asked for it is left out.
+        RunFailed: a run failed.
+    """
+    site.agree(own)
+    recipe = source().name
+    folder = run_folder.new_run_dir(options.runs, options.name or run_folder.default_name(recipe, "bench"))
+    console.decided(recipe, own, folder)
+    where, reports = {**environment(), "hosts": list(site.hosts) or None}, []
+    for resolved, place, _ in points:
+        report = Report(recipe, resolved, folder / place, command, where, [], {})
+        for name in names:
+            try:
+                with console.rich.status(f"preparing {name}"):
+                    contender = replace(ROWS[name](source, resolved, report.folder, site), launcher=site.name)
+                report.rows.append(BenchRow(contender, label=name))
+            except PlanError as error:
+                if "all" not in options.rows:
+                    raise
+                report.left_out[name] = str(error)
+        reports.append(report)
+    for number in range(1, options.rounds + 1):
+        for (_, _, point), report in zip(points, reports, strict=True):
+            for row in report.rows:
+                with console.rich.status(f"round {number} of {options.rounds}{point}: {row.name}"):
+                    row.outcomes.append(row.contender.train(report.folder, f"{row.label}-{number}"))
+    return reports
 
 
 def chosen_rows(wanted: Sequence[str], plan: Plan) -> list[str]:
-    """Names of the rows: the yardstick first. Emulated stages have nothing that others could run.
-
-    Raises:
-        PlanError: no such row, or one that cannot run with this plan; or the plan evaluates on the way.
-    """
+    """Names of the rows, or PlanError: no such row, one that cannot run with this plan, or it evaluates on the way."""
     if plan.evaluate_every is not None and plan.until is None:
         raise PlanError("a benchmark evaluates once, at the end of each run: leave --evaluate-every out, or add until.")
     for name in wanted:
         if name != "all" and name not in ROWS:
             raise PlanError(nearest(name, [*ROWS, "all"], "row"))
     if emulated_by(plan):
-        theirs = [name for name in wanted if name not in (*EMULATED_ROWS, "all", *DEFAULT_ROWS)]
-        if theirs:
+        if theirs := [name for name in wanted if name not in (*EMULATED_ROWS, "all", *DEFAULT_ROWS)]:
             raise PlanError(f"{', '.join(theirs)} cannot be emulated: leave it out, or leave out what emulates.")
         return [name for name in EMULATED_ROWS if "all" in wanted or name in wanted]
     return [name for name in ROWS if name == "backprop" or "all" in wanted or name in wanted]
-
-
-def prepare_rows(
-    names: Sequence[str],
-    source: Callable[[], Recipe],
-    resolved: Resolved,
-    folder: Path,
-    console: Console,
-    site: Site,
-    *,
-    everything: bool,
-) -> Comparison:
-    """Make rows ready: some find their number of microbatches first, in short runs that this blocks on.
-
-    With ``everything``, rows that cannot run here are left out instead of refused.
-
-    Raises:
-        PlanError: a row cannot run here.
-        RunFailed: a short run failed.
-    """
-    rows: dict[str, BenchRow] = {}
-    left_out: dict[str, str] = {}
-    for name in names:
-        try:
-            with console.rich.status(f"preparing {name}"):
-                rows[name] = BenchRow(replace(ROWS[name](source, resolved, folder, site), launcher=site.name))
-        except PlanError as error:
-            if not everything:
-                raise
-            left_out[name] = str(error)
-    recipe = source().name
-    return Comparison(recipe=recipe, resolved=resolved, folder=folder, rows=rows, left_out=left_out, site=site)
-
-
-_SAMPLES = 20
-"""Batches of a run whose quality is sampled, where the user does not say."""

@@ -1,7 +1,4 @@
-"""The cost ledger: what a sample costs in every mode, in seconds and in floating-point operations, side by side.
-
-It answers the sceptic: is the same work only moved in time, or is there more of it, or less waiting?
-"""
+"""The cost ledger: what a sample costs in every mode, in seconds and in operations: more work, or less waiting?"""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from launch.show.tables import print_table
 from pipeline.metrics.measurements import Measured
@@ -19,7 +16,9 @@ from pipeline.run.flops import StageFlops
 
 __all__ = ["Account", "Work", "entry", "same_work", "seconds_of", "show_ledger"]
 
+_TITLE = "where the work went, per sample, all processes together"
 _LEGEND = "us: microseconds; Mflop: 10^6 operations in products, convolutions, attention"
+_SHORT = {"backward": "back+step", "dni": "DNI", "communication": "comm", "waiting": "wait"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,6 @@ class Work:
 
     @property
     def total(self) -> float:
-        """All of it."""
         return math.fsum(asdict(self).values())
 
     @classmethod
@@ -46,12 +44,14 @@ class Work:
         return cls(**{name: sum(getattr(stage, name) for stage in stages) / batch_rows for name in names})
 
 
+_KINDS = tuple(kind.name for kind in fields(Work))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Account:
     """One row of the ledger.
 
     Attributes:
-        name: of the row.
         seconds: per sample; None where nobody knows.
         flop: floating-point operations per sample; None where nothing was counted.
         total_s: seconds per sample of all its processes together, known of every row.
@@ -78,73 +78,47 @@ def entry(seconds: Work | None, flop: Work | None) -> dict[str, float | None] | 
     if seconds is None and flop is None:
         return None
     units = (("s", seconds), ("flop", flop))
-    return {f"{name}_{unit}": getattr(work, name, None) for unit, work in units for name in _COLUMNS if name != "other"}
+    return {f"{name}_{unit}": getattr(work, name, None) for unit, work in units for name in _KINDS if name != "other"}
 
 
 def show_ledger(
-    console: Console,
-    accounts: Sequence[Account],
-    unlocked: Account | None,
-    alone: Account | None,
-    locked: Account | None,
+    console: Console, rows: Sequence[Account], unlocked: Account | None, alone: Account | None, locked: Account | None
 ) -> None:
     """Print the ledger and what follows from it."""
     console.print()
-    print_table(console, _table(accounts))
+    print_table(console, _table(rows))
     console.print(f"[dim]{_LEGEND}[/dim]")
-    for account in accounts:
-        if account.note is not None:
-            console.print(f"  not counted: {account.name}  [dim]({escape(account.note)})[/dim]")
-    sentence = same_work(unlocked, alone, locked) if unlocked is not None else None
-    if sentence is not None:
+    for row in rows:
+        if row.note is not None:
+            console.print(f"  not counted: {row.name}  [dim]({escape(row.note)})[/dim]")
+    if unlocked is not None and (sentence := same_work(unlocked, alone, locked)) is not None:
         console.print(f"\n{sentence}")
 
 
 def same_work(unlocked: Account, alone: Account | None, locked: Account | None) -> str | None:
-    """Whether unlocked training does the same work as one process, and what happened to the waiting.
+    """Whether unlocked training does the same operations as one process, and waits less than the best locked row.
 
-    Args:
-        unlocked: its row.
-        alone: one process, the yardstick of the operations.
-        locked: the best exact locked row, the yardstick of the waiting.
-
-    Returns:
-        A sentence or two; None when there is nothing to compare with.
+    A sentence or two; None when there is nothing to compare with.
     """
     parts = []
     if alone is not None and alone.flop is not None and unlocked.flop is not None and alone.flop.total > 0:
         parts.append(_more_work(unlocked.flop, alone.flop, alone.name))
         if unlocked.seconds is not None:
-            parts.append(
-                f"In seconds the DNI is {unlocked.seconds.dni / unlocked.seconds.total:.1%} of what it spends."
-            )
+            share = unlocked.seconds.dni / unlocked.seconds.total
+            parts.append(f"In seconds the DNI is {share:.1%} of what it spends.")
     if locked is not None and locked.seconds is not None and unlocked.seconds is not None:
         parts.append(_less_waiting(unlocked.seconds, locked.seconds, locked.name))
     return "The same work, only moved in time? " + " ".join(parts) if parts else None
 
 
-_COLUMNS = {
-    "forward": "forward",
-    "backward": "back+step",
-    "dni": "DNI",
-    "relay": "relay",
-    "communication": "comm",
-    "waiting": "wait",
-    "other": "other",
-}
-
-
 def _table(accounts: Sequence[Account]) -> Table:
     """Two lines per row: microseconds, and millions of operations."""
-    title = "where the work went, per sample, all processes together"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("mode", overflow="fold")
-    table.add_column("", no_wrap=True)
-    for name in (*_COLUMNS.values(), "total"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = (*(_SHORT.get(kind, kind) for kind in _KINDS), "total")
+    columns = [Column("mode", overflow="fold"), Column("", no_wrap=True)]
+    columns += [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(*columns, title=_TITLE, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for account in accounts:
-        cells = _cells(account.seconds, 1e6)
-        table.add_row(account.name, "us", *cells, _figure(account.total_s * 1e6))
+        table.add_row(account.name, "us", *_cells(account.seconds, 1e6), _figure(account.total_s * 1e6))
         if account.flop is not None:
             table.add_row("", "Mflop", *_cells(account.flop, 1e-6), _figure(account.flop.total * 1e-6))
     return table
@@ -152,18 +126,13 @@ def _table(accounts: Sequence[Account]) -> Table:
 
 def _more_work(mine: Work, theirs: Work, name: str) -> str:
     """By what the two differ: a cut may also save the input gradient that one process computes."""
-    part = {
-        "DNI": mine.dni,
-        "relay": mine.relay,
-        "forward": mine.forward - theirs.forward,
-        "input gradients": mine.backward - theirs.backward,
-    }
+    forward, inputs = mine.forward - theirs.forward, mine.backward - theirs.backward
+    part = {"DNI": mine.dni, "relay": mine.relay, "forward": forward, "input gradients": inputs}
     differs = {what: flop / theirs.total for what, flop in part.items() if abs(flop) > 1e-9 * theirs.total}
-    listed = ", ".join(f"{what} {share:+.1%}" for what, share in differs.items())
-    more = mine.total / theirs.total - 1
-    kind = "more" if more >= 0 else "less"
-    does = f"does {abs(more):.1%} {kind} operations than {name} ({listed})" if listed else f"does as much as {name}"
-    return f"Unlocked {does}."
+    if not differs:
+        return f"Unlocked does as much as {name}."
+    listed, more = ", ".join(f"{what} {share:+.1%}" for what, share in differs.items()), mine.total / theirs.total - 1
+    return f"Unlocked does {abs(more):.1%} {'more' if more >= 0 else 'less'} operations than {name} ({listed})."
 
 
 def _less_waiting(mine: Work, theirs: Work, name: str) -> str:
@@ -175,7 +144,7 @@ def _less_waiting(mine: Work, theirs: Work, name: str) -> str:
 
 
 def _cells(work: Work | None, scale: float) -> list[str]:
-    return [_figure(getattr(work, name) * scale) if work is not None else "-" for name in _COLUMNS]
+    return [_figure(getattr(work, name) * scale) if work is not None else "-" for name in _KINDS]
 
 
 def _figure(value: float) -> str:

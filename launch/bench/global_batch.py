@@ -3,8 +3,7 @@
 replicas    step i    batch 2 i  |  batch 2 i + 1          R batches of n rows, one in each replica
 together    step i    batch 2 i and batch 2 i + 1          one batch of R n rows
 
-Locked replicas equal training on global batches, so that is what a benchmark has everybody else train on: the same
-samples, and as many updates.
+Locked replicas equal training on global batches, so a benchmark has everybody else train on these.
 """
 
 from __future__ import annotations
@@ -23,15 +22,10 @@ from pipeline.run.resolved import Resolved
 __all__ = ["RecipeSource", "global_batch_recipe", "global_batches"]
 
 RecipeSource = Callable[[], Recipe]
-"""Makes a recipe, in any process."""
 
 
 def global_batches(source: RecipeSource, resolved: Resolved) -> tuple[RecipeSource, Resolved]:
-    """The same work without replicas; what there is to do for a run without replicas is nothing.
-
-    Raises:
-        PlanError: see ``resolve_source``.
-    """
+    """The same work without replicas. Raises as ``resolve_source``."""
     plan = resolved.plan
     if plan.replicas == 1:
         return source, resolved

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from launch.bench.cost_ledger import Account, entry, show_ledger
 from launch.bench.rows import Contender, RowOutcome
 from launch.bench.spread import Spread
-from launch.bench.time_to_goal import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, rivals
+from launch.bench.time_to_goal import EXACT, OTHERS, PEERS, UNLOCKED, Line, Race, break_even, rivals
 from launch.results.dni_quality import QUALITY_LEGEND, StageQuality, quality_table
 from launch.results.result import SCHEMA
 from launch.show.console import Console, stage_table
@@ -26,20 +26,18 @@ from pipeline.metrics.measurements import Measured
 from pipeline.run.resolved import Resolved
 from pipeline.schedule.modes import MODES
 
-__all__ = ["BenchRow", "Report", "bench_verdict", "emulated_by", "show"]
+__all__ = ["BenchRow", "Report", "emulated_by", "show"]
+
+_SHORT = {"Interleaved1F1B": "Int-1F1B", "InterleavedZeroBubble": "Int-ZeroBubble", "ZBVZeroBubble": "ZBV"}
 
 
 @dataclass
 class BenchRow:
-    """One way to train, over all rounds.
-
-    Attributes:
-        contender: what runs.
-        outcomes: one per round.
-    """
+    """One way to train, with an outcome per round; ``label`` is what the user asks for it by, and in names of runs."""
 
     contender: Contender
     outcomes: list[RowOutcome] = field(default_factory=list)
+    label: str = ""
 
     @property
     def name(self) -> str:
@@ -53,7 +51,7 @@ class BenchRow:
 
     @property
     def exact(self) -> bool:
-        """Whether it is one of our modes that equal single-process training."""
+        """Whether it is one of our modes that equals single-process training."""
         return self.contender.engine == "freewheel" and MODES[self.contender.mode].exact
 
     @property
@@ -76,7 +74,6 @@ class BenchRow:
 
     @property
     def last(self) -> RowOutcome:
-        """The last round."""
         return self.outcomes[-1]
 
     @property
@@ -92,19 +89,23 @@ class BenchRow:
     @property
     def account(self) -> Account:
         """What a sample cost in the round of median speed."""
-        seconds, contender = self.middle.spent_s, self.contender
-        total_s = contender.stages * contender.replicas / self.middle.samples_per_s
-        return Account(name=self.name, seconds=seconds, flop=contender.flop, total_s=total_s, note=contender.note)
+        c, middle = self.contender, self.middle
+        total_s = c.stages * c.replicas / middle.samples_per_s
+        return Account(name=self.name, seconds=middle.spent_s, flop=c.flop, total_s=total_s, note=c.note)
 
     @property
     def latency_s(self) -> tuple[float, float] | None:
         """(p50, p99) of the update latency of stage 0, where it is known."""
         return self.typical.stages[0].update_latency_s if self.typical else None
 
-    def mean_percent(self, share: str) -> str:
-        """``busy``, ``dni`` or another share of the time of our stages, mean over them; of others a dash."""
+    def shares(self, name: str) -> list[float] | None:
+        """``busy``, ``dni`` or another share of the time of each of our stages; of others None."""
         stages = self.typical.stages if self.typical else ()
-        shares = [stage.busy if share == "busy" else stage.shares[share] for stage in stages]
+        return [stage.busy if name == "busy" else stage.shares[name] for stage in stages] or None
+
+    def mean_percent(self, name: str) -> str:
+        """A share, mean over the stages; of others a dash."""
+        shares = self.shares(name)
         return f"{100 * sum(shares) / len(shares):.0f}" if shares else "-"
 
     def speedup(self, other: BenchRow) -> Spread:
@@ -114,27 +115,21 @@ class BenchRow:
     def as_dict(self, yardstick: BenchRow, batch_rows: int, emulated: bool) -> dict[str, Any]:
         """One entry of ``rows`` in bench.json; what does not apply is null."""
         measured, contender, line = self.typical, self.contender, self.line
-        stages = measured.stages if measured else ()
-        age, age_s = (stages[0].gradient_age_updates, stages[0].gradient_age_s) if stages else (None, None)
+        first = measured.stages[0] if measured else None
+        described = ("engine", "mode", "variant", "stages", "replicas", "threads", "microbatches")
         return {
-            "engine": contender.engine,
-            "mode": contender.mode,
-            "variant": contender.variant,
-            "stages": contender.stages,
-            "replicas": contender.replicas,
-            "threads": contender.threads,
-            "microbatches": contender.microbatches,
+            **{name: getattr(contender, name) for name in described},
             "emulated": emulated,
             "launcher": contender.launcher,
-            "samples_per_s": Spread.of(self.rates).as_dict(),
+            "samples_per_s": asdict(Spread.of(self.rates)),
             "predicted_samples_per_s": contender.predicted and contender.predicted * batch_rows,
-            "speedup": self.speedup(yardstick).as_dict(),
+            "speedup": asdict(self.speedup(yardstick)),
             "update_latency_s": _named(("p50", "p99"), self.latency_s),
-            "gradient_age_updates": _named(("p50", "max"), age),
-            "gradient_age_s": _named(("p50", "max"), age_s),
-            "busy_share": [stage.busy for stage in stages] or None,
-            "bubble_share": [stage.shares["waiting"] for stage in stages] or None,
-            "dni_share": [stage.shares["dni"] for stage in stages] or None,
+            "gradient_age_updates": _named(("p50", "max"), first.gradient_age_updates if first else None),
+            "gradient_age_s": _named(("p50", "max"), first.gradient_age_s if first else None),
+            "busy_share": self.shares("busy"),
+            "bubble_share": self.shares("waiting"),
+            "dni_share": self.shares("dni"),
             "peak_memory_bytes": list(self.last.peak_memory_bytes),
             "queue_depth": measured.queue_depth if measured else None,
             "bytes_moved": measured.bytes_moved if measured else None,
@@ -152,45 +147,32 @@ def _named(names: Sequence[str], figures: Sequence[float] | None) -> dict[str, f
 
 @dataclass
 class Report:
-    """What a benchmark found.
+    """What a benchmark found, once its rows have an outcome or more.
 
     Attributes:
         recipe: name of what was trained.
         resolved: the unlocked run; the rows do the same work.
         folder: where the runs of all rows lie.
-        verdict: the answer in a sentence or two.
-        command: what was typed.
-        environment: where it was measured.
-        rows: the contenders; ratios are over the first one.
+        rows: ratios are over the first one.
         left_out: rows that could not run here, with the reason.
-        race: the way of the rows to ``plan.until``, if there is one.
         quality: of the synthetic gradients, by stage, from a run of its own; empty where nothing was sampled.
     """
 
     recipe: str
     resolved: Resolved
     folder: Path
-    verdict: str
     command: list[str]
     environment: dict[str, Any]
     rows: list[BenchRow]
     left_out: dict[str, str]
-    race: Race | None = None
     quality: list[StageQuality] = field(default_factory=list)
 
     @property
-    def batch_rows(self) -> int:
-        """Rows of a step."""
-        return self.resolved.step_rows
-
-    @property
     def emulated(self) -> bool:
-        """Whether compute or links were emulated."""
         return emulated_by(self.resolved.plan)
 
     @property
     def unlocked(self) -> BenchRow | None:
-        """The unlocked row."""
         return next((row for row in self.rows if row.contender.mode == "unlocked"), None)
 
     @property
@@ -202,6 +184,18 @@ class Report:
     def best_locked(self) -> BenchRow | None:
         """The fastest of our rows that equal single-process training."""
         return max((row for row in self.rows if row.exact), key=lambda row: row.rate, default=None)
+
+    @property
+    def race(self) -> Race | None:
+        """The way of the rows to ``plan.until``, if there is one."""
+        goal = self.resolved.plan.goal
+        return Race(goal, self.resolved, [row.line for row in self.rows]) if goal is not None else None
+
+    @property
+    def verdict(self) -> str:
+        """The answer in a sentence or two."""
+        race, lines = self.race, [row.line for row in self.rows]
+        return " ".join(filter(None, (_bought(self), break_even(lines), race.verdict() if race else "")))
 
     def beaten_by(self, row: BenchRow) -> bool:
         """Whether a row is faster than the unlocked one, round by round."""
@@ -223,16 +217,15 @@ class Report:
 
     def row_dicts(self) -> list[dict[str, Any]]:
         """The entries of ``rows`` in bench.json."""
-        return [row.as_dict(self.rows[0], self.batch_rows, self.emulated) for row in self.rows]
+        return [row.as_dict(self.rows[0], self.resolved.step_rows, self.emulated) for row in self.rows]
 
 
-def bench_verdict(rows: Sequence[BenchRow], resolved: Resolved, race: Race | None) -> str:
+def _bought(report: Report) -> str:
     """What unlocking bought, against the best of every kind that was run; losses are said like gains."""
-    unlocked = next((row for row in rows if row.contender.mode == "unlocked"), None)
+    rows, resolved, unlocked = report.rows, report.resolved, report.unlocked
     if unlocked is None:
-        best = max(rows, key=lambda row: row.rate)
-        return f"The fastest was {best.name}. Nothing unlocked was run."
-    emulated, rounded = emulated_by(resolved.plan), resolved.plan.wire_dtype is not None
+        return f"The fastest was {report.fastest.name}. Nothing unlocked was run."
+    rounded = resolved.plan.wire_dtype is not None
     parts, slower = [], []
     for line, called in rivals([row.line for row in rows], lambda line: line.rate):
         ratio = unlocked.line.speedup(line)
@@ -241,13 +234,12 @@ def bench_verdict(rows: Sequence[BenchRow], resolved: Resolved, race: Race | Non
     replicas = f", {unlocked.contender.replicas} replicas" if unlocked.contender.replicas > 1 else ""
     text = f"Unlocked, {unlocked.contender.stages} stages{replicas}: throughput {', '.join(parts)}"
     rival = next((row for row in rows if row.exact), rows[0])
-    if unlocked.last.accuracy is not None and rival.last.accuracy is not None and not emulated and not race:
+    alike = not report.emulated and report.race is None
+    if alike and unlocked.last.accuracy is not None and rival.last.accuracy is not None:
         text += f"; after the same {resolved.steps:,} batches {unlocked.last.accuracy:.1%} right"
         text += f" against {rival.last.accuracy:.1%} ({rival.name})"
-    text += "."
-    if slower:
-        text += f" Unlocking loses here against {', '.join(slower)}."
-    return f"Emulated. {text}{_of_the_limit(unlocked, resolved)}" if emulated else text
+    text += f". Unlocking loses here against {', '.join(slower)}." if slower else "."
+    return f"Emulated. {text}{_of_the_limit(unlocked, resolved)}" if report.emulated else text
 
 
 def _of_the_limit(unlocked: BenchRow, resolved: Resolved) -> str:
@@ -262,12 +254,11 @@ def _of_the_limit(unlocked: BenchRow, resolved: Resolved) -> str:
 def show(report: Report, console: Console) -> None:
     """Print a report: the verdict, the rows, and where the time of our own went."""
     console.rich.print(f"\n[bold]{report.verdict}[/bold]\n")
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("mode", overflow="fold")
     scored = report.rows[0].last.accuracy is not None
     outcome = ("cost model",) if report.emulated else ("MiB", "correct" if scored else "loss")
-    for name in ("samples/s", f"x {report.rows[0].name}", "update ms", "busy%", "dni%", *outcome):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("samples/s", f"x {report.rows[0].name}", "update ms", "busy%", "dni%", *outcome)
+    figures = [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(Column("mode", overflow="fold"), *figures, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for row in report.rows:
         table.add_row(
             row.name,
@@ -276,16 +267,14 @@ def show(report: Report, console: Console) -> None:
             f"{row.latency_s[0] * 1e3:.2f}" if row.latency_s else "-",
             row.mean_percent("busy"),
             row.mean_percent("dni"),
-            *(_predicted(row, report) if report.emulated else _outcome(row, scored)),
+            *_outcome(row, report),
         )
     print_table(console.rich, table)
-    if report.emulated:
-        console.rich.print("[dim]cost model: samples/s by the same policies on a virtual clock[/dim]")
-    else:
-        console.rich.print("[dim]MiB: peak memory of the largest process[/dim]")
-    if report.race is not None:
-        print_table(console.rich, report.race.table())
-        console.rich.print(f"[dim]{report.race.note()}[/dim]")
+    by_model = "cost model: samples/s by the same policies on a virtual clock"
+    console.rich.print(f"[dim]{by_model if report.emulated else 'MiB: peak memory of the largest process'}[/dim]")
+    if (race := report.race) is not None:
+        print_table(console.rich, race.table())
+        console.rich.print(f"[dim]{race.note()}[/dim]")
     for name, reason in report.left_out.items():
         console.rich.print(f"  left out: {name}  [dim]({reason})[/dim]")
     for row in report.rows:
@@ -301,19 +290,15 @@ def show(report: Report, console: Console) -> None:
     show_ledger(console.rich, [row.account for row in report.rows], *compared)
 
 
-def _outcome(row: BenchRow, scored: bool) -> tuple[str, str]:
+def _outcome(row: BenchRow, report: Report) -> list[str]:
+    if report.emulated:
+        predicted = row.contender.predicted
+        return [f"{predicted * report.resolved.step_rows:,.0f}" if predicted else "-"]
+    scored = report.rows[0].last.accuracy is not None
     learned = f"{row.last.accuracy:.2%}" if scored else f"{row.last.loss:.4f}"
-    return f"{max(row.last.peak_memory_bytes) / 2**20:,.0f}", learned
-
-
-def _predicted(row: BenchRow, report: Report) -> tuple[str]:
-    predicted = row.contender.predicted
-    return (f"{predicted * report.batch_rows:,.0f}" if predicted else "-",)
+    return [f"{max(row.last.peak_memory_bytes) / 2**20:,.0f}", learned]
 
 
 def emulated_by(plan: Plan) -> bool:
     """Whether compute or links are emulated."""
     return plan.emulate is not None or plan.link is not None
-
-
-_SHORT = {"Interleaved1F1B": "Int-1F1B", "InterleavedZeroBubble": "Int-ZeroBubble", "ZBVZeroBubble": "ZBV"}

@@ -1,7 +1,6 @@
 """The rows of a benchmark: every way to train that can be compared, ours and theirs, behind one call each.
 
 ROWS[name](source, resolved, runs, site) -> contender    finds what has to be found first (microbatches); may refuse
-contender.train(runs, name) -> RowOutcome                one training run, in fresh processes
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from launch.bench.single_process import run_single
 from launch.bench.where_rows_run import Site
 from launch.show.console import Console
 from launch.training import run
-from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError
+from pipeline import DNIPlan, Plan, PlanError
 from pipeline.metrics.measurements import Measured
 from pipeline.plan.device_choice import CPU, first_gpu
 from pipeline.plan.goal import Reached
@@ -32,23 +31,20 @@ from pipeline.wording import said
 
 __all__ = ["DEFAULT_ROWS", "EMULATED_ROWS", "ROWS", "Contender", "RowOutcome"]
 
-_MICROBATCHES = (2, 4, 8)
-_TRIAL_STEPS = 12
-
 
 @dataclass(frozen=True)
 class RowOutcome:
-    """One run of one row.
+    """One run of one row; what is not known of it is None.
 
     Attributes:
         samples_per_s: throughput after the warm-up.
         loss: held-out loss, or the last training loss without held-out data.
         accuracy: held-out accuracy, if the recipe counts right answers.
         peak_memory_bytes: of every process.
-        measured: our own figures from the spans; None for what others run, and for a run of one batch.
-        run_dir: folder of our own run, where its spans lie; None for what others run.
-        reached: when ``plan.until`` was met; None: never, or not asked for.
-        spent_s: seconds per sample, summed over the processes, by what they were spent on; None where nobody knows.
+        measured: from the spans of a run of ours.
+        run_dir: where these lie.
+        reached: when ``plan.until`` was met.
+        spent_s: seconds per sample, summed over the processes, by what they were spent on.
     """
 
     samples_per_s: float
@@ -69,13 +65,9 @@ class Contender:
         engine: whose code trains: single, ddp, torch or freewheel.
         mode: ``backprop``, a torch schedule, or one of our modes.
         stages: number of processes that share the work of a batch.
-        threads: compute threads of each.
-        microbatches: where batches are cut.
-        flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
         predicted: batches per second by the cost model; None: nothing is emulated, or it cannot say.
+        flop: floating-point operations per sample, by what they are for; None: nothing is computed, or see ``note``.
         note: why operations could not be counted.
-        launcher: who starts the processes.
-        replicas: how many there are of these.
         variant: what tells the row from that of its mode: another optimizer.
         train: (folder for runs, name) -> one training run, in fresh processes; blocks until it is over.
     """
@@ -94,122 +86,90 @@ class Contender:
     train: Callable[[Path, str], RowOutcome]
 
 
-PrepareRow = Callable[[RecipeSource, Resolved, Path, Site], Contender]
-
-
-# ---------------------------------------------------------------- theirs
-
-
-def _single(threads: int) -> PrepareRow:
-    def prepare(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
-        source, resolved = global_batches(source, resolved)
-        device = first_gpu(resolved.devices) or CPU
-        train = partial(run_single, source, resolved.plan, threads=threads, look=site.look, device=device)
-        train = partial(train, warmup=resolved.warmup)
-        return _rival(source, resolved, train, "single", "backprop", 1, threads)
-
-    return prepare
+def _single(threads: int, source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
+    source, resolved = global_batches(source, resolved)
+    device = first_gpu(resolved.devices) or CPU
+    train = partial(run_single, source, resolved.plan, look=site.look, device=device)
+    return _rival(source, resolved, train, engine="single", mode="backprop", stages=1, threads=threads)
 
 
 def _ddp(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
     ranks, threads = resolved.plan.workers, resolved.plan.threads
     _check_plain(resolved, "ddp")
     source, resolved = global_batches(source, resolved)
-    options: dict[str, Any] = {"ranks": ranks, "warmup": resolved.warmup, "places": site.places}
-    train = partial(run_ddp, source, resolved, threads=threads, **options)
-    return _rival(source, resolved, train, "ddp", "backprop", ranks, threads)
+    train = partial(run_ddp, source, resolved, ranks=ranks, places=site.places)
+    return _rival(source, resolved, train, engine="ddp", mode="backprop", stages=ranks, threads=threads)
 
 
-def _torch(schedule: str) -> PrepareRow:
-    def prepare(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
-        _check_plain(resolved, f"torch's {schedule}")
-        source, resolved = global_batches(source, resolved)
-        stages, threads = resolved.plan.stages, resolved.plan.threads
-        tried = best_microbatches(source, resolved, schedule, threads=threads, places=site.places)
-        parts = max(tried, key=tried.__getitem__)
-        options: dict[str, Any] = {"microbatches": parts, "warmup": resolved.warmup, "places": site.places}
-        train = partial(run_torch_schedule, source, resolved, schedule, threads=threads, **options)
-        return _rival(source, resolved, train, "torch", schedule, stages, threads, parts)
-
-    return prepare
-
-
-def _rival(
-    source: RecipeSource,
-    resolved: Resolved,
-    train: Callable[[], RivalRun],
-    engine: str,
-    mode: str,
-    stages: int,
-    threads: int,
-    parts: int | None = None,
-) -> Contender:
-    """Operations are those of the unsplit model: a cut adds no product, nor does splitting the backward pass."""
-    plan = replace(_in_mode(resolved.plan, "naive"), stages=1, sizes=(sum(resolved.sizes),))
-    return Contender(
-        engine=engine,
-        mode=mode,
-        stages=stages,
-        threads=threads,
-        microbatches=parts,
-        train=lambda runs, name: _outcome(train(), resolved.batch_shape[0]),
-        **_counted(source, resolved, plan),
+def _torch(schedule: str, source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
+    _check_plain(resolved, f"torch's {schedule}")
+    source, resolved = global_batches(source, resolved)
+    stages, threads = resolved.plan.stages, resolved.plan.threads
+    tried = best_microbatches(source, resolved, schedule, threads=threads, places=site.places)
+    parts = max(tried, key=tried.__getitem__)
+    train = partial(run_torch_schedule, source, resolved, schedule, microbatches=parts, places=site.places)
+    return _rival(
+        source, resolved, train, engine="torch", mode=schedule, stages=stages, threads=threads, microbatches=parts
     )
 
 
-def _outcome(done: RivalRun, rows: int) -> RowOutcome:
-    samples, spent = done.batches * rows, None
-    if done.forward_s is not None and done.backward_s is not None:
-        rest_s = done.seconds - done.forward_s - done.backward_s
-        parts = {"forward": done.forward_s, "backward": done.backward_s, "other": rest_s}
-        spent = Work(**{name: seconds / samples for name, seconds in parts.items()})
-    rate, peaks = samples / done.seconds, done.peak_memory_bytes
-    return RowOutcome(rate, done.loss, done.accuracy, peaks, reached=done.reached, spent_s=spent)
+def _rival(
+    source: RecipeSource, resolved: Resolved, train: Callable[..., RivalRun], *, threads: int, **described: Any
+) -> Contender:
+    """Operations are those of the unsplit model: a cut adds no product, nor does splitting the backward pass."""
+    plan = replace(_in_mode(resolved.plan, "naive"), stages=1, sizes=(sum(resolved.sizes),))
+
+    def once(runs: Path, name: str) -> RowOutcome:
+        done = train(threads=threads, warmup=resolved.warmup)
+        samples, spent = done.batches * resolved.batch_shape[0], None
+        if done.forward_s is not None and done.backward_s is not None:
+            rest_s = done.seconds - done.forward_s - done.backward_s
+            parts = {"forward": done.forward_s, "backward": done.backward_s, "other": rest_s}
+            spent = Work(**{name: seconds / samples for name, seconds in parts.items()})
+        rate, peaks = samples / done.seconds, done.peak_memory_bytes
+        return RowOutcome(rate, done.loss, done.accuracy, peaks, reached=done.reached, spent_s=spent)
+
+    return Contender(train=once, threads=threads, **described, **_counted(source, resolved, plan))
 
 
 def _check_plain(resolved: Resolved, who: str) -> None:
     """Rivals compute on the CPU in float32 so far: beside rows that do not, their figures would say nothing."""
     plan, gpu = resolved.plan, first_gpu(resolved.devices)
-    given = [f"device {gpu}"] if gpu else []
-    given += [f"autocast {plan.autocast}"] if plan.autocast else []
-    given += ["compile"] if plan.compile else []
-    if given:
+    options = {f"device {gpu}": gpu, f"autocast {plan.autocast}": plan.autocast, "compile": plan.compile}
+    if given := [option for option, value in options.items() if value]:
         raise PlanError(f"{who} is compared on the CPU in float32 only: leave {' and '.join(given)} out, or that row.")
 
 
-# ---------------------------------------------------------------- ours
-
-
-def _ours(mode: str, variant: str | None = None) -> PrepareRow:
-    def prepare(source: RecipeSource, resolved: Resolved, runs: Path, site: Site) -> Contender:
-        plan = _in_mode(resolved.plan, mode)
-        if variant == "nadamw":
-            plan = replace(plan, optimizer=_nesterov(plan.optimizer, resolved.steps))
-        cuts = MODES[mode].cuts_batches
-        if cuts and plan.microbatches == 1:
-            plan = replace(plan, microbatches=_fastest_cut(source, plan, resolved.batch_shape[0], runs, site))
-        mine = site.resolve(source, plan)
-        return Contender(
-            engine="freewheel",
-            mode=mode,
-            stages=plan.stages,
-            threads=plan.threads,
-            microbatches=plan.microbatches if cuts else None,
-            variant=variant,
-            predicted=predicted_batches_per_s(mine.plan, mine.warmup),
-            replicas=plan.replicas,
-            train=partial(_train_ours, source, mine, site),
-            **_counted(source, mine, mine.plan),
-        )
-
-    return prepare
+def _ours(
+    mode: str, source: RecipeSource, resolved: Resolved, runs: Path, site: Site, variant: str | None = None
+) -> Contender:
+    plan = _in_mode(resolved.plan, mode)
+    if variant == "nadamw":  # as Ajanthan et al. 2025 train asynchronously; the warm-up is here a tenth
+        warmup_steps = plan.optimizer.warmup_steps or max(1, resolved.steps // 10)
+        nesterov = replace(plan.optimizer, rule="nadamw", momentum=None, warmup_steps=warmup_steps)  # momentum 0.99
+        plan = replace(plan, optimizer=nesterov)
+    cuts = MODES[mode].cuts_batches
+    if cuts and plan.microbatches == 1:
+        plan = replace(plan, microbatches=_fastest_cut(source, plan, resolved.batch_shape[0], runs, site))
+    mine = site.resolve(source, plan)
+    return Contender(
+        engine="freewheel",
+        mode=mode,
+        stages=plan.stages,
+        threads=plan.threads,
+        microbatches=plan.microbatches if cuts else None,
+        variant=variant,
+        predicted=predicted_batches_per_s(mine.plan, mine.warmup),
+        replicas=plan.replicas,
+        train=partial(_train_ours, source, mine, site),
+        **_counted(source, mine, mine.plan),
+    )
 
 
 def _train_ours(source: RecipeSource, resolved: Resolved, site: Site, runs: Path, name: str) -> RowOutcome:
     result = run(source, resolved, runs, name, Console(quiet=True), launcher=site.launcher)
     peaks = tuple(result.finished[k].peak_memory_bytes for k in sorted(result.finished))
-    rate = result.samples_per_s or result.samples / result.seconds
-    measured = result.measured
+    rate, measured = result.samples_per_s or result.samples / result.seconds, result.measured
     spent = seconds_of(measured, resolved.batch_shape[0]) if measured is not None else None
     return RowOutcome(rate, result.loss, result.accuracy, peaks, measured, result.run_dir, result.reached, spent)
 
@@ -217,8 +177,8 @@ def _train_ours(source: RecipeSource, resolved: Resolved, site: Site, runs: Path
 def _fastest_cut(source: RecipeSource, plan: Plan, rows: int, runs: Path, site: Site) -> int:
     """The number of microbatches that runs fastest in a short trial."""
     tried: dict[int, float] = {}
-    short = replace(plan, steps=_TRIAL_STEPS, evaluate_every=None, until=None)
-    for parts in (parts for parts in _MICROBATCHES if rows % parts == 0):
+    short = replace(plan, steps=12, evaluate_every=None, until=None)
+    for parts in (parts for parts in (2, 4, 8) if rows % parts == 0):
         trial = site.resolve(source, replace(short, microbatches=parts))
         tried[parts] = _train_ours(source, trial, site, runs, f"{plan.mode}-trial-{parts}").samples_per_s
     if not tried:
@@ -230,28 +190,18 @@ def _in_mode(plan: Plan, mode: str) -> Plan:
     """The same work in another mode; what only concerns the plan's own mode is left out."""
     if mode == plan.mode:
         return plan
-    defaults = Plan()
-    keep_dni = MODES[mode].gradient == "local"
+    kind, defaults = MODES[mode], Plan()
+    of_unlocked = ("targets", "mix", "quality_every", "warmup_steps", "unlock", "unlock_cosine")
     return replace(
         plan,
         mode=mode,
-        microbatches=plan.microbatches if MODES[mode].cuts_batches else 1,
-        average_every=plan.average_every if MODES[mode].averages == "weights" else defaults.average_every,
-        targets=defaults.targets,
-        mix=defaults.mix,
-        dni=DNIPlan(hidden=plan.dni.hidden, lr=plan.dni.lr) if keep_dni else DNIPlan(),
+        microbatches=plan.microbatches if kind.cuts_batches else 1,
+        average_every=plan.average_every if kind.averages == "weights" else defaults.average_every,
+        dni=DNIPlan(hidden=plan.dni.hidden, lr=plan.dni.lr) if kind.gradient == "local" else DNIPlan(),
         deterministic=False,
         hop_steps=0.0,
-        quality_every=None,
-        warmup_steps=defaults.warmup_steps,
-        unlock=defaults.unlock,
-        unlock_cosine=defaults.unlock_cosine,
+        **{name: getattr(defaults, name) for name in of_unlocked},
     )
-
-
-def _nesterov(plan: OptimizerPlan, steps: int) -> OptimizerPlan:
-    """As Ajanthan et al. 2025 train asynchronously: NAdamW with momentum 0.99, and a warm-up, here of a tenth."""
-    return replace(plan, rule="nadamw", momentum=None, warmup_steps=plan.warmup_steps or max(1, steps // 10))
 
 
 def _counted(source: RecipeSource, resolved: Resolved, plan: Plan) -> dict[str, Any]:
@@ -265,17 +215,17 @@ def _counted(source: RecipeSource, resolved: Resolved, plan: Plan) -> dict[str, 
     return {"flop": Work.of_flops(stages, resolved.batch_shape[0])}
 
 
-ROWS: dict[str, PrepareRow] = {
-    "backprop": _single(1),
-    "backprop-all-cores": _single(os.cpu_count() or 1),
+ROWS: dict[str, Callable[[RecipeSource, Resolved, Path, Site], Contender]] = {
+    "backprop": partial(_single, 1),
+    "backprop-all-cores": partial(_single, os.cpu_count() or 1),
     "ddp": _ddp,
-    "torch-gpipe": _torch("GPipe"),
-    "torch-1f1b": _torch("1F1B"),
-    "torch-interleaved-1f1b": _torch("Interleaved1F1B"),
-    "torch-interleaved-zero-bubble": _torch("InterleavedZeroBubble"),
-    "torch-zbv-zero-bubble": _torch("ZBVZeroBubble"),
-    **{mode: _ours(mode) for mode in MODES},
-    "async-1f1b-nadamw": _ours("async-1f1b", variant="nadamw"),
+    "torch-gpipe": partial(_torch, "GPipe"),
+    "torch-1f1b": partial(_torch, "1F1B"),
+    "torch-interleaved-1f1b": partial(_torch, "Interleaved1F1B"),
+    "torch-interleaved-zero-bubble": partial(_torch, "InterleavedZeroBubble"),
+    "torch-zbv-zero-bubble": partial(_torch, "ZBVZeroBubble"),
+    **{mode: partial(_ours, mode) for mode in MODES},
+    "async-1f1b-nadamw": partial(_ours, "async-1f1b", variant="nadamw"),
 }
 """Rows by name, in the order of the table."""
 

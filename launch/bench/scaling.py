@@ -9,16 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
-from launch.bench.compare import chosen_rows, prepare_rows
+from launch.bench.compare import chosen_rows, run_rounds
+from launch.bench.global_batch import RecipeSource
 from launch.bench.report import BenchRow, Report, show
 from launch.bench.where_rows_run import LOCAL, Site
 from launch.options.options import BenchOptions
-from launch.results import run_folder
 from launch.show.console import Console
 from launch.show.tables import print_table
-from pipeline import Plan, PlanError, Recipe
+from pipeline import Plan, PlanError
 from pipeline.plan.emulation import Link
 from pipeline.run.resolved import Resolved
 
@@ -29,11 +29,8 @@ __all__ = ["AXES", "ScalingAxis", "ScalingReport", "axis_of", "bench_over", "mod
 class ScalingAxis:
     """What a comparison can run over.
 
-    Attributes:
-        name: of a point's value in bench.json; ``over_<name>`` is the option and the field with the points.
-        label: of the picture, whose file is ``picture``; ``heading`` of a column, ``unit`` behind a number.
-        of: the value that a plan has.
-        place: (plan, value) -> the plan with that value.
+    ``name`` is that of a point's value in bench.json, ``label`` stands in the picture, whose file is ``picture``,
+    ``heading`` above a column, ``unit`` behind a number. A plan has the value ``of(plan)``; ``place`` gives it another.
     """
 
     name: str
@@ -48,11 +45,6 @@ class ScalingAxis:
     def field(self) -> str:
         """The option, and the field of bench.json."""
         return f"over_{self.name}"
-
-    def wanted(self, options: BenchOptions) -> tuple[float, ...]:
-        """The points that were asked for."""
-        values: tuple[float, ...] = getattr(options, self.field)
-        return values
 
 
 def _with_latency(plan: Plan, latency_ms: float) -> Plan:
@@ -88,18 +80,12 @@ AXES = (
 
 @dataclass(kw_only=True)
 class ScalingReport(Report):
-    """A report at the plan's own point, and the reports of all points.
-
-    Attributes:
-        axis: what was varied.
-        points: (value, report) in ascending order; the plan's own point is one of them.
-    """
+    """A report at the plan's own point, and (value, report) of all points, in ascending order, its own among them."""
 
     axis: ScalingAxis
     points: tuple[tuple[float, Report], ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields of bench.json."""
         points = [
             {self.axis.name: value, "verdict": r.verdict, "rows": r.row_dicts(), "left_out": r.left_out}
             for value, r in self.points
@@ -111,11 +97,11 @@ class ScalingReport(Report):
         (first, low), (last, high) = self.points[0], self.points[-1]
         text = f"From {first:g} to {last:g} {self.axis.unit}: "
         parts = []
-        for row in (high.unlocked, high.best_locked):
-            same = [_same(row, report) for report in (low, high)] if row else []
-            pair = [each.latency_s[0] * 1e3 for each in same if each and each.latency_s]
-            if row and len(pair) == 2:
-                parts.append(f"{mode_name(row)} {pair[0]:,.1f} to {pair[1]:,.1f} ms")
+        for name in (mode_name(row) for row in (high.unlocked, high.best_locked) if row):
+            same = [row for report in (low, high) for row in report.rows if mode_name(row) == name]
+            pair = [row.latency_s[0] * 1e3 for row in same if row.latency_s]
+            if len(pair) == 2:
+                parts.append(f"{name} {pair[0]:,.1f} to {pair[1]:,.1f} ms")
         text += f"update latency of stage 0, {'; '.join(parts)}." if parts else "no update latency was measured."
         gains = [
             f"{report.unlocked.speedup(report.best_locked).times()} {report.best_locked.name}"
@@ -127,7 +113,7 @@ class ScalingReport(Report):
 
 def axis_of(options: BenchOptions) -> ScalingAxis | None:
     """The axis that was asked for, if any."""
-    return next((axis for axis in AXES if axis.wanted(options)), None)
+    return next((axis for axis in AXES if getattr(options, axis.field)), None)
 
 
 def mode_name(row: BenchRow) -> str:
@@ -136,74 +122,46 @@ def mode_name(row: BenchRow) -> str:
 
 
 def bench_over(
-    source: Callable[[], Recipe],
-    plan: Plan,
-    options: BenchOptions,
-    command: list[str],
-    console: Console,
-    site: Site = LOCAL,
+    source: RecipeSource, plan: Plan, options: BenchOptions, command: list[str], console: Console, site: Site = LOCAL
 ) -> ScalingReport:
     """Compare at every point that ``options`` ask for and at the plan's own; print the plan's own point in full first.
-
-    Rounds are the outer loop, so that points may be compared with each other as rows may.
 
     Raises:
         PlanError: a point cannot run; nothing was started.
         RunFailed: a run failed.
-
-    Blocks:
-        until all rows of all points ran in all rounds.
     """
     axis = axis_of(options)
     if axis is None:
         raise PlanError(f"nothing to compare over: give one of {', '.join(each.field for each in AXES)}.")
     own = axis.of(plan)
-    plans = {value: axis.place(plan, value) for value in sorted({own, *axis.wanted(options)})}
+    plans = {value: axis.place(plan, value) for value in sorted({own, *getattr(options, axis.field)})}
     names = chosen_rows(options.rows, plans[own])
-    resolved = {value: _resolved(source, each, axis, value, site) for value, each in plans.items()}
-    site.agree(resolved[own])
-    folder = run_folder.new_run_dir(options.runs, options.name or run_folder.default_name(source().name, "bench"))
-    console.decided(source().name, resolved[own], folder)
-    comparisons = {
-        value: prepare_rows(
-            names, source, each, folder / f"{axis.name}-{value:g}", console, site, everything="all" in options.rows
-        )
-        for value, each in resolved.items()
-    }
-    for number in range(options.rounds):
-        for value, comparison in comparisons.items():
-            comparison.run_round(number, console, f"round {number + 1} of {options.rounds}, {value:g} {axis.unit}")
-    points = tuple((value, comparison.report(command)) for value, comparison in comparisons.items())
+    resolved: dict[float, Resolved] = {}
+    for value, each in plans.items():
+        try:
+            resolved[value] = site.resolve(source, each)
+        except PlanError as error:
+            raise PlanError(*(f"{axis.field} {value:g}: {problem}" for problem in error.problems)) from error
+    places = [(run, f"{axis.name}-{value:g}", f", {value:g} {axis.unit}") for value, run in resolved.items()]
+    reports = run_rounds(source, names, resolved[own], places, options, command, console, site)
+    points = tuple(zip(resolved, reports, strict=True))
     main = dict(points)[own]
-    sweep = ScalingReport(**{**vars(main), "folder": folder}, axis=axis, points=points)
+    sweep = ScalingReport(**{**vars(main), "folder": main.folder.parent}, axis=axis, points=points)
     show(sweep, console)
     console.rich.print(f"\n[bold]{sweep.finding()}[/bold]\n")
     print_table(console.rich, _table(sweep))
-    short = [each for each in resolved.values() if each.steps < _FILLS * each.plan.stages > _FILLS]
-    if short:
-        most = max(each.plan.stages for each in short)
-        console.extra(
-            "note",
-            f"{short[0].steps} batches do not fill {most} stages for long: busy% is too low there",
-            f"--steps {_FILLS * most} or more",
-        )
+    if short := [run for run in resolved.values() if run.steps < _FILLS * run.plan.stages > _FILLS]:
+        most = max(run.plan.stages for run in short)
+        text = f"{short[0].steps} batches do not fill {most} stages for long: busy% is too low there"
+        console.extra("note", text, f"--steps {_FILLS * most} or more")
     return sweep
-
-
-def _resolved(source: Callable[[], Recipe], plan: Plan, axis: ScalingAxis, value: float, site: Site) -> Resolved:
-    try:
-        return site.resolve(source, plan)
-    except PlanError as error:
-        raise PlanError(*(f"{axis.field} {value:g}: {problem}" for problem in error.problems)) from error
 
 
 def _table(sweep: ScalingReport) -> Table:
     """One line per point and row, the points apart."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(sweep.axis.heading, justify="right", no_wrap=True)
-    table.add_column("mode", no_wrap=True)
-    for name in ("samples/s", f"x {sweep.rows[0].name}", "update ms p50", "p99", "busy%"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = (sweep.axis.heading, "samples/s", f"x {sweep.rows[0].name}", "update ms p50", "p99", "busy%")
+    point, *figures = (Column(name, justify="right", no_wrap=True) for name in names)
+    table = Table(point, Column("mode", no_wrap=True), *figures, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for value, report in sweep.points:
         for index, row in enumerate(report.rows):
             latencies = [f"{seconds * 1e3:,.2f}" for seconds in row.latency_s] if row.latency_s else ["-", "-"]
@@ -212,9 +170,3 @@ def _table(sweep: ScalingReport) -> Table:
         if value != sweep.points[-1][0]:
             table.add_row()
     return table
-
-
-def _same(row: BenchRow, report: Report) -> BenchRow | None:
-    """The row of another point that trains in the same way."""
-    alike = (row.contender.engine, row.contender.mode)
-    return next((r for r in report.rows if (r.contender.engine, r.contender.mode) == alike), None)

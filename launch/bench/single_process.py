@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -35,53 +35,44 @@ def run_single(
     look: Callable[[], None] = lambda: None,
     device: str = CPU,
 ) -> RivalRun:
-    """Train the unsplit model in a fresh process with ``threads`` compute threads.
+    """Train the unsplit model in a fresh process. Args as in ``Training``; blocks and fails as ``run_ranks``.
 
-    Args as in ``Training`` and ``run_ranks``. On a GPU the forward pass is timed until it is queued; the loss is read
-    at every step, which waits for the rest, and so does the clock.
-
-    Raises:
-        RunFailed: the process failed or took too long.
+    On a GPU the forward pass is timed until it is queued; the loss is read at every step, which waits for the rest, and
+    so does the clock.
     """
-    who, training = "the single-process run", Training(source, plan, warmup)
+    rival, training = partial(_train_alone, device), Training(source, plan, warmup)
     options: dict[str, Any] = {"threads": threads, "within_s": within_s, "look": look}
-    return run_ranks(who, _Alone(device), training, ranks=1, places=HERE, **options)
+    return run_ranks("the single-process run", rival, training, ranks=1, places=HERE, **options)
 
 
-@dataclass(frozen=True)
-class _Alone:
-    """What the only rank does, and how long its forward and backward passes take."""
+def _train_alone(device: str, training: Training, rank: int) -> RankRun:
+    plan, recipe = training.plan, training.source()
+    prepare_device(device, plan)
+    computing = ComputeContext(plan, device)
+    layers = layers_of(build_model(recipe, plan.seed))
+    modules = computing.placed(torch.nn.Sequential(*(layer.module for layer in layers)))
+    network = computing.network(modules)
+    optimizer = build_optimizer(plan.optimizer, [p for p in modules.parameters() if p.requires_grad], plan.steps)
+    assert optimizer is not None, "the recipe's model has parameters"
+    spent = {"forward_s": 0.0, "backward_s": 0.0}
 
-    device: str
+    def step(index: int) -> float:
+        if index == training.warmup:
+            spent.update(forward_s=0.0, backward_s=0.0)
+        inputs, labels = computing.here(*recipe.seeded_batch(plan.seed, index))
+        loaded = time.perf_counter()
+        with computing.autocast():
+            output = network(inputs)
+        forwarded = time.perf_counter()
+        with computing.autocast():
+            loss = recipe.loss(output, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        value = float(loss.detach())  # a GPU is waited for here
+        spent["forward_s"] += forwarded - loaded
+        spent["backward_s"] += time.perf_counter() - forwarded
+        return value
 
-    def __call__(self, training: Training, rank: int) -> RankRun:
-        plan, recipe = training.plan, training.source()
-        prepare_device(self.device, plan)
-        computing = ComputeContext(plan, self.device)
-        layers = layers_of(build_model(recipe, plan.seed))
-        modules = computing.placed(torch.nn.Sequential(*(layer.module for layer in layers)))
-        network = computing.network(modules)
-        optimizer = build_optimizer(plan.optimizer, [p for p in modules.parameters() if p.requires_grad], plan.steps)
-        assert optimizer is not None, "the recipe's model has parameters"
-        spent = {"forward_s": 0.0, "backward_s": 0.0}
-
-        def step(index: int) -> float:
-            if index == training.warmup:
-                spent.update(forward_s=0.0, backward_s=0.0)
-            inputs, labels = computing.here(*recipe.seeded_batch(plan.seed, index))
-            loaded = time.perf_counter()
-            with computing.autocast():
-                output = network(inputs)
-            forwarded = time.perf_counter()
-            with computing.autocast():
-                loss = recipe.loss(output, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            value = float(loss.detach())  # a GPU is waited for here
-            spent["forward_s"] += forwarded - loaded
-            spent["backward_s"] += time.perf_counter() - forwarded
-            return value
-
-        run = training.run(recipe, rank, step, lambda: layers, lambda: scores_of(recipe, modules, computing), computing)
-        return msgspec.structs.replace(run, **spent)
+    run = training.run(recipe, rank, step, lambda: layers, lambda: scores_of(recipe, modules, computing), computing)
+    return msgspec.structs.replace(run, **spent)

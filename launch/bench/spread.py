@@ -1,10 +1,10 @@
-"""A figure measured several times: its median with the smallest and the largest value."""
+"""A figure measured several times."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 __all__ = ["Spread"]
 
@@ -19,12 +19,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of some figures."""
         return cls(median=statistics.median(values), min=min(values), max=max(values))
-
-    def as_dict(self) -> dict[str, float]:
-        """JSON-able values."""
-        return asdict(self)
 
     def brief(self) -> str:
         """As in a table: ``1.85 (1.83-1.87)``."""

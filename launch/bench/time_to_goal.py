@@ -1,7 +1,6 @@
 """What a benchmark says about the way to a goal: who was there first, after how many seconds and batches.
 
-Throughput and convergence meet here: seconds = batches x seconds per batch. A row with 1.5x the throughput that
-needs 1.2x the batches is there in 1.2 / 1.5 = 0.8x the seconds.
+A row with 1.5x the throughput that needs 1.2x the batches is there in 1.2 / 1.5 = 0.8x the seconds.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from launch.bench.spread import Spread
 from pipeline.plan.goal import Goal, Reached
@@ -29,7 +28,6 @@ class Line:
     """One row of a benchmark, as far as the race is concerned. Ratios are taken within a round.
 
     Attributes:
-        name: how the table calls it.
         kind: UNLOCKED; EXACT or PEERS, of which unlocked is compared with the best; OTHERS, with which it is not; or
             empty: it is compared with this row by itself.
         rates: samples per second of every round.
@@ -48,17 +46,17 @@ class Line:
 
     @property
     def always(self) -> bool:
-        """Whether it met the goal in every round; only then a median says something."""
+        """Whether it met the goal in every round; only then medians say something, and are there."""
         return bool(self.reached) and len(self.found) == len(self.reached)
 
     @property
     def seconds(self) -> float | None:
-        """Median seconds to the goal; None unless it met the goal in every round."""
+        """Median seconds to the goal."""
         return statistics.median(one.seconds for one in self.found) if self.always else None
 
     @property
     def updates(self) -> float | None:
-        """Median batches to the goal; None unless it met the goal in every round."""
+        """Median batches to the goal."""
         return statistics.median(one.updates for one in self.found) if self.always else None
 
     @property
@@ -78,12 +76,7 @@ class Line:
 
 
 def rivals(lines: Sequence[Line], merit: Callable[[Line], float]) -> list[tuple[Line, str]]:
-    """Whom unlocked is compared with, and how to call them: the best of each kind, and the others one by one.
-
-    Args:
-        lines: the rows.
-        merit: the row for which it is largest is the best of its kind.
-    """
+    """Whom unlocked is compared with, and how to call them: of each kind that of most merit, and the others by name."""
     chosen: list[tuple[Line, str]] = []
     for kind in (EXACT, PEERS):
         ranked = sorted((line for line in lines if line.kind == kind), key=merit)
@@ -105,13 +98,7 @@ def break_even(lines: Sequence[Line]) -> str:
 
 @dataclass(frozen=True)
 class Race:
-    """The way of all rows to one goal.
-
-    Attributes:
-        goal: what the held-out data has to show.
-        resolved: the run: batches at most, rows of a batch, looks.
-        lines: the rows; ratios in the table are over the first one.
-    """
+    """The way of all rows to one goal of the held-out data; ratios in the table are over the first row."""
 
     goal: Goal
     resolved: Resolved
@@ -128,8 +115,7 @@ class Race:
         unlocked = next((line for line in self.lines if line.kind == UNLOCKED), None)
         if unlocked is not None and unlocked.always:
             text += self._of_unlocked(unlocked, there)
-        missing = [line.name for line in self.lines if not line.found]
-        if missing:
+        if missing := [line.name for line in self.lines if not line.found]:
             text += f" Never within {steps}: {', '.join(missing)}."
         return text + self._partly()
 
@@ -137,41 +123,34 @@ class Race:
         """One line per row."""
         yardstick = self.lines[0]
         title = f"to {self.goal}, in batches of {self.resolved.step_rows}; x: over {yardstick.name}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("mode", no_wrap=True)
-        for name in ("reached", "seconds", "x seconds", "batches", "x batches"):
-            table.add_column(name, justify="right", no_wrap=True)
+        names = ("reached", "seconds", "x seconds", "batches", "x batches")
+        columns = Column("mode", no_wrap=True), *(Column(name, justify="right", no_wrap=True) for name in names)
+        table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
         for line in self.lines:
             share = f"{len(line.found)} of {len(line.reached)}"
             if line.seconds is None or line.updates is None:
                 table.add_row(line.name, share, *"----")
                 continue
             seconds = Spread.of([one.seconds for one in line.found]).brief()
-            x_seconds, x_batches = (
-                [f"{ratio.median:.2f}" for ratio in line.over(yardstick)] if yardstick.always else "--"
-            )
-            table.add_row(line.name, share, seconds, x_seconds, f"{line.updates:,.0f}", x_batches)
+            ratios = [f"{ratio.median:.2f}" for ratio in line.over(yardstick)] if yardstick.always else "--"
+            table.add_row(line.name, share, seconds, ratios[0], f"{line.updates:,.0f}", ratios[1])
         return table
 
     def note(self) -> str:
         """What the seconds contain."""
         every, passes = self.resolved.plan.evaluate_every, self.resolved.held_out_batches
-        return (
-            f"Every row pays on its clock for its looks at the held-out data ({passes:,} batches, after every {every:,}"
-            " of training); seconds count from the first batch on."
-        )
+        looks = f"looks at the held-out data ({passes:,} batches, after every {every:,} of training)"
+        return f"Every row pays on its clock for its {looks}; seconds count from the first batch on."
 
     def _of_unlocked(self, unlocked: Line, there: Sequence[Line]) -> str:
-        parts: list[str] = []
-        later: list[str] = []
+        parts, later = list[str](), list[str]()
         for line, called in rivals(there, lambda line: -(line.seconds or 0.0)):
             seconds, batches = unlocked.over(line)
             parts.append(f"{seconds.times()} the seconds and {batches.median:.2f}x the batches of {called}")
             later += [line.name] if seconds.median > 1 else []
-        text = f" Unlocked needed {', '.join(parts)}." if parts else ""
-        return text + (f" Unlocking comes later here than {', '.join(later)}." if later else "")
+        needed = f" Unlocked needed {', '.join(parts)}." if parts else ""
+        return needed + (f" Unlocking comes later here than {', '.join(later)}." if later else "")
 
     def _partly(self) -> str:
-        """Rows that met the goal in some rounds only."""
         some = [line for line in self.lines if line.found and not line.always]
         return "".join(f" {line.name} reached it in {len(line.found)} of {len(line.reached)} rounds." for line in some)

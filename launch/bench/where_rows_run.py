@@ -20,7 +20,6 @@ class Site:
 
     Attributes:
         launcher: who starts the workers of our own rows; None: this process.
-        places: where the ranks of rivals run.
         resolve: (source, plan) -> the plan without open questions, knowing who shares a host with whom.
         agree: makes sure that every host sees the same recipe and plan.
         look: called twice a second while only this host works; raises what ends the benchmark.
@@ -41,4 +40,3 @@ class Site:
 
 
 LOCAL = Site()
-"""This host, with processes that are children of this one."""

@@ -16,7 +16,7 @@ def subtitle(report: Report, over: str | None = None) -> str:
     parts = [report.recipe]
     parts += [] if over == "stages" else [f"{plan.stages} {'stage' if plan.stages == 1 else 'stages'}"]
     parts += [
-        f"batch {report.batch_rows}",
+        f"batch {report.resolved.step_rows}",
         f"{rounds} {'round' if rounds == 1 else 'rounds'} of {report.resolved.steps:,} batches",
         f"{report.environment['processor'] or 'unknown processor'}, {report.environment['cores']} cores",
     ]

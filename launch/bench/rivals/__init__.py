@@ -1,8 +1,5 @@
 """The rivals of a benchmark: other ways to train the same model on the same batches, run by their own code.
 
-    run_ddp             DistributedDataParallel: every rank has the whole model and a slice of each batch
-    run_torch_schedule  torch.distributed.pipelining: every rank has some layers and sees all microbatches
-
 Same initial weights, batches, optimizer and threads as our own rows, in fresh processes that talk over gloo.
 """
 

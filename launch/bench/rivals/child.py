@@ -13,22 +13,15 @@ from workers.processes.end_with_parent import end_with_the_parent
 
 __all__ = ["Child", "ChildDied", "ending"]
 
-_EXIT_WITHIN_S = 2.0
-_REAP_WITHIN_S = 5.0
-
 
 class ChildDied(Exception):
     """A child ended without a word: ``was killed by SIGKILL``, ``ended with exit code 3``."""
 
 
 class Child:
-    """A process that runs ``work(pipe, *arguments)``; it ends with this one, and Ctrl-C is not for it.
+    """A process that runs ``work(pipe, *arguments)``, a function of a module, and says things over ``pipe``.
 
-    ``work`` is a function of a module; what it has to say goes over its pipe.
-
-    Attributes:
-        pipe: to the process, which stays until it is killed, or this end is closed.
-        pid: its process id.
+    It stays until it is killed or this end of the pipe is closed, ends with this process, and ignores Ctrl-C.
     """
 
     def __init__(self, name: str, work: Callable[..., None], *arguments: Any) -> None:
@@ -46,18 +39,15 @@ class Child:
         return self.pipe.fileno()
 
     def take(self) -> Any:
-        """The next thing it says.
+        """The next thing it says; blocks until it comes, and 2 s for the exit code of a process that died.
 
         Raises:
-            ChildDied: there is none.
-
-        Blocks:
-            until it comes, and 2 s for the exit code of a process that died.
+            ChildDied: it ended without saying anything more.
         """
         try:
             return self.pipe.recv()
         except (EOFError, ConnectionError):
-            self._process.join(_EXIT_WITHIN_S)
+            self._process.join(2.0)
             code = self._process.exitcode or 0
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             raise ChildDied(how) from None
@@ -68,7 +58,7 @@ class Child:
 
     def reap(self) -> None:
         """Wait until it has ended; at most 5 s."""
-        self._process.join(_REAP_WITHIN_S)
+        self._process.join(5.0)
         self.pipe.close()
 
 

@@ -38,16 +38,10 @@ def run_ddp(
 
     Gradients are averaged over slices of equal size, which gives the mean over the batch: the learning rate stays.
     Layers that look at the whole batch (BatchNorm) see their rank's slice only, and rank 0's statistics count.
-    Each rank looks at its share of the held-out batches.
-
-    Args as in ``Training`` and ``run_ranks``; ``ranks`` divides the rows of a batch, stages play no part.
+    Each rank looks at its share of the held-out batches. Args as in ``Training``; blocks and fails as ``run_ranks``.
 
     Raises:
-        PlanError: the rows of a batch cannot be shared out evenly.
-        RunFailed: a rank failed, with its traceback, or it took too long.
-
-    Blocks:
-        until it is over, at most ``within_s``.
+        PlanError: ``ranks`` does not divide the rows of a batch.
     """
     rows = resolved.batch_shape[0]
     if rows % ranks:
@@ -63,7 +57,7 @@ class DDP(msgspec.Struct, tag=True, frozen=True):
     ranks: int
 
     def __call__(self, training: Training, rank: int) -> RankRun:
-        """Train; the process group stands. Blocks until the training is over."""
+        """Train, in a process group that stands."""
         recipe, plan = training.source(), training.plan
         layers = layers_of(build_model(recipe, plan.seed))
         torch.manual_seed(derived_seed(plan.seed, "rank", rank))  # slices get dropout masks of their own

@@ -3,8 +3,7 @@
     rank 0   S0b0 S0b1 S0b2             S3b0 S3b1 S3b2      S = virtual stage, b = batch; placed as a V
     rank 1        S1b0 S1b1 S1b2 S2b0 S2b1 S2b2             sending never blocks, so ranks overlap
 
-torch's schedules cannot all leave out their backward passes (ZBVZeroBubble cannot), take batches of one size only, and
-set up their connections anew at every change between training and evaluation; this does none of that.
+torch's own schedules take batches of one size only, and ZBVZeroBubble cannot leave out its backward passes.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from launch.bench.rivals.loop import as_bytes, broadcast
 from launch.bench.rivals.placement import Placement
 from pipeline.data.recipe import Recipe
 from pipeline.model.given_model import ModuleModes
@@ -27,71 +27,48 @@ __all__ = ["ForwardPass"]
 
 @dataclass
 class ForwardPass:
-    """The way of held-out batches through the stages. Made in all ranks at the same time: it opens connections.
-
-    Args:
-        placement: which rank has which virtual stage, and what goes in between.
-        stages: the modules of this rank's virtual stages, by index, in order.
-    """
+    """The way of held-out batches through this rank's virtual stages, by index. Made in all ranks at the same time."""
 
     placement: Placement
     stages: Mapping[int, nn.Module]
 
     def __post_init__(self) -> None:
         ranks = self.placement.ranks
-        # One group per directed edge, as collectives of a group are matched by their order alone.
+        # One group with a connection per directed edge: collectives of a group are matched by their order alone.
         self._groups: dict[int, Any] = {
             index: dist.new_group([ranks[index], ranks[index + 1]])
             for index in range(len(ranks) - 1)
             if ranks[index] != ranks[index + 1]
         }
-        self._sending: list[tuple[Any, Tensor]] = []
 
     @torch.no_grad()
     def scores(self, recipe: Recipe) -> EvaluationMetrics:
         """One pass over the held-out batches in evaluation mode; the modules are in their modes of before afterwards.
 
-        Returns:
-            The scores in the rank of the last virtual stage, scores of no rows in the others.
-
-        Blocks:
-            until this rank's part is done; at most the time limit of the process group per message.
+        The rank of the last virtual stage has the scores, the others scores of no rows. Blocks until this rank's part
+        is done, at most the time limit of the process group per message.
         """
-        batches = list(recipe.held_out())
+        batches, ranks = list(recipe.held_out()), self.placement.ranks
         scores, given = EvaluationMetrics(), [inputs for inputs, _ in batches]
+        sending: list[tuple[Any, Tensor]] = []
         for index, stage in self.stages.items():
             modes = ModuleModes(stage)
             modes.switch(False)
             here: list[Tensor] = []
             for x, (_, labels) in zip(given, batches, strict=True):
-                y = stage(self._received(index - 1, len(labels)) if index - 1 in self._groups else x)
+                if index - 1 in self._groups:
+                    like = self.placement.edges[index].example(len(labels))
+                    x = broadcast(like, ranks[index - 1], self._groups[index - 1])
+                y = stage(x)
                 if index in self._groups:
-                    self._send(index, y)
-                elif index == len(self.placement.ranks) - 1:
+                    flat = as_bytes(y)
+                    work = dist.broadcast(flat, ranks[index], group=self._groups[index], async_op=True)
+                    sending.append((work, flat))  # kept until it is there
+                elif index == len(ranks) - 1:
                     scores.add(recipe, y, labels)
                 here.append(y)
             given = here
             modes.switch(True)
-        for work, _ in self._sending:
+        for work, _ in sending:
             work.wait()
-        self._sending.clear()
         return scores
-
-    def _send(self, edge: int, y: Tensor) -> None:
-        """To the next virtual stage; the tensor is kept until it is there."""
-        y = y.contiguous()
-        sender = self.placement.ranks[edge]
-        work = dist.broadcast(_bytes(y), sender, group=self._groups[edge], async_op=True)
-        self._sending.append((work, y))
-
-    def _received(self, edge: int, rows: int) -> Tensor:
-        """From the virtual stage before: what it gives for a batch of ``rows`` rows."""
-        kind = self.placement.edges[edge + 1]
-        x = torch.empty((rows, *kind.shape[1:]), dtype=kind.dtype)
-        dist.broadcast(_bytes(x), self.placement.ranks[edge], group=self._groups[edge])
-        return x
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """A view: gloo does not know every dtype."""
-    return tensor.reshape(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""What every rank of every rival does alike: the timed loop, its own part of the memory, and the final look."""
+"""What every rank of every rival does alike: the timed loop, its memory, and the final look."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from pipeline.plan.plan import Plan
 from pipeline.stage.evaluation import EvaluationMetrics, scores_of
 from workers.processes.claim_gpu import peak_memory_bytes
 
-__all__ = ["Rival", "Training", "assembled", "broadcast"]
+__all__ = ["Rival", "Training", "as_bytes", "assembled", "broadcast"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,6 @@ class Training:
     """What is trained, and what is wanted at the end.
 
     Attributes:
-        source: makes the recipe.
-        plan: steps, seed and optimizer, and what ends the run before its last step.
         warmup: first batches that are not timed.
         evaluates: whether to look at the held-out batches at the end.
         weights: file for the final weights (safetensors, the unsplit model's names), or None.
@@ -60,8 +59,6 @@ class Training:
         """Train, then evaluate and write the weights in rank 0.
 
         Args:
-            recipe: the problem.
-            rank: of this process.
             step: trains on one batch; its loss, where this rank computes it.
             whole: gives the trained network; called in all ranks or in none.
             look: this rank's part of the scores of one pass over the held-out batches; called between steps, in all
@@ -92,11 +89,7 @@ Rival = Callable[[Training, int], RankRun]
 def assembled(recipe: Recipe, plan: Plan, mine: Sequence[Layer], owners: Sequence[int]) -> list[Layer]:
     """The whole trained network, in every rank: its layers broadcast by those that trained them.
 
-    Args:
-        recipe: gives the model.
-        plan: gives the seed.
-        mine: the layers this rank trained.
-        owners: the rank that trained each layer of the whole network.
+    ``mine`` are the layers this rank trained, ``owners`` the rank that trained each layer of the whole network.
     """
     trained, whole = {layer.index: layer for layer in mine}, layers_of(build_model(recipe, plan.seed))
     for layer in whole:
@@ -110,11 +103,16 @@ def _state(layer: Layer) -> list[tuple[str, Tensor]]:
     return [(layer.full(name), tensor) for name, tensor in layer.module.state_dict().items()]
 
 
-def broadcast(tensor: Tensor, owner: int) -> Tensor:
-    """The tensor of rank ``owner``, in every rank; as bytes, since gloo does not know every dtype."""
-    flat = tensor.contiguous().reshape(-1)
-    dist.broadcast(flat.view(torch.uint8), owner)
-    return flat.reshape(tensor.shape)
+def broadcast(tensor: Tensor, owner: int, group: Any = None) -> Tensor:
+    """The tensor of rank ``owner``, in every rank of the group; by default in all."""
+    flat = as_bytes(tensor)
+    dist.broadcast(flat, owner, group=group)
+    return flat.view(tensor.dtype).reshape(tensor.shape)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Its bytes, a view where it is contiguous: gloo does not know every dtype."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _summed(look: Callable[[], EvaluationMetrics]) -> EvaluationMetrics:

@@ -35,20 +35,17 @@ class Schedule:
     """
 
     per_rank: int = 1
-    takes: Callable[[int, int], bool] = lambda microbatches, ranks: True
+    takes: Callable[[int, int], bool] = lambda parts, ranks: True
     needs: str = ""
     v: bool = False
 
 
-_INTERLEAVED = Schedule(
-    2,
-    lambda microbatches, ranks: microbatches % max(1, microbatches // ranks) == 0,
-    "microbatches that make full rounds over the ranks",
-)
+_ROUNDS = "microbatches that make full rounds over the ranks"
+_INTERLEAVED = Schedule(2, lambda parts, ranks: parts % max(1, parts // ranks) == 0, _ROUNDS)
 
 TORCH_SCHEDULES = {
     "GPipe": Schedule(),
-    "1F1B": Schedule(1, lambda microbatches, ranks: microbatches >= ranks, "as many microbatches as ranks"),
+    "1F1B": Schedule(1, lambda parts, ranks: parts >= ranks, "as many microbatches as ranks"),
     "Interleaved1F1B": _INTERLEAVED,
     "InterleavedZeroBubble": _INTERLEAVED,
     "ZBVZeroBubble": Schedule(2, v=True),
@@ -60,34 +57,21 @@ TORCH_SCHEDULES = {
 class Boundary:
     """A tensor that enters or leaves a virtual stage, for one microbatch.
 
-    Attributes:
-        shape: [rows of a microbatch, ...].
-        dtype_name: its dtype's name in torch; a placement is plain data, which any host can be sent.
+    ``shape`` is [rows of a microbatch, ...]; the dtype goes by its name, as a placement is sent to other hosts.
     """
 
     shape: tuple[int, ...]
     dtype_name: str
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Its dtype."""
-        dtype: torch.dtype = getattr(torch, self.dtype_name)
-        return dtype
-
-    def example(self, *, requires_grad: bool) -> Tensor:
-        """A tensor like it."""
-        return torch.empty(self.shape, dtype=self.dtype, requires_grad=requires_grad)
+    def example(self, rows: int | None = None, *, requires_grad: bool = False) -> Tensor:
+        """A tensor like it; with another number of rows where it is given."""
+        shape = self.shape if rows is None else (rows, *self.shape[1:])
+        return torch.empty(shape, dtype=getattr(torch, self.dtype_name), requires_grad=requires_grad)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Layers, virtual stages and ranks.
-
-    Attributes:
-        sizes: layers of each virtual stage.
-        ranks: the rank of each virtual stage.
-        edges: what goes in between: edges[i] enters virtual stage i, edges[i + 1] leaves it.
-    """
+    """How many layers each virtual stage has, and its rank; edges[i] enters virtual stage i, edges[i + 1] leaves it."""
 
     sizes: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -104,11 +88,7 @@ class Placement:
 
 
 def check_microbatches(name: str, resolved: Resolved, microbatches: int) -> None:
-    """Whether the schedule can cut the batches so.
-
-    Raises:
-        PlanError: no such schedule, microbatches of unequal size, or a number that the schedule does not take.
-    """
+    """Raise PlanError: no such schedule, microbatches of unequal size, or a number that the schedule does not take."""
     if name not in TORCH_SCHEDULES:
         raise PlanError(nearest(name, TORCH_SCHEDULES, "schedule"))
     rows, ranks, schedule = resolved.batch_shape[0], resolved.plan.stages, TORCH_SCHEDULES[name]
@@ -119,10 +99,10 @@ def check_microbatches(name: str, resolved: Resolved, microbatches: int) -> None
 
 
 def place(recipe: Recipe, resolved: Resolved, name: str, microbatches: int) -> Placement:
-    """Cut the network for a schedule. Runs it once on a microbatch, in evaluation mode.
+    """Cut the network for a schedule, and run it once on a microbatch, in evaluation mode.
 
-    One virtual stage per rank: the run's own sizes. Several: balanced by the measured seconds of the layers if there
-    are any, else by their number.
+    One virtual stage per rank has the run's own sizes; several are balanced by the measured seconds of the layers if
+    there are any, else by their number.
 
     Raises:
         PlanError: too few layers, weights tied across virtual stages, a first stage that has nothing to train.
@@ -131,13 +111,11 @@ def place(recipe: Recipe, resolved: Resolved, name: str, microbatches: int) -> P
     model = build_model(recipe, resolved.plan.seed)
     layers, sizes = layers_of(model), resolved.sizes
     if schedule.per_rank > 1:
-        if len(layers) < ranks * schedule.per_rank:
-            raise PlanError(
-                f"{name} on {ranks} ranks needs {ranks * schedule.per_rank} layers, and the model has {len(layers)}: "
-                "use fewer stages, or GPipe or 1F1B."
-            )
-        seconds = resolved.layer_seconds or [1.0] * len(layers)
-        sizes = balanced_split(layers, seconds, ranks * schedule.per_rank)
+        needed = ranks * schedule.per_rank
+        if len(layers) < needed:
+            there_are = f"{name} on {ranks} ranks needs {needed} layers, and the model has {len(layers)}"
+            raise PlanError(f"{there_are}: use fewer stages, or GPipe or 1F1B.")
+        sizes = balanced_split(layers, resolved.layer_seconds or [1.0] * len(layers), needed)
     stages = split(layers, sizes)
     inputs = recipe.batch(0)[0][: resolved.batch_shape[0] // microbatches]
     outputs = check_partition(model, layers, stages, inputs)
@@ -148,5 +126,4 @@ def place(recipe: Recipe, resolved: Resolved, name: str, microbatches: int) -> P
     values = [inputs, *(outputs[stage[-1].index] for stage in stages)]
     edges = tuple(Boundary(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for value in values)
     there = range(ranks)
-    back = reversed(there) if schedule.v else there
-    return Placement(sizes, (*there, *back)[: len(sizes)], edges)
+    return Placement(sizes, (*there, *(reversed(there) if schedule.v else there))[: len(sizes)], edges)

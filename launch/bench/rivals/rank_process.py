@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -25,15 +26,7 @@ __all__ = ["RankProcess", "Seat"]
 
 @dataclass(frozen=True)
 class Seat:
-    """One rank's place among the ranks of a run.
-
-    Attributes:
-        rank: its number.
-        ranks: how many there are.
-        threads: its compute threads.
-        within_s: how long the run may take, in seconds; no message may take longer.
-        meeting: where the ranks find each other.
-    """
+    """One rank's place among the ranks of a run, which find each other at the meeting; a message may take within_s."""
 
     rank: int
     ranks: int
@@ -43,10 +36,9 @@ class Seat:
 
 
 class RankProcess(Child):
-    """One rank in a process of its own.
+    """One rank in a process of its own, at this host's address on the way to the meeting.
 
-    The group listens at this host's address on the way to the meeting; ``GLOO_SOCKET_IFNAME`` in the environment names
-    another interface.
+    ``GLOO_SOCKET_IFNAME`` in the environment names another interface.
     """
 
     def __init__(self, rival: Rival, training: Training, seat: Seat) -> None:
@@ -55,32 +47,23 @@ class RankProcess(Child):
     def take(self) -> Said:
         """Its last word; once. Blocks as `Child.take`."""
         try:
-            word: Said = super().take()
-            return word
+            return cast(Said, super().take())
         except ChildDied as died:
             return Failed(str(died), "", died=True)
 
 
 def _work(pipe: Connection, rival: Rival, training: Training, seat: Seat) -> None:
     torch.set_num_threads(seat.threads)
+    where, timeout = seat.meeting, timedelta(seconds=seat.within_s)
     try:
-        _join(seat)
+        os.environ.setdefault(INTERFACE, interface_towards(where.host, where.port))
+        store = dist.TCPStore(where.host, where.port, is_master=False, wait_for_workers=False, timeout=timeout)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=seat.rank, world_size=seat.ranks, timeout=timeout)
         found: Said = rival(training, seat.rank)
         dist.barrier()  # nobody leaves while another one still talks to it
     except BaseException as error:
-        found = Failed(said(_root(error)), traceback_of(error))
+        trace = traceback_of(error)
+        while error.__cause__ is not None:  # torch wraps the model's errors into its own: what happened first is said
+            error = error.__cause__
+        found = Failed(said(error), trace)
     pipe.send(found)
-
-
-def _join(seat: Seat) -> None:
-    where, timeout = seat.meeting, timedelta(seconds=seat.within_s)
-    os.environ.setdefault(INTERFACE, interface_towards(where.host, where.port))
-    store = dist.TCPStore(where.host, where.port, is_master=False, wait_for_workers=False, timeout=timeout)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=seat.rank, world_size=seat.ranks, timeout=timeout)
-
-
-def _root(error: BaseException) -> BaseException:
-    """What happened first: torch wraps the model's errors into its own."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error

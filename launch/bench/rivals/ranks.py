@@ -1,8 +1,6 @@
 """A run of a rival: start its ranks, wait for what they found, and end them all, whatever happens.
 
-    run_ranks -> places.started -> hear, with a deadline -> one record, or one error     places: this host, or several
-
-Whoever started them has a place for every rank and a store at which they form their group, a fresh one for every run.
+run_ranks -> places.started -> hear, with a deadline -> one record, or one error     places: this host, or several
 """
 
 from __future__ import annotations
@@ -34,12 +32,11 @@ class Places(Protocol):
 
     def host(self, rank: int) -> str:
         """Name of a rank's host for messages; empty where all are on one."""
-        ...
 
     def started(
         self, rival: Rival, training: Training, *, ranks: int, threads: int, within_s: float
     ) -> AbstractContextManager[Hear]:
-        """The ranks, started, each in a fresh process; all of them have ended when the block is left."""
+        """The ranks, each in a fresh process and in a group of their own; all have ended when the block is left."""
         ...
 
 
@@ -56,21 +53,11 @@ def run_ranks(
 ) -> RivalRun:
     """Run ``rival(training, rank)`` in ``ranks`` fresh processes that form one gloo group.
 
-    Args:
-        peer: what it is called in an error.
-        rival: what a rank does.
-        training: on what.
-        ranks: number of processes.
-        threads: compute threads of each.
-        within_s: how long everything may take.
-        places: where they run.
-        look: called twice a second meanwhile; what it raises ends the run.
+    Blocks until all are over, at most ``within_s``; no process is left, neither after an error. Meanwhile ``look`` is
+    called twice a second, and what it raises ends the run. ``peer`` is what the run is called in an error.
 
     Raises:
         RunFailed: a rank failed or died, with its traceback; or it took too long.
-
-    Blocks:
-        until all are over, at most ``within_s``. No process is left, neither after an error.
     """
     said: dict[int, Said] = {}
     with places.started(rival, training, ranks=ranks, threads=threads, within_s=within_s) as hear:
@@ -120,4 +107,3 @@ class _Here:
 
 
 HERE: Places = _Here()
-"""This host."""

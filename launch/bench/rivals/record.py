@@ -17,11 +17,11 @@ class RankRun(msgspec.Struct, frozen=True, tag="finished"):
 
     Attributes:
         batches: training batches after the warm-up.
-        seconds: how long they took this rank; all ranks start the clock behind one barrier.
+        seconds: how long they took; all ranks start the clock behind one barrier.
         last_loss: training loss of the last batch (of this rank's rows of it), or None where the loss is not computed.
         held_out: (loss, accuracy) of the trained model on held-out data; rank 0 only, and only if the recipe has some.
-        peak_memory_bytes: peak memory up to the end of the training: of the GPU, or resident.
-        reached: when ``plan.until`` was met, by this rank's clock; None: never, or not asked for.
+        peak_memory_bytes: up to the end of the training: of the GPU, or resident.
+        reached: when ``plan.until`` was met; None: never, or not asked for.
         forward_s: of the seconds, in forward passes; None where nobody knows.
         backward_s: of them, in the loss, the backward passes and the optimizer, as in the last stage of a pipeline.
     """
@@ -37,13 +37,7 @@ class RankRun(msgspec.Struct, frozen=True, tag="finished"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """How a rank failed.
-
-    Attributes:
-        message: the error in a line; of a process that ended without a word, what completes the sentence.
-        trace: its traceback.
-        died: whether the process ended without a word.
-    """
+    """How a rank failed: the error in a line, or "was killed by SIGKILL" where its process died without a word."""
 
     message: str
     trace: str
@@ -55,18 +49,13 @@ Said = RankRun | Failed
 
 
 class RivalRun(msgspec.Struct, frozen=True):
-    """What a rival measured: see ``RankRun``.
+    """What the ranks of a rival measured together: see ``RankRun``; the slowest clock counts.
 
     Attributes:
-        batches: training batches after the warm-up.
-        seconds: how long they took the slowest rank.
         loss: held-out loss, or the last training loss without held-out data.
         accuracy: held-out accuracy, if the recipe counts right answers.
-        last_loss: training loss of the last batch.
         peak_memory_bytes: of every rank.
-        reached: when ``plan.until`` was met, by the slowest clock.
-        forward_s: of one rank that trains alone.
-        backward_s: of one rank that trains alone.
+        forward_s, backward_s: of one rank that trains alone.
     """
 
     batches: int
@@ -86,15 +75,8 @@ def merged(ranks: Sequence[RankRun]) -> RivalRun:
     losses = [run.last_loss for run in ranks if run.last_loss is not None]
     last_loss = sum(losses) / len(losses)
     loss, accuracy = first.held_out or (last_loss, None)
-    reached = [run.reached for run in ranks if run.reached is not None]
-    return RivalRun(
-        batches=first.batches,
-        seconds=max(run.seconds for run in ranks),
-        loss=loss,
-        accuracy=accuracy,
-        last_loss=last_loss,
-        peak_memory_bytes=tuple(run.peak_memory_bytes for run in ranks),
-        reached=replace(reached[0], seconds=max(one.seconds for one in reached)) if reached else None,
-        forward_s=first.forward_s,
-        backward_s=first.backward_s,
-    )
+    times = [run.reached for run in ranks if run.reached is not None]
+    reached = replace(times[0], seconds=max(one.seconds for one in times)) if times else None
+    seconds, peaks = max(run.seconds for run in ranks), tuple(run.peak_memory_bytes for run in ranks)
+    spent = (first.forward_s, first.backward_s)
+    return RivalRun(first.batches, seconds, loss, accuracy, last_loss, peaks, reached, *spent)

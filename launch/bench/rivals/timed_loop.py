@@ -23,14 +23,10 @@ __all__ = ["TimedLoop"]
 class TimedLoop:
     """Iterate over it to get the numbers of the batches; train on each in the body.
 
-    Args:
-        plan: steps, and what is to be reached with how many looks.
-        warmup: first batches that are not timed.
-        look: scores of one pass over the held-out batches, with the weights of that moment; None: nothing is to be
-            reached.
-        together: called before the clock starts, e.g. a barrier.
-
     Attributes:
+        warmup: first batches that are not timed.
+        look: scores of one pass over the held-out batches, with the weights of that moment; None: no goal is given.
+        together: called before the clock starts, e.g. a barrier.
         batches: training batches that count; all where the goal was met within the warm-up.
         seconds: how long they took, up to the end of the last one.
         reached: when the goal was met; None: never, or not asked for.

@@ -1,21 +1,16 @@
 """Pipelines run by torch.distributed.pipelining: its schedules on our layers, cut as our own stages are.
 
-torch.distributed.pipelining is imported where a schedule runs: it brings torch's compiler along, which would cost every
-command two seconds at its start.
-
-Shapes are given beforehand (``input_args``, ``output_args``): otherwise the first step would find them out by an
-extra pass. Every example activation but the network's input says ``requires_grad``: without it torch's first stage
-raises and the others wait for it.
+It is imported where a schedule runs: it brings torch's compiler along, two seconds at the start of every command.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import msgspec
 import torch
@@ -33,13 +28,7 @@ from pipeline.model.partition import Layer, layers_of, split
 from pipeline.run.resolved import Resolved
 from pipeline.seeding import derived_seed
 
-if TYPE_CHECKING:
-    from torch.distributed.pipelining import PipelineStage
-    from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
-
 __all__ = ["TorchSchedule", "best_microbatches", "run_torch_schedule"]
-
-_CANDIDATES = (1, 2, 4, 8)
 
 
 def run_torch_schedule(
@@ -59,16 +48,11 @@ def run_torch_schedule(
 
     Losses of microbatches are means over equal numbers of rows, and torch divides the summed gradients by the number of
     microbatches: the step is that of the whole batch. BatchNorm sees one microbatch at a time. A look at the held-out
-    data takes its batches through the same stages, forward only.
-
-    Args as in ``Training`` and ``run_ranks``; ``schedule`` is one of ``TORCH_SCHEDULES``.
+    data takes its batches through the same stages, forward only. Args as in ``Training``; ``schedule`` is one of
+    ``TORCH_SCHEDULES``; blocks and fails as ``run_ranks``.
 
     Raises:
         PlanError: the schedule cannot run so; nothing was started.
-        RunFailed: a rank failed, with its traceback, or it took too long.
-
-    Blocks:
-        until it is over, at most ``within_s``.
     """
     check_microbatches(schedule, resolved, microbatches)
     rival = TorchSchedule(schedule, microbatches, place(source(), resolved, schedule, microbatches))
@@ -78,40 +62,18 @@ def run_torch_schedule(
 
 
 def best_microbatches(
-    source: Callable[[], Recipe],
-    resolved: Resolved,
-    schedule: str,
-    *,
-    threads: int,
-    steps: int = 6,
-    warmup: int = 2,
-    rounds: int = 2,
-    within_s: float = 3600.0,
-    places: Places = HERE,
+    source: Callable[[], Recipe], resolved: Resolved, schedule: str, *, threads: int, places: Places = HERE
 ) -> dict[int, float]:
-    """Try 1, 2, 4 and 8 microbatches, as far as batch and schedule allow, for a few steps each.
+    """Samples per second with 1, 2, 4 and 8 microbatches, as far as batch and schedule allow, by trials of a few steps.
 
-    Args as in ``run_torch_schedule``, of each trial; ``rounds`` says how often each number is tried, in turns.
-
-    Returns:
-        Samples per second of every number, in its fastest round: noise only ever adds time.
+    Of two trials the faster one counts: noise only ever adds time. Args as in ``run_torch_schedule``.
 
     Raises:
         PlanError: no number fits, or the schedule cannot run.
         RunFailed: a trial failed.
     """
-    short = replace(resolved, plan=replace(resolved.plan, steps=steps, evaluate_every=None, until=None))
-    options: dict[str, Any] = {"threads": threads, "warmup": warmup, "within_s": within_s, "places": places}
-    tried: dict[int, float] = {}
-    for parts in _possible(schedule, resolved) * rounds:
-        run = run_torch_schedule(source, short, schedule, microbatches=parts, evaluates=False, **options)
-        tried[parts] = max(tried.get(parts, 0.0), run.batches * resolved.batch_shape[0] / run.seconds)
-    return tried
-
-
-def _possible(schedule: str, resolved: Resolved) -> list[int]:
     refusals, possible = [], []
-    for parts in _CANDIDATES:
+    for parts in (1, 2, 4, 8):
         try:
             check_microbatches(schedule, resolved, parts)
             possible.append(parts)
@@ -119,18 +81,24 @@ def _possible(schedule: str, resolved: Resolved) -> list[int]:
             refusals.append(str(error))
     if not possible:
         raise PlanError(*refusals)
-    return possible
+    short = replace(resolved, plan=replace(resolved.plan, steps=6, evaluate_every=None, until=None))
+    options: dict[str, Any] = {"threads": threads, "warmup": 2, "evaluates": False, "places": places}
+    tried: dict[int, float] = {}
+    for parts in possible * 2:
+        run = run_torch_schedule(source, short, schedule, microbatches=parts, **options)
+        tried[parts] = max(tried.get(parts, 0.0), run.batches * resolved.batch_shape[0] / run.seconds)
+    return tried
 
 
 class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
-    """What a rank does: a schedule, into how many microbatches batches are cut, and who has which layers."""
+    """What a rank does."""
 
     schedule: str
     microbatches: int
     placement: Placement
 
     def __call__(self, training: Training, rank: int) -> RankRun:
-        """Train; the process group stands. Blocks until the training is over."""
+        """Train, in a process group that stands."""
         logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # it would print the schedule
         recipe, plan = training.source(), training.plan
         mine = self.placement.stages_of(rank)
@@ -138,7 +106,7 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
         local = [layer for index in mine for layer in stages[index]]
         torch.manual_seed(derived_seed(plan.seed, "rank", rank))
         chains = {index: _chain(stages[index], is_first=index == 0) for index in mine}
-        schedule = self._schedule(recipe, [self._stage(index, chain) for index, chain in chains.items()])
+        schedule = self._schedule(recipe, chains)
         look = partial(ForwardPass(self.placement, chains).scores, recipe) if plan.until is not None else None
         parameters = [p for layer in local for p in layer.module.parameters() if p.requires_grad]
         optimizer = build_optimizer(plan.optimizer, parameters, plan.steps)
@@ -146,7 +114,7 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
 
         def step(index: int) -> float | None:
             inputs, labels = recipe.seeded_batch(plan.seed, index) if first or last else (None, None)
-            given, target = ((inputs,) if first else ()), cast(dict[str, Any], {"target": labels} if last else {})
+            given, target = ((inputs,) if first else ()), ({"target": labels} if last else {})
             losses: list[Tensor] = []
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
@@ -158,26 +126,19 @@ class TorchSchedule(msgspec.Struct, tag=True, frozen=True):
         whole = partial(assembled, recipe, plan, local, self.placement.owners)
         return training.run(recipe, rank, step, whole, look)
 
-    def _stage(self, index: int, chain: nn.Sequential) -> PipelineStage:
+    def _schedule(self, recipe: Recipe, chains: Mapping[int, nn.Module]) -> Any:
         from torch.distributed.pipelining import PipelineStage
-
-        before, after = self.placement.edges[index : index + 2]
-        return PipelineStage(
-            chain,
-            index,
-            len(self.placement.sizes),
-            torch.device("cpu"),
-            input_args=(before.example(requires_grad=index > 0),),
-            output_args=(after.example(requires_grad=True),),
-        )
-
-    def _schedule(self, recipe: Recipe, stages: list[PipelineStage]) -> PipelineScheduleSingle | PipelineScheduleMulti:
         from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
+        stages, total, here = [], len(self.placement.sizes), torch.device("cpu")
+        for index, chain in chains.items():
+            # Given shapes spare an extra pass; without requires_grad torch's first stage raises, and the others wait.
+            before, after = self.placement.edges[index : index + 2]
+            given, made = (before.example(requires_grad=index > 0),), (after.example(requires_grad=True),)
+            stages.append(PipelineStage(chain, index, total, here, input_args=given, output_args=made))
         kind: Any = get_schedule_class(self.schedule)
-        given = stages if issubclass(kind, PipelineScheduleMulti) else stages[0]
-        schedule: PipelineScheduleSingle | PipelineScheduleMulti = kind(given, self.microbatches, loss_fn=recipe.loss)
-        return schedule
+        several = issubclass(kind, PipelineScheduleMulti)
+        return kind(stages if several else stages[0], self.microbatches, loss_fn=recipe.loss)
 
 
 class _Own(nn.Module):
