@@ -24,7 +24,7 @@ from pipeline.run.resolved import Resolved
 from workers.channels.names import Names
 from workers.channels.shm.ring import new_prefix
 from workers.errors import RunFailed
-from workers.files import NotWritten, write_text
+from workers.files import NotWritten, write_json, write_text
 from workers.processes.interrupts import Interrupts
 from workers.supervision.local_workers import LocalWorkers
 from workers.telemetry import records
@@ -40,9 +40,7 @@ Working = tuple[Iterator[records.Record], Callable[[], None]]
 
 @dataclass(frozen=True)
 class Launcher:
-    """Who starts the workers of a run: its name in the files of the run, and (source, resolved, folder of the run) ->
-    the workers, ended on the way out.
-    """
+    """Who starts the workers: its name in the run's files; (source, resolved, run folder) -> workers, ended on exit."""
 
     name: str
     working: Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]
@@ -114,14 +112,10 @@ def run(
     command: Sequence[str] | None = None,
     launcher: Launcher | None = None,
 ) -> Result:
-    """Run a resolved plan and write its folder.
+    """Run a resolved plan and write its folder ``runs/<name>``.
 
     Args:
-        source: makes the recipe.
-        resolved: what ``resolve_source`` made of it and the plan.
-        runs: folder of the runs.
-        name: of the run's own folder; None: time, recipe and mode.
-        console: what the user sees.
+        name: None: time, recipe and mode.
         command: for plan.json; None: this program's own arguments.
         launcher: None: this process, on this host.
 
@@ -141,24 +135,19 @@ def run(
         with launcher.working(source, resolved, run_dir) as working, console.training(result):
             _follow(*working, result, console)
     except RunFailed as failure:
-        _write_failure(failure, run_dir / "failure.txt")
+        try:
+            write_text(f"{failure}\n\n{failure.details}\n", run_dir / "failure.txt")
+            failure.report = run_dir / "failure.txt"
+        except NotWritten as error:
+            failure.shown = f"{failure.details.rstrip()}\n({error})".lstrip()
         raise
     try:
         run_folder.join_parts(run_dir, resolved.plan.stages)
-        result.write(run_dir / "result.json")
+        write_json(result.as_dict(), run_dir / "result.json")
     except NotWritten as error:
         error.result = result
         raise
     return result
-
-
-def _write_failure(failure: RunFailed, path: Path) -> None:
-    """The whole report, if it can be written."""
-    try:
-        write_text(f"{failure}\n\n{failure.details}\n", path)
-        failure.report = path
-    except NotWritten as error:
-        failure.shown = f"{failure.details.rstrip()}\n({error})".lstrip()
 
 
 @contextlib.contextmanager
@@ -181,7 +170,7 @@ def _follow(
     """Take in what the workers report; end the run once its goal is met."""
     goal, matching = result.resolved.plan.goal, Matching(result.resolved)
     rows, losses = result.resolved.step_rows, _StepLosses(result.resolved.plan.replicas)
-    with run_folder.Metrics(result.run_dir) as metrics:
+    with run_folder.metrics(result.run_dir) as write:
         for record in reported:
             if isinstance(record, records.Ready):
                 matching.take(record)
@@ -190,7 +179,7 @@ def _follow(
                 if new := losses.take(record):
                     result.losses += new
                     step, mean = result.steps, sum(new) / len(new)
-                    metrics.write("train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
+                    write("train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
                     console.progress(step, mean)
             elif isinstance(record, records.Scored):
                 result.scores.append(record)
@@ -198,14 +187,14 @@ def _follow(
                     result.met = record
                     end_early()
                 step, found = record.updates, {"loss": record.loss, "accuracy": record.accuracy}
-                metrics.write("evaluation", step=step, samples=step * rows, **found, time_ns=record.time_ns)
+                write("evaluation", step=step, samples=step * rows, **found, time_ns=record.time_ns)
                 console.scored(record)
             elif isinstance(record, records.Judged):
                 result.judged.append(record)
-                metrics.write("quality", **msgspec.structs.asdict(record))
+                write("quality", **msgspec.structs.asdict(record))
             elif isinstance(record, records.Switched):
                 result.switches.append(record)
-                metrics.write("switch", **msgspec.structs.asdict(record))
+                write("switch", **msgspec.structs.asdict(record))
                 console.switched(record)
             elif isinstance(record, records.Finished):
                 result.finished[worker_of(result.resolved.plan, record.replica, record.stage)] = record
@@ -214,19 +203,18 @@ def _follow(
 
 
 class _StepLosses:
-    """Puts the losses of the replicas together: the loss of a step is the mean over their batches."""
+    """The loss of a step is the mean over the replicas' batches, once all of them have made it."""
 
     def __init__(self, replicas: int) -> None:
         self._waiting: list[list[float]] = [[] for _ in range(replicas)]
 
     def take(self, record: records.Loss) -> list[float]:
-        """Take in what one replica reports; gives the losses of the steps that all replicas have now made."""
+        """Take in what one replica reports; gives the losses of the steps that are now whole."""
         self._waiting[record.replica] += record.losses
         count = min(map(len, self._waiting))
-        steps = zip(*(losses[:count] for losses in self._waiting), strict=True)
-        complete = [sum(each) / len(each) for each in steps]
+        whole = [sum(each) / len(each) for each in zip(*(losses[:count] for losses in self._waiting), strict=True)]
         self._waiting = [losses[count:] for losses in self._waiting]
-        return complete
+        return whole
 
 
 def without_loss(resolved: Resolved) -> Resolved:

@@ -27,7 +27,8 @@ class StageQuality:
     samples: int
     cosine: float
     norm_ratio: float
-    error: float
+    error: float | None
+    """None: not finite, where that is written to a sweep's files."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from launch.results.result import Result
 from workers.telemetry.records import Switched
 
-if TYPE_CHECKING:
-    from launch.results.result import Result
-
-__all__ = ["switch_line", "switch_summary", "unlocked_share"]
+__all__ = ["switch_line", "switch_summary"]
 
 
 def switch_line(record: Switched) -> str:
@@ -22,20 +19,15 @@ def switch_line(record: Switched) -> str:
     return f"{text} (cosine {record.cosine:.2f}, norm ratio {record.norm_ratio:.2g})"
 
 
-def unlocked_share(result: Result, stage: int) -> float:
-    """The share of the batches that a stage of replica 0 did not wait for the gradient of."""
-    mine = sorted(s.batch for s in result.switches if (s.stage, s.replica) == (stage, 0))
-    edges = [*mine, result.steps]  # it begins locked: unlocked from every second switch on
-    unlocked = sum(max(0, end - begin) for begin, end in zip(edges[::2], edges[1::2], strict=False))
-    return unlocked / result.steps if result.steps else 0.0
-
-
 def switch_summary(result: Result) -> Iterator[str]:
     """A line per stage of replica 0 that has a DNI; nothing for a run that is unlocked from its first batch on."""
     plan = result.resolved.plan
     if not plan.warmup_steps and plan.unlock == "always":
         return
     for stage in range(plan.stages - 1):
-        mine = [s for s in result.switches if (s.stage, s.replica) == (stage, 0)]
+        mine = sorted(s.batch for s in result.switches if (s.stage, s.replica) == (stage, 0))
+        edges = [*mine, result.steps]  # it begins locked: unlocked from every second switch on
+        unlocked = sum(max(0, end - begin) for begin, end in zip(edges[::2], edges[1::2], strict=False))
+        share = unlocked / result.steps if result.steps else 0.0
         times = f"{len(mine)} switch{'' if len(mine) == 1 else 'es'}"
-        yield f"stage {stage}: unlocked for {unlocked_share(result, stage):.0%} of the batches, {times}"
+        yield f"stage {stage}: unlocked for {share:.0%} of the batches, {times}"

@@ -37,13 +37,7 @@ _SAMPLES = 20
 
 @dataclass(frozen=True)
 class Point:
-    """One run.
-
-    Attributes:
-        source: makes the recipe, with its seed.
-        plan: resolved.
-        key: hash of both.
-    """
+    """One run: the recipe with its seed, the resolved plan, and a hash of both."""
 
     source: NamedRecipe
     plan: Plan
@@ -56,10 +50,9 @@ class Setting:
 
     Attributes:
         labels: one per axis, as typed; the row's name first where there are rows.
-        plan: what is run, resolved, with the first seed.
-        source: makes the recipe, with the first seed.
-        points: by seed.
         wish: the options as they were asked for.
+        plan: what is run, resolved, with the first seed; ``source`` makes its recipe.
+        points: by seed.
     """
 
     labels: tuple[str, ...]
@@ -79,16 +72,13 @@ class Grid:
     """Everything a sweep runs.
 
     Attributes:
-        recipe: name or path, as typed.
         title: name of the recipe.
         axes: the rows, if any, and what is varied.
-        seeds: of every setting.
         settings: in the order of the table.
         first: the first setting, resolved as it was asked for.
         metric: ``error`` or ``loss``.
     """
 
-    recipe: str
     title: str
     axes: tuple[Axis, ...]
     seeds: tuple[int, ...]
@@ -115,29 +105,24 @@ def grid_of(recipe: str, arguments: Sequence[str], parsed: Parsed) -> Grid:
     seeds = seeds_of(options.seeds)
     assert seeds is not None, "the options are checked"
     shown = ([Axis((ROW,), tuple(row.name for row in rows), ())] if rows else []) + axes
-    wishes = list(_wishes(parsed, rows, axes))
-    resolved, idle, problems = [], [], []
-    for labels, _, wish in wishes:
+    settings, resolved, idle, problems = [], [], [], list[str]()
+    for labels, row, wish in _wishes(parsed, rows, axes):
         try:
             found, without_effect = _resolved(wish)
         except PlanError as error:
             problems += [f"{_named(shown, labels)}{problem}" for problem in error.problems]
             continue
+        settings.append(_setting(labels, wish, found.plan, seeds))
         resolved.append(found)
-        idle.append(without_effect)
-    problems = problems or list(_never_read(rows, [row for _, row, _ in wishes], idle))
-    if problems:
+        idle.append((row, without_effect))
+    if problems := problems or list(_never_read(rows, idle)) or list(_no_difference(shown, settings)):
         raise PlanError(*dict.fromkeys(problems))
-    settings = [
-        _setting(labels, wish, found.plan, seeds) for (labels, _, wish), found in zip(wishes, resolved, strict=True)
-    ]
-    if problems := list(_no_difference(shown, settings)):
-        raise PlanError(*problems)
     made = _recipe_of(settings[0].source)
-    metric = options.metric or _metric_of(made)
+    if (metric := options.metric) is None:  # where every position has an answer of its own, the loss says more
+        metric = "error" if made.correct is not None and made.batch(0)[1].dim() == 1 else "loss"
     if metric == "error" and made.correct is None:
         raise PlanError(f"metric error: recipe {made.name} counts no right answers; leave it out, or give loss.")
-    return Grid(recipe, made.name, tuple(shown), seeds, tuple(settings), resolved[0], metric)
+    return Grid(made.name, tuple(shown), seeds, tuple(settings), resolved[0], metric)
 
 
 def _wishes(
@@ -146,13 +131,12 @@ def _wishes(
     """(labels, row, options) of every combination."""
     owners: Sequence[Row | None] = rows or [None]
     for row in owners:
-        for places in itertools.product(*(range(len(axis.labels)) for axis in axes)):
+        for chosen in itertools.product(*(zip(axis.labels, axis.values, strict=True) for axis in axes)):
             wish = row.parsed if row else parsed
-            for axis, place in zip(axes, places, strict=True):
-                for option, value in zip(axis.options, axis.values[place], strict=True):
+            for axis, (_, values) in zip(axes, chosen, strict=True):
+                for option, value in zip(axis.options, values, strict=True):
                     wish = with_value(wish, option, value)
-            labels = tuple(axis.labels[place] for axis, place in zip(axes, places, strict=True))
-            yield ((row.name,) if row else ()) + labels, row, wish
+            yield (*([row.name] if row else []), *(label for label, _ in chosen)), row, wish
 
 
 def _resolved(wish: Parsed) -> tuple[Resolved, frozenset[NoEffect]]:
@@ -180,20 +164,22 @@ def _sampled(plan: Plan, steps: int) -> Plan:
     return replace(plan, quality_every=max(1, steps // _SAMPLES))
 
 
-def _never_read(
-    rows: Sequence[Row], row_of: Sequence[Row | None], idle: Sequence[frozenset[NoEffect]]
-) -> Iterator[str]:
+def _never_read(rows: Sequence[Row], idle: Sequence[tuple[Row | None, frozenset[NoEffect]]]) -> Iterator[str]:
     """Options that have no effect anywhere, or in a row nowhere of those that it gives itself."""
-    everywhere = {sentence.option for sentence in frozenset.union(*idle)}
-    for option in sorted(everywhere):
-        if all(any(sentence.option == option for sentence in here) for here in idle):
-            yield next(sentence for sentence in idle[0] if sentence.option == option)
+    everywhere = [here for _, here in idle]
+    first = {sentence.option: sentence for sentence in everywhere[0]}
+    yield from dict.fromkeys(first[sentence.option] for sentence in _in_all(everywhere))
     for row in rows:
-        mine = [here for here, owner in zip(idle, row_of, strict=True) if owner is row]
-        for sentence in sorted(frozenset.union(*mine)):
-            gives = any(o == sentence.option or o.startswith(f"{sentence.option}.") for o in row.options)
-            if gives and all(any(other.option == sentence.option for other in here) for here in mine):
+        for sentence in _in_all([here for owner, here in idle if owner is row]):
+            if any(o == sentence.option or o.startswith(f"{sentence.option}.") for o in row.options):
                 yield f"row {row.name}: {sentence}"
+
+
+def _in_all(idle: Sequence[frozenset[NoEffect]]) -> Iterator[NoEffect]:
+    """The sentences about options that have no effect in any of these settings."""
+    for sentence in sorted(frozenset.union(*idle)):
+        if all(any(other.option == sentence.option for other in here) for here in idle):
+            yield sentence
 
 
 def _no_difference(axes: Sequence[Axis], settings: Sequence[Setting]) -> Iterator[str]:
@@ -210,11 +196,14 @@ def _no_difference(axes: Sequence[Axis], settings: Sequence[Setting]) -> Iterato
 
 
 def _setting(labels: tuple[str, ...], wish: Parsed, plan: Plan, seeds: Sequence[int]) -> Setting:
-    plan, source, points = _as_run(plan), wish.source, {}
+    plan, name, points = _as_run(plan), wish.source.name, {}
     for seed in seeds:
-        own = {**dict(source.options), "seed": seed} if "seed" in dict(source.options) else dict(source.options)
-        seeded = NamedRecipe(source.name, tuple(own.items()))
-        points[seed] = _point(seeded, replace(plan, seed=seed))
+        options = {option: seed if option == "seed" else value for option, value in wish.source.options}
+        own = replace(plan, seed=seed)
+        known = {"recipe": name, "options": {key: str(value) for key, value in options.items()}, "plan": own.as_dict()}
+        text = json.dumps(known, sort_keys=True, default=str)
+        key = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+        points[seed] = Point(NamedRecipe(name, tuple(options.items())), own, key)
     first = points[seeds[0]]
     return Setting(labels, wish, first.plan, first.source, points)
 
@@ -235,13 +224,6 @@ def _as_run(plan: Plan) -> Plan:
     return replace(plan, **changes)
 
 
-def _point(source: NamedRecipe, plan: Plan) -> Point:
-    options = {name: str(value) for name, value in source.options}
-    settings = {"recipe": source.name, "options": options, "plan": plan.as_dict()}
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return Point(source, plan, hashlib.blake2b(text.encode(), digest_size=12).hexdigest())
-
-
 def _named(axes: Sequence[Axis], labels: Sequence[str]) -> str:
     """``mode unlocked, stages 9: `` in front of what is wrong there."""
     text = ", ".join(f"{_axis_name(axis)} {label}" for axis, label in zip(axes, labels, strict=True))
@@ -250,11 +232,6 @@ def _named(axes: Sequence[Axis], labels: Sequence[str]) -> str:
 
 def _axis_name(axis: Axis) -> str:
     return axis.name.replace(",", " and ")
-
-
-def _metric_of(recipe: Recipe) -> str:
-    """The error where every sample has one answer; where every position has, the loss says more."""
-    return "error" if recipe.correct is not None and recipe.batch(0)[1].dim() == 1 else "loss"
 
 
 @cache
