@@ -71,12 +71,8 @@ def train(
         plan: how to run; ``plan.steps`` must be given.
         evaluation: the held-out batches, in a fixed order.
         correct: counts right answers, e.g. ``freewheel.correct_predictions``.
-        name: name of the run.
-        runs: folder of the runs.
+        name: name of the run, whose files lie in ``runs/<name>``.
         quiet: print nothing.
-
-    Returns:
-        The result; its files lie in ``runs/<name>``.
 
     Raises:
         PlanError: something cannot run, or a worker builds something else; nothing was trained.
@@ -132,7 +128,7 @@ def run(
     console.decided(recipe.name, resolved, run_dir)
     result = Result(resolved, run_dir, launcher=launcher.name)
     try:
-        with launcher.working(source, resolved, run_dir) as working, console.training(result):
+        with launcher.working(source, resolved, run_dir) as working, console.progress_line("starting", resolved.steps):
             _follow(*working, result, console)
     except RunFailed as failure:
         try:
@@ -167,16 +163,19 @@ def _local(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> I
 def _follow(
     reported: Iterator[records.Record], end_early: Callable[[], None], result: Result, console: Console
 ) -> None:
-    """Take in what the workers report; end the run once its goal is met."""
+    """Take in what the workers report; end the run once its goal is met. A step's loss is the replicas' mean."""
     goal, matching = result.resolved.plan.goal, Matching(result.resolved)
-    rows, losses = result.resolved.step_rows, _StepLosses(result.resolved.plan.replicas)
+    rows, replicas = result.resolved.step_rows, result.resolved.plan.replicas
+    waiting: list[list[float]] = [[] for _ in range(replicas)]  # losses of steps that not all replicas have made
     with run_folder.metrics(result.run_dir) as write:
         for record in reported:
             if isinstance(record, records.Ready):
                 matching.take(record)
                 console.ready(record)
             elif isinstance(record, records.Loss):
-                if new := losses.take(record):
+                waiting[record.replica] += record.losses
+                if new := [sum(each) / len(each) for each in zip(*waiting, strict=False)]:
+                    waiting = [losses[len(new) :] for losses in waiting]
                     result.losses += new
                     step, mean = result.steps, sum(new) / len(new)
                     write("train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
@@ -200,21 +199,6 @@ def _follow(
                 result.finished[worker_of(result.resolved.plan, record.replica, record.stage)] = record
     ended_ns = max(done.end_ns for done in result.finished.values())
     result.seconds = (ended_ns - result.start_ns) * 1e-9
-
-
-class _StepLosses:
-    """The loss of a step is the mean over the replicas' batches, once all of them have made it."""
-
-    def __init__(self, replicas: int) -> None:
-        self._waiting: list[list[float]] = [[] for _ in range(replicas)]
-
-    def take(self, record: records.Loss) -> list[float]:
-        """Take in what one replica reports; gives the losses of the steps that are now whole."""
-        self._waiting[record.replica] += record.losses
-        count = min(map(len, self._waiting))
-        whole = [sum(each) / len(each) for each in zip(*(losses[:count] for losses in self._waiting), strict=True)]
-        self._waiting = [losses[count:] for losses in self._waiting]
-        return whole
 
 
 def without_loss(resolved: Resolved) -> Resolved:

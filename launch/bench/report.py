@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ class Report:
             "command": self.command,
             "environment": self.environment,
             "rows": self.row_dicts(),
-            "quality": [each.as_dict() for each in self.quality] or None,
+            "quality": [asdict(each) for each in self.quality] or None,
             "left_out": self.left_out,
             "over_stages": None,
             "over_latency_ms": None,

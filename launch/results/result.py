@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,8 @@ class Result:
 
     def export(self, path: str | Path) -> Path:
         """Write the weights for ``model.load_state_dict(safetensors.torch.load_file(path))`` of the plain model."""
-        write_tensors(self.state_tensors(), path := Path(path))
+        path = Path(path)
+        write_tensors(self.state_tensors(), path)
         return path
 
     def __repr__(self) -> str:
@@ -180,6 +181,6 @@ class Result:
             "peak_memory_bytes": [done.peak_memory_bytes for done in workers],
             "queue_depth": measured.queue_depth if measured else None,
             "bytes_moved": measured.bytes_moved if measured else None,
-            "quality": [each.as_dict() for each in self.quality] or None,
+            "quality": [asdict(each) for each in self.quality] or None,
             "switches": [msgspec.structs.asdict(each) for each in self.switches] or None,
         }

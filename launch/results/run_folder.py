@@ -36,11 +36,9 @@ def new_run_dir(runs: Path, name: str) -> Path:
         runs.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, 10_000):
             path = runs / (name if attempt == 1 else f"{name}-{attempt}")
-            try:
+            with contextlib.suppress(FileExistsError):
                 path.mkdir()
-            except FileExistsError:
-                continue
-            return path
+                return path
     except OSError as error:
         why = f"cannot make a folder for the run in {runs}: {error.strerror}; choose another with --runs."
         raise PlanError(why) from error
@@ -63,13 +61,11 @@ def default_name(recipe: str, plan_mode: str) -> str:
     return f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{fit_for_a_folder}-{plan_mode}"
 
 
-def write_plan(
-    run_dir: Path, recipe_name: str, resolved: Resolved, command: Iterable[str], launcher: str = "local"
-) -> None:
+def write_plan(run_dir: Path, recipe: str, resolved: Resolved, command: Iterable[str], launcher: str) -> None:
     """Write plan.json: the resolved plan and what was decided, with reasons."""
     cuts = len(resolved.cuts)
     content = {
-        "recipe": recipe_name,
+        "recipe": recipe,
         "launcher": launcher,
         "command": list(command),
         "plan": resolved.plan.as_dict(),

@@ -16,7 +16,6 @@ from rich.table import Table
 from launch.results.dni_quality import QUALITY_LEGEND, quality_table
 from launch.results.result import Result
 from launch.show.tables import print_table
-from launch.show.unlock_lines import switch_line, switch_summary
 from pipeline.metrics.measurements import Measured, StageMeasured
 from pipeline.model.optimizers import described
 from pipeline.plan.channel_choice import CHANNELS, kind_between
@@ -25,7 +24,7 @@ from pipeline.wording import escaped
 from workers.telemetry import records
 from workers.wiring.run_memory import needed_bytes
 
-__all__ = ["Console", "stage_table", "without"]
+__all__ = ["Console", "stage_table", "switch_line", "switch_summary", "without"]
 
 _COLUMNS = ("forward", "backward", "dni", "relay", "communication", "load", "evaluate", "waiting", "other")
 
@@ -46,25 +45,26 @@ class Console:
             f"{f' in each of {plan.replicas} replicas' if plan.replicas > 1 else ''}, seed {plan.seed}"
         )
         self.rich.print(_stages_table(resolved))
-        for decision in _decisions(resolved):
+        decisions = list(resolved.reasons)
+        if plan.unlocked and plan.stages > 1:
+            decisions.append(("targets", plan.targets, _TARGETS[plan.targets]))
+        decisions.append(("optimizer", described(plan.optimizer), "one per stage"))
+        if plan.workers > 1:
+            decisions.append(("channels", *_channels(resolved)))
+        for decision in decisions:
             self.rich.print(_decision_line(*decision))
         self.print_whole(f"  {'threads':<10} {plan.threads} per worker\n  {'run':<10} {_shown(run_dir)}")
 
     @contextlib.contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[..., None]]:
+    def progress_line(self, what: str, total: int) -> Iterator[Callable[..., None]]:
         """A progress line while this lasts; gives ``update(**fields)`` as of ``rich.progress.Progress``."""
         text, loss = TextColumn("  {task.description}"), TextColumn("{task.fields[loss]}")
         columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), loss)
         shown = self.rich.is_terminal and total > 0  # elsewhere it would leave an empty line
         with Progress(*columns, console=self.rich, transient=True, disable=not shown) as progress:
-            yield partial(progress.update, progress.add_task(what, total=total, loss=""))
-
-    @contextlib.contextmanager
-    def training(self, result: Result) -> Iterator[None]:
-        """A progress line while the workers run."""
-        with self.bar("starting", result.resolved.steps) as self._update:
+            self._update = partial(progress.update, progress.add_task(what, total=total, loss=""))
             try:
-                yield
+                yield self._update
             finally:
                 self._update = _nothing
 
@@ -123,13 +123,27 @@ def without(left_out: Sequence[str], arguments: Sequence[str]) -> Iterator[str]:
             next(rest, None)
 
 
-def _nothing(**values: object) -> None:
-    """There is no progress line."""
+def switch_line(record: records.Switched) -> str:
+    """``stage 1 unlocked at batch 240 (cosine 0.62, norm ratio 0.41)``."""
+    where = f"stage {record.stage}" if record.replica == 0 else f"replica {record.replica}, stage {record.stage}"
+    text = f"{where} {'locked again' if record.locked else 'unlocked'} at batch {record.batch:,}"
+    if record.cosine is None or record.norm_ratio is None:
+        return f"{text} (the warm-up is over)"
+    return f"{text} (cosine {record.cosine:.2f}, norm ratio {record.norm_ratio:.2g})"
 
 
-def _shown(text: object) -> str:
-    """Text of others as it is printed."""
-    return escape(str(escaped(str(text))))
+def switch_summary(result: Result) -> Iterator[str]:
+    """A line per stage of replica 0 that has a DNI; nothing for a run that is unlocked from its first batch on."""
+    plan = result.resolved.plan
+    if not plan.warmup_steps and plan.unlock == "always":
+        return
+    for stage in range(plan.stages - 1):
+        mine = sorted(s.batch for s in result.switches if (s.stage, s.replica) == (stage, 0))
+        edges = [*mine, result.steps]  # it begins locked: unlocked from every second switch on
+        unlocked = sum(max(0, end - begin) for begin, end in zip(edges[::2], edges[1::2], strict=False))
+        share = unlocked / result.steps if result.steps else 0.0
+        times = f"{len(mine)} switch{'' if len(mine) == 1 else 'es'}"
+        yield f"stage {stage}: unlocked for {share:.0%} of the batches, {times}"
 
 
 def stage_table(measured: Measured) -> Table:
@@ -149,6 +163,15 @@ def stage_table(measured: Measured) -> Table:
             *(_EXTRA[name][1](stage) or "-" for name in extra),
         )
     return table
+
+
+def _nothing(**values: object) -> None:
+    """There is no progress line."""
+
+
+def _shown(text: object) -> str:
+    """Text of others as it is printed."""
+    return escape(str(escaped(str(text))))
 
 
 def _extra_columns(measured: Measured) -> list[str]:
@@ -179,17 +202,6 @@ _TARGETS = {
     "true": "every DNI learns from the true gradient, late",
     "mixed": "a DNI learns from both",
 }
-
-
-def _decisions(resolved: Resolved) -> Iterator[tuple[str, str, str]]:
-    """(what, value, why), as the first screen shows them."""
-    plan = resolved.plan
-    yield from resolved.reasons
-    if plan.unlocked and plan.stages > 1:
-        yield "targets", plan.targets, _TARGETS[plan.targets]
-    yield "optimizer", described(plan.optimizer), "one per stage"
-    if plan.workers > 1:
-        yield "channels", *_channels(resolved)
 
 
 def _channels(resolved: Resolved) -> tuple[str, str]:

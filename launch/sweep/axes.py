@@ -21,10 +21,9 @@ from launch.setup.recipe_source import NamedRecipe, entry_of
 from launch.sweep.options import SweepOptions
 from pipeline import Plan, PlanError, nearest
 
-__all__ = ["ROW", "Axis", "Row", "arguments_for", "option_names", "read_axes", "read_rows", "value_of", "with_value"]
+__all__ = ["ROW", "Axis", "Row", "arguments_for", "option_types", "read_axes", "read_rows", "value_of", "with_value"]
 
-ROW = "row"
-"""Name of the axis of the rows."""
+ROW = "row"  # name of the axis of the rows
 
 
 @dataclass(frozen=True)
@@ -66,40 +65,38 @@ class Row:
     parsed: Parsed
 
 
-def option_names(recipe: str) -> list[str]:
+def option_types(recipe: str) -> dict[str, Any]:
     """Every field that can be varied: of the recipe, then of the plan but for what a sweep chooses itself."""
-    return list(_kinds(recipe))
+    types = {f.name: f.type for f in dataclasses.fields(recipe_options(entry_of(recipe).make))}
+    for name, kind in get_type_hints(Plan).items():
+        inner = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        types.update({f"{name}.{field}": each for field, each in inner.items()} or {name: kind})
+    left_out = {*SweepOptions.fixed, "dni.factory"}  # the latter is for Python only
+    return {name: kind for name, kind in types.items() if name not in left_out}
 
 
 def read_axes(recipe: str, parsed: Parsed, texts: Sequence[str]) -> list[Axis]:
-    """The axes of ``--vary``.
+    """The axes of ``--vary``, or PlanError: no such option, the same one twice, or no values.
 
-    Raises:
-        PlanError: no such option, the same one twice, or no values. A value of the wrong kind ends the program with
-            status 2, as it does on the command line.
+    A value of the wrong kind ends the program with status 2, as it does on the command line.
     """
-    kinds = _kinds(recipe)
-    split = [_split(text, kinds) for text in texts]
+    types = option_types(recipe)
+    split = [_split(text, types) for text in texts]
     names = [name for options, _ in split for name in options]
     if twice := sorted({_typed(name) for name in names if names.count(name) > 1}):
         raise PlanError(f"{', '.join(twice)} is varied twice: give all its values in one --vary.")
     axes = []
     for options, labels in split:
-        values = tuple(tuple(_value(option, kinds[option], label) for option in options) for label in labels)
+        values = tuple(tuple(_value(option, types[option], label) for option in options) for label in labels)
         axes.append(Axis(options, labels, values))
     return axes
 
 
 def read_rows(recipe: str, arguments: Sequence[str], texts: Sequence[str], axes: Sequence[Axis]) -> list[Row]:
-    """The rows of ``--row``.
-
-    Raises:
-        PlanError: a row without a name, two of one name, or one that gives what is varied or is no option of the plan
-            or the recipe.
-    """
+    """The rows of ``--row``; PlanError: one has no name of its own, or gives what is varied, or no option of a run."""
     rows: list[Row] = []
     varied = {option for axis in axes for option in axis.options}
-    not_for_a_row = {f.name for f in dataclasses.fields(SweepOptions)} - set(option_names(recipe))
+    not_for_a_row = {f.name for f in dataclasses.fields(SweepOptions)} - option_types(recipe).keys()
     for text in texts:
         name, colon, typed = (part.strip() for part in text.partition(":"))
         if not colon or not name or name in {row.name for row in rows}:
@@ -138,12 +135,12 @@ def with_value(parsed: Parsed, option: str, value: Any) -> Parsed:
     return dataclasses.replace(parsed, plan=dataclasses.replace(parsed.plan, **{name: value}))
 
 
-def arguments_for(recipe: str, parsed: Parsed, left_out: Sequence[str] = ()) -> list[str]:
+def arguments_for(parsed: Parsed, left_out: Sequence[str]) -> list[str]:
     """The shortest options that give these values."""
-    entry = entry_of(recipe)
+    recipe, entry = parsed.source.name, entry_of(parsed.source.name)
     defaults = {f.name: f.default for f in dataclasses.fields(recipe_options(entry.make))}
     arguments = []
-    for option in option_names(recipe):
+    for option in option_types(recipe):
         value = value_of(parsed, option)
         default = defaults[option] if option in defaults else attrgetter(option)(entry.plan)
         if value == default or option in left_out:
@@ -179,16 +176,6 @@ def _refuse_fixed(options: Collection[str], where: str) -> None:
     for option in options:
         if option in SweepOptions.fixed:
             raise PlanError(f"{where}: {_typed(option)} has no effect in the reference driver: leave it out.")
-
-
-def _kinds(recipe: str) -> dict[str, Any]:
-    """The type of every field that can be varied."""
-    kinds = {f.name: f.type for f in dataclasses.fields(recipe_options(entry_of(recipe).make))}
-    for name, kind in get_type_hints(Plan).items():
-        inner = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        kinds.update({f"{name}.{field}": each for field, each in inner.items()} or {name: kind})
-    fixed = {*SweepOptions.fixed, "dni.factory"}  # the latter is for Python only
-    return {name: kind for name, kind in kinds.items() if name not in fixed}
 
 
 def _value(option: str, kind: Any, label: str) -> Any:

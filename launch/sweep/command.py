@@ -25,9 +25,8 @@ from launch.show.tables import print_table
 from launch.sweep.axes import arguments_for
 from launch.sweep.findings import METRICS, Finding, findings_json, findings_of, label_of, verdict_of
 from launch.sweep.grid import Grid, Point, grid_of
-from launch.sweep.options import SweepOptions
+from launch.sweep.options import SweepOptions, with_preset
 from launch.sweep.points import Outcome, Store
-from launch.sweep.presets import with_preset
 from launch.sweep.table import SWEEP_LEGEND, table_of
 from launch.sweep.work import Broken, run_points
 from pipeline import PlanError
@@ -38,17 +37,14 @@ __all__ = ["keep_aside", "sweep"]
 
 
 def sweep(recipe: str, arguments: Sequence[str]) -> None:
-    """Run what is missing of a grid and show all of it.
+    """Run what is missing of a grid and show all of it; blocks until every point is there.
 
     Raises:
         PlanError: something in the grid cannot run; nothing was started.
         RunFailed: a run broke; the others were finished first, and the next call runs it again.
         KeyboardInterrupt: what was finished by then is kept.
-
-    Blocks:
-        until every point is there.
     """
-    typed = list(arguments)
+    command = ["freewheel", "sweep", recipe, *arguments]
     arguments = with_preset(arguments)
     parsed = parse(recipe, arguments, SweepOptions, "freewheel sweep", writes=False)
     options: SweepOptions = parsed.run
@@ -66,7 +62,7 @@ def sweep(recipe: str, arguments: Sequence[str]) -> None:
     findings = findings_of(grid, outcomes)
     if not findings:
         raise _failed(broken)
-    command, verdict = ["freewheel", "sweep", recipe, *typed], verdict_of(grid, findings)
+    verdict = verdict_of(grid, findings)
     keep_aside(folder, command)
     content = {
         "schema": SCHEMA,
@@ -94,7 +90,7 @@ def sweep(recipe: str, arguments: Sequence[str]) -> None:
     drawn(draw, folder, console)
     if broken:
         raise _failed(broken)
-    console.next_command(*_next(recipe, typed, parsed, grid, findings))
+    console.next_command(*_next(command, parsed, grid, findings))
 
 
 def keep_aside(folder: Path, command: list[str]) -> None:
@@ -152,7 +148,7 @@ def _run(
     }
     ending = contextlib.closing(run_points(missing, options.num_jobs, options.within_s))
     try:
-        with console.bar("points", len(missing)) as update, ending as ended:
+        with console.progress_line("points", len(missing)) as update, ending as ended:
             for number, (point, said) in enumerate(ended, start=1):
                 name = names[point.key]
                 if isinstance(said, Broken):
@@ -180,16 +176,13 @@ def _failed(broken: Sequence[tuple[str, Broken]]) -> RunFailed:
     return RunFailed(text, stage=0, details=first.details)
 
 
-def _next(
-    recipe: str, typed: Sequence[str], parsed: Parsed, grid: Grid, findings: Sequence[Finding]
-) -> tuple[str, str]:
+def _next(command: list[str], parsed: Parsed, grid: Grid, findings: Sequence[Finding]) -> tuple[str, str]:
     """What is missing most: the yardstick, more seeds, or a run of the best in real processes."""
-    command = ["freewheel", "sweep", recipe, *typed]
     if not any(f.setting.backprop for f in findings):
         if any("mode" in axis.options for axis in grid.axes):
             command = [re.sub(r"^((?:--vary=)?mode=)", r"\1naive,", argument) for argument in command]
         else:
-            command += ["--vary", f"mode={parsed.plan.mode},naive"]
+            command = [*command, "--vary", f"mode={parsed.plan.mode},naive"]
         return shlex.join(command), "beside backpropagation, on the same work"
     if len(grid.seeds) < 3:
         command = [*without(["--seeds"], command), "--seeds", "0,1,2"]
@@ -197,7 +190,7 @@ def _next(
     whole = [(f.setting.backprop, f.mean, index) for index, f in enumerate(findings) if f.mean is not None]
     best = findings[min(whole, default=(False, 0.0, 0))[2]]  # what is not backpropagation comes first
     what = "backpropagation" if best.setting.backprop else "the best of them"
-    arguments = arguments_for(recipe, best.setting.wish, left_out=("hop_steps",))
+    arguments = arguments_for(best.setting.wish, left_out=("hop_steps",))
     seconds = statistics.median(outcome.seconds for f in findings for outcome in f.outcomes.values())
-    command = ["freewheel", "train", recipe, *arguments]
+    command = ["freewheel", "train", parsed.source.name, *arguments]
     return shlex.join(command), f"{what} in real processes; here a run took {seconds:.0f} s"

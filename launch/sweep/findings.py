@@ -97,14 +97,8 @@ def findings_of(grid: Grid, outcomes: Mapping[str, Outcome]) -> list[Finding]:
 def _above(finding: Finding, others: Sequence[Finding]) -> dict[int, float]:
     """Seed by seed above backpropagation: with the same recipe and steps, and the same optimizer where there is one."""
     mine = finding.setting
-    rivals = [
-        other
-        for other in others
-        if other.setting.backprop
-        and other.mean is not None
-        and other.setting.source == mine.source
-        and other.setting.plan.steps == mine.plan.steps
-    ]
+    same_work = [f for f in others if (f.setting.source, f.setting.plan.steps) == (mine.source, mine.plan.steps)]
+    rivals = [f for f in same_work if f.setting.backprop and f.mean is not None]
     if mine.backprop or not rivals:
         return {}
     figures = min(rivals, key=lambda f: (f.setting.plan.optimizer != mine.plan.optimizer, f.mean)).figures

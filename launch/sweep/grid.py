@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 from launch.options.options import Parsed
 from launch.setup.recipe_source import NamedRecipe
@@ -31,8 +30,7 @@ from pipeline.schedule.modes import MODES
 
 __all__ = ["Grid", "Point", "Setting", "grid_of"]
 
-_SAMPLES = 20
-"""Batches of a run whose synthetic gradients are compared with the true ones, where the user does not say."""
+_SAMPLES = 20  # batches of a run whose quality is sampled, where the user does not say
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Setting:
-    """One combination of a row and values.
-
-    Attributes:
-        labels: one per axis, as typed; the row's name first where there are rows.
-        wish: the options as they were asked for.
-        plan: what is run, resolved, with the first seed; ``source`` makes its recipe.
-        points: by seed.
+    """One combination of a row and values. ``plan`` is what is run, resolved, and ``source`` its recipe, both with the
+    first seed; ``labels`` has the name of the row, if any, and the values as typed; ``wish`` is what was asked for.
     """
 
     labels: tuple[str, ...]
@@ -71,12 +64,8 @@ class Setting:
 class Grid:
     """Everything a sweep runs.
 
-    Attributes:
-        title: name of the recipe.
-        axes: the rows, if any, and what is varied.
-        settings: in the order of the table.
-        first: the first setting, resolved as it was asked for.
-        metric: ``error`` or ``loss``.
+    ``axes`` begin with the rows, if any; ``settings`` are in the order of the table; ``first`` is the first of them,
+    resolved as it was asked for; ``metric`` is ``error`` or ``loss``.
     """
 
     title: str
@@ -94,11 +83,7 @@ class Grid:
 
 
 def grid_of(recipe: str, arguments: Sequence[str], parsed: Parsed) -> Grid:
-    """The grid of a command line; every point of it can run.
-
-    Raises:
-        PlanError: an unknown option, or points that cannot run; all of them are named.
-    """
+    """The grid of a command line, every point of which can run; PlanError names all that cannot."""
     options: SweepOptions = parsed.run
     axes = read_axes(recipe, parsed, options.vary)
     rows = read_rows(recipe, arguments, options.row, axes)
@@ -191,8 +176,8 @@ def _no_difference(axes: Sequence[Axis], settings: Sequence[Setting]) -> Iterato
             along.setdefault(others, set()).update(point.key for point in setting.points.values())
         seeds = len(settings[0].points)
         if len(axis.labels) > 1 and all(len(keys) == seeds for keys in along.values()):
-            same = ", ".join(axis.labels)
-            yield f"{_axis_name(axis)} has no effect here: {same} are one and the same run; leave it out."
+            name, same = axis.name.replace(",", " and "), ", ".join(axis.labels)
+            yield f"{name} has no effect here: {same} are one and the same run; leave it out."
 
 
 def _setting(labels: tuple[str, ...], wish: Parsed, plan: Plan, seeds: Sequence[int]) -> Setting:
@@ -218,20 +203,16 @@ def _as_run(plan: Plan) -> Plan:
     exact = MODES[plan.mode].exact and plan.wire_dtype is None and plan.optimizer.clip is None
     if not exact and (plan.stages > 1 or plan.microbatches > 1 or plan.update_probability < 1):
         return plan
-    whole = {"stages": 1, "sizes": (sum(plan.sizes or ()),), "hop_steps": 0.0, "channel": ChannelPlan()}
-    locked = {"mode": "naive", "targets": Plan.targets, "mix": Plan.mix, "in_flight": "stages"}
-    changes: dict[str, Any] = {**whole, **({**locked, "dni": DNIPlan()} if plan.microbatches == 1 else {})}
-    return replace(plan, **changes)
+    plan = replace(plan, stages=1, sizes=(sum(plan.sizes or ()),), hop_steps=0.0, channel=ChannelPlan())
+    if plan.microbatches > 1:
+        return plan
+    return replace(plan, mode="naive", targets=Plan.targets, mix=Plan.mix, in_flight="stages", dni=DNIPlan())
 
 
 def _named(axes: Sequence[Axis], labels: Sequence[str]) -> str:
     """``mode unlocked, stages 9: `` in front of what is wrong there."""
-    text = ", ".join(f"{_axis_name(axis)} {label}" for axis, label in zip(axes, labels, strict=True))
+    text = ", ".join(f"{axis.name.replace(',', ' and ')} {label}" for axis, label in zip(axes, labels, strict=True))
     return f"{text}: " if text else ""
-
-
-def _axis_name(axis: Axis) -> str:
-    return axis.name.replace(",", " and ")
 
 
 @cache

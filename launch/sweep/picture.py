@@ -78,12 +78,7 @@ def _looks(curves: Sequence[Curve]) -> list[Look]:
 
 
 def _subtitle(grid: Grid) -> str:
-    plan, where = grid.first.plan, environment()
-    parts = [
-        grid.title,
-        f"{plan.steps:,} batches of {grid.first.batch_shape[0]}",
-        f"{len(grid.seeds)} {'seed' if len(grid.seeds) == 1 else 'seeds'}",
-        "reference driver",
-        f"torch {where['torch']}",
-    ]
+    work = f"{grid.first.plan.steps:,} batches of {grid.first.batch_shape[0]}"
+    seeds = f"{len(grid.seeds)} {'seed' if len(grid.seeds) == 1 else 'seeds'}"
+    parts = [grid.title, work, seeds, "reference driver", f"torch {environment()['torch']}"]
     return style.SEPARATOR.join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)

@@ -1,9 +1,7 @@
 """What a run of a sweep gave, and the folder that remembers it.
 
-    runs/<name>/points/<hash of all settings>.json     written whole or not at all; read back by field and type
-
-A file counts when it has every field, belongs to those settings, and comes from the same code: then a second call need
-not run the point again.
+``runs/<name>/points/<hash of all settings>.json`` counts when it has every field, belongs to those settings, and comes
+from the same code: then a second call need not run the point again.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         loss: held-out loss, or without held-out data the mean training loss of the last tenth; None: not finite.
         train_loss: mean of the last tenth of the batches; None: not finite.
-        batches: trained; fewer than planned where ``until`` ended the run.
+        batches: fewer than planned where ``until`` ended the run.
         reached: after how many updates ``until`` was met.
         evaluations: (updates, loss, accuracy) of every pass over the held-out data.
         quality: of the synthetic gradients at every cut.
@@ -59,8 +57,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _File(msgspec.Struct, frozen=True):
-    """A point's file."""
-
     key: str
     code: str
     recipe: str
@@ -90,15 +86,12 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         name, options = point.source.name, {name: str(value) for name, value in point.source.options}
         file = _File(point.key, _code_of(name), name, options, point.plan.as_dict(), outcome)
-        with replacing(self._path(point)) as draft:
+        with replacing(self.folder / f"{point.key}.json") as draft:
             draft.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
-
-    def _path(self, point: Point) -> Path:
-        return self.folder / f"{point.key}.json"
 
     def _read(self, point: Point) -> _File | None:
         try:
-            file = msgspec.json.decode(self._path(point).read_bytes(), type=_File)
+            file = msgspec.json.decode((self.folder / f"{point.key}.json").read_bytes(), type=_File)
         except (FileNotFoundError, msgspec.DecodeError):  # or ValidationError, which is one
             return None
         return file if file.key == point.key else None

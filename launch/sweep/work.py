@@ -81,17 +81,11 @@ def run_point(source: NamedRecipe, plan: Plan) -> Outcome:
     )
 
 
-def run_points(
-    points: Sequence[Point], jobs: int, within_s: float
-) -> Generator[tuple[Point, Outcome | Broken], None, None]:
-    """Run points side by side, at most ``jobs`` at a time; gives each with what it gave, as they end.
+def run_points(points: Sequence[Point], jobs: int, within_s: float) -> Generator[tuple[Point, Outcome | Broken]]:
+    """Run points, at most ``jobs`` at a time, each for at most ``within_s`` seconds; gives what each gave as it ends.
 
-    Raises:
-        KeyboardInterrupt: SIGINT (or SIGTERM, where it has a handler) came; at most 0.2 s later, or when the next
-            point is asked for.
-
-    Blocks:
-        until the next one is over. No process is left when the iteration ends or is closed.
+    Raises KeyboardInterrupt at most 0.2 s after SIGINT (or SIGTERM, where it has a handler), or when the next point is
+    asked for. No process is left when the iteration ends or is closed.
     """
     waiting, idle = deque(points), list[Child]()
     at_work: dict[Child, tuple[Point, float]] = {}
