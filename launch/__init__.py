@@ -6,20 +6,17 @@ seconds to import, in which Ctrl-C may come (``launch.__main__``).
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launch.results.result import Result
-    from launch.training import train
-    from workers.errors import RunFailed
+    from freewheel import Result, RunFailed, train
 
 __all__ = ["Result", "RunFailed", "train"]
 
-_WHERE = {"Result": "launch.results.result", "RunFailed": "workers.errors", "train": "launch.training"}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    import freewheel  # knows where each of its names is
+
+    return getattr(freewheel, name)

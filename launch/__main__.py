@@ -18,8 +18,8 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line and exit; status as in ``launch.cli``."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    held = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    both = signal.SIGINT, signal.SIGTERM
+    held = {number: handler for number in both if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
     for number in held:
         signal.signal(number, _leave)
     # An exception raised between any two lines of an import may be swallowed there, or come out as another one.

@@ -6,10 +6,9 @@ import errno
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import takewhile
-from types import FrameType
 
 from rich.console import Console as RichConsole
 
@@ -30,7 +29,7 @@ from launch.setup.rank import Rank
 from launch.setup.resolve_source import resolve_source
 from launch.show.bounded_exit import leave
 from launch.show.closed_pipe import ends_with_its_reader
-from launch.show.console import Console
+from launch.show.console import Console, without
 from launch.sweep.command import sweep
 from launch.training import Launcher, run
 from pipeline import Plan, PlanError, nearest
@@ -67,47 +66,41 @@ def _guarded(arguments: list[str]) -> int:
     """Every error becomes one message and a status; no traceback for what the user can mend."""
     rank = Rank.current()
     others = rank is not None and rank.index > 0  # all have the same arguments: one of them speaks for all
-    errors = RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=others)
-    signal.signal(signal.SIGTERM, _terminate)
+    errors = RichConsole(stderr=True, highlight=False, soft_wrap=True, markup=False, quiet=others)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run the way Ctrl-C does, workers first
     try:
         return _command(arguments)
     except PlanError as error:
         for problem in error.problems:
-            errors.print(f"freewheel: {problem}", markup=False)
+            errors.print(f"freewheel: {problem}")
         if isinstance(error, RecipeFailed) and error.excerpt:
-            errors.print(error.excerpt.rstrip(), markup=False)
+            errors.print(error.excerpt.rstrip())
         if others and rank is not None:
             rank.leave_the_word()
         return 2
     except RunFailed as failure:
         if failure.shown:
-            errors.print(failure.shown.rstrip(), markup=False)
+            errors.print(failure.shown.rstrip())
         whole = f"; all of it: {failure.report}" if failure.report and failure.details else ""
-        errors.print(f"freewheel: {failure}{whole}", markup=False)
+        errors.print(f"freewheel: {failure}{whole}")
         return 1
     except OSError as error:
         if not (isinstance(error, NotWritten) or error.errno in _NO_ROOM):
             raise
-        errors.print(f"freewheel: {error}", markup=False)
+        errors.print(f"freewheel: {error}")
         return 1
     except KeyboardInterrupt:
-        errors.print("freewheel: interrupted; all workers were stopped", markup=False)
+        errors.print("freewheel: interrupted; all workers were stopped")
         return 130
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a run the way Ctrl-C does, workers first."""
-    raise KeyboardInterrupt
 
 
 def _command(arguments: list[str]) -> int:
     if not arguments:
         print(_USAGE, end="", file=sys.stderr)
         return 2
-    wants_help = [argument in ("-h", "--help") for argument in arguments[:2]]
     commands: dict[str, Callable[[str, list[str]], int]] = {"train": _train, "bench": _bench, "sweep": _sweep}
     command, *rest = arguments
-    if wants_help[0] or (command in commands and wants_help[-1]):
+    if command in ("-h", "--help") or (command in commands and rest[:1] in (["-h"], ["--help"])):
         print(_USAGE, end="")
         return 0
     if command not in commands:
@@ -153,20 +146,9 @@ def _after_training(
     left_out = ["--mode", "--name", "--json", "--microbatches", *(name for name, keep in if_not.items() if not keep)]
     arguments = [argument for argument in arguments if argument not in ("--spans", "--no-spans")]
     program = ["freewheel"] if rank is None else rank.program()
-    command = shlex.join([*program, "bench", recipe, *_without(left_out, arguments)])
+    command = shlex.join([*program, "bench", recipe, *without(left_out, arguments)])
     meeting = ", with the options by which the hosts of this run met" if rank is not None and rank.nodes > 1 else ""
     return command, f"how {plan.mode} compares with the other modes here{meeting}"
-
-
-def _without(left_out: Sequence[str], arguments: list[str]) -> Iterator[str]:
-    """The arguments but for some options with their values: ``--mode naive``, ``--mode=naive``, all ``--dni.``."""
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, _ = argument.partition("=")
-        if not any(name == option or (option.endswith(".") and name.startswith(option)) for option in left_out):
-            yield argument
-        elif not equals:
-            next(rest, None)
 
 
 def _bench(recipe: str, arguments: list[str]) -> int:

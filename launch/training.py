@@ -25,7 +25,7 @@ from pipeline.run.resolved import Resolved
 from workers.channels.names import Names
 from workers.channels.shm.ring import new_prefix
 from workers.errors import RunFailed
-from workers.files import NotWritten, write_text
+from workers.files import NotWritten, write_json, write_text
 from workers.processes.interrupts import Interrupts
 from workers.supervision.local_workers import LocalWorkers
 from workers.telemetry import records
@@ -41,9 +41,7 @@ Working = tuple[Iterator[records.Record], Callable[[], None]]
 
 @dataclass(frozen=True)
 class Launcher:
-    """Who starts the workers of a run: its name in the files of the run, and (source, resolved, folder of the run) ->
-    the workers, ended on the way out.
-    """
+    """Who starts the workers: its name in the run's files; (source, resolved, run folder) -> workers, ended on exit."""
 
     name: str
     working: Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]
@@ -77,12 +75,8 @@ def train(
         plan: how to run; ``plan.steps`` must be given.
         evaluation: the held-out batches, in a fixed order, or a function that gives them.
         correct: counts right answers, e.g. ``freewheel.correct_predictions``.
-        name: name of the run.
-        runs: folder of the runs.
+        name: name of the run, whose files lie in ``runs/<name>``.
         quiet: print nothing.
-
-    Returns:
-        The result; its files lie in ``runs/<name>``.
 
     Raises:
         PlanError: something cannot run, or a worker builds something else; nothing was trained.
@@ -118,14 +112,10 @@ def run(
     command: Sequence[str] | None = None,
     launcher: Launcher | None = None,
 ) -> Result:
-    """Run a resolved plan and write its folder.
+    """Run a resolved plan and write its folder ``runs/<name>``.
 
     Args:
-        source: makes the recipe.
-        resolved: what ``resolve_source`` made of it and the plan.
-        runs: folder of the runs.
-        name: of the run's own folder; None: time, recipe and mode.
-        console: what the user sees.
+        name: None: time, recipe and mode.
         command: for plan.json; None: this program's own arguments.
         launcher: None: this process, on this host.
 
@@ -142,27 +132,22 @@ def run(
     console.decided(recipe.name, resolved, run_dir)
     result = Result(resolved, run_dir, launcher=launcher.name)
     try:
-        with launcher.working(source, resolved, run_dir) as working, console.training(result):
+        with launcher.working(source, resolved, run_dir) as working, console.progress_line("starting", resolved.steps):
             _follow(*working, result, console)
     except RunFailed as failure:
-        _write_failure(failure, run_dir / "failure.txt")
+        try:
+            write_text(f"{failure}\n\n{failure.details}\n", run_dir / "failure.txt")
+            failure.report = run_dir / "failure.txt"
+        except NotWritten as error:
+            failure.shown = f"{failure.details.rstrip()}\n({error})".lstrip()
         raise
     try:
         run_folder.join_parts(run_dir, resolved.plan.stages)
-        result.write(run_dir / "result.json")
+        write_json(result.as_dict(), run_dir / "result.json")
     except NotWritten as error:
         error.result = result
         raise
     return result
-
-
-def _write_failure(failure: RunFailed, path: Path) -> None:
-    """The whole report, if it can be written."""
-    try:
-        write_text(f"{failure}\n\n{failure.details}\n", path)
-        failure.report = path
-    except NotWritten as error:
-        failure.shown = f"{failure.details.rstrip()}\n({error})".lstrip()
 
 
 @contextlib.contextmanager
@@ -182,19 +167,22 @@ def _local(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> I
 def _follow(
     reported: Iterator[records.Record], end_early: Callable[[], None], result: Result, console: Console
 ) -> None:
-    """Take in what the workers report; end the run once its goal is met."""
+    """Take in what the workers report; end the run once its goal is met. A step's loss is the replicas' mean."""
     goal, matching = result.resolved.plan.goal, Matching(result.resolved)
-    rows, losses = result.resolved.step_rows, _StepLosses(result.resolved.plan.replicas)
-    with run_folder.Metrics(result.run_dir) as metrics:
+    rows, replicas = result.resolved.step_rows, result.resolved.plan.replicas
+    waiting: list[list[float]] = [[] for _ in range(replicas)]  # losses of steps that not all replicas have made
+    with run_folder.metrics(result.run_dir) as write:
         for record in reported:
             if isinstance(record, records.Ready):
                 matching.take(record)
                 console.ready(record)
             elif isinstance(record, records.Loss):
-                if new := losses.take(record):
+                waiting[record.replica] += record.losses
+                if new := [sum(each) / len(each) for each in zip(*waiting, strict=False)]:
+                    waiting = [losses[len(new) :] for losses in waiting]
                     result.losses += new
                     step, mean = result.steps, sum(new) / len(new)
-                    metrics.write("train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
+                    write("train", step=step, samples=step * rows, loss=mean, time_ns=record.time_ns)
                     console.progress(step, mean)
             elif isinstance(record, records.Scored):
                 result.scores.append(record)
@@ -202,35 +190,19 @@ def _follow(
                     result.met = record
                     end_early()
                 step, found = record.updates, {"loss": record.loss, "accuracy": record.accuracy}
-                metrics.write("evaluation", step=step, samples=step * rows, **found, time_ns=record.time_ns)
+                write("evaluation", step=step, samples=step * rows, **found, time_ns=record.time_ns)
                 console.scored(record)
             elif isinstance(record, records.Judged):
                 result.judged.append(record)
-                metrics.write("quality", **msgspec.structs.asdict(record))
+                write("quality", **msgspec.structs.asdict(record))
             elif isinstance(record, records.Switched):
                 result.switches.append(record)
-                metrics.write("switch", **msgspec.structs.asdict(record))
+                write("switch", **msgspec.structs.asdict(record))
                 console.switched(record)
             elif isinstance(record, records.Finished):
                 result.finished[worker_of(result.resolved.plan, record.replica, record.stage)] = record
     ended_ns = max(done.end_ns for done in result.finished.values())
     result.seconds = (ended_ns - result.start_ns) * 1e-9
-
-
-class _StepLosses:
-    """Puts the losses of the replicas together: the loss of a step is the mean over their batches."""
-
-    def __init__(self, replicas: int) -> None:
-        self._waiting: list[list[float]] = [[] for _ in range(replicas)]
-
-    def take(self, record: records.Loss) -> list[float]:
-        """Take in what one replica reports; gives the losses of the steps that all replicas have now made."""
-        self._waiting[record.replica] += record.losses
-        count = min(map(len, self._waiting))
-        steps = zip(*(losses[:count] for losses in self._waiting), strict=True)
-        complete = [sum(each) / len(each) for each in steps]
-        self._waiting = [losses[count:] for losses in self._waiting]
-        return complete
 
 
 def without_loss(resolved: Resolved) -> Resolved:

@@ -84,8 +84,7 @@ def test_every_command_shown_is_one_that_parses(page: str) -> None:
     from launch.options.options import BenchOptions, parse
     from launch.options.ray_options import TrainOptions
     from launch.sweep.axes import read_axes, read_rows
-    from launch.sweep.options import SweepOptions
-    from launch.sweep.presets import with_preset
+    from launch.sweep.options import SweepOptions, with_preset
 
     commands = _commands(page)
     assert len(commands) >= {"README.md": 5, "docs/guide.md": 5, "docs/benchmarks.md": 5, "docs/convergence.md": 5}.get(

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from launch.options.options import parse
 from launch.options.ray_options import TrainOptions
 from launch.setup.recipe_source import NamedRecipe
-from launch.sweep.axes import option_names, read_axes, value_of, with_value
+from launch.sweep.axes import option_types, read_axes, value_of, with_value
 from launch.sweep.command import keep_aside
 from launch.sweep.findings import findings_of, label_of, verdict_of
 from launch.sweep.grid import Grid, Setting, grid_of
-from launch.sweep.options import SweepOptions
+from launch.sweep.options import PRESETS, SweepOptions, with_preset
 from launch.sweep.picture import abscissa_of, sweep_curves
 from launch.sweep.points import Outcome, Store, followed
-from launch.sweep.presets import PRESETS, with_preset
 from launch.sweep.work import run_point
 from pipeline import Plan, PlanError, StageError, run_reference
 from tests.test_cli import Ended, freewheel
@@ -146,7 +145,7 @@ def test_any_option_of_the_plan_can_be_varied() -> None:
     for axis, values in zip(read_axes("mine.py", parsed, list(wanted)), wanted.values(), strict=True):
         (option,) = axis.options
         assert [value_of(with_value(parsed, option, value), option) for (value,) in axis.values] == values
-    names = set(option_names("mine.py"))
+    names = set(option_types("mine.py"))
     assert {"stages", "mode", "steps", "dni.hidden", "channel.slots", "width", "batch_norm"} <= names
     assert not names & {"seed", "threads", "emulate", "dni.factory"}
 

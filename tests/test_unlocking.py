@@ -12,8 +12,7 @@ import torch
 
 from launch.setup.recipe_source import GivenRecipe
 from launch.setup.resolve_source import resolve_source
-from launch.show.console import Console
-from launch.show.unlock_lines import switch_line, switch_summary
+from launch.show.console import Console, switch_line, switch_summary
 from launch.training import run
 from pipeline import DNIPlan, OptimizerPlan, Plan, PlanError, run_reference
 from pipeline.messages.bundle import Item, present

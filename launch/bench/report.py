@@ -209,7 +209,7 @@ class Report:
             "command": self.command,
             "environment": self.environment,
             "rows": self.row_dicts(),
-            "quality": [each.as_dict() for each in self.quality] or None,
+            "quality": [asdict(each) for each in self.quality] or None,
             "left_out": self.left_out,
             "over_stages": None,
             "over_latency_ms": None,

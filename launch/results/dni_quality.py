@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from rich.table import Table
 
@@ -27,11 +26,7 @@ class StageQuality:
     samples: int
     cosine: float
     norm_ratio: float
-    error: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
+    error: float | None  # None: not finite, in the files of a sweep
 
 
 def summarised(judged: Sequence[Judged], steps: int) -> list[StageQuality]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pipeline.metrics.measurements import Measured, measure
 from pipeline.metrics.spans import Spans
 from pipeline.plan.goal import Reached
 from pipeline.run.resolved import Resolved
-from workers.files import write_json, write_tensors
+from workers.files import write_tensors
 from workers.telemetry.records import Finished, Judged, Scored, Switched
 
 __all__ = ["SCHEMA", "Result"]
@@ -32,13 +32,12 @@ class Result:
     """One finished run.
 
     Attributes:
-        resolved: what was run.
         seconds: wall time of the training, from the first batch on, evaluations included.
         losses: training loss of every step, the mean over its batches.
         scores: every pass over the held-out batches.
         finished: what each worker reported at its end, by its number.
         judged: quality of the synthetic gradients of every sampled batch, by ``plan.quality_every``.
-        switches: when a stage locked or unlocked, in the order in which word of it came.
+        switches: when a stage locked or unlocked, as word of it came.
         met: the first pass over the held-out batches that met ``plan.until``; None: none did, or not asked for.
         launcher: who started the workers, ``local`` or ``torchrun``.
     """
@@ -66,7 +65,6 @@ class Result:
 
     @property
     def _last_stages(self) -> list[Finished]:
-        """What the last stage of every replica reported."""
         return [done for done in self.finished.values() if done.stage == self.resolved.plan.stages - 1]
 
     @property
@@ -152,20 +150,17 @@ class Result:
         each = f"{rows}" if plan.replicas == 1 else f"{rows} in each of {plan.replicas} replicas"
         speed = f"{self.samples_per_s:,.0f} samples/s" if self.samples_per_s is not None else "one batch only"
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.2%}"
+        goal = ""
+        if (reached := self.reached) is not None:
+            over = self.steps - reached.updates
+            goal = f"\n{plan.goal} reached after {reached.updates:,} batches, {reached.seconds:.2f} s"
+            goal += f" ({over:,} more {'was' if over == 1 else 'were'} under way)" if over else ""
+        elif plan.goal is not None:
+            goal = f"\n{plan.goal} was not reached"
         return (
             f"{plan.mode}, {stages}, {self.steps:,} batches of {each}: "
-            f"loss {self.loss:.4f}{accuracy}{self._goal_line()}\n{speed}, {self.seconds:.1f} s, in {self.run_dir}"
+            f"loss {self.loss:.4f}{accuracy}{goal}\n{speed}, {self.seconds:.1f} s, in {self.run_dir}"
         )
-
-    def _goal_line(self) -> str:
-        goal, reached = self.resolved.plan.goal, self.reached
-        if goal is None:
-            return ""
-        if reached is None:
-            return f"\n{goal} was not reached"
-        over = self.steps - reached.updates
-        text = f"\n{goal} reached after {reached.updates:,} batches, {reached.seconds:.2f} s"
-        return f"{text} ({over:,} more {'was' if over == 1 else 'were'} under way)" if over else text
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of result.json."""
@@ -186,10 +181,6 @@ class Result:
             "peak_memory_bytes": [done.peak_memory_bytes for done in workers],
             "queue_depth": measured.queue_depth if measured else None,
             "bytes_moved": measured.bytes_moved if measured else None,
-            "quality": [each.as_dict() for each in self.quality] or None,
+            "quality": [asdict(each) for each in self.quality] or None,
             "switches": [msgspec.structs.asdict(each) for each in self.switches] or None,
         }
-
-    def write(self, path: Path) -> None:
-        """Write result.json there, or raise NotWritten."""
-        write_json(self.as_dict(), path)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
@@ -18,12 +18,11 @@ from pipeline import PlanError
 from pipeline.metrics.spans import Spans
 from pipeline.run.resolved import Resolved
 from pipeline.wording import escaped
-from workers.files import NotWritten, write_json, write_tensors, writing
+from workers.files import write_json, write_tensors, writing
 
-__all__ = ["Metrics", "default_name", "join_parts", "name_problems", "new_run_dir", "read_spans", "write_plan"]
+__all__ = ["default_name", "join_parts", "metrics", "name_problems", "new_run_dir", "read_spans", "write_plan"]
 
-_NAME_BYTES = 240
-"""Of 255, as a number may be added."""
+_NAME_BYTES = 240  # of 255, as a number may be added
 _NO_TEXT = "no weights can be saved under a path that is no valid UTF-8"
 
 
@@ -37,15 +36,12 @@ def new_run_dir(runs: Path, name: str) -> Path:
         runs.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, 10_000):
             path = runs / (name if attempt == 1 else f"{name}-{attempt}")
-            try:
+            with contextlib.suppress(FileExistsError):
                 path.mkdir()
-            except FileExistsError:
-                continue
-            return path
+                return path
     except OSError as error:
-        raise PlanError(
-            f"cannot make a folder for the run in {runs}: {error.strerror}; choose another with --runs."
-        ) from error
+        why = f"cannot make a folder for the run in {runs}: {error.strerror}; choose another with --runs."
+        raise PlanError(why) from error
     raise PlanError(f"{runs} is full of runs called {name}: choose another name with --name.")
 
 
@@ -65,13 +61,11 @@ def default_name(recipe: str, plan_mode: str) -> str:
     return f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{fit_for_a_folder}-{plan_mode}"
 
 
-def write_plan(
-    run_dir: Path, recipe_name: str, resolved: Resolved, command: Iterable[str], launcher: str = "local"
-) -> None:
+def write_plan(run_dir: Path, recipe: str, resolved: Resolved, command: Iterable[str], launcher: str) -> None:
     """Write plan.json: the resolved plan and what was decided, with reasons."""
     cuts = len(resolved.cuts)
     content = {
-        "recipe": recipe_name,
+        "recipe": recipe,
         "launcher": launcher,
         "command": list(command),
         "plan": resolved.plan.as_dict(),
@@ -87,31 +81,28 @@ def write_plan(
     write_json(content, run_dir / "plan.json", default=str)
 
 
-class Metrics:
-    """metrics.jsonl, flushed line by line so that it can be followed. All its methods may raise NotWritten."""
+@contextlib.contextmanager
+def metrics(run_dir: Path) -> Iterator[Callable[..., None]]:
+    """Gives ``write(event, **values)`` of metrics.jsonl, flushed line by line so that it can be followed.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "metrics.jsonl"
-        with writing(self._path):
-            self._file = self._path.open("w", buffering=1)
+    Opening, writing and closing may raise NotWritten, the latter unless there is another error already.
+    """
+    path = run_dir / "metrics.jsonl"
+    with writing(path):
+        file = path.open("w", buffering=1)
 
-    def write(self, event: str, **values: Any) -> None:
-        """One line."""
-        with writing(self._path):
-            self._file.write(json.dumps(escaped({"event": event, **values})) + "\n")
+    def write(event: str, **values: Any) -> None:
+        with writing(path):
+            file.write(json.dumps(escaped({"event": event, **values})) + "\n")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            with writing(self._path):
-                self._file.close()
-        except NotWritten:
-            if error is None:  # else what came first is said
-                raise
+    try:
+        yield write
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise
+    with writing(path):
+        file.close()
 
 
 def read_spans(run_dir: Path, replicas: int = 1) -> list[Spans]:

@@ -1,8 +1,4 @@
-"""Tidying up with a library whose other side may be gone: no call may keep the program from ending.
-
-tidied(5.0, ray.shutdown)    in a thread; once a call has not come back, no further one is made
-leave(status)                ends the program, at once if a call is still out
-"""
+"""Tidying up with a library whose other side may be gone: no call may keep the program from ending."""
 
 from __future__ import annotations
 
@@ -20,10 +16,9 @@ _out = threading.Event()  # some call has not come back
 
 
 def tidied(within_s: float, call: Callable[[], object]) -> bool:
-    """Make a call that only tidies up, whatever it raises, and wait ``within_s`` seconds at most for it.
+    """Make a call that only tidies up, whatever it raises; gives whether it came back within ``within_s`` seconds.
 
-    Returns:
-        whether it came back in time. If an earlier one has not, it is not made.
+    It is not made, and the answer is no, if an earlier one has not come back.
     """
     back = threading.Event()
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
@@ -20,21 +21,16 @@ from launch.setup.recipe_source import NamedRecipe, entry_of
 from launch.sweep.options import SweepOptions
 from pipeline import Plan, PlanError, nearest
 
-__all__ = ["ROW", "Axis", "Row", "arguments_for", "option_names", "read_axes", "read_rows", "value_of", "with_value"]
+__all__ = ["ROW", "Axis", "Row", "arguments_for", "option_types", "read_axes", "read_rows", "value_of", "with_value"]
 
-ROW = "row"
-"""Name of the axis of the rows."""
-_PYTHON_ONLY = "dni.factory"
+ROW = "row"  # name of the axis of the rows
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Options that are varied together, and their values.
+    """Fields of the plan (``hop_steps``, ``dni.form``) or of the recipe that are varied together.
 
-    Attributes:
-        options: fields of the plan (``hop_steps``, ``dni.form``) or of the recipe (``layers``).
-        labels: the values as they were typed.
-        values: the values; of every option the same.
+    ``labels`` are the values as they were typed; ``values`` has for each of them one per option.
     """
 
     options: tuple[str, ...]
@@ -54,61 +50,53 @@ class Axis:
         except ValueError:
             return None
 
+    @property
+    def places(self) -> tuple[float, ...]:
+        """Where the values stand in a picture; those without numbers at 0, 1, 2 ..."""
+        return self.numbers or tuple(map(float, range(len(self.labels))))
+
 
 @dataclass(frozen=True)
 class Row:
-    """Options under one name.
-
-    Attributes:
-        name: of the row.
-        options: the fields it gives.
-        parsed: the command's options with its own on top.
-    """
+    """Options under one name: the fields it gives, and the command's options with its own on top."""
 
     name: str
     options: frozenset[str]
     parsed: Parsed
 
 
-def option_names(recipe: str) -> list[str]:
+def option_types(recipe: str) -> dict[str, Any]:
     """Every field that can be varied: of the recipe, then of the plan but for what a sweep chooses itself."""
-    names = [f.name for f in dataclasses.fields(recipe_options(entry_of(recipe).make))]
-    for f in dataclasses.fields(Plan):
-        default = getattr(Plan(), f.name)
-        inner = [f"{f.name}.{g.name}" for g in dataclasses.fields(default)] if dataclasses.is_dataclass(default) else []
-        names += inner or [f.name]
-    return [name for name in names if name not in SweepOptions.fixed and name != _PYTHON_ONLY]
+    types = {f.name: f.type for f in dataclasses.fields(recipe_options(entry_of(recipe).make))}
+    for name, kind in get_type_hints(Plan).items():
+        inner = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        types.update({f"{name}.{field}": each for field, each in inner.items()} or {name: kind})
+    left_out = {*SweepOptions.fixed, "dni.factory"}  # the latter is for Python only
+    return {name: kind for name, kind in types.items() if name not in left_out}
 
 
 def read_axes(recipe: str, parsed: Parsed, texts: Sequence[str]) -> list[Axis]:
-    """The axes of ``--vary``.
+    """The axes of ``--vary``, or PlanError: no such option, the same one twice, or no values.
 
-    Raises:
-        PlanError: no such option, the same one twice, or no values. A value of the wrong kind ends the program with
-            status 2, as it does on the command line.
+    A value of the wrong kind ends the program with status 2, as it does on the command line.
     """
-    split = [_split(recipe, text) for text in texts]
+    types = option_types(recipe)
+    split = [_split(text, types) for text in texts]
     names = [name for options, _ in split for name in options]
     if twice := sorted({_typed(name) for name in names if names.count(name) > 1}):
         raise PlanError(f"{', '.join(twice)} is varied twice: give all its values in one --vary.")
-    kinds = _kinds(recipe)
     axes = []
     for options, labels in split:
-        values = tuple(tuple(_value(option, kinds[option], label) for option in options) for label in labels)
+        values = tuple(tuple(_value(option, types[option], label) for option in options) for label in labels)
         axes.append(Axis(options, labels, values))
     return axes
 
 
 def read_rows(recipe: str, arguments: Sequence[str], texts: Sequence[str], axes: Sequence[Axis]) -> list[Row]:
-    """The rows of ``--row``.
-
-    Raises:
-        PlanError: a row without a name, two of one name, or one that gives what is varied or is no option of the plan
-            or the recipe.
-    """
+    """The rows of ``--row``; PlanError: one has no name of its own, or gives what is varied, or no option of a run."""
     rows: list[Row] = []
     varied = {option for axis in axes for option in axis.options}
-    valid = set(option_names(recipe))
+    not_for_a_row = {f.name for f in dataclasses.fields(SweepOptions)} - option_types(recipe).keys()
     for text in texts:
         name, colon, typed = (part.strip() for part in text.partition(":"))
         if not colon or not name or name in {row.name for row in rows}:
@@ -120,19 +108,19 @@ def read_rows(recipe: str, arguments: Sequence[str], texts: Sequence[str], axes:
         options = frozenset(option for argument in own if (option := option_name(argument)) is not None)
         if both := sorted(map(_typed, options & varied)):
             raise PlanError(f"row {name} gives {', '.join(both)}, which is varied too: leave it out of one of them.")
-        if other := sorted(map(_typed, (options & {f.name for f in dataclasses.fields(SweepOptions)}) - valid)):
+        if other := sorted(map(_typed, options & not_for_a_row)):
             raise PlanError(f"row {name} gives {', '.join(other)}, which is one for the whole sweep: give it outside.")
         _refuse_fixed(options, f"row {name}")
-        rows.append(Row(name, options, _parsed(recipe, [*arguments, *own])))
+        # Not checked yet: an option may have an effect with some of the values only.
+        parsed = parse(recipe, [*arguments, *own], SweepOptions, "freewheel sweep", writes=False)
+        rows.append(Row(name, options, parsed))
     return rows
 
 
 def value_of(parsed: Parsed, option: str) -> Any:
     """The value of a field of the recipe or of the plan."""
     given = dict(parsed.source.options)
-    if option in given:
-        return given[option]
-    return _inner(parsed.plan, option)
+    return given[option] if option in given else attrgetter(option)(parsed.plan)
 
 
 def with_value(parsed: Parsed, option: str, value: Any) -> Parsed:
@@ -147,14 +135,14 @@ def with_value(parsed: Parsed, option: str, value: Any) -> Parsed:
     return dataclasses.replace(parsed, plan=dataclasses.replace(parsed.plan, **{name: value}))
 
 
-def arguments_for(recipe: str, parsed: Parsed, left_out: Sequence[str] = ()) -> list[str]:
+def arguments_for(parsed: Parsed, left_out: Sequence[str]) -> list[str]:
     """The shortest options that give these values."""
-    entry = entry_of(recipe)
+    recipe, entry = parsed.source.name, entry_of(parsed.source.name)
     defaults = {f.name: f.default for f in dataclasses.fields(recipe_options(entry.make))}
     arguments = []
-    for option in option_names(recipe):
+    for option in option_types(recipe):
         value = value_of(parsed, option)
-        default = defaults[option] if option in defaults else _inner(entry.plan, option)
+        default = defaults[option] if option in defaults else attrgetter(option)(entry.plan)
         if value == default or option in left_out:
             continue
         *owner, name = _typed(option).split(".")
@@ -166,12 +154,7 @@ def arguments_for(recipe: str, parsed: Parsed, left_out: Sequence[str] = ()) -> 
     return arguments
 
 
-def _inner(plan: Plan, option: str) -> Any:
-    owner, _, name = option.rpartition(".")
-    return getattr(getattr(plan, owner) if owner else plan, name)
-
-
-def _split(recipe: str, text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _split(text: str, valid: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The fields and the values as typed."""
     left, equals, right = text.partition("=")
     options = tuple(name.strip().replace("-", "_") for name in left.split(","))
@@ -179,7 +162,6 @@ def _split(recipe: str, text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if not equals or not all(options) or not all(labels):
         raise PlanError(f"vary {text!r}: give an option and its values, e.g. hop-steps=0,1,4.")
     _refuse_fixed(options, "vary")
-    valid = option_names(recipe)
     for option in options:
         if option not in valid:
             raise PlanError(nearest(_typed(option), map(_typed, valid), "option in vary"))
@@ -188,21 +170,12 @@ def _split(recipe: str, text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return options, labels
 
 
-def _refuse_fixed(options: Sequence[str] | frozenset[str], where: str) -> None:
+def _refuse_fixed(options: Collection[str], where: str) -> None:
     if "seed" in options:
         raise PlanError(f"{where}: seeds are given with --seeds, e.g. --seeds 0,1,2.")
     for option in options:
         if option in SweepOptions.fixed:
             raise PlanError(f"{where}: {_typed(option)} has no effect in the reference driver: leave it out.")
-
-
-def _kinds(recipe: str) -> dict[str, Any]:
-    """The type of every field that can be varied."""
-    kinds = {f.name: f.type for f in dataclasses.fields(recipe_options(entry_of(recipe).make))}
-    for name, kind in get_type_hints(Plan).items():
-        inner = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        kinds.update({f"{name}.{field}": each for field, each in inner.items()} or {name: kind})
-    return kinds
 
 
 def _value(option: str, kind: Any, label: str) -> Any:
@@ -214,11 +187,6 @@ def _value(option: str, kind: Any, label: str) -> Any:
     made: Any = Annotated
     only = dataclasses.make_dataclass("Value", [("value", made[kind, tyro.conf.arg(name=_typed(option))])])
     return tyro.cli(only, prog="freewheel sweep --vary", args=[f"--{_typed(option)}", *label.split()]).value
-
-
-def _parsed(recipe: str, arguments: Sequence[str]) -> Parsed:
-    """Not checked yet: an option may have an effect with some of the values only."""
-    return parse(recipe, arguments, SweepOptions, "freewheel sweep", writes=False)
 
 
 def _typed(option: str) -> str:

@@ -11,25 +11,22 @@ import json
 import re
 import shlex
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launch.options.options import Parsed, parse
 from launch.plots import drawn
 from launch.results.environment import environment
 from launch.results.result import SCHEMA
-from launch.show.console import Console
+from launch.show.console import Console, without
 from launch.show.tables import print_table
 from launch.sweep.axes import arguments_for
-from launch.sweep.findings import METRICS, Finding, Metric, findings_json, findings_of, label_of, verdict_of
+from launch.sweep.findings import METRICS, Finding, findings_json, findings_of, label_of, verdict_of
 from launch.sweep.grid import Grid, Point, grid_of
-from launch.sweep.options import SweepOptions
+from launch.sweep.options import SweepOptions, with_preset
 from launch.sweep.points import Outcome, Store
-from launch.sweep.presets import with_preset
 from launch.sweep.table import SWEEP_LEGEND, table_of
 from launch.sweep.work import Broken, run_points
 from pipeline import PlanError
@@ -39,28 +36,24 @@ from workers.files import write_json
 __all__ = ["keep_aside", "sweep"]
 
 
-def sweep(recipe: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run what is missing of a grid and show all of it.
-
-    Returns:
-        The content of sweep.json.
+def sweep(recipe: str, arguments: Sequence[str]) -> None:
+    """Run what is missing of a grid and show all of it; blocks until every point is there.
 
     Raises:
         PlanError: something in the grid cannot run; nothing was started.
         RunFailed: a run broke; the others were finished first, and the next call runs it again.
         KeyboardInterrupt: what was finished by then is kept.
-
-    Blocks:
-        until every point is there.
     """
-    typed = list(arguments)
+    command = ["freewheel", "sweep", recipe, *arguments]
     arguments = with_preset(arguments)
     parsed = parse(recipe, arguments, SweepOptions, "freewheel sweep", writes=False)
     options: SweepOptions = parsed.run
     if problems := list(options.problems()):
         raise PlanError(*problems)
     grid = grid_of(recipe, arguments, parsed)
-    folder = options.runs / (options.name or _name(grid))
+    # Named by the question, so that a second call finds what the first one left.
+    varied = "-".join(axis.name for axis in grid.axes) or "seeds"
+    folder = options.runs / (options.name or re.sub(r"[^\w.+=-]+", "-", f"{grid.title}-sweep-{varied}"))
     console, store = Console(quiet=options.quiet), Store(folder)
     outcomes = {key: found for key, point in grid.points.items() if (found := store.find(point)) is not None}
     missing = [point for key, point in grid.points.items() if key not in outcomes]
@@ -69,31 +62,35 @@ def sweep(recipe: str, arguments: Sequence[str]) -> dict[str, Any]:
     findings = findings_of(grid, outcomes)
     if not findings:
         raise _failed(broken)
-    content = _content(grid, findings, ["freewheel", "sweep", recipe, *typed])
-    keep_aside(folder, content["command"])
+    verdict = verdict_of(grid, findings)
+    keep_aside(folder, command)
+    content = {
+        "schema": SCHEMA,
+        "verdict": verdict,
+        "command": command,
+        "environment": environment(),
+        "recipe": grid.title,
+        "metric": grid.metric,
+        "axes": [{"name": axis.name, "values": list(axis.labels)} for axis in grid.axes],
+        "seeds": list(grid.seeds),
+        "settings": findings_json(grid, findings),
+    }
     for path in filter(None, (folder / "sweep.json", options.json)):
         write_json(content, path, default=str)
     print_table(console.rich, table_of(grid, findings))
     console.rich.print(f"[dim]{SWEEP_LEGEND}[/dim]")
-    console.rich.print(f"\n[bold]{escape(content['verdict'])}[/bold]\n", soft_wrap=True)
+    console.print_whole(f"\n[bold]{escape(verdict)}[/bold]\n")
     console.extra("results", "sweep.json", f"in {folder}")
 
     def draw() -> list[Path]:
         from launch.sweep.picture import draw_grid  # imports matplotlib, an extra
 
-        return [draw_grid(grid, findings, content["verdict"], folder / "sweep.png")]
+        return [draw_grid(grid, findings, verdict, folder / "sweep.png")]
 
     drawn(draw, folder, console)
     if broken:
         raise _failed(broken)
-    console.next_command(*_next(recipe, typed, parsed, grid, findings))
-    return content
-
-
-def _name(grid: Grid) -> str:
-    """The same for the same question, so that a second call finds what the first one left."""
-    varied = "-".join(axis.name for axis in grid.axes) or "seeds"
-    return re.sub(r"[^\w.+=-]+", "-", f"{grid.title}-sweep-{varied}")
+    console.next_command(*_next(command, parsed, grid, findings))
 
 
 def keep_aside(folder: Path, command: list[str]) -> None:
@@ -117,27 +114,21 @@ def _announce(grid: Grid, missing: Sequence[Point], store: Store, options: Sweep
     product = " x ".join(str(len(axis.labels)) for axis in grid.axes if len(axis.labels) > 1)
     settings = f"{len(grid.settings)} settings" + (f" ({product})" if " x " in product else "")
     seeds = f"{len(grid.seeds)} {'seed' if len(grid.seeds) == 1 else 'seeds'}"
-    console.rich.print(
+    console.print_whole(
         f"[bold]{escape(grid.title)}[/bold]: sweep of {settings} with {seeds} each in the "
-        f"reference driver, {plan.steps:,} batches of {grid.first.batch_shape[0]}",
-        soft_wrap=True,
+        f"reference driver, {plan.steps:,} batches of {grid.first.batch_shape[0]}"
     )
     for axis in grid.axes:
-        _line(console, axis.name, ", ".join(axis.labels))
-    _line(console, "seeds", ", ".join(map(str, grid.seeds)))
+        console.extra(axis.name, ", ".join(axis.labels))
+    console.extra("seeds", ", ".join(map(str, grid.seeds)))
     if asked > num_points:
         why = "what must learn the same, bit for bit, is run once: an exact mode at any split, most modes at any delay"
-        _line(console, "runs", f"{num_points}, not {asked}", why)
+        console.extra("runs", f"{num_points}, not {asked}", why)
     outdated = sum(store.outdated(point) for point in missing)
     there = f"{num_points - len(missing)} of {num_points} are there"
     there += f", {outdated} more of other code are run again" if outdated else ""
-    _line(console, "to run", f"{len(missing)}", f"{there}; {min(options.num_jobs, max(1, len(missing)))} at a time")
-    _line(console, "folder", str(store.folder.parent))
-
-
-def _line(console: Console, what: str, value: str, why: str = "") -> None:
-    reason = f"  [dim]({escape(why)})[/dim]" if why else ""
-    console.rich.print(f"  {escape(what):<10} {escape(value)}{reason}", soft_wrap=True)
+    console.extra("to run", f"{len(missing)}", f"{there}; {min(options.num_jobs, max(1, len(missing)))} at a time")
+    console.extra("folder", str(store.folder.parent))
 
 
 def _run(
@@ -157,38 +148,25 @@ def _run(
     }
     ending = contextlib.closing(run_points(missing, options.num_jobs, options.within_s))
     try:
-        with _progress(console, len(missing)) as advance, ending as ended:
+        with console.progress_line("points", len(missing)) as update, ending as ended:
             for number, (point, said) in enumerate(ended, start=1):
+                name = names[point.key]
                 if isinstance(said, Broken):
-                    broken.append((names[point.key], said))
+                    broken.append((name, said))
+                    what = f"failed: {said.message}"
                 else:
                     store.put(point, said)
                     outcomes[point.key] = said
-                line = f"  {number:>4}/{len(missing)}  {names[point.key]}: {_told(said, METRICS[grid.metric])}"
-                console.rich.print(escape(line), soft_wrap=True)
-                advance()
+                    metric, figure = METRICS[grid.metric], METRICS[grid.metric].of(said)
+                    learned = f"diverged: {said.diverged}" if figure is None else metric.said(figure)
+                    what = f"{learned}, {said.seconds:.1f} s"
+                console.print_whole(escape(f"  {number:>4}/{len(missing)}  {name}: {what}"))
+                update(advance=1)
     except KeyboardInterrupt:
-        there = f"  {len(outcomes)} of {len(grid.points)} points are there; the same command goes on from here"
-        console.rich.print(there, soft_wrap=True)
+        there = f"{len(outcomes)} of {len(grid.points)} points are there"
+        console.print_whole(f"  {there}; the same command goes on from here")
         raise
     return broken
-
-
-def _told(said: Outcome | Broken, metric: Metric) -> str:
-    """What became of a run, in a few words."""
-    if isinstance(said, Broken):
-        return f"failed: {said.message}"
-    figure = metric.of(said)
-    return f"{metric.said(figure) if figure is not None else f'diverged: {said.diverged}'}, {said.seconds:.1f} s"
-
-
-@contextlib.contextmanager
-def _progress(console: Console, total: int) -> Iterator[Any]:
-    columns = (TextColumn("  points"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = console.rich.is_terminal and total > 0
-    with Progress(*columns, console=console.rich, transient=True, disable=not shown) as progress:
-        task = progress.add_task("points", total=total)
-        yield lambda: progress.advance(task)
 
 
 def _failed(broken: Sequence[tuple[str, Broken]]) -> RunFailed:
@@ -198,50 +176,21 @@ def _failed(broken: Sequence[tuple[str, Broken]]) -> RunFailed:
     return RunFailed(text, stage=0, details=first.details)
 
 
-def _content(grid: Grid, findings: Sequence[Finding], command: list[str]) -> dict[str, Any]:
-    """The fields of sweep.json."""
-    return {
-        "schema": SCHEMA,
-        "verdict": verdict_of(grid, findings),
-        "command": command,
-        "environment": environment(),
-        "recipe": grid.title,
-        "metric": grid.metric,
-        "axes": [{"name": axis.name, "values": list(axis.labels)} for axis in grid.axes],
-        "seeds": list(grid.seeds),
-        "settings": findings_json(grid, findings),
-    }
-
-
-def _next(
-    recipe: str, typed: Sequence[str], parsed: Parsed, grid: Grid, findings: Sequence[Finding]
-) -> tuple[str, str]:
+def _next(command: list[str], parsed: Parsed, grid: Grid, findings: Sequence[Finding]) -> tuple[str, str]:
     """What is missing most: the yardstick, more seeds, or a run of the best in real processes."""
-    command = ["freewheel", "sweep", recipe, *typed]
     if not any(f.setting.backprop for f in findings):
         if any("mode" in axis.options for axis in grid.axes):
             command = [re.sub(r"^((?:--vary=)?mode=)", r"\1naive,", argument) for argument in command]
         else:
-            command += ["--vary", f"mode={parsed.plan.mode},naive"]
+            command = [*command, "--vary", f"mode={parsed.plan.mode},naive"]
         return shlex.join(command), "beside backpropagation, on the same work"
     if len(grid.seeds) < 3:
-        command = [*_without(command, "--seeds"), "--seeds", "0,1,2"]
+        command = [*without(["--seeds"], command), "--seeds", "0,1,2"]
         return shlex.join(command), "how much of it is chance; what is there is not run again"
     whole = [(f.setting.backprop, f.mean, index) for index, f in enumerate(findings) if f.mean is not None]
     best = findings[min(whole, default=(False, 0.0, 0))[2]]  # what is not backpropagation comes first
     what = "backpropagation" if best.setting.backprop else "the best of them"
-    arguments = arguments_for(recipe, best.setting.wish, left_out=("hop_steps",))
+    arguments = arguments_for(best.setting.wish, left_out=("hop_steps",))
     seconds = statistics.median(outcome.seconds for f in findings for outcome in f.outcomes.values())
-    return shlex.join(
-        ["freewheel", "train", recipe, *arguments]
-    ), f"{what} in real processes; here a run took {seconds:.0f} s"
-
-
-def _without(arguments: Sequence[str], option: str) -> Iterator[str]:
-    """The arguments without an option that has one value."""
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == option:
-            next(rest, None)
-        elif not argument.startswith(f"{option}="):
-            yield argument
+    command = ["freewheel", "train", parsed.source.name, *arguments]
+    return shlex.join(command), f"{what} in real processes; here a run took {seconds:.0f} s"

@@ -6,7 +6,7 @@ Figures are better when they are lower: the held-out error in %, or the held-out
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,8 @@ __all__ = ["METRICS", "Finding", "Metric", "findings_json", "findings_of", "labe
 
 @dataclass(frozen=True)
 class Metric:
-    """What is compared.
-
-    Attributes:
-        heading: of a column, an axis.
-        unit: of a difference, if it has a name.
-        decimals: shown.
-        percent: whether it is a share of wrong answers; else a loss.
+    """What is compared: the heading of a column or axis, the unit of a difference if it has a name, decimals shown, and
+    whether it is a share of wrong answers; else it is a loss.
     """
 
     heading: str
@@ -41,30 +36,26 @@ class Metric:
             return outcome.loss
         return None if outcome.accuracy is None else 100 * (1 - outcome.accuracy)
 
-    def text(self, value: float) -> str:
-        """As in a table."""
-        return f"{value:.{self.decimals}f}"
+    def text(self, value: float, sign: str = "") -> str:
+        """As in a table; with ``sign="+"`` a difference."""
+        return f"{value:{sign}.{self.decimals}f}"
 
     def said(self, value: float) -> str:
         """As in a sentence."""
         return f"{self.text(value)} %" if self.percent else f"loss {self.text(value)}"
 
 
-METRICS = {
-    "error": Metric("error %", "points", 2, percent=True),
-    "loss": Metric("loss", "", 4, percent=False),
-}
+METRICS = {"error": Metric("error %", "points", 2, percent=True), "loss": Metric("loss", "", 4, percent=False)}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A setting and what it gave.
+    """A setting and what it gave, by seed.
 
     Attributes:
-        setting: what was run.
-        outcomes: by seed; those that are there.
-        figures: by seed; those of runs that did not diverge.
-        above: by seed, the figure minus that of backpropagation on the same work and seed; empty without one.
+        outcomes: those that are there.
+        figures: of the runs that did not diverge.
+        above: the figure minus that of backpropagation on the same work and seed; empty without one.
     """
 
     setting: Setting
@@ -105,23 +96,12 @@ def findings_of(grid: Grid, outcomes: Mapping[str, Outcome]) -> list[Finding]:
 
 def _above(finding: Finding, others: Sequence[Finding]) -> dict[int, float]:
     """Seed by seed above backpropagation: with the same recipe and steps, and the same optimizer where there is one."""
-
-    def distance(other: Finding) -> tuple[bool, float]:
-        assert other.mean is not None
-        return other.setting.plan.optimizer != finding.setting.plan.optimizer, other.mean
-
     mine = finding.setting
-    rivals = [
-        other
-        for other in others
-        if other.setting.backprop
-        and other.mean is not None
-        and other.setting.source == mine.source
-        and other.setting.plan.steps == mine.plan.steps
-    ]
+    same_work = [f for f in others if (f.setting.source, f.setting.plan.steps) == (mine.source, mine.plan.steps)]
+    rivals = [f for f in same_work if f.setting.backprop and f.mean is not None]
     if mine.backprop or not rivals:
         return {}
-    figures = min(rivals, key=distance).figures
+    figures = min(rivals, key=lambda f: (f.setting.plan.optimizer != mine.plan.optimizer, f.mean)).figures
     return {seed: value - figures[seed] for seed, value in finding.figures.items() if seed in figures}
 
 
@@ -168,17 +148,18 @@ def findings_json(grid: Grid, findings: Sequence[Finding]) -> list[dict[str, Any
             "plan": f.setting.plan.as_dict(),
             grid.metric: {"mean": f.mean, **_edges(f.figures)},
             "above_backprop": {"mean": statistics.fmean(f.above.values()), **_edges(f.above)} if f.above else None,
-            "runs": list(_runs(f)),
+            "runs": [
+                {
+                    "seed": seed,
+                    "point": f.setting.points[seed].key,
+                    **msgspec.to_builtins(outcome),
+                    "dni_share": outcome.dni_share,
+                }
+                for seed, outcome in f.outcomes.items()
+            ],
         }
         for f in findings
     ]
-
-
-def _runs(finding: Finding) -> Iterator[dict[str, Any]]:
-    for seed, outcome in finding.outcomes.items():
-        values = msgspec.to_builtins(outcome)
-        del values["type"]
-        yield {"seed": seed, "point": finding.setting.points[seed].key, **values, "dni_share": outcome.dni_share}
 
 
 def _edges(figures: Mapping[int, float]) -> dict[str, float | None]:
@@ -205,7 +186,6 @@ def _against(finding: Finding, metric: Metric) -> str:
         return "not comparable: backpropagation was run on other work"
     values = list(finding.above.values())
     mean = statistics.fmean(values)
-    where = "below" if mean < 0 else "above"
-    spread = f" ({min(values):+.{metric.decimals}f} to {max(values):+.{metric.decimals}f})" if len(values) > 1 else ""
-    distance = f"{abs(mean):.{metric.decimals}f} {metric.unit}".rstrip()
-    return f"{distance} {where} backpropagation{spread}"
+    spread = f" ({metric.text(min(values), '+')} to {metric.text(max(values), '+')})" if len(values) > 1 else ""
+    distance = f"{metric.text(abs(mean))} {metric.unit}".rstrip()
+    return f"{distance} {'below' if mean < 0 else 'above'} backpropagation{spread}"

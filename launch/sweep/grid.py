@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 from launch.options.options import Parsed
 from launch.setup.recipe_source import NamedRecipe
@@ -31,19 +30,12 @@ from pipeline.schedule.modes import MODES
 
 __all__ = ["Grid", "Point", "Setting", "grid_of"]
 
-_SAMPLES = 20
-"""Batches of a run whose synthetic gradients are compared with the true ones, where the user does not say."""
+_SAMPLES = 20  # batches of a run whose quality is sampled, where the user does not say
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run.
-
-    Attributes:
-        source: makes the recipe, with its seed.
-        plan: resolved.
-        key: hash of both.
-    """
+    """One run: the recipe with its seed, the resolved plan, and a hash of both."""
 
     source: NamedRecipe
     plan: Plan
@@ -52,14 +44,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Setting:
-    """One combination of a row and values.
-
-    Attributes:
-        labels: one per axis, as typed; the row's name first where there are rows.
-        plan: what is run, resolved, with the first seed.
-        source: makes the recipe, with the first seed.
-        points: by seed.
-        wish: the options as they were asked for.
+    """One combination of a row and values. ``plan`` is what is run, resolved, and ``source`` its recipe, both with the
+    first seed; ``labels`` has the name of the row, if any, and the values as typed; ``wish`` is what was asked for.
     """
 
     labels: tuple[str, ...]
@@ -78,17 +64,10 @@ class Setting:
 class Grid:
     """Everything a sweep runs.
 
-    Attributes:
-        recipe: name or path, as typed.
-        title: name of the recipe.
-        axes: the rows, if any, and what is varied.
-        seeds: of every setting.
-        settings: in the order of the table.
-        first: the first setting, resolved as it was asked for.
-        metric: ``error`` or ``loss``.
+    ``axes`` begin with the rows, if any; ``settings`` are in the order of the table; ``first`` is the first of them,
+    resolved as it was asked for; ``metric`` is ``error`` or ``loss``.
     """
 
-    recipe: str
     title: str
     axes: tuple[Axis, ...]
     seeds: tuple[int, ...]
@@ -104,40 +83,31 @@ class Grid:
 
 
 def grid_of(recipe: str, arguments: Sequence[str], parsed: Parsed) -> Grid:
-    """The grid of a command line; every point of it can run.
-
-    Raises:
-        PlanError: an unknown option, or points that cannot run; all of them are named.
-    """
+    """The grid of a command line, every point of which can run; PlanError names all that cannot."""
     options: SweepOptions = parsed.run
     axes = read_axes(recipe, parsed, options.vary)
     rows = read_rows(recipe, arguments, options.row, axes)
     seeds = seeds_of(options.seeds)
     assert seeds is not None, "the options are checked"
     shown = ([Axis((ROW,), tuple(row.name for row in rows), ())] if rows else []) + axes
-    wishes = list(_wishes(parsed, rows, axes))
-    resolved, idle, problems = [], [], []
-    for labels, _, wish in wishes:
+    settings, resolved, idle, problems = [], [], [], list[str]()
+    for labels, row, wish in _wishes(parsed, rows, axes):
         try:
             found, without_effect = _resolved(wish)
         except PlanError as error:
             problems += [f"{_named(shown, labels)}{problem}" for problem in error.problems]
             continue
+        settings.append(_setting(labels, wish, found.plan, seeds))
         resolved.append(found)
-        idle.append(without_effect)
-    problems = problems or list(_never_read(rows, [row for _, row, _ in wishes], idle))
-    if problems:
+        idle.append((row, without_effect))
+    if problems := problems or list(_never_read(rows, idle)) or list(_no_difference(shown, settings)):
         raise PlanError(*dict.fromkeys(problems))
-    settings = [
-        _setting(labels, wish, found.plan, seeds) for (labels, _, wish), found in zip(wishes, resolved, strict=True)
-    ]
-    if problems := list(_no_difference(shown, settings)):
-        raise PlanError(*problems)
     made = _recipe_of(settings[0].source)
-    metric = options.metric or _metric_of(made)
+    if (metric := options.metric) is None:  # where every position has an answer of its own, the loss says more
+        metric = "error" if made.correct is not None and made.batch(0)[1].dim() == 1 else "loss"
     if metric == "error" and made.correct is None:
         raise PlanError(f"metric error: recipe {made.name} counts no right answers; leave it out, or give loss.")
-    return Grid(recipe, made.name, tuple(shown), seeds, tuple(settings), resolved[0], metric)
+    return Grid(made.name, tuple(shown), seeds, tuple(settings), resolved[0], metric)
 
 
 def _wishes(
@@ -146,13 +116,12 @@ def _wishes(
     """(labels, row, options) of every combination."""
     owners: Sequence[Row | None] = rows or [None]
     for row in owners:
-        for places in itertools.product(*(range(len(axis.labels)) for axis in axes)):
+        for chosen in itertools.product(*(zip(axis.labels, axis.values, strict=True) for axis in axes)):
             wish = row.parsed if row else parsed
-            for axis, place in zip(axes, places, strict=True):
-                for option, value in zip(axis.options, axis.values[place], strict=True):
+            for axis, (_, values) in zip(axes, chosen, strict=True):
+                for option, value in zip(axis.options, values, strict=True):
                     wish = with_value(wish, option, value)
-            labels = tuple(axis.labels[place] for axis, place in zip(axes, places, strict=True))
-            yield ((row.name,) if row else ()) + labels, row, wish
+            yield (*([row.name] if row else []), *(label for label, _ in chosen)), row, wish
 
 
 def _resolved(wish: Parsed) -> tuple[Resolved, frozenset[NoEffect]]:
@@ -180,20 +149,22 @@ def _sampled(plan: Plan, steps: int) -> Plan:
     return replace(plan, quality_every=max(1, steps // _SAMPLES))
 
 
-def _never_read(
-    rows: Sequence[Row], row_of: Sequence[Row | None], idle: Sequence[frozenset[NoEffect]]
-) -> Iterator[str]:
+def _never_read(rows: Sequence[Row], idle: Sequence[tuple[Row | None, frozenset[NoEffect]]]) -> Iterator[str]:
     """Options that have no effect anywhere, or in a row nowhere of those that it gives itself."""
-    everywhere = {sentence.option for sentence in frozenset.union(*idle)}
-    for option in sorted(everywhere):
-        if all(any(sentence.option == option for sentence in here) for here in idle):
-            yield next(sentence for sentence in idle[0] if sentence.option == option)
+    everywhere = [here for _, here in idle]
+    first = {sentence.option: sentence for sentence in everywhere[0]}
+    yield from dict.fromkeys(first[sentence.option] for sentence in _in_all(everywhere))
     for row in rows:
-        mine = [here for here, owner in zip(idle, row_of, strict=True) if owner is row]
-        for sentence in sorted(frozenset.union(*mine)):
-            gives = any(o == sentence.option or o.startswith(f"{sentence.option}.") for o in row.options)
-            if gives and all(any(other.option == sentence.option for other in here) for here in mine):
+        for sentence in _in_all([here for owner, here in idle if owner is row]):
+            if any(o == sentence.option or o.startswith(f"{sentence.option}.") for o in row.options):
                 yield f"row {row.name}: {sentence}"
+
+
+def _in_all(idle: Sequence[frozenset[NoEffect]]) -> Iterator[NoEffect]:
+    """The sentences about options that have no effect in any of these settings."""
+    for sentence in sorted(frozenset.union(*idle)):
+        if all(any(other.option == sentence.option for other in here) for here in idle):
+            yield sentence
 
 
 def _no_difference(axes: Sequence[Axis], settings: Sequence[Setting]) -> Iterator[str]:
@@ -205,16 +176,19 @@ def _no_difference(axes: Sequence[Axis], settings: Sequence[Setting]) -> Iterato
             along.setdefault(others, set()).update(point.key for point in setting.points.values())
         seeds = len(settings[0].points)
         if len(axis.labels) > 1 and all(len(keys) == seeds for keys in along.values()):
-            same = ", ".join(axis.labels)
-            yield f"{_axis_name(axis)} has no effect here: {same} are one and the same run; leave it out."
+            name, same = axis.name.replace(",", " and "), ", ".join(axis.labels)
+            yield f"{name} has no effect here: {same} are one and the same run; leave it out."
 
 
 def _setting(labels: tuple[str, ...], wish: Parsed, plan: Plan, seeds: Sequence[int]) -> Setting:
-    plan, source, points = _as_run(plan), wish.source, {}
+    plan, name, points = _as_run(plan), wish.source.name, {}
     for seed in seeds:
-        own = {**dict(source.options), "seed": seed} if "seed" in dict(source.options) else dict(source.options)
-        seeded = NamedRecipe(source.name, tuple(own.items()))
-        points[seed] = _point(seeded, replace(plan, seed=seed))
+        options = {option: seed if option == "seed" else value for option, value in wish.source.options}
+        own = replace(plan, seed=seed)
+        known = {"recipe": name, "options": {key: str(value) for key, value in options.items()}, "plan": own.as_dict()}
+        text = json.dumps(known, sort_keys=True, default=str)
+        key = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+        points[seed] = Point(NamedRecipe(name, tuple(options.items())), own, key)
     first = points[seeds[0]]
     return Setting(labels, wish, first.plan, first.source, points)
 
@@ -229,32 +203,16 @@ def _as_run(plan: Plan) -> Plan:
     exact = MODES[plan.mode].exact and plan.wire_dtype is None and plan.optimizer.clip is None
     if not exact and (plan.stages > 1 or plan.microbatches > 1 or plan.update_probability < 1):
         return plan
-    whole = {"stages": 1, "sizes": (sum(plan.sizes or ()),), "hop_steps": 0.0, "channel": ChannelPlan()}
-    locked = {"mode": "naive", "targets": Plan.targets, "mix": Plan.mix, "in_flight": "stages"}
-    changes: dict[str, Any] = {**whole, **({**locked, "dni": DNIPlan()} if plan.microbatches == 1 else {})}
-    return replace(plan, **changes)
-
-
-def _point(source: NamedRecipe, plan: Plan) -> Point:
-    options = {name: str(value) for name, value in source.options}
-    settings = {"recipe": source.name, "options": options, "plan": plan.as_dict()}
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return Point(source, plan, hashlib.blake2b(text.encode(), digest_size=12).hexdigest())
+    plan = replace(plan, stages=1, sizes=(sum(plan.sizes or ()),), hop_steps=0.0, channel=ChannelPlan())
+    if plan.microbatches > 1:
+        return plan
+    return replace(plan, mode="naive", targets=Plan.targets, mix=Plan.mix, in_flight="stages", dni=DNIPlan())
 
 
 def _named(axes: Sequence[Axis], labels: Sequence[str]) -> str:
     """``mode unlocked, stages 9: `` in front of what is wrong there."""
-    text = ", ".join(f"{_axis_name(axis)} {label}" for axis, label in zip(axes, labels, strict=True))
+    text = ", ".join(f"{axis.name.replace(',', ' and ')} {label}" for axis, label in zip(axes, labels, strict=True))
     return f"{text}: " if text else ""
-
-
-def _axis_name(axis: Axis) -> str:
-    return axis.name.replace(",", " and ")
-
-
-def _metric_of(recipe: Recipe) -> str:
-    """The error where every sample has one answer; where every position has, the loss says more."""
-    return "error" if recipe.correct is not None and recipe.batch(0)[1].dim() == 1 else "loss"
 
 
 @cache

@@ -25,14 +25,13 @@ def abscissa_of(grid: Grid) -> Axis | None:
 
 
 def sweep_curves(grid: Grid, findings: Sequence[Finding]) -> list[Curve]:
-    """The curves, in the order of the table; values without numbers stand at 0, 1, 2 ..."""
+    """The curves, in the order of the table."""
     across = abscissa_of(grid)
     index = grid.axes.index(across) if across else -1
-    numbers = (across.numbers or tuple(range(len(across.labels)))) if across else ()
     grouped: dict[tuple[str, ...], list[tuple[float, Finding]]] = {}
     for finding in findings:
         labels = finding.setting.labels
-        place = numbers[across.labels.index(labels[index])] if across else 0.0
+        place = across.places[across.labels.index(labels[index])] if across else 0.0
         others = tuple(label for i, label in enumerate(labels) if i != index)
         grouped.setdefault(others, []).append((place, finding))
     return [_curve(grid, across, sorted(found, key=lambda pair: pair[0])) for found in grouped.values()]
@@ -46,10 +45,9 @@ def draw_grid(grid: Grid, findings: Sequence[Finding], verdict: str, path: Path)
     axes = style.axes_at(figure, _LEFT_PX, headline.height_px + TOP_PX, _WIDTH_PX, _HEIGHT_PX)
     axes.set_xticks([])
     if across is not None:
-        places = across.numbers or tuple(range(len(across.labels)))
-        if across.numbers and min(places) > 0 and max(places) / min(places) > WIDE:
+        if across.numbers and min(across.places) > 0 and max(across.places) / min(across.places) > WIDE:
             axes.set_xscale("log")
-        axes.set_xticks(places, across.labels)
+        axes.set_xticks(across.places, across.labels)
         style.name_across(axes, across.name)
     heading = f"held-out {METRICS[grid.metric].heading} (mean, band: smallest to largest of the seeds)"
     draw_panel(axes, heading, curves, _looks(curves), WIDE / 4, zero=False)
@@ -80,12 +78,6 @@ def _looks(curves: Sequence[Curve]) -> list[Look]:
 
 
 def _subtitle(grid: Grid) -> str:
-    plan, where = grid.first.plan, environment()
-    parts = [
-        grid.title,
-        f"{plan.steps:,} batches of {grid.first.batch_shape[0]}",
-        f"{len(grid.seeds)} {'seed' if len(grid.seeds) == 1 else 'seeds'}",
-        "reference driver",
-        f"torch {where['torch']}",
-    ]
-    return style.joined(parts)
+    work = f"{grid.first.plan.steps:,} batches of {grid.first.batch_shape[0]}"
+    seeds = f"{len(grid.seeds)} {'seed' if len(grid.seeds) == 1 else 'seeds'}"
+    return style.joined([grid.title, work, seeds, "reference driver", f"torch {environment()['torch']}"])

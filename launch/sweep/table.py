@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
@@ -24,55 +24,36 @@ def table_of(grid: Grid, findings: Sequence[Finding]) -> Table:
     metric = METRICS[grid.metric]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for axis in grid.axes:
-        table.add_column(
-            axis.name, justify="right" if axis.numbers else "left", no_wrap=bool(axis.numbers), overflow="fold"
-        )
+        whole = axis.numbers is not None
+        table.add_column(axis.name, justify="right" if whole else "left", no_wrap=whole, overflow="fold")
     until = any(f.setting.plan.until for f in findings)
-    heading = [metric.heading, "", "+bp", "train", "cosine", "dni%", *(["batches"] if until else []), "s"]
-    for name in heading:
+    for name in (metric.heading, "", "+bp", "train", "cosine", "dni%", *(["batches"] if until else []), "s"):
         table.add_column(name, justify="right", no_wrap=True)
     before: tuple[str, ...] = ()
     for finding in findings:
         labels = finding.setting.labels
         same = next((i for i, pair in enumerate(zip(labels, before, strict=False)) if pair[0] != pair[1]), 0)
         shown = ["" if before and i < same else label for i, label in enumerate(labels)]
-        table.add_row(*shown, *_cells(finding, metric), *([_batches(finding)] if until else []), _seconds(finding))
+        table.add_row(*shown, *_cells(finding, metric, until))
         before = labels
     return table
 
 
-def _cells(finding: Finding, metric: Metric) -> list[str]:
-    outcomes = finding.outcomes.values()
+def _cells(finding: Finding, metric: Metric, until: bool) -> Iterator[str]:
+    outcomes, figures, lost = finding.outcomes.values(), finding.figures.values(), len(finding.diverged)
+    if finding.mean is not None:
+        yield metric.text(finding.mean)
+    else:
+        yield "diverged" if lost == len(outcomes) else f"{lost}/{len(outcomes)} div."
+    yield f"{metric.text(min(figures))}-{metric.text(max(figures))}" if len(figures) > 1 else ""
+    yield metric.text(statistics.fmean(finding.above.values()), "+") if finding.above else ""
     train = [outcome.train_loss for outcome in outcomes if outcome.train_loss is not None]
-    cosines, shares = finding.cosines, [o.dni_share for o in outcomes if o.dni_share is not None]
-    return [
-        _mean(finding, metric),
-        _spread(finding.figures, metric),
-        f"{statistics.fmean(finding.above.values()):+.{metric.decimals}f}" if finding.above else "",
-        f"{statistics.fmean(train):.4f}" if train else "-",
-        f"{min(cosines):.2f} {max(cosines):.2f}" if cosines else "",
-        f"{100 * statistics.median(shares):.1f}" if shares else "",
-    ]
-
-
-def _mean(finding: Finding, metric: Metric) -> str:
-    if lost := len(finding.diverged):
-        return "diverged" if lost == len(finding.outcomes) else f"{lost}/{len(finding.outcomes)} div."
-    assert finding.mean is not None
-    return metric.text(finding.mean)
-
-
-def _spread(figures: Mapping[int, float], metric: Metric) -> str:
-    values = figures.values()
-    return f"{metric.text(min(values))}-{metric.text(max(values))}" if len(values) > 1 else ""
-
-
-def _batches(finding: Finding) -> str:
-    """How many it took to the goal, where every run got there."""
-    reached = [outcome.reached for outcome in finding.outcomes.values()]
-    known = [each for each in reached if each is not None]
-    return f"{statistics.fmean(known):,.0f}" if len(known) == len(reached) else f"{len(known)}/{len(reached)}"
-
-
-def _seconds(finding: Finding) -> str:
-    return f"{statistics.median(outcome.seconds for outcome in finding.outcomes.values()):.0f}"
+    yield f"{statistics.fmean(train):.4f}" if train else "-"
+    yield f"{min(finding.cosines):.2f} {max(finding.cosines):.2f}" if finding.cosines else ""
+    shares = [outcome.dni_share for outcome in outcomes if outcome.dni_share is not None]
+    yield f"{100 * statistics.median(shares):.1f}" if shares else ""
+    if until:  # how many batches it took to the goal, where every run got there
+        reached = [outcome.reached for outcome in outcomes if outcome.reached is not None]
+        all_of_them = len(reached) == len(outcomes)
+        yield f"{statistics.fmean(reached):,.0f}" if all_of_them else f"{len(reached)}/{len(outcomes)}"
+    yield f"{statistics.median(outcome.seconds for outcome in outcomes):.0f}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -23,10 +24,9 @@ from launch.bench.rivals.child import Child, ChildDied, ending
 from launch.results.dni_quality import summarised
 from launch.setup.recipe_source import NamedRecipe
 from launch.sweep.grid import Point
-from launch.sweep.points import CutQuality, Outcome, finite
+from launch.sweep.points import Outcome
 from pipeline import Plan, StageError, run_reference
 from pipeline.run.flops import count_flops
-from pipeline.run.reference import Reference
 from pipeline.wording import said, traceback_of
 from workers.processes.interrupts import Interrupts
 from workers.telemetry.records import Judged
@@ -45,12 +45,9 @@ class Broken:
 
 
 def run_point(source: NamedRecipe, plan: Plan) -> Outcome:
-    """Train in this process, in the reference driver.
+    """Train in this process, in the reference driver; raises StageError.
 
     A run that ended itself because its numbers were no longer finite, or ran away, is an outcome too.
-
-    Raises:
-        StageError: the work failed in another way.
     """
     start = time.perf_counter()
     recipe = source()
@@ -60,44 +57,35 @@ def run_point(source: NamedRecipe, plan: Plan) -> Outcome:
         if not isinstance(error.__cause__, FloatingPointError):
             raise
         return Outcome(diverged=str(error), batches=error.batch or 0, seconds=time.perf_counter() - start)
-    resolved = result.resolved
     tail = result.losses[-max(1, len(result.losses) // 10) :]
     train_loss = sum(tail) / len(tail)
-    evaluations = tuple((updates, finite(scores.loss()), scores.accuracy()) for updates, scores in result.scores)
-    _, loss, accuracy = evaluations[-1] if evaluations else (0, finite(train_loss), None)
-    flops = count_flops(recipe, resolved.plan, resolved.cuts)
+    evaluations = tuple((updates, _finite(scores.loss()), scores.accuracy()) for updates, scores in result.scores)
+    _, loss, accuracy = evaluations[-1] if evaluations else (0, _finite(train_loss), None)
+    judged = [
+        Judged(stage, each.batch, each.cosine, each.norm_ratio, each.error, 0)
+        for stage, found in result.qualities.items()
+        for each in found
+    ]
+    quality = summarised(judged, len(result.losses))
+    flops = count_flops(recipe, result.resolved.plan, result.resolved.cuts)
     return Outcome(
         loss=loss,
         accuracy=accuracy,
-        train_loss=finite(train_loss),
+        train_loss=_finite(train_loss),
         batches=len(result.losses),
         reached=result.reached,
         evaluations=evaluations,
-        quality=_quality(result),
+        quality=tuple(dataclasses.replace(each, error=_finite(each.error)) for each in quality),
         flops=tuple(map(dataclasses.asdict, flops)),
         seconds=time.perf_counter() - start,
     )
 
 
-def run_points(
-    points: Sequence[Point], jobs: int, within_s: float
-) -> Generator[tuple[Point, Outcome | Broken], None, None]:
-    """Run points side by side.
+def run_points(points: Sequence[Point], jobs: int, within_s: float) -> Generator[tuple[Point, Outcome | Broken]]:
+    """Run points, at most ``jobs`` at a time, each for at most ``within_s`` seconds; gives what each gave as it ends.
 
-    Args:
-        points: in the order in which they begin.
-        jobs: processes.
-        within_s: seconds that a point may take.
-
-    Yields:
-        Every point with what it gave, in the order in which they end.
-
-    Raises:
-        KeyboardInterrupt: SIGINT (or SIGTERM, where it has a handler) came; at most 0.2 s later, or when the next
-            point is asked for.
-
-    Blocks:
-        until the next one is over. No process is left when the iteration ends or is closed.
+    Raises KeyboardInterrupt at most 0.2 s after SIGINT (or SIGTERM, where it has a handler), or when the next point is
+    asked for. No process is left when the iteration ends or is closed.
     """
     waiting, idle = deque(points), list[Child]()
     at_work: dict[Child, tuple[Point, float]] = {}
@@ -118,37 +106,24 @@ def run_points(
                 if child in ready or time.monotonic() > deadline:
                     del at_work[child]
                     said = _heard(child, within_s, late=child not in ready)
-                    if not isinstance(said, str):
+                    if not child.pipe.closed:
                         idle.append(child)
-                        yield point, said
-                    else:
-                        everybody.remove(child)
-                        yield point, Broken(f"the run (pid {child.pid}) {said}")
+                    yield point, said
 
 
-def _heard(child: Child, within_s: float, *, late: bool) -> Outcome | Broken | str:
-    """What became of the point; of a process that is dead or too late, which is ended, how."""
-    if not late:
+def _heard(child: Child, within_s: float, *, late: bool) -> Outcome | Broken:
+    """What became of the point; a process that is dead or too late is ended."""
+    if late:
+        how = f"did not end within {within_s:g} s: give it longer with --within-s"
+    else:
         try:
-            said: Outcome | Broken = child.take()
-            return said
+            found: Outcome | Broken = child.take()
+            return found
         except ChildDied as died:
             how = f"{died}; look at the system's log for an out-of-memory kill"
-    else:
-        how = f"did not end within {within_s:g} s: give it longer with --within-s"
     child.kill()
     child.reap()
-    return how
-
-
-def _quality(result: Reference) -> tuple[CutQuality, ...]:
-    judged = [
-        Judged(stage, each.batch, each.cosine, each.norm_ratio, each.error, 0)
-        for stage, found in result.qualities.items()
-        for each in found
-    ]
-    found = (each.as_dict() for each in summarised(judged, len(result.losses)))
-    return tuple(CutQuality(**{**each, "error": finite(each["error"])}) for each in found)
+    return Broken(f"the run (pid {child.pid}) {how}")
 
 
 def _work(pipe: Connection) -> None:
@@ -162,3 +137,8 @@ def _work(pipe: Connection) -> None:
             except Exception as error:
                 found = Broken(said(error), traceback_of(error))
             pipe.send(found)
+
+
+def _finite(value: float | None) -> float | None:
+    """What JSON can hold: infinities and what is no number become null."""
+    return value if value is not None and math.isfinite(value) else None
