@@ -9,7 +9,6 @@ travels on the run's own channels, what is said on the run's own wire.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import sys
 import threading
@@ -21,13 +20,13 @@ import msgspec
 import torch
 
 from launch.on_ray.gpus import assigned_device
-from launch.options.options import Parsed, RunOptions, parse
+from launch.options.options import RunOptions, parse
 from launch.options.ray_options import BenchRunOptions, TrainOptions
-from launch.ranks.agreement import preparing
+from launch.ranks.agreement import prepare_task
 from launch.ranks.bench_rank import take_part
+from launch.ranks.part import RankPart, TakesPart, understood
 from launch.setup.local_gpus import gpus_here
 from launch.setup.rank import memory
-from pipeline import PlanError
 from pipeline.metrics.spans import Span
 from pipeline.plan.replica_layout import called as called_in
 from workers.channels.gpu.nccl import nccl_here
@@ -36,16 +35,15 @@ from workers.processes.context import end_fork_server
 from workers.supervision.control_records import Hello, WorkerStatus
 from workers.supervision.control_socket import connect_to
 from workers.supervision.driver_connection import DriverGone
-from workers.supervision.rank_agent import serve
 
-__all__ = ["THREAD_VARIABLES", "Call", "StageAgent"]
+__all__ = ["Call", "StageAgent"]
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-"""What tells numerical libraries how many threads to use; Ray sets the first one to an actor's CPUs."""
+# What tells numerical libraries how many threads to use; Ray sets the first one to an actor's CPUs.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _CONNECT_WITHIN_S = 20.0
-_COMMANDS: dict[str, tuple[type[RunOptions], str]] = {
-    "train": (TrainOptions, "freewheel train"),
-    "bench": (BenchRunOptions, "freewheel bench"),
+_COMMANDS: dict[str, tuple[type[RunOptions], TakesPart]] = {
+    "train": (TrainOptions, RankPart.train),
+    "bench": (BenchRunOptions, take_part),
 }
 
 
@@ -53,13 +51,9 @@ class Call(msgspec.Struct, frozen=True):
     """What an actor is told: plain data, no code.
 
     Attributes:
-        stage: which stage.
-        host: address of the driver.
-        port: its port for agents.
-        key: of the run; who does not know it is not let in.
-        command: ``train`` or ``bench``.
-        recipe: name or path, as typed.
-        arguments: options of plan and recipe, as typed.
+        stage: the number of its worker.
+        host: where the driver's `Reception` is; so ``port`` and ``key``.
+        command: ``train`` or ``bench``; recipe and arguments as typed.
         folder: the driver's working folder; relative paths are relative to it where it exists.
         threads: with how many threads the worker computes.
         gpus: of each stage; 0: the worker computes on the CPU.
@@ -93,10 +87,7 @@ class StageAgent:
         self._last: WorkerStatus | None = None
 
     def run(self, call: bytes) -> int:
-        """Take part in one run, or in one benchmark.
-
-        Args:
-            call: a `Call` in MessagePack.
+        """Take part in one run, or in one benchmark, as a `Call` in MessagePack says.
 
         Returns:
             the exit status that the driver gave; 1: the driver is gone.
@@ -109,8 +100,13 @@ class StageAgent:
         """
         told = msgspec.msgpack.decode(call, type=Call)
         self._stage = told.stage
-        _settle(told)
-        parsed, problems = _understood(told)
+        for name in _THREAD_VARIABLES:
+            os.environ[name] = str(told.threads)
+        with contextlib.suppress(OSError):
+            os.chdir(told.folder)
+        options, takes_part = _COMMANDS[told.command]
+        prog = f"freewheel {told.command}"
+        parsed, problems = understood(partial(parse, told.recipe, told.arguments, options, prog, writes=False))
         device = ""
         if told.gpus and parsed is not None:
             who = called_in(parsed.plan, *divmod(told.stage, parsed.plan.stages))
@@ -123,12 +119,11 @@ class StageAgent:
             place = self._node, where, new_prefix()
             return Hello(told.stage, os.getpid(), *place, problems, device=device, nccl=nccl_here())
 
-        connect, asked = partial(connect_to, told.host, told.port, told.key, _CONNECT_WITHIN_S), self._stop.is_set
+        connect = partial(connect_to, told.host, told.port, told.key, _CONNECT_WITHIN_S)
+        prepare, asked = partial(prepare_task, told.stage), self._stop.is_set
         with contextlib.closing(connect()) as wire:
             try:
-                if told.command == "bench":
-                    return take_part(wire, hello, parsed, partial(preparing, told.stage), connect, asked, self._note)
-                return serve(wire, hello(), preparing(told.stage, parsed), asked, self._note)
+                return takes_part(RankPart(hello, parsed, prepare, connect, asked, self._note), wire)
             except DriverGone as gone:
                 print(f"freewheel: stage {told.stage} on {self._node}: {gone}", file=sys.stderr)
                 return 1
@@ -138,9 +133,8 @@ class StageAgent:
     def status(self) -> Mapping[str, Any]:
         """What the stage does now; answers while `run` is busy.
 
-        Returns:
-            stage, node, pid of this process; of its worker: span (what it does, None before the start), batch (or -1),
-            progress (how often it turned to work) and state (its process's letter in /proc).
+        Stage, node, pid of this process; of its worker: span (what it does, None before the start), batch (or -1),
+        progress (how often it turned to work) and state (its process's letter in /proc).
         """
         last = self._last
         return {
@@ -159,24 +153,3 @@ class StageAgent:
 
     def _note(self, status: WorkerStatus) -> None:
         self._last = status
-
-
-def _settle(told: Call) -> None:
-    """Make this process, and so the worker it starts, like one of a local run."""
-    for name in THREAD_VARIABLES:
-        os.environ[name] = str(told.threads)
-    with contextlib.suppress(OSError):
-        os.chdir(told.folder)
-
-
-def _understood(told: Call) -> tuple[Parsed | None, list[str]]:
-    """Recipe and plan, or why there are none here."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            options, prog = _COMMANDS[told.command]
-            return parse(told.recipe, told.arguments, options, prog, writes=False), []
-    except PlanError as error:
-        return None, list(error.problems)
-    except SystemExit:
-        return None, [f"it refuses the options: {' '.join(said.getvalue().split())}"]

@@ -19,10 +19,10 @@ from launch.on_ray.actor import Call
 from launch.on_ray.gpus import gpus_wanted, with_devices, without_places
 from launch.options.options import Parsed
 from launch.options.ray_options import BenchRunOptions, TrainOptions, needs_of
-from launch.ranks.agreement import profile
+from launch.ranks.agreement import check_link, profile
 from launch.ranks.bench_driver import Coordinator
 from launch.ranks.torchrun import BenchesRun, TrainsRun
-from launch.setup.rank import MEET_WITHIN_S, Asked, memory
+from launch.setup.rank import MEET_WITHIN_S, held_back_signals, memory
 from launch.setup.resolve_source import resolve_source
 from launch.training import Launcher, Working
 from pipeline import Plan, PlanError, Recipe
@@ -45,16 +45,7 @@ _NOT_AT_WORK = (*WAITING, Span.OTHER)
 
 
 def train_on_ray(recipe: str, arguments: list[str], parsed: Parsed, trained: TrainsRun) -> int:
-    """``freewheel train --launcher ray``.
-
-    Args:
-        recipe: name or path.
-        arguments: the options.
-        parsed: what they say.
-        trained: runs the training and shows what came out.
-
-    Returns:
-        the exit status.
+    """``freewheel train --launcher ray``: ``trained`` runs the training; returns the exit status.
 
     Raises:
         PlanError: Ray is not there or has no room, or something cannot run on a node; no worker was started.
@@ -68,22 +59,14 @@ def train_on_ray(recipe: str, arguments: list[str], parsed: Parsed, trained: Tra
     gpus = gpus_wanted(parsed.plan, options.ray.gpus)
     resolved = _resolved(parsed.source, parsed.plan, gpus)  # what cannot run is refused before Ray is asked
     with _staffed("train", recipe, arguments, parsed, gpus) as staff:
-        fleet = staff.fleet
-        resolved = placed_on_nodes(resolved, fleet, options, staff.names)
-        with fleet.prepared(resolved, profile(resolved)):
-            working = showing(fleet, staff.show)
-            return trained(recipe, arguments, parsed, resolved, Launcher("ray", working))
+        resolved = placed_on_nodes(resolved, staff.fleet, options, staff.names)
+        with staff.fleet.prepared(resolved, profile(resolved)):
+            launcher = Launcher("ray", showing(staff.fleet, staff.show))
+            return trained(recipe, arguments, parsed, resolved, launcher)
 
 
 def bench_on_ray(recipe: str, arguments: list[str], parsed: Parsed, benched: BenchesRun) -> int:
-    """``freewheel bench --launcher ray``; arguments, errors and blocking as with ``train_on_ray``.
-
-    Args:
-        recipe: name or path.
-        arguments: the options.
-        parsed: what they say.
-        benched: runs the rows and shows what came out.
-    """
+    """``freewheel bench --launcher ray``, as with ``train_on_ray``; ``benched`` runs the rows."""
     options: BenchRunOptions = parsed.run
 
     def resolve(source: Callable[[], Recipe], plan: Plan) -> Resolved:
@@ -124,56 +107,33 @@ def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed, gp
     needs = needs_of(options.ray, plan.threads, gpus)
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(ray_cluster.connected(address, needs, plan.workers))
-        asked = _asked_with(cluster.head.problem, Asked())
-        actors = stack.enter_context(
-            cluster.stages(needs, plan.workers, options.ray.strategy, options.ray.wait_s, asked)
-        )
+        asked = _asked_with(cluster.head.problem, held_back_signals())
+        where = options.ray.strategy, options.ray.wait_s
+        actors = stack.enter_context(cluster.stages(needs, plan.workers, *where, asked))
         reception = stack.enter_context(Reception(cluster.host))
         fleet = RemoteWorkers(plan.workers, asked, lost=actors.lost)
         stack.callback(fleet.hang_up)
         with fleet:
-            actors.call(_calls(command, recipe, arguments, plan, gpus, reception))
+            driver = reception.host, reception.port, reception.key
+            what = command, recipe, arguments, os.getcwd(), plan.threads, gpus
+            actors.call([Call(worker, *driver, *what) for worker in range(plan.workers)])
             fleet.gather(reception, MEET_WITHIN_S, memory=f"{cluster.node_id}/{memory()}")
-            if plan.link is not None and len(set(fleet.hosts)) > 1:
-                raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
+            check_link(plan, fleet.hosts)
             yield _Staff(fleet, f"{actors.run}-stage-K", lambda run: ray_cluster.Gauges(run).show)
 
 
 def showing(
     fleet: RemoteWorkers, shown: Callable[[str], Show]
 ) -> Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]:
-    """What `launch.training.Launcher.working` needs, showing what is reported as metrics on the way.
-
-    Args:
-        fleet: the agents, prepared.
-        shown: name of the run -> who shows its metrics.
+    """What `launch.training.Launcher.working` needs, of prepared agents; what they report is shown as metrics on the
+    way by ``shown``, which gets the run's name.
     """
 
-    @contextlib.contextmanager
-    def working(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
-        yield _metered(fleet, fleet.run(run_dir), resolved, shown(run_dir.name)), fleet.end_early
+    def working(source: object, resolved: Resolved, run_dir: Path) -> contextlib.nullcontext[Working]:
+        reported = _metered(fleet, fleet.run(run_dir), resolved, shown(run_dir.name))
+        return contextlib.nullcontext((reported, fleet.end_early))
 
     return working
-
-
-def _calls(
-    command: str, recipe: str, arguments: Sequence[str], plan: Plan, gpus: float, reception: Reception
-) -> list[Call]:
-    return [
-        Call(
-            stage=worker,
-            host=reception.host,
-            port=reception.port,
-            key=reception.key,
-            command=command,
-            recipe=recipe,
-            arguments=list(arguments),
-            folder=os.getcwd(),
-            threads=plan.threads,
-            gpus=gpus,
-        )
-        for worker in range(plan.workers)
-    ]
 
 
 def _resolved(source: Callable[[], Recipe], plan: Plan, gpus: float) -> Resolved:
@@ -195,14 +155,8 @@ def _asked_with(problem: Callable[[], str | None], asked: Callable[[], bool]) ->
 def placed_on_nodes(resolved: Resolved, fleet: RemoteWorkers, options: TrainOptions, names: str) -> Resolved:
     """With the devices that Ray assigned, the channels that fit the places, and all of it among the reasons.
 
-    Args:
-        resolved: as it was before Ray placed the stages (``launch.on_ray.gpus.without_places``).
-        fleet: the agents, gathered.
-        options: the strategy, for the reason.
-        names: what the actors are called.
-
-    Raises:
-        PlanError: a channel was asked for that does not fit the places.
+    ``resolved`` is as it was before Ray placed the stages (``launch.on_ray.gpus.without_places``); ``names`` is what
+    the actors are called. Raises PlanError where a channel was asked for that does not fit the places.
     """
     if first_gpu(resolved.devices):
         devices = [hello.device for hello in fleet.hellos]
