@@ -52,7 +52,7 @@ class Call(msgspec.Struct, frozen=True):
 
     Attributes:
         stage: the number of its worker.
-        host: where the driver's `Reception` is; so ``port`` and ``key``.
+        driver: host, port and key of its `Reception`.
         command: ``train`` or ``bench``; recipe and arguments as typed.
         folder: the driver's working folder; relative paths are relative to it where it exists.
         threads: with how many threads the worker computes.
@@ -60,9 +60,7 @@ class Call(msgspec.Struct, frozen=True):
     """
 
     stage: int
-    host: str
-    port: int
-    key: bytes
+    driver: tuple[str, int, bytes]
     command: str
     recipe: str
     arguments: list[str]
@@ -119,7 +117,7 @@ class StageAgent:
             place = self._node, where, new_prefix()
             return Hello(told.stage, os.getpid(), *place, problems, device=device, nccl=nccl_here())
 
-        connect = partial(connect_to, told.host, told.port, told.key, _CONNECT_WITHIN_S)
+        connect = partial(connect_to, *told.driver, _CONNECT_WITHIN_S)
         prepare, asked = partial(prepare_task, told.stage), self._stop.is_set
         with contextlib.closing(connect()) as wire:
             try:

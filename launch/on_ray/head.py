@@ -30,13 +30,7 @@ def connects(address: str, within_s: float = _CONNECT_WITHIN_S) -> OSError | Non
 
 
 class RayHead:
-    """Looks after the head, from a thread, as long as it is entered.
-
-    Args:
-        address: HOST:PORT of the head's control service (GCS).
-        look_every_s: how often.
-        patience_s: how long it may be silent.
-    """
+    """Looks after the head, from a thread, as long as it is entered; ``address``: of its control service (GCS)."""
 
     def __init__(self, address: str, look_every_s: float = _LOOK_EVERY_S, patience_s: float = _PATIENCE_S) -> None:
         self._address, self._look_every_s, self._patience_s = address, look_every_s, patience_s
@@ -47,9 +41,8 @@ class RayHead:
     def problem(self) -> str | None:
         """Why the run has to end, once the head was silent for too long. Does not block."""
         silent = self._silent
-        if silent is None or time.monotonic() - silent[0] < self._patience_s:
+        if silent is None or (since_s := time.monotonic() - silent[0]) < self._patience_s:
             return None
-        since_s = time.monotonic() - silent[0]
         why = f"{self._said(silent[1])}, for {since_s:.0f} s now, and Ray ends whatever is connected to it after 60 s"
         return f"{why}: {_REMEDY}"
 

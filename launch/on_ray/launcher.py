@@ -12,7 +12,7 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from launch.on_ray.actor import Call
@@ -58,41 +58,35 @@ def train_on_ray(recipe: str, arguments: list[str], parsed: Parsed, trained: Tra
     options: TrainOptions = parsed.run
     gpus = gpus_wanted(parsed.plan, options.ray.gpus)
     resolved = _resolved(parsed.source, parsed.plan, gpus)  # what cannot run is refused before Ray is asked
-    with _staffed("train", recipe, arguments, parsed, gpus) as staff:
-        resolved = placed_on_nodes(resolved, staff.fleet, options, staff.names)
-        with staff.fleet.prepared(resolved, profile(resolved)):
-            launcher = Launcher("ray", showing(staff.fleet, staff.show))
-            return trained(recipe, arguments, parsed, resolved, launcher)
+    with _staffed("train", recipe, arguments, parsed, gpus) as (fleet, names, show):
+        resolved = placed_on_nodes(resolved, fleet, options, names)
+        with fleet.prepared(resolved, profile(resolved)):
+            return trained(recipe, arguments, parsed, resolved, Launcher("ray", showing(fleet, show)))
 
 
 def bench_on_ray(recipe: str, arguments: list[str], parsed: Parsed, benched: BenchesRun) -> int:
     """``freewheel bench --launcher ray``, as with ``train_on_ray``; ``benched`` runs the rows."""
     options: BenchRunOptions = parsed.run
-
-    def resolve(source: Callable[[], Recipe], plan: Plan) -> Resolved:
-        return placed_on_nodes(_resolved(source, plan, 0.0), staff.fleet, options, staff.names)
-
     if gpus_wanted(parsed.plan, options.ray.gpus):
         raise PlanError(
             "bench with launcher ray is there on the CPU only: its row backprop trains in this process, for which Ray "
             "sets no GPU aside: use torchrun, or choose device cpu and leave --ray.gpus out."
         )
-    with _staffed("bench", recipe, arguments, parsed, 0.0) as staff:
-        return benched(recipe, arguments, parsed, Coordinator(parsed, staff.fleet).site("ray", resolve))
+    with _staffed("bench", recipe, arguments, parsed, 0.0) as (fleet, names, _):
 
+        def resolve(source: Callable[[], Recipe], plan: Plan) -> Resolved:
+            return placed_on_nodes(_resolved(source, plan, 0.0), fleet, options, names)
 
-@dataclass(frozen=True)
-class _Staff:
-    """Actors that live, and what the driver knows them by."""
-
-    fleet: RemoteWorkers
-    names: str
-    show: Callable[[str], Show]
+        return benched(recipe, arguments, parsed, Coordinator(parsed, fleet).site("ray", resolve))
 
 
 @contextlib.contextmanager
-def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed, gpus: float) -> Iterator[_Staff]:
-    """An actor per stage, all gathered; raises and blocks as `train_on_ray`, as far as it gets."""
+def _staffed(
+    command: str, recipe: str, arguments: list[str], parsed: Parsed, gpus: float
+) -> Iterator[tuple[RemoteWorkers, str, Callable[[str], Show]]]:
+    """An actor per stage, all gathered; what actors are called, and what shows a run's metrics; raises and blocks as
+    `train_on_ray`, as far as it gets.
+    """
     try:
         from launch.on_ray import cluster as ray_cluster
     except ImportError as error:
@@ -115,11 +109,11 @@ def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed, gp
         stack.callback(fleet.hang_up)
         with fleet:
             driver = reception.host, reception.port, reception.key
-            what = command, recipe, arguments, os.getcwd(), plan.threads, gpus
-            actors.call([Call(worker, *driver, *what) for worker in range(plan.workers)])
+            told = driver, command, recipe, arguments, os.getcwd(), plan.threads, gpus
+            actors.call([Call(worker, *told) for worker in range(plan.workers)])
             fleet.gather(reception, MEET_WITHIN_S, memory=f"{cluster.node_id}/{memory()}")
             check_link(plan, fleet.hosts)
-            yield _Staff(fleet, f"{actors.run}-stage-K", lambda run: ray_cluster.Gauges(run).show)
+            yield fleet, f"{actors.run}-stage-K", lambda run: ray_cluster.Gauges(run).show
 
 
 def showing(

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -38,8 +37,8 @@ def layer_seconds(
 ) -> list[float]:
     """Seconds of forward and backward of each layer, with what goes into it, measured in rounds over copies of all.
 
-    ``threads`` are as many as a worker will have. ``computing``: where and how, the inputs are there already; None:
-    plainly, on the CPU. Blocks for six passes over the network, three when those take seconds.
+    ``computing``: where and how, the inputs are there already; None: plainly, on the CPU. Blocks for six passes over
+    the network, three when those take seconds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -74,11 +73,9 @@ def layer_seconds_on(source: Callable[[], Recipe], plan: Plan, device: str) -> l
     theirs.close()
     try:
         if not mine.poll(_WITHIN_S):
-            raise PlanError(
-                f"the layers could not be measured on {device} within {_WITHIN_S:.0f} s: give --sizes, or --balance "
-                "layers."
-            )
-        found: list[float] | str = msgspec.msgpack.decode(mine.recv_bytes(), type=list[float] | str)
+            late = f"the layers could not be measured on {device} within {_WITHIN_S:.0f} s"
+            raise PlanError(f"{late}: give --sizes, or --balance layers.")
+        found: list[float] | str = mine.recv()
     except EOFError:
         found = "its process ended without a word"
     finally:
@@ -114,18 +111,14 @@ def _main(source: Callable[[], Recipe], plan: Plan, device: str, connection: Con
     end_with_the_parent()
     try:
         prepare_device(device, plan)
-        found: list[float] | str = _measured(source(), plan, device)
+        recipe, inputs = source(), []
+        computing, layers = ComputeContext(plan, device), layers_of(build_model(recipe, plan.seed))
+        (x,) = computing.here(recipe.batch(0)[0])
+        with torch.no_grad(), computing.autocast():
+            for layer in layers:
+                inputs.append(x)
+                x = computing.placed(copy_of(layer.module)).eval()(x.clone())
+        found: list[float] | str = layer_seconds(layers, inputs, plan.threads, computing)
     except Exception as error:
         found = said(error)
-    connection.send_bytes(msgspec.msgpack.encode(found))
-
-
-def _measured(recipe: Recipe, plan: Plan, device: str) -> list[float]:
-    computing, layers = ComputeContext(plan, device), layers_of(build_model(recipe, plan.seed))
-    (x,) = computing.here(recipe.batch(0)[0])
-    inputs = []
-    with torch.no_grad(), computing.autocast():
-        for layer in layers:
-            inputs.append(x)
-            x = computing.placed(copy_of(layer.module)).eval()(x.clone())
-    return layer_seconds(layers, inputs, plan.threads, computing)
+    connection.send(found)
