@@ -50,13 +50,8 @@ _COMMANDS: dict[str, tuple[type[RunOptions], TakesPart]] = {
 class Call(msgspec.Struct, frozen=True):
     """What an actor is told: plain data, no code.
 
-    Attributes:
-        stage: the number of its worker.
-        driver: host, port and key of its `Reception`.
-        command: ``train`` or ``bench``; recipe and arguments as typed.
-        folder: the driver's working folder; relative paths are relative to it where it exists.
-        threads: with how many threads the worker computes.
-        gpus: of each stage; 0: the worker computes on the CPU.
+    ``driver`` is the host, port and key of its `Reception`, ``folder`` its working folder, to which paths are relative
+    where it exists. ``gpus``: of each stage; 0: the worker computes on the CPU.
     """
 
     stage: int
@@ -70,12 +65,8 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class StageAgent:
-    """The agent of one stage in a process that Ray started.
-
-    Args:
-        node: how the node is called in messages.
-        node_id: the node's whole id; only stages on one node share memory.
-        gpus: ids of the GPUs that Ray has assigned to this process.
+    """The agent of one stage in a process that Ray started on ``node``, as messages call it; ``gpus`` are the ids of
+    those that Ray has assigned to this process. Only stages on the node of one ``node_id`` share memory.
     """
 
     def __init__(self, node: str, node_id: str, gpus: Sequence[str]) -> None:
@@ -85,16 +76,9 @@ class StageAgent:
         self._last: WorkerStatus | None = None
 
     def run(self, call: bytes) -> int:
-        """Take part in one run, or in one benchmark, as a `Call` in MessagePack says.
+        """Take part in one run or benchmark, as a `Call` in MessagePack says, until the driver stops it or is gone.
 
-        Returns:
-            the exit status that the driver gave; 1: the driver is gone.
-
-        Raises:
-            OSError: the driver cannot be reached from this node.
-
-        Blocks:
-            until the driver stops the run or is gone.
+        Returns the exit status that the driver gave, 1 where it is gone; OSError: it cannot be reached from this node.
         """
         told = msgspec.msgpack.decode(call, type=Call)
         self._stage = told.stage
@@ -111,10 +95,9 @@ class StageAgent:
             visible, built = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.backends.cuda.is_built()
             device, missing = assigned_device(who, self._gpus, visible, gpus_here(), built)
             problems += [missing] if missing else []
-        where = f"{self._node_id}/{memory()}"
 
         def hello() -> Hello:
-            place = self._node, where, new_prefix()
+            place = self._node, f"{self._node_id}/{memory()}", new_prefix()
             return Hello(told.stage, os.getpid(), *place, problems, device=device, nccl=nccl_here())
 
         connect = partial(connect_to, *told.driver, _CONNECT_WITHIN_S)
@@ -134,16 +117,11 @@ class StageAgent:
         Stage, node, pid of this process; of its worker: span (what it does, None before the start), batch (or -1),
         progress (how often it turned to work) and state (its process's letter in /proc).
         """
-        last = self._last
-        return {
-            "stage": self._stage,
-            "node": self._node_id,
-            "pid": os.getpid(),
-            "span": None if last is None else Span(last.span).name.lower(),
-            "batch": -1 if last is None else last.batch,
-            "progress": 0 if last is None else last.progress,
-            "state": "" if last is None else last.state,
-        }
+        status = {"stage": self._stage, "node": self._node_id, "pid": os.getpid()}
+        if (last := self._last) is None:
+            return {**status, "span": None, "batch": -1, "progress": 0, "state": ""}
+        span = Span(last.span).name.lower()
+        return {**status, "span": span, "batch": last.batch, "progress": last.progress, "state": last.state}
 
     def stop(self) -> None:
         """End the whole run, as Ctrl-C at the driver does. Does not wait for it."""

@@ -39,7 +39,7 @@ from launch.setup.local_gpus import gpus_here
 from launch.show.bounded_exit import tidied
 from pipeline import PlanError
 
-__all__ = ["NAMESPACE", "Actors", "Cluster", "Gauges", "connected"]
+__all__ = ["NAMESPACE", "Actors", "Cluster", "connected", "gauges_of"]
 
 NAMESPACE = "freewheel"
 """Ray namespace of our actors, which are called RUN-stage-K."""
@@ -56,11 +56,8 @@ def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator
     """Connect this process to Ray at ``auto``, ``local`` or HOST:PORT; a local Ray has room for all stages, of which
     each takes ``needs``.
 
-    Raises:
-        PlanError: there is no cluster, or it does not take us; or a local one would have too few GPUs.
-
-    Blocks:
-        until connected; 5 s where nobody answers. Ray's own start takes seconds.
+    PlanError: there is no cluster, or it does not take us; or a local one would have too few GPUs. Blocks until
+    connected, 5 s where nobody answers; Ray's own start takes seconds.
     """
     local = address == "local"
     with ray_environment(local, _forget_authentication):
@@ -82,7 +79,7 @@ class Cluster:
     def __init__(self, head: RayHead) -> None:
         self.head = head
         self.node_id: str = ray.get_runtime_context().get_node_id()
-        self.host = _own_address()
+        self.host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def stages(
@@ -90,12 +87,8 @@ class Cluster:
     ) -> Iterator[Actors]:
         """Reserve room for all stages at once, start an actor in each place, and end all on the way out.
 
-        Raises:
-            PlanError: there was no room in time, or an actor could not be started.
-            KeyboardInterrupt: this process was asked to end.
-
-        Blocks:
-            until all actors live; at most ``within_s`` for room, and 120 s for the processes.
+        PlanError: there was no room in time, or an actor could not be started; KeyboardInterrupt: this process was
+        ``asked`` to end. Blocks until all actors live; at most ``within_s`` for room, and 120 s for the processes.
         """
         group = placement_group([dict(needs)] * stages, strategy=strategy)
         try:
@@ -174,25 +167,24 @@ class Actors:
         tidied(_TIDY_WITHIN_S, lambda: [ray.kill(actor) for actor in self._actors])
 
 
-class Gauges:
-    """What Ray's metrics show of a run while it trains, each with the tag ``run``.
+def gauges_of(run: str) -> Callable[[float, float | None, Sequence[float]], None]:
+    """What sets Ray's metrics of a run while it trains (``launch.on_ray.launcher.Show``), each with the tag ``run``.
 
     Busy shares are of the last 50 looks, at most five a second; exact ones come from the spans, in the run's result.
     """
+    tag = {"run": run}
+    loss = Gauge("freewheel_loss", "mean loss of the batches last reported", ("run",))
+    rate = Gauge("freewheel_samples_per_s", "samples per second since the last report", ("run",))
+    busy = Gauge("freewheel_stage_busy_share", "share of looks that found a stage at work", ("run", "stage"))
 
-    def __init__(self, run: str) -> None:
-        self._run = {"run": run}
-        self._loss = Gauge("freewheel_loss", "mean loss of the batches last reported", ("run",))
-        self._rate = Gauge("freewheel_samples_per_s", "samples per second since the last report", ("run",))
-        self._busy = Gauge("freewheel_stage_busy_share", "share of looks that found a stage at work", ("run", "stage"))
-
-    def show(self, loss: float, samples_per_s: float | None, busy_shares: Sequence[float]) -> None:
-        """Set all of them."""
-        self._loss.set(loss, self._run)
+    def show(mean: float, samples_per_s: float | None, busy_shares: Sequence[float]) -> None:
+        loss.set(mean, tag)
         if samples_per_s is not None:
-            self._rate.set(samples_per_s, self._run)
+            rate.set(samples_per_s, tag)
         for stage, share in enumerate(busy_shares):
-            self._busy.set(share, {**self._run, "stage": str(stage)})
+            busy.set(share, {**tag, "stage": str(stage)})
+
+    return show
 
 
 class StageActor(StageAgent):
@@ -204,7 +196,8 @@ class StageActor(StageAgent):
     def __init__(self) -> None:
         node_id: str = ray.get_runtime_context().get_node_id()
         gpus: list[str] = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-        super().__init__(f"node {node_id[:8]} ({_own_address()})", node_id, gpus)
+        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        super().__init__(f"node {node_id[:8]} ({address})", node_id, gpus)
 
     def run(self, call: bytes) -> int:
         try:
@@ -219,11 +212,6 @@ class StageActor(StageAgent):
 
 
 _ACTOR: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 2})  # type: ignore[call-overload]
-
-
-def _own_address() -> str:
-    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    return address
 
 
 def _forget_authentication() -> None:

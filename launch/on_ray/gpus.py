@@ -52,7 +52,7 @@ def gpus_wanted(plan: Plan, given: float | None) -> float:
 def without_places(plan: Plan, gpus: float) -> DeviceChoice:
     """Where workers compute, as far as it is known before Ray has placed them: on a GPU, if `gpus_wanted` says so.
 
-    Which GPU, and whether torch there has NCCL, says `with_devices` later.
+    Which GPU, and whether torch there has NCCL, says `with_devices` later; this host need have neither.
     """
     if gpus:
         placeholders = tuple(f"cuda:{worker}" for worker in range(plan.workers))
@@ -78,12 +78,9 @@ def with_devices(resolved: Resolved, devices: Sequence[str], nccl: bool) -> Reso
 def assigned_device(who: str, ids: Sequence[str], visible: str | None, count: int, built: bool) -> tuple[str, str]:
     """What torch on a node calls the GPU that Ray assigned there: (device, ""), or ("", what is wrong with it).
 
-    Args:
-        who: computes on it, as users see it called.
-        ids: what Ray assigned: numbers, or entries of ``visible``.
-        visible: ``CUDA_VISIBLE_DEVICES`` of the node, which Ray leaves as it is (``SEE_ALL``); None: not set.
-        count: how many GPUs torch sees there.
-        built: whether torch there is built with CUDA.
+    ``who`` computes on it, as users see it called. ``ids`` are numbers, or entries of ``visible``, the node's
+    ``CUDA_VISIBLE_DEVICES`` (None: not set), which Ray leaves as it is. Torch there sees ``count`` GPUs, and is
+    ``built`` with CUDA or not.
     """
     if len(ids) != 1:
         assigned = f"{len(ids)} GPUs ({', '.join(ids)})" if ids else "no GPU"

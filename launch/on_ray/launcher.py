@@ -45,19 +45,17 @@ _NOT_AT_WORK = (*WAITING, Span.OTHER)
 
 
 def train_on_ray(recipe: str, arguments: list[str], parsed: Parsed, trained: TrainsRun) -> int:
-    """``freewheel train --launcher ray``: ``trained`` runs the training; returns the exit status.
+    """``freewheel train --launcher ray``: ``trained`` runs the training; returns the exit status, once it is over.
 
     Raises:
         PlanError: Ray is not there or has no room, or something cannot run on a node; no worker was started.
         RunFailed: a worker, an actor or a node failed; everything was stopped and cleaned up.
         KeyboardInterrupt: this process, or an actor's ``stop``, was asked to end the run.
-
-    Blocks:
-        until the training is over.
     """
     options: TrainOptions = parsed.run
     gpus = gpus_wanted(parsed.plan, options.ray.gpus)
-    resolved = _resolved(parsed.source, parsed.plan, gpus)  # what cannot run is refused before Ray is asked
+    places = without_places(parsed.plan, gpus)
+    resolved = resolve_source(parsed.source, parsed.plan, devices=places)  # refuses what cannot run before Ray is asked
     with _staffed("train", recipe, arguments, parsed, gpus) as (fleet, names, show):
         resolved = placed_on_nodes(resolved, fleet, options, names)
         with fleet.prepared(resolved, profile(resolved)):
@@ -75,7 +73,8 @@ def bench_on_ray(recipe: str, arguments: list[str], parsed: Parsed, benched: Ben
     with _staffed("bench", recipe, arguments, parsed, 0.0) as (fleet, names, _):
 
         def resolve(source: Callable[[], Recipe], plan: Plan) -> Resolved:
-            return placed_on_nodes(_resolved(source, plan, 0.0), fleet, options, names)
+            before = resolve_source(source, plan, devices=without_places(plan, 0.0))
+            return placed_on_nodes(before, fleet, options, names)
 
         return benched(recipe, arguments, parsed, Coordinator(parsed, fleet).site("ray", resolve))
 
@@ -84,9 +83,7 @@ def bench_on_ray(recipe: str, arguments: list[str], parsed: Parsed, benched: Ben
 def _staffed(
     command: str, recipe: str, arguments: list[str], parsed: Parsed, gpus: float
 ) -> Iterator[tuple[RemoteWorkers, str, Callable[[str], Show]]]:
-    """An actor per stage, all gathered; what actors are called, and what shows a run's metrics; raises and blocks as
-    `train_on_ray`, as far as it gets.
-    """
+    """An actor per stage, all gathered; what they are called; what shows a run's metrics. Raises as `train_on_ray`."""
     try:
         from launch.on_ray import cluster as ray_cluster
     except ImportError as error:
@@ -113,26 +110,19 @@ def _staffed(
             actors.call([Call(worker, *told) for worker in range(plan.workers)])
             fleet.gather(reception, MEET_WITHIN_S, memory=f"{cluster.node_id}/{memory()}")
             check_link(plan, fleet.hosts)
-            yield fleet, f"{actors.run}-stage-K", lambda run: ray_cluster.Gauges(run).show
+            yield fleet, f"{actors.run}-stage-K", ray_cluster.gauges_of
 
 
 def showing(
     fleet: RemoteWorkers, shown: Callable[[str], Show]
 ) -> Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]:
-    """What `launch.training.Launcher.working` needs, of prepared agents; what they report is shown as metrics on the
-    way by ``shown``, which gets the run's name.
-    """
+    """What `launch.training.Launcher.working` needs, of prepared agents; ``shown``: name of the run -> its `Show`."""
 
     def working(source: object, resolved: Resolved, run_dir: Path) -> contextlib.nullcontext[Working]:
         reported = _metered(fleet, fleet.run(run_dir), resolved, shown(run_dir.name))
         return contextlib.nullcontext((reported, fleet.end_early))
 
     return working
-
-
-def _resolved(source: Callable[[], Recipe], plan: Plan, gpus: float) -> Resolved:
-    """``resolve_source`` before Ray has said where: this host need not have a GPU, nor a torch with CUDA."""
-    return resolve_source(source, plan, devices=without_places(plan, gpus))
 
 
 def _asked_with(problem: Callable[[], str | None], asked: Callable[[], bool]) -> Callable[[], bool]:

@@ -120,8 +120,7 @@ def changes(base: Any, wanted: Any) -> dict[str, Any]:
 def changed(base: T, differences: Mapping[str, Any]) -> T:
     """The plan that differs from ``base`` as `changes` says: ``changed(base, changes(base, wanted)) == wanted``.
 
-    Raises:
-        msgspec.ValidationError: a value is not of its field's type.
+    Raises msgspec.ValidationError where a value is not of its field's type.
     """
     kinds, values = get_type_hints(type(base)), dict[str, Any]()
     for name, value in differences.items():

@@ -43,8 +43,7 @@ class Coordinator:
 
     def site(self, name: str, resolve: Callable[[Callable[[], Recipe], Plan], Resolved]) -> Site:
         """Where the rows run, with the launcher's name."""
-        ours = Launcher(name, self._working)
-        hosts = tuple(self._hosts)
+        ours, hosts = Launcher(name, self._working), tuple(self._hosts)
         return Site(launcher=ours, places=self, resolve=resolve, agree=self._agree, look=self._look, hosts=hosts)
 
     def host(self, rank: int) -> str:

@@ -36,11 +36,7 @@ _TURN_WITHIN_S = 900.0  # the coordinator may be measuring layers, or drawing
 def take_part(part: RankPart, wire: ControlSocket) -> int:
     """Take part in one benchmark; gives the exit status that the coordinator gave.
 
-    Raises:
-        DriverGone: no more word from the coordinator.
-
-    Blocks:
-        until the coordinator ends the benchmark or is gone; 900 s for the next turn.
+    Blocks until that ends it; raises DriverGone where it is gone, or gives no next turn for 900 s.
     """
     process_context("launch.bench.rivals.rank_process", "launch.bench.single_process", "torch.distributed.pipelining")
     listener()  # the fork server imports while this process waits

@@ -47,10 +47,8 @@ TakesPart = Callable[[RankPart, ControlSocket], int]
 
 
 def understood(parse: Callable[[], Parsed]) -> tuple[Parsed | None, list[str]]:
-    """Recipe and plan, or why there are none here; prints nothing, as the driver prints the same.
-
-    Raises:
-        SystemExit: with status 0, where all that was asked for is help.
+    """Recipe and plan, or why there are none here; prints nothing, as the driver prints the same. Exits where all that
+    was asked for is help.
     """
     said = io.StringIO()
     try:

@@ -46,21 +46,15 @@ BenchesRun = Callable[[str, list[str], Parsed, Site], int]
 
 
 def train_on_ranks(rank: Rank, recipe: str, arguments: list[str], trained: TrainsRun) -> int:
-    """This rank's part of ``freewheel train``; returns the exit status.
+    """This rank's part of ``freewheel train``; returns the exit status, once the training is over.
 
-    Args:
-        rank: this process.
-        recipe: name or path.
-        arguments: the options; without ``--stages`` there are as many as ranks, shared out to the replicas.
-        trained: on rank 0 runs the training and shows what came out.
+    Without ``--stages`` there are as many as ranks, shared out to the replicas. On rank 0 ``trained`` runs the training
+    and shows what came out.
 
     Raises:
         PlanError: on rank 0: something cannot run, on whichever rank; no worker was started.
         RunFailed: on rank 0: a worker or a rank failed; everything was stopped and cleaned up.
         KeyboardInterrupt: a rank was asked to end.
-
-    Blocks:
-        until the training is over.
     """
     parse = partial(_parsed, rank, recipe, arguments)
     if rank.index:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
@@ -57,11 +56,11 @@ def layer_seconds(
     finally:
         torch.set_num_threads(before)
     kinds = [_kind(layer, x) for layer, x in zip(layers, inputs, strict=True)]
-    found: dict[tuple[object, ...], list[float]] = defaultdict(list)
+    fastest: dict[tuple[object, ...], float] = {}
     for seconds in rounds[1:]:  # the first round warms up
         for kind, each in zip(kinds, seconds, strict=True):
-            found[kind].append(each)
-    return [min(found[kind]) for kind in kinds]
+            fastest[kind] = min(each, fastest.get(kind, each))
+    return [fastest[kind] for kind in kinds]
 
 
 def layer_seconds_on(source: Callable[[], Recipe], plan: Plan, device: str) -> list[float]:

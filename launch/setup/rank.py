@@ -66,14 +66,9 @@ class Rank:
         given = os.environ
         if "TORCHELASTIC_RUN_ID" not in given or "RANK" not in given:
             return None
-        return cls(
-            index=int(given["RANK"]),
-            world=int(given["WORLD_SIZE"]),
-            nodes=int(given.get("GROUP_WORLD_SIZE", "1")),
-            store_host=given["MASTER_ADDR"],
-            store_port=int(given["MASTER_PORT"]),
-            prefix=f"freewheel/{given.get('TORCHELASTIC_RESTART_COUNT', '0')}",
-        )
+        counts = int(given["RANK"]), int(given["WORLD_SIZE"]), int(given.get("GROUP_WORLD_SIZE", "1"))
+        prefix = f"freewheel/{given.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        return cls(*counts, given["MASTER_ADDR"], int(given["MASTER_PORT"]), prefix)
 
     def program(self) -> list[str]:
         """How the command is started again with as many ranks."""
@@ -99,9 +94,7 @@ class Rank:
     def call(self, asked: Callable[[], bool]) -> ControlSocket:
         """Every other rank: connect to rank 0. Blocks until it answers, at most 120 s.
 
-        Raises:
-            TimeoutError: there was no connection by then.
-            KeyboardInterrupt: this process was asked to end.
+        TimeoutError: there was no connection by then; KeyboardInterrupt: this process was asked to end.
         """
         store, seen = self._store(), "it has not said where it is"
         store.set(f"{self.prefix}/address/{self.index}", address_towards(self.store_host, self.store_port))
