@@ -25,9 +25,10 @@ from launch.bench.rivals import run_ddp, run_torch_schedule
 from launch.bench.single_process import run_single
 from launch.bench.where_rows_run import Site
 from launch.options.options import Parsed
-from launch.ranks.agreement import OwnPart, changed, changes, preparing, resolved_on
+from launch.ranks.agreement import OwnPart, changed, changes, prepare_task, resolved_on
 from launch.ranks.bench_driver import Coordinator
 from launch.ranks.bench_rank import take_part
+from launch.ranks.part import RankPart
 from launch.setup.recipe_source import GivenRecipe
 from launch.setup.resolve_source import resolve_source
 from launch.show.console import Console
@@ -112,7 +113,7 @@ def ranks(
 
     def part(rank: int, wire: ControlSocket, seen: Parsed, prepare: Any, call: Callable[[], ControlSocket]) -> None:
         try:
-            both.statuses[rank] = take_part(wire, partial(hello, rank), seen, prepare, call, lambda: False)
+            both.statuses[rank] = take_part(RankPart(partial(hello, rank), seen, prepare, call, lambda: False), wire)
         except DriverGone as gone:
             both.statuses[rank] = gone
 
@@ -125,7 +126,7 @@ def ranks(
 
         def second() -> None:
             with contextlib.closing(call()) as both.wire:
-                part(1, both.wire, replace(parsed, source=other or source), partial(preparing, 1), call)
+                part(1, both.wire, replace(parsed, source=other or source), partial(prepare_task, 1), call)
 
         threads = [threading.Thread(target=first), threading.Thread(target=second)]
         for thread in threads:
@@ -133,7 +134,7 @@ def ranks(
         try:
             with fleet:
                 fleet.gather(reception, 10.0, "memory 0")
-                yield Coordinator(parsed, fleet, own).site("test", partial(resolved_on, fleet.hosts))
+                yield Coordinator(parsed, fleet, own).site("test", partial(resolved_on, fleet))
         finally:
             fleet.hang_up()
             for thread in threads:

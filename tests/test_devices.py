@@ -24,7 +24,7 @@ from launch.on_ray import launcher as ray_launcher
 from launch.on_ray.gpus import assigned_device, check_own_room, gpus_wanted, without_places
 from launch.options.options import parse
 from launch.options.ray_options import TrainOptions
-from launch.ranks.agreement import preparing, profile
+from launch.ranks.agreement import prepare_task, profile
 from launch.setup.local_gpus import chosen_here, gpus_here
 from launch.setup.resolve_source import resolve_source
 from pipeline import Plan, PlanError, run_reference
@@ -386,13 +386,13 @@ def test_driver_and_agents_agree_on_the_gpus_that_ray_assigned(replicas: int) ->
         ("cuda", "cuda:3 and cuda:5 are on one host")
     }
     task = Task(list(placed.sizes), hosts, "fw", False, None, profile(placed), list(placed.devices))
-    theirs = [preparing(rank, parsed)(task) for rank in range(len(hosts))]
+    theirs = [prepare_task(rank, parsed, task) for rank in range(len(hosts))]
     assert [assignment.device for assignment in theirs] == devices
     assert {assignment.resolved.channels for assignment in theirs} == {placed.channels}
     other = replace(placed, channels=tuple(ChannelChoice("gloo", "") for _ in placed.channels))
     told = msgspec.structs.replace(task, profile=profile(other))
     with pytest.raises(PlanError, match="its list of channels is cuda"):
-        preparing(0, parsed)(told)
+        prepare_task(0, parsed, told)
 
 
 def test_who_measures_layers_for_gpus_elsewhere_measures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

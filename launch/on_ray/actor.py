@@ -9,7 +9,6 @@ travels on the run's own channels, what is said on the run's own wire.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import sys
 import threading
@@ -21,13 +20,13 @@ import msgspec
 import torch
 
 from launch.on_ray.gpus import assigned_device
-from launch.options.options import Parsed, RunOptions, parse
+from launch.options.options import RunOptions, parse
 from launch.options.ray_options import BenchRunOptions, TrainOptions
-from launch.ranks.agreement import preparing
+from launch.ranks.agreement import prepare_task
 from launch.ranks.bench_rank import take_part
+from launch.ranks.part import RankPart, TakesPart, understood
 from launch.setup.local_gpus import gpus_here
 from launch.setup.rank import memory
-from pipeline import PlanError
 from pipeline.metrics.spans import Span
 from pipeline.plan.replica_layout import called as called_in
 from workers.channels.gpu.nccl import nccl_here
@@ -36,39 +35,27 @@ from workers.processes.context import end_fork_server
 from workers.supervision.control_records import Hello, WorkerStatus
 from workers.supervision.control_socket import connect_to
 from workers.supervision.driver_connection import DriverGone
-from workers.supervision.rank_agent import serve
 
-__all__ = ["THREAD_VARIABLES", "Call", "StageAgent"]
+__all__ = ["Call", "StageAgent"]
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-"""What tells numerical libraries how many threads to use; Ray sets the first one to an actor's CPUs."""
+# What tells numerical libraries how many threads to use; Ray sets the first one to an actor's CPUs.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _CONNECT_WITHIN_S = 20.0
-_COMMANDS: dict[str, tuple[type[RunOptions], str]] = {
-    "train": (TrainOptions, "freewheel train"),
-    "bench": (BenchRunOptions, "freewheel bench"),
+_COMMANDS: dict[str, tuple[type[RunOptions], TakesPart]] = {
+    "train": (TrainOptions, RankPart.train),
+    "bench": (BenchRunOptions, take_part),
 }
 
 
 class Call(msgspec.Struct, frozen=True):
     """What an actor is told: plain data, no code.
 
-    Attributes:
-        stage: which stage.
-        host: address of the driver.
-        port: its port for agents.
-        key: of the run; who does not know it is not let in.
-        command: ``train`` or ``bench``.
-        recipe: name or path, as typed.
-        arguments: options of plan and recipe, as typed.
-        folder: the driver's working folder; relative paths are relative to it where it exists.
-        threads: with how many threads the worker computes.
-        gpus: of each stage; 0: the worker computes on the CPU.
+    ``driver`` is the host, port and key of its `Reception`, ``folder`` its working folder, to which paths are relative
+    where it exists. ``gpus``: of each stage; 0: the worker computes on the CPU.
     """
 
     stage: int
-    host: str
-    port: int
-    key: bytes
+    driver: tuple[str, int, bytes]
     command: str
     recipe: str
     arguments: list[str]
@@ -78,12 +65,8 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class StageAgent:
-    """The agent of one stage in a process that Ray started.
-
-    Args:
-        node: how the node is called in messages.
-        node_id: the node's whole id; only stages on one node share memory.
-        gpus: ids of the GPUs that Ray has assigned to this process.
+    """The agent of one stage in a process that Ray started on ``node``, as messages call it; ``gpus`` are the ids of
+    those that Ray has assigned to this process. Only stages on the node of one ``node_id`` share memory.
     """
 
     def __init__(self, node: str, node_id: str, gpus: Sequence[str]) -> None:
@@ -93,42 +76,35 @@ class StageAgent:
         self._last: WorkerStatus | None = None
 
     def run(self, call: bytes) -> int:
-        """Take part in one run, or in one benchmark.
+        """Take part in one run or benchmark, as a `Call` in MessagePack says, until the driver stops it or is gone.
 
-        Args:
-            call: a `Call` in MessagePack.
-
-        Returns:
-            the exit status that the driver gave; 1: the driver is gone.
-
-        Raises:
-            OSError: the driver cannot be reached from this node.
-
-        Blocks:
-            until the driver stops the run or is gone.
+        Returns the exit status that the driver gave, 1 where it is gone; OSError: it cannot be reached from this node.
         """
         told = msgspec.msgpack.decode(call, type=Call)
         self._stage = told.stage
-        _settle(told)
-        parsed, problems = _understood(told)
+        for name in _THREAD_VARIABLES:
+            os.environ[name] = str(told.threads)
+        with contextlib.suppress(OSError):
+            os.chdir(told.folder)
+        options, takes_part = _COMMANDS[told.command]
+        prog = f"freewheel {told.command}"
+        parsed, problems = understood(partial(parse, told.recipe, told.arguments, options, prog, writes=False))
         device = ""
         if told.gpus and parsed is not None:
             who = called_in(parsed.plan, *divmod(told.stage, parsed.plan.stages))
             visible, built = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.backends.cuda.is_built()
             device, missing = assigned_device(who, self._gpus, visible, gpus_here(), built)
             problems += [missing] if missing else []
-        where = f"{self._node_id}/{memory()}"
 
         def hello() -> Hello:
-            place = self._node, where, new_prefix()
+            place = self._node, f"{self._node_id}/{memory()}", new_prefix()
             return Hello(told.stage, os.getpid(), *place, problems, device=device, nccl=nccl_here())
 
-        connect, asked = partial(connect_to, told.host, told.port, told.key, _CONNECT_WITHIN_S), self._stop.is_set
+        connect = partial(connect_to, *told.driver, _CONNECT_WITHIN_S)
+        prepare, asked = partial(prepare_task, told.stage), self._stop.is_set
         with contextlib.closing(connect()) as wire:
             try:
-                if told.command == "bench":
-                    return take_part(wire, hello, parsed, partial(preparing, told.stage), connect, asked, self._note)
-                return serve(wire, hello(), preparing(told.stage, parsed), asked, self._note)
+                return takes_part(RankPart(hello, parsed, prepare, connect, asked, self._note), wire)
             except DriverGone as gone:
                 print(f"freewheel: stage {told.stage} on {self._node}: {gone}", file=sys.stderr)
                 return 1
@@ -138,20 +114,14 @@ class StageAgent:
     def status(self) -> Mapping[str, Any]:
         """What the stage does now; answers while `run` is busy.
 
-        Returns:
-            stage, node, pid of this process; of its worker: span (what it does, None before the start), batch (or -1),
-            progress (how often it turned to work) and state (its process's letter in /proc).
+        Stage, node, pid of this process; of its worker: span (what it does, None before the start), batch (or -1),
+        progress (how often it turned to work) and state (its process's letter in /proc).
         """
-        last = self._last
-        return {
-            "stage": self._stage,
-            "node": self._node_id,
-            "pid": os.getpid(),
-            "span": None if last is None else Span(last.span).name.lower(),
-            "batch": -1 if last is None else last.batch,
-            "progress": 0 if last is None else last.progress,
-            "state": "" if last is None else last.state,
-        }
+        status = {"stage": self._stage, "node": self._node_id, "pid": os.getpid()}
+        if (last := self._last) is None:
+            return {**status, "span": None, "batch": -1, "progress": 0, "state": ""}
+        span = Span(last.span).name.lower()
+        return {**status, "span": span, "batch": last.batch, "progress": last.progress, "state": last.state}
 
     def stop(self) -> None:
         """End the whole run, as Ctrl-C at the driver does. Does not wait for it."""
@@ -159,24 +129,3 @@ class StageAgent:
 
     def _note(self, status: WorkerStatus) -> None:
         self._last = status
-
-
-def _settle(told: Call) -> None:
-    """Make this process, and so the worker it starts, like one of a local run."""
-    for name in THREAD_VARIABLES:
-        os.environ[name] = str(told.threads)
-    with contextlib.suppress(OSError):
-        os.chdir(told.folder)
-
-
-def _understood(told: Call) -> tuple[Parsed | None, list[str]]:
-    """Recipe and plan, or why there are none here."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            options, prog = _COMMANDS[told.command]
-            return parse(told.recipe, told.arguments, options, prog, writes=False), []
-    except PlanError as error:
-        return None, list(error.problems)
-    except SystemExit:
-        return None, [f"it refuses the options: {' '.join(said.getvalue().split())}"]

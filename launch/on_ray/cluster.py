@@ -39,7 +39,7 @@ from launch.setup.local_gpus import gpus_here
 from launch.show.bounded_exit import tidied
 from pipeline import PlanError
 
-__all__ = ["NAMESPACE", "Actors", "Cluster", "Gauges", "connected"]
+__all__ = ["NAMESPACE", "Actors", "Cluster", "connected", "gauges_of"]
 
 NAMESPACE = "freewheel"
 """Ray namespace of our actors, which are called RUN-stage-K."""
@@ -53,18 +53,11 @@ _KILLED_WITHIN_S = 10.0
 
 @contextlib.contextmanager
 def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator[Cluster]:
-    """Connect this process to Ray.
+    """Connect this process to Ray at ``auto``, ``local`` or HOST:PORT; a local Ray has room for all stages, of which
+    each takes ``needs``.
 
-    Args:
-        address: ``auto``, ``local`` or HOST:PORT.
-        needs: what one stage takes; a local Ray is made so that all find room.
-        stages: number of stages.
-
-    Raises:
-        PlanError: there is no cluster, or it does not take us; or a local one would have too few GPUs.
-
-    Blocks:
-        until connected; 5 s where nobody answers. Ray's own start takes seconds.
+    PlanError: there is no cluster, or it does not take us; or a local one would have too few GPUs. Blocks until
+    connected, 5 s where nobody answers; Ray's own start takes seconds.
     """
     local = address == "local"
     with ray_environment(local, _forget_authentication):
@@ -81,45 +74,21 @@ def connected(address: str, needs: Mapping[str, float], stages: int) -> Iterator
 
 
 class Cluster:
-    """A connection to Ray.
-
-    Args:
-        head: the cluster's head, looked after.
-
-    Attributes:
-        node_id: id of the node that this process is on.
-        host: address of that node, as the others reach it.
-    """
+    """A connection to Ray: its head, looked after, and id and address (``host``) of the node this process is on."""
 
     def __init__(self, head: RayHead) -> None:
         self.head = head
         self.node_id: str = ray.get_runtime_context().get_node_id()
-        self.host = _own_address()
+        self.host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def stages(
-        self,
-        needs: Mapping[str, float],
-        stages: int,
-        strategy: str,
-        within_s: float,
-        asked: Callable[[], bool],
+        self, needs: Mapping[str, float], stages: int, strategy: str, within_s: float, asked: Callable[[], bool]
     ) -> Iterator[Actors]:
         """Reserve room for all stages at once, start an actor in each place, and end all on the way out.
 
-        Args:
-            needs: what every stage takes.
-            stages: number of stages.
-            strategy: Ray's placement strategy.
-            within_s: how long to wait for room, in seconds.
-            asked: whether somebody asked this process to end.
-
-        Raises:
-            PlanError: there was no room in time, or an actor could not be started.
-            KeyboardInterrupt: this process was asked to end.
-
-        Blocks:
-            until all actors live; at most ``within_s`` for room, and 120 s for the processes.
+        PlanError: there was no room in time, or an actor could not be started; KeyboardInterrupt: this process was
+        ``asked`` to end. Blocks until all actors live; at most ``within_s`` for room, and 120 s for the processes.
         """
         group = placement_group([dict(needs)] * stages, strategy=strategy)
         try:
@@ -136,18 +105,12 @@ class Cluster:
 
 
 class Actors:
-    """One actor per stage.
-
-    Attributes:
-        run: what their names, RUN-stage-K, begin with.
-        node_ids: id of every stage's node, once `await_birth` has returned.
-    """
+    """One actor per stage; ``run`` is what their names, RUN-stage-K, begin with."""
 
     def __init__(self, group: PlacementGroup, needs: Mapping[str, float], stages: int, head: RayHead) -> None:
         self.run, self._head = secrets.token_hex(4), head
         gpus = needs.get("GPU", 0.0)
         custom = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")}
-        self.node_ids: list[str] = []
         self._runs: list[Any] = []
         actor: Any = _ACTOR(StageActor)
         self._actors = [
@@ -166,12 +129,11 @@ class Actors:
         """Wait until all live; raises and blocks as `Cluster.stages` says."""
         statuses = [actor.status.remote() for actor in self._actors]
         if not _arrived(statuses, _BORN_WITHIN_S, asked):
-            raise PlanError(
-                f"Ray did not start the actors of all stages within {_BORN_WITHIN_S:.0f} s: see ray status."
-            )
+            within = f"within {_BORN_WITHIN_S:.0f} s"
+            raise PlanError(f"Ray did not start the actors of all stages {within}: see ray status.")
         for stage, status in enumerate(statuses):
             try:
-                self.node_ids.append(ray.get(status)["node"])
+                ray.get(status)
             except RayError as error:
                 raise PlanError(
                     f"the actor of stage {stage} did not start: {_why(error)}; Freewheel, PyTorch and Ray have to be "
@@ -186,8 +148,7 @@ class Actors:
     def lost(self, stage: int, within_s: float = 0.0) -> str | None:
         """What Ray knows about the end of an actor's ``run``; None: that it runs.
 
-        Blocks:
-            at most ``within_s``, and as long again to see whether the head is gone, which is then the reason.
+        Blocks at most ``within_s``, and as long again to see whether the head is gone, which is then the reason.
         """
         ended, _ = ray.wait([self._runs[stage]], timeout=within_s)
         if not ended:
@@ -206,30 +167,27 @@ class Actors:
         tidied(_TIDY_WITHIN_S, lambda: [ray.kill(actor) for actor in self._actors])
 
 
-class Gauges:
-    """What Ray's metrics show of a run while it trains, each with the tag ``run``.
+def gauges_of(run: str) -> Callable[[float, float | None, Sequence[float]], None]:
+    """What sets Ray's metrics of a run while it trains (``launch.on_ray.launcher.Show``), each with the tag ``run``.
 
-    ``freewheel_loss``: mean of the batches last reported. ``freewheel_samples_per_s``: since the report before.
-    ``freewheel_stage_busy_share``, by ``stage``: share of the last 50 looks, at most five a second, that found the
-    stage's worker at work. The exact shares come from the spans, in the run's own result.
+    Busy shares are of the last 50 looks, at most five a second; exact ones come from the spans, in the run's result.
     """
+    tag = {"run": run}
+    loss = Gauge("freewheel_loss", "mean loss of the batches last reported", ("run",))
+    rate = Gauge("freewheel_samples_per_s", "samples per second since the last report", ("run",))
+    busy = Gauge("freewheel_stage_busy_share", "share of looks that found a stage at work", ("run", "stage"))
 
-    def __init__(self, run: str) -> None:
-        self._run = {"run": run}
-        self._loss = Gauge("freewheel_loss", "mean loss of the batches last reported", ("run",))
-        self._rate = Gauge("freewheel_samples_per_s", "samples per second since the last report", ("run",))
-        self._busy = Gauge("freewheel_stage_busy_share", "share of looks that found a stage at work", ("run", "stage"))
-
-    def show(self, loss: float, samples_per_s: float | None, busy_shares: Sequence[float]) -> None:
-        """Set all of them."""
-        self._loss.set(loss, self._run)
+    def show(mean: float, samples_per_s: float | None, busy_shares: Sequence[float]) -> None:
+        loss.set(mean, tag)
         if samples_per_s is not None:
-            self._rate.set(samples_per_s, self._run)
+            rate.set(samples_per_s, tag)
         for stage, share in enumerate(busy_shares):
-            self._busy.set(share, {**self._run, "stage": str(stage)})
+            busy.set(share, {**tag, "stage": str(stage)})
+
+    return show
 
 
-class StageActor:
+class StageActor(StageAgent):
     """`StageAgent` as an actor: ``run`` keeps one thread, control methods have two of their own.
 
     The driver kills it when its run is over. Without the cluster's head nobody can, so it then ends by itself.
@@ -238,31 +196,22 @@ class StageActor:
     def __init__(self) -> None:
         node_id: str = ray.get_runtime_context().get_node_id()
         gpus: list[str] = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-        self._agent = StageAgent(f"node {node_id[:8]} ({_own_address()})", node_id, gpus)
+        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        super().__init__(f"node {node_id[:8]} ({address})", node_id, gpus)
 
     def run(self, call: bytes) -> int:
         try:
-            return self._agent.run(call)
+            return super().run(call)
         finally:
             end = threading.Timer(_KILLED_WITHIN_S, os._exit, (0,))
             end.daemon = True
             end.start()
 
-    @ray.method(concurrency_group="control")
-    def status(self) -> Mapping[str, Any]:
-        return self._agent.status()
-
-    @ray.method(concurrency_group="control")
-    def stop(self) -> None:
-        self._agent.stop()
+    status = ray.method(concurrency_group="control")(StageAgent.status)
+    stop = ray.method(concurrency_group="control")(StageAgent.stop)
 
 
 _ACTOR: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 2})  # type: ignore[call-overload]
-
-
-def _own_address() -> str:
-    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    return address
 
 
 def _forget_authentication() -> None:
@@ -272,10 +221,8 @@ def _forget_authentication() -> None:
 
 
 def _own(needs: Mapping[str, float], stages: int) -> dict[str, Any]:
-    """A Ray of this run's own, with room for all stages however few cores there are, as for local workers.
-
-    Raises:
-        PlanError: this host has too few GPUs.
+    """A Ray of this run's own, with room for all stages however few cores there are, as for local workers; raises
+    PlanError where this host has too few GPUs.
     """
     room = {name: amount * stages for name, amount in needs.items()}
     num_cpus, num_gpus = math.ceil(room.pop("CPU")), None
@@ -315,23 +262,20 @@ def _arrived(refs: list[Any], within_s: float, asked: Callable[[], bool]) -> boo
 
 
 def _no_room(needs: Mapping[str, float], stages: int, strategy: str, within_s: float) -> str:
-    wanted = _amounts(needs)
-    there = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    def amounts(resources: Mapping[str, float]) -> str:
+        return ", ".join(f"{name} {resources.get(name, 0.0):g}" for name in needs)
+
     free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
     lines = "; ".join(
-        f"node {node['NodeID'][:8]} has {_amounts({name: node['Resources'].get(name, 0.0) for name in needs})}, free "
-        f"{_amounts({name: free.get(node['NodeID'], {}).get(name, 0.0) for name in needs})}"
-        for node in there
+        f"node {name[:8]} has {amounts(node['Resources'])}, free {amounts(free.get(name, {}))}"
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and (name := node["NodeID"])
     )
     less = "--ray.cpus, --ray.gpus" if "GPU" in needs else "--ray.cpus"
     return (
-        f"no room for {stages} stages with {wanted} each ({strategy}) within {within_s:g} s: {lines}. Give the stages "
-        f"less ({less}), wait longer (--ray.wait-s), choose another --ray.strategy, or add nodes."
+        f"no room for {stages} stages with {amounts(needs)} each ({strategy}) within {within_s:g} s: {lines}. Give the "
+        f"stages less ({less}), wait longer (--ray.wait-s), choose another --ray.strategy, or add nodes."
     )
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
 
 
 def _why(error: RayError) -> str:

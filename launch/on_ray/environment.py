@@ -13,7 +13,6 @@ from workers.processes.context import folder_for_sockets
 __all__ = ["ray_environment"]
 
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-_NICENESS = "RAY_worker_niceness"
 _SOCKET_BYTES = len("/ray/session_2027-01-05_10-02-33_123456_1234567/sockets/plasma_store")
 
 
@@ -26,13 +25,11 @@ def ray_environment(own: bool, forget: Callable[[], None]) -> Iterator[None]:
     user's token if there is one. The actors of a local Ray are no nicer than this program, as local workers are not,
     unless ``RAY_worker_niceness`` says so; Ray's own default, 15, leaves them what nobody else wants.
 
-    Args:
-        own: for a Ray of this run's own.
-        forget: has Ray forget the mode and the token that it has read.
+    ``own``: for a Ray of this run's own; ``forget`` has Ray forget the mode and the token that it has read.
     """
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
     if own:
-        os.environ.setdefault(_NICENESS, "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_TMPDIR", folder_for_sockets(_SOCKET_BYTES))
     if _MODE not in before:
         if own:

@@ -30,12 +30,8 @@ _LISTED = 8
 def gpus_wanted(plan: Plan, given: float | None) -> float:
     """How much of a GPU Ray sets aside for each stage; 0: stages compute on the CPU.
 
-    Args:
-        plan: the wish.
-        given: ``--ray.gpus``; None: 1 with device cuda, else 0.
-
-    Raises:
-        PlanError: the plan says which GPU, or it and ``given`` contradict each other.
+    ``given`` is ``--ray.gpus``; None: 1 with device cuda, else 0. Raises PlanError where the plan says which GPU, or it
+    and ``given`` contradict each other.
     """
     if plan.device not in ("auto", "cuda") and first_gpu(plan.device.split(",")):
         raise PlanError(
@@ -54,13 +50,9 @@ def gpus_wanted(plan: Plan, given: float | None) -> float:
 
 
 def without_places(plan: Plan, gpus: float) -> DeviceChoice:
-    """Where workers compute, as far as it is known before Ray has placed them: on a GPU or not.
+    """Where workers compute, as far as it is known before Ray has placed them: on a GPU, if `gpus_wanted` says so.
 
-    Which GPU, and whether torch there has NCCL, says `with_devices` later.
-
-    Args:
-        plan: the wish.
-        gpus: as `gpus_wanted` says.
+    Which GPU, and whether torch there has NCCL, says `with_devices` later; this host need have neither.
     """
     if gpus:
         placeholders = tuple(f"cuda:{worker}" for worker in range(plan.workers))
@@ -71,12 +63,9 @@ def without_places(plan: Plan, gpus: float) -> DeviceChoice:
 
 
 def with_devices(resolved: Resolved, devices: Sequence[str], nccl: bool) -> Resolved:
-    """What `without_places` has left open, filled in, with reasons for the first screen and plan.json.
+    """What `without_places` has left open of a run on GPUs, filled in, with reasons for the first screen and plan.json.
 
-    Args:
-        resolved: of a run on GPUs. Its channels stay as they are.
-        devices: the GPU of every worker, as torch on its node calls it.
-        nccl: whether torch on all nodes has NCCL.
+    ``devices`` is the GPU of every worker, as torch on its node calls it; ``nccl``: whether all have NCCL.
     """
     said = {"device": DeviceChoice(tuple(devices), "Ray assigned them").says}
     why = {"device": "Ray assigned them"}
@@ -87,17 +76,11 @@ def with_devices(resolved: Resolved, devices: Sequence[str], nccl: bool) -> Reso
 
 
 def assigned_device(who: str, ids: Sequence[str], visible: str | None, count: int, built: bool) -> tuple[str, str]:
-    """What torch on a node calls the GPU that Ray assigned there, and what is wrong with it.
+    """What torch on a node calls the GPU that Ray assigned there: (device, ""), or ("", what is wrong with it).
 
-    Args:
-        who: computes on it, as users see it called.
-        ids: what Ray assigned: numbers, or entries of ``visible``.
-        visible: ``CUDA_VISIBLE_DEVICES`` of the node, which Ray leaves as it is (``SEE_ALL``); None: not set.
-        count: how many GPUs torch sees there.
-        built: whether torch there is built with CUDA.
-
-    Returns:
-        (device, ""), or ("", a sentence) where there is no such GPU; what precedes it says on which node.
+    ``who`` computes on it, as users see it called. ``ids`` are numbers, or entries of ``visible``, the node's
+    ``CUDA_VISIBLE_DEVICES`` (None: not set), which Ray leaves as it is. Torch there sees ``count`` GPUs, and is
+    ``built`` with CUDA or not.
     """
     if len(ids) != 1:
         assigned = f"{len(ids)} GPUs ({', '.join(ids)})" if ids else "no GPU"
@@ -121,16 +104,7 @@ def assigned_device(who: str, ids: Sequence[str], visible: str | None, count: in
 
 
 def check_own_room(gpus: float, stages: int, count: int) -> None:
-    """Refuse what a Ray of this run's own cannot place.
-
-    Args:
-        gpus: of each stage; more than 0, at most 1.
-        stages: number of stages.
-        count: how many GPUs torch sees on this host.
-
-    Raises:
-        PlanError: there are too few.
-    """
+    """PlanError where a Ray of this run's own cannot place stages that each take ``gpus`` of this host's ``count``."""
     on_one = math.floor(1.0 / gpus + 1e-9)
     if count * on_one < stages:
         found = f"torch finds {count} GPU{'s' if count != 1 else ''} on this host" if count else "torch finds none here"

@@ -13,8 +13,6 @@ from typing import Self
 
 __all__ = ["RayHead", "connects"]
 
-_LOOK_EVERY_S = 1.0
-_PATIENCE_S = 10.0
 _CONNECT_WITHIN_S = 5.0
 _REMEDY = "look whether the head node is up, and into gcs_server.out of its session; then start Ray and the run again"
 
@@ -30,15 +28,9 @@ def connects(address: str, within_s: float = _CONNECT_WITHIN_S) -> OSError | Non
 
 
 class RayHead:
-    """Looks after the head, from a thread, as long as it is entered.
+    """Looks after the head, from a thread, as long as it is entered; ``address``: of its control service (GCS)."""
 
-    Args:
-        address: HOST:PORT of the head's control service (GCS).
-        look_every_s: how often.
-        patience_s: how long it may be silent.
-    """
-
-    def __init__(self, address: str, look_every_s: float = _LOOK_EVERY_S, patience_s: float = _PATIENCE_S) -> None:
+    def __init__(self, address: str, look_every_s: float = 1.0, patience_s: float = 10.0) -> None:
         self._address, self._look_every_s, self._patience_s = address, look_every_s, patience_s
         self._silent: tuple[float, OSError] | None = None
         self._over = threading.Event()
@@ -47,9 +39,8 @@ class RayHead:
     def problem(self) -> str | None:
         """Why the run has to end, once the head was silent for too long. Does not block."""
         silent = self._silent
-        if silent is None or time.monotonic() - silent[0] < self._patience_s:
+        if silent is None or (since_s := time.monotonic() - silent[0]) < self._patience_s:
             return None
-        since_s = time.monotonic() - silent[0]
         why = f"{self._said(silent[1])}, for {since_s:.0f} s now, and Ray ends whatever is connected to it after 60 s"
         return f"{why}: {_REMEDY}"
 

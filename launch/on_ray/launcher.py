@@ -12,17 +12,17 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from launch.on_ray.actor import Call
 from launch.on_ray.gpus import gpus_wanted, with_devices, without_places
 from launch.options.options import Parsed
 from launch.options.ray_options import BenchRunOptions, TrainOptions, needs_of
-from launch.ranks.agreement import profile
+from launch.ranks.agreement import check_link, profile
 from launch.ranks.bench_driver import Coordinator
 from launch.ranks.torchrun import BenchesRun, TrainsRun
-from launch.setup.rank import MEET_WITHIN_S, Asked, memory
+from launch.setup.rank import MEET_WITHIN_S, held_back_signals, memory
 from launch.setup.resolve_source import resolve_source
 from launch.training import Launcher, Working
 from pipeline import Plan, PlanError, Recipe
@@ -45,71 +45,45 @@ _NOT_AT_WORK = (*WAITING, Span.OTHER)
 
 
 def train_on_ray(recipe: str, arguments: list[str], parsed: Parsed, trained: TrainsRun) -> int:
-    """``freewheel train --launcher ray``.
-
-    Args:
-        recipe: name or path.
-        arguments: the options.
-        parsed: what they say.
-        trained: runs the training and shows what came out.
-
-    Returns:
-        the exit status.
+    """``freewheel train --launcher ray``: ``trained`` runs the training; returns the exit status, once it is over.
 
     Raises:
         PlanError: Ray is not there or has no room, or something cannot run on a node; no worker was started.
         RunFailed: a worker, an actor or a node failed; everything was stopped and cleaned up.
         KeyboardInterrupt: this process, or an actor's ``stop``, was asked to end the run.
-
-    Blocks:
-        until the training is over.
     """
     options: TrainOptions = parsed.run
     gpus = gpus_wanted(parsed.plan, options.ray.gpus)
-    resolved = _resolved(parsed.source, parsed.plan, gpus)  # what cannot run is refused before Ray is asked
-    with _staffed("train", recipe, arguments, parsed, gpus) as staff:
-        fleet = staff.fleet
-        resolved = placed_on_nodes(resolved, fleet, options, staff.names)
+    places = without_places(parsed.plan, gpus)
+    resolved = resolve_source(parsed.source, parsed.plan, devices=places)  # refuses what cannot run before Ray is asked
+    with _staffed("train", recipe, arguments, parsed, gpus) as (fleet, names, show):
+        resolved = placed_on_nodes(resolved, fleet, options, names)
         with fleet.prepared(resolved, profile(resolved)):
-            working = showing(fleet, staff.show)
-            return trained(recipe, arguments, parsed, resolved, Launcher("ray", working))
+            return trained(recipe, arguments, parsed, resolved, Launcher("ray", showing(fleet, show)))
 
 
 def bench_on_ray(recipe: str, arguments: list[str], parsed: Parsed, benched: BenchesRun) -> int:
-    """``freewheel bench --launcher ray``; arguments, errors and blocking as with ``train_on_ray``.
-
-    Args:
-        recipe: name or path.
-        arguments: the options.
-        parsed: what they say.
-        benched: runs the rows and shows what came out.
-    """
+    """``freewheel bench --launcher ray``, as with ``train_on_ray``; ``benched`` runs the rows."""
     options: BenchRunOptions = parsed.run
-
-    def resolve(source: Callable[[], Recipe], plan: Plan) -> Resolved:
-        return placed_on_nodes(_resolved(source, plan, 0.0), staff.fleet, options, staff.names)
-
     if gpus_wanted(parsed.plan, options.ray.gpus):
         raise PlanError(
             "bench with launcher ray is there on the CPU only: its row backprop trains in this process, for which Ray "
             "sets no GPU aside: use torchrun, or choose device cpu and leave --ray.gpus out."
         )
-    with _staffed("bench", recipe, arguments, parsed, 0.0) as staff:
-        return benched(recipe, arguments, parsed, Coordinator(parsed, staff.fleet).site("ray", resolve))
+    with _staffed("bench", recipe, arguments, parsed, 0.0) as (fleet, names, _):
 
+        def resolve(source: Callable[[], Recipe], plan: Plan) -> Resolved:
+            before = resolve_source(source, plan, devices=without_places(plan, 0.0))
+            return placed_on_nodes(before, fleet, options, names)
 
-@dataclass(frozen=True)
-class _Staff:
-    """Actors that live, and what the driver knows them by."""
-
-    fleet: RemoteWorkers
-    names: str
-    show: Callable[[str], Show]
+        return benched(recipe, arguments, parsed, Coordinator(parsed, fleet).site("ray", resolve))
 
 
 @contextlib.contextmanager
-def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed, gpus: float) -> Iterator[_Staff]:
-    """An actor per stage, all gathered; raises and blocks as `train_on_ray`, as far as it gets."""
+def _staffed(
+    command: str, recipe: str, arguments: list[str], parsed: Parsed, gpus: float
+) -> Iterator[tuple[RemoteWorkers, str, Callable[[str], Show]]]:
+    """An actor per stage, all gathered; what they are called; what shows a run's metrics. Raises as `train_on_ray`."""
     try:
         from launch.on_ray import cluster as ray_cluster
     except ImportError as error:
@@ -124,61 +98,31 @@ def _staffed(command: str, recipe: str, arguments: list[str], parsed: Parsed, gp
     needs = needs_of(options.ray, plan.threads, gpus)
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(ray_cluster.connected(address, needs, plan.workers))
-        asked = _asked_with(cluster.head.problem, Asked())
-        actors = stack.enter_context(
-            cluster.stages(needs, plan.workers, options.ray.strategy, options.ray.wait_s, asked)
-        )
+        asked = _asked_with(cluster.head.problem, held_back_signals())
+        where = options.ray.strategy, options.ray.wait_s
+        actors = stack.enter_context(cluster.stages(needs, plan.workers, *where, asked))
         reception = stack.enter_context(Reception(cluster.host))
         fleet = RemoteWorkers(plan.workers, asked, lost=actors.lost)
         stack.callback(fleet.hang_up)
         with fleet:
-            actors.call(_calls(command, recipe, arguments, plan, gpus, reception))
+            driver = reception.host, reception.port, reception.key
+            told = driver, command, recipe, arguments, os.getcwd(), plan.threads, gpus
+            actors.call([Call(worker, *told) for worker in range(plan.workers)])
             fleet.gather(reception, MEET_WITHIN_S, memory=f"{cluster.node_id}/{memory()}")
-            if plan.link is not None and len(set(fleet.hosts)) > 1:
-                raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
-            yield _Staff(fleet, f"{actors.run}-stage-K", lambda run: ray_cluster.Gauges(run).show)
+            check_link(plan, fleet.hosts)
+            yield fleet, f"{actors.run}-stage-K", ray_cluster.gauges_of
 
 
 def showing(
     fleet: RemoteWorkers, shown: Callable[[str], Show]
 ) -> Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]:
-    """What `launch.training.Launcher.working` needs, showing what is reported as metrics on the way.
+    """What `launch.training.Launcher.working` needs, of prepared agents; ``shown``: name of the run -> its `Show`."""
 
-    Args:
-        fleet: the agents, prepared.
-        shown: name of the run -> who shows its metrics.
-    """
-
-    @contextlib.contextmanager
-    def working(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
-        yield _metered(fleet, fleet.run(run_dir), resolved, shown(run_dir.name)), fleet.end_early
+    def working(source: object, resolved: Resolved, run_dir: Path) -> contextlib.nullcontext[Working]:
+        reported = _metered(fleet, fleet.run(run_dir), resolved, shown(run_dir.name))
+        return contextlib.nullcontext((reported, fleet.end_early))
 
     return working
-
-
-def _calls(
-    command: str, recipe: str, arguments: Sequence[str], plan: Plan, gpus: float, reception: Reception
-) -> list[Call]:
-    return [
-        Call(
-            stage=worker,
-            host=reception.host,
-            port=reception.port,
-            key=reception.key,
-            command=command,
-            recipe=recipe,
-            arguments=list(arguments),
-            folder=os.getcwd(),
-            threads=plan.threads,
-            gpus=gpus,
-        )
-        for worker in range(plan.workers)
-    ]
-
-
-def _resolved(source: Callable[[], Recipe], plan: Plan, gpus: float) -> Resolved:
-    """``resolve_source`` before Ray has said where: this host need not have a GPU, nor a torch with CUDA."""
-    return resolve_source(source, plan, devices=without_places(plan, gpus))
 
 
 def _asked_with(problem: Callable[[], str | None], asked: Callable[[], bool]) -> Callable[[], bool]:
@@ -195,14 +139,8 @@ def _asked_with(problem: Callable[[], str | None], asked: Callable[[], bool]) ->
 def placed_on_nodes(resolved: Resolved, fleet: RemoteWorkers, options: TrainOptions, names: str) -> Resolved:
     """With the devices that Ray assigned, the channels that fit the places, and all of it among the reasons.
 
-    Args:
-        resolved: as it was before Ray placed the stages (``launch.on_ray.gpus.without_places``).
-        fleet: the agents, gathered.
-        options: the strategy, for the reason.
-        names: what the actors are called.
-
-    Raises:
-        PlanError: a channel was asked for that does not fit the places.
+    ``resolved`` is as it was before Ray placed the stages (``launch.on_ray.gpus.without_places``); ``names`` is what
+    the actors are called. Raises PlanError where a channel was asked for that does not fit the places.
     """
     if first_gpu(resolved.devices):
         devices = [hello.device for hello in fleet.hellos]

@@ -27,81 +27,66 @@ from workers.channels.gpu.nccl import nccl_here
 from workers.channels.names import Names
 from workers.channels.net.gloo import Rendezvous
 from workers.supervision.control_records import Task
+from workers.supervision.remote_workers import RemoteWorkers
 from workers.worker.assignment import Assignment
 
-__all__ = ["OwnPart", "PrepareTask", "assignment", "changed", "changes", "preparing", "profile", "resolved_on"]
+__all__ = ["OwnPart", "PrepareTask", "changed", "changes", "check_link", "prepare_task", "profile", "resolved_on"]
 
 T = TypeVar("T")
-PrepareTask = Callable[[Parsed | None], Callable[[Task], Assignment]]
-"""What is to be run -> what makes this rank's assignment of a task; the latter raises PlanError where they differ."""
+PrepareTask = Callable[[Parsed | None, Task], Assignment]
+"""(recipe and plan as this process understands them; None: it did not, the driver's task) -> this rank's assignment.
+Raises PlanError where driver and rank differ."""
 
 
 class OwnPart:
-    """The agent in the driver's own process: it need not resolve again.
+    """The agent in the driver's own process: it need not resolve again, once the driver has set ``resolved``."""
 
-    Attributes:
-        resolved: what the driver has resolved, once it has.
-    """
+    resolved: Resolved | None = None
 
-    def __init__(self) -> None:
-        self.resolved: Resolved | None = None
-
-    def prepare(self, parsed: Parsed | None) -> Callable[[Task], Assignment]:
+    def prepare(self, parsed: Parsed | None, task: Task) -> Assignment:
         """See ``PrepareTask``."""
-
-        def prepared(task: Task) -> Assignment:
-            assert parsed is not None, "the driver ends a run that it has not understood"
-            assert self.resolved is not None, "the driver resolves before it says what to do"
-            return assignment(0, parsed, self.resolved, task)
-
-        return prepared
+        assert parsed is not None, "the driver ends a run that it has not understood"
+        assert self.resolved is not None, "the driver resolves before it says what to do"
+        return _assignment(0, parsed, self.resolved, task)
 
 
-def preparing(index: int, parsed: Parsed | None) -> Callable[[Task], Assignment]:
-    """What makes one agent's assignment from the driver's task; for ``workers.supervision.rank_agent.serve``.
-
-    Args:
-        index: the agent's rank, which is its worker's number (``pipeline.plan.replica_layout``).
-        parsed: recipe and plan as this process understands them; None: it did not, and the driver ends the run.
-    """
-
-    def prepare(task: Task) -> Assignment:
-        assert parsed is not None, "the driver ends a run whose ranks have problems"
-        plan = replace(parsed.plan, sizes=tuple(task.sizes), cuts=None)
-        devices = DeviceChoice(tuple(task.devices), "as rank 0 says", nccl_here()) if task.devices else None
-        resolved = resolve_source(parsed.source, plan, task.hosts, index, devices)
-        mine = profile(resolved)
-        problems = [
-            f"its {what} is {mine.get(what)}, that of rank 0 {value}: give all ranks the same command, recipe and data."
-            for what, value in task.profile.items()
-            if mine.get(what) != value
-        ]
-        if problems:
-            raise PlanError(*problems)
-        return assignment(index, parsed, resolved, task)
-
-    return prepare
+def prepare_task(index: int, parsed: Parsed | None, task: Task) -> Assignment:
+    """See ``PrepareTask``. ``index`` is the rank, which is its worker's number (``pipeline.plan.replica_layout``)."""
+    assert parsed is not None, "the driver ends a run whose ranks have problems"
+    plan = replace(parsed.plan, sizes=tuple(task.sizes), cuts=None)
+    devices = DeviceChoice(tuple(task.devices), "as rank 0 says", nccl_here()) if task.devices else None
+    resolved = resolve_source(parsed.source, plan, task.hosts, index, devices)
+    mine = profile(resolved)
+    problems = [
+        f"its {what} is {mine.get(what)}, that of rank 0 {value}: give all ranks the same command, recipe and data."
+        for what, value in task.profile.items()
+        if mine.get(what) != value
+    ]
+    if problems:
+        raise PlanError(*problems)
+    return _assignment(index, parsed, resolved, task)
 
 
-def assignment(index: int, parsed: Parsed, resolved: Resolved, task: Task) -> Assignment:
-    """One agent's part of the run; its folder is filled in at the start."""
+def _assignment(index: int, parsed: Parsed, resolved: Resolved, task: Task) -> Assignment:
+    """The folder is filled in at the start."""
     meeting = Rendezvous(*task.meeting) if task.meeting else None
     replica, stage = divmod(index, resolved.plan.stages)
     names, bare = Names(task.prefix), without_loss(resolved)
     return Assignment(stage, bare, parsed.source, names, Path(), meeting, replica=replica)
 
 
-def resolved_on(
-    hosts: Sequence[str], source: Callable[[], Recipe], plan: Plan, *, gpus: Sequence[int] | None = None
-) -> Resolved:
-    """A driver's ``resolve_source``, with the hosts of all stages, and how many GPUs each of these has.
+def resolved_on(workers: RemoteWorkers, source: Callable[[], Recipe], plan: Plan) -> Resolved:
+    """A driver's ``resolve_source``, with the hosts of the gathered agents and the GPUs there, and ``check_link``."""
+    hosts = workers.hosts
+    check_link(plan, hosts)
+    gpus = [hello.gpus for hello in workers.hellos]
+    return resolve_source(source, plan, hosts, devices=chosen_here(plan, hosts, gpus))
 
-    Raises:
-        PlanError: also where links are emulated between hosts.
-    """
+
+def check_link(plan: Plan, hosts: Sequence[str]) -> None:
+    """Raises PlanError where links are to be emulated between hosts."""
     if plan.link is not None and len(set(hosts)) > 1:
         raise PlanError("link delays messages by the clock of one host, and there are several: leave it out.")
-    return resolve_source(source, plan, hosts, devices=chosen_here(plan, hosts, gpus))
 
 
 def profile(resolved: Resolved) -> dict[str, str]:
@@ -135,8 +120,7 @@ def changes(base: Any, wanted: Any) -> dict[str, Any]:
 def changed(base: T, differences: Mapping[str, Any]) -> T:
     """The plan that differs from ``base`` as `changes` says: ``changed(base, changes(base, wanted)) == wanted``.
 
-    Raises:
-        msgspec.ValidationError: a value is not of its field's type.
+    Raises msgspec.ValidationError where a value is not of its field's type.
     """
     kinds, values = get_type_hints(type(base)), dict[str, Any]()
     for name, value in differences.items():

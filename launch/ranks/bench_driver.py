@@ -19,18 +19,7 @@ from launch.bench.rivals import DDP, Hear, Rival, Said, TorchSchedule, Training
 from launch.bench.where_rows_run import Site
 from launch.options.options import Parsed
 from launch.ranks.agreement import OwnPart, changes, profile
-from launch.ranks.bench_messages import (
-    Agree,
-    Answer,
-    Halt,
-    Halted,
-    RaceTurn,
-    RankSaid,
-    Seen,
-    TrainTurn,
-    Turn,
-    answer_in,
-)
+from launch.ranks.bench_messages import Agree, Answer, Halt, Halted, RaceTurn, RankSaid, Seen, TrainTurn, Turn
 from launch.training import Launcher, Working
 from pipeline import Plan, PlanError, Recipe
 from pipeline.run.resolved import Resolved
@@ -39,57 +28,26 @@ from workers.errors import RunFailed
 from workers.supervision.control_records import Task
 from workers.supervision.remote_workers import RemoteWorkers
 
-__all__ = ["Coordinator", "working_on"]
+__all__ = ["Coordinator"]
 
 _AGREED_WITHIN_S = 300.0
 _HALTED_WITHIN_S = 20.0
 
 
-def working_on(
-    workers: RemoteWorkers,
-) -> Callable[[Callable[[], Recipe], Resolved, Path], contextlib.AbstractContextManager[Working]]:
-    """What `launch.training.Launcher.working` needs, of prepared workers."""
-
-    @contextlib.contextmanager
-    def working(source: Callable[[], Recipe], resolved: Resolved, run_dir: Path) -> Iterator[Working]:
-        yield workers.run(run_dir), workers.end_early
-
-    return working
-
-
 class Coordinator:
-    """Runs the rows of a benchmark over the participants of a gathered fleet.
-
-    Args:
-        parsed: recipe and plan, as all participants have read them.
-        fleet: the participants, gathered.
-        own: the participant in this process; None: there is none.
-    """
+    """Runs the rows of a benchmark over the participants of a gathered fleet; ``own``: the one in this process."""
 
     def __init__(self, parsed: Parsed, fleet: RemoteWorkers, own: OwnPart | None = None) -> None:
         self._parsed, self._fleet, self._own = parsed, fleet, own or OwnPart()
         self._hosts = fleet.hosts
 
     def site(self, name: str, resolve: Callable[[Callable[[], Recipe], Plan], Resolved]) -> Site:
-        """Where the rows run.
-
-        Args:
-            name: of the launcher.
-            resolve: see `Site`.
-        """
-        return Site(
-            launcher=Launcher(name, self._working),
-            places=self,
-            resolve=resolve,
-            agree=self._agree,
-            look=self._look,
-            hosts=tuple(self._hosts),
-        )
-
-    # ------------------------------------------------------------------ launch.bench.rivals.Places
+        """Where the rows run, with the launcher's name."""
+        ours, hosts = Launcher(name, self._working), tuple(self._hosts)
+        return Site(launcher=ours, places=self, resolve=resolve, agree=self._agree, look=self._look, hosts=hosts)
 
     def host(self, rank: int) -> str:
-        """Name of a rank's host."""
+        """See ``launch.bench.rivals.Places``."""
         return self._hosts[rank]
 
     @contextlib.contextmanager
@@ -117,8 +75,6 @@ class Coordinator:
         self._tell(Halt(), ranks)
         self._await(Halted, _HALTED_WITHIN_S, ranks)
 
-    # ------------------------------------------------------------------ the rest of a site
-
     def _agree(self, resolved: Resolved) -> None:
         """Raises PlanError where a participant sees another recipe or plan."""
         self._own.resolved = resolved
@@ -145,8 +101,6 @@ class Coordinator:
         with self._fleet.anew() as fleet, fleet.prepared(resolved, profile(resolved)):
             yield fleet.run(run_dir), fleet.end_early
 
-    # ------------------------------------------------------------------ private
-
     def _tell(self, turn: Turn, ranks: int) -> None:
         """Tell the first so many participants."""
         content = msgspec.msgpack.encode(turn)
@@ -155,7 +109,8 @@ class Coordinator:
 
     def _answers(self, patience_s: float = 60.0) -> list[tuple[int, Answer]]:
         """What the participants say; raises and blocks as ``RemoteWorkers.attend``."""
-        return [(rank, answer_in(content)) for rank, content in self._fleet.attend(patience_s)]
+        notes = self._fleet.attend(patience_s)
+        return [(rank, msgspec.msgpack.decode(content, type=Answer)) for rank, content in notes]
 
     def _await(self, kind: type[Answer], within_s: float, ranks: int) -> dict[int, Answer]:
         """An answer of a kind from each of the first so many participants."""

@@ -9,7 +9,6 @@ Between two turns nothing of the last one is left: no process, no connection but
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import connection as mp_connection
 from pathlib import Path
@@ -20,75 +19,41 @@ import msgspec
 from launch.bench.rivals import RankProcess, Seat, Training
 from launch.bench.rivals.record import Failed
 from launch.options.options import Parsed
-from launch.ranks.agreement import PrepareTask, changed
-from launch.ranks.bench_messages import Agree, Answer, Halted, RaceTurn, RankSaid, Seen, TrainTurn, Turn, turn_in
+from launch.ranks.agreement import changed
+from launch.ranks.bench_messages import Agree, Answer, Halted, RaceTurn, RankSaid, Seen, TrainTurn, Turn
+from launch.ranks.part import RankPart
 from pipeline import PlanError
 from workers.processes.context import listener, process_context
-from workers.supervision.control_records import Hello, Note, WorkerStatus
+from workers.supervision.control_records import Note
 from workers.supervision.control_socket import ControlSocket
 from workers.supervision.driver_connection import DriverConnection
-from workers.supervision.rank_agent import serve
 
 __all__ = ["take_part"]
 
 _TURN_WITHIN_S = 900.0  # the coordinator may be measuring layers, or drawing
 
 
-def take_part(
-    wire: ControlSocket,
-    hello: Callable[[], Hello],
-    parsed: Parsed | None,
-    prepare: PrepareTask,
-    call: Callable[[], ControlSocket],
-    asked: Callable[[], bool],
-    observe: Callable[[WorkerStatus], None] | None = None,
-) -> int:
-    """Take part in one benchmark.
+def take_part(part: RankPart, wire: ControlSocket) -> int:
+    """Take part in one benchmark; gives the exit status that the coordinator gave.
 
-    Args:
-        wire: to the coordinator.
-        hello: who this is, for every connection anew.
-        parsed: recipe and plan as this process understands them; None: it did not, and the coordinator ends it all.
-        prepare: see ``PrepareTask``.
-        call: connects to the coordinator once more, for one training run.
-        asked: whether somebody asked this process to end (SIGINT, SIGTERM).
-        observe: see ``workers.supervision.rank_agent.serve``.
-
-    Returns:
-        the exit status that the coordinator gave.
-
-    Raises:
-        DriverGone: no more word from the coordinator.
-
-    Blocks:
-        until the coordinator ends the benchmark or is gone; 900 s for the next turn.
+    Blocks until that ends it; raises DriverGone where it is gone, or gives no next turn for 900 s.
     """
     process_context("launch.bench.rivals.rank_process", "launch.bench.single_process", "torch.distributed.pipelining")
     listener()  # the fork server imports while this process waits
-    driver = DriverConnection(wire, asked)
-    participant = _Participant(driver, hello, parsed, prepare, call, asked, observe)
+    driver = DriverConnection(wire, part.asked)
+    participant = _Participant(part, driver)
     return driver.take_part(participant.live, participant.halt)
 
 
 class _Participant:
-    def __init__(
-        self,
-        driver: DriverConnection,
-        hello: Callable[[], Hello],
-        parsed: Parsed | None,
-        prepare: PrepareTask,
-        call: Callable[[], ControlSocket],
-        asked: Callable[[], bool],
-        observe: Callable[[WorkerStatus], None] | None,
-    ) -> None:
-        self._driver, self._hello, self._parsed, self._prepare = driver, hello, parsed, prepare
-        self._call, self._asked, self._observe = call, asked, observe
+    def __init__(self, part: RankPart, driver: DriverConnection) -> None:
+        self._part, self._driver = part, driver
         self._rank: RankProcess | None = None
         self._awaited = False  # the rank has not spoken yet
 
     def live(self) -> NoReturn:
         """Ends with an exception."""
-        self._driver.send(self._hello())
+        self._driver.send(self._part.hello())
         while True:
             watched = [self._rank] if self._rank and self._awaited else []
             told = self._driver.hear(_TURN_WITHIN_S, *watched)
@@ -98,7 +63,7 @@ class _Participant:
             for record in told:
                 if isinstance(record, Note):
                     self._driver.begun = True
-                    self._obey(turn_in(record.content))
+                    self._obey(msgspec.msgpack.decode(record.content, type=Turn))
 
     def halt(self) -> None:
         """End the rank of a rival, if one is there; a second call does nothing."""
@@ -111,9 +76,9 @@ class _Participant:
         if isinstance(turn, Agree):
             self._answer(Seen(self._differences(turn)))
         elif isinstance(turn, TrainTurn):
-            with contextlib.closing(self._call()) as wire:
-                prepare = self._prepare(self._told(turn.changes))
-                serve(wire, self._hello(), prepare, self._asked, self._observe, last=False)
+            part = replace(self._part, parsed=self._told(turn.changes))
+            with contextlib.closing(part.call()) as wire:
+                part.train(wire, last=False)
         elif isinstance(turn, RaceTurn):
             self._race(turn)
         else:
@@ -122,7 +87,7 @@ class _Participant:
 
     def _differences(self, turn: Agree) -> list[str]:
         try:
-            self._prepare(self._told(turn.changes))(turn.task)
+            self._part.prepare(self._told(turn.changes), turn.task)
         except PlanError as error:
             return list(error.problems)
         return []
@@ -130,7 +95,7 @@ class _Participant:
     def _race(self, turn: RaceTurn) -> None:
         told = self._told(turn.changes)
         weights = Path(turn.weights) if turn.weights is not None else None
-        seat = Seat(self._hello().rank, turn.ranks, turn.threads, turn.within_s, turn.meeting)
+        seat = Seat(self._part.hello().rank, turn.ranks, turn.threads, turn.within_s, turn.meeting)
         try:
             training = Training(told.source, told.plan, turn.warmup, turn.evaluates, weights)
             self._rank, self._awaited = RankProcess(turn.rival, training, seat), True
@@ -138,8 +103,9 @@ class _Participant:
             self._answer(RankSaid(Failed(f"its process could not be started: {error}", "")))
 
     def _told(self, changes: dict[str, Any]) -> Parsed:
-        assert self._parsed is not None, "the coordinator ends a benchmark whose ranks have problems"
-        return replace(self._parsed, plan=changed(self._parsed.plan, changes))
+        parsed = self._part.parsed
+        assert parsed is not None, "the coordinator ends a benchmark whose ranks have problems"
+        return replace(parsed, plan=changed(parsed.plan, changes))
 
     def _answer(self, answer: Answer) -> None:
         self._driver.send(Note(msgspec.msgpack.encode(answer)))

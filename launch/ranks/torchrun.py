@@ -15,27 +15,26 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import io
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from launch.bench.where_rows_run import Site
-from launch.options.options import BenchOptions, Parsed, RunOptions, parse
+from launch.options.options import BenchOptions, Parsed, RunOptions, option_name, parse
 from launch.options.ray_options import check_no_launcher
-from launch.ranks.agreement import OwnPart, PrepareTask, preparing, profile, resolved_on
-from launch.ranks.bench_driver import Coordinator, working_on
+from launch.ranks.agreement import OwnPart, prepare_task, profile, resolved_on
+from launch.ranks.bench_driver import Coordinator
 from launch.ranks.bench_rank import take_part
-from launch.setup.rank import MEET_WITHIN_S, Asked, Rank, memory
-from launch.training import Launcher
+from launch.ranks.part import RankPart, TakesPart, understood
+from launch.setup.rank import MEET_WITHIN_S, Rank, held_back_signals, memory
+from launch.training import Launcher, Working
 from pipeline import PlanError
 from pipeline.run.resolved import Resolved
-from workers.supervision.control_records import Hello
-from workers.supervision.control_socket import ControlSocket, connect_to
+from workers.supervision.control_socket import connect_to
 from workers.supervision.driver_connection import DriverGone
-from workers.supervision.rank_agent import serve
 from workers.supervision.remote_workers import RemoteWorkers
 
 __all__ = ["BenchesRun", "TrainsRun", "bench_on_ranks", "train_on_ranks"]
@@ -44,92 +43,55 @@ TrainsRun = Callable[[str, list[str], Parsed, Resolved, Launcher], int]
 """(recipe, arguments, what they say, the resolved plan, who starts the workers) -> exit status."""
 BenchesRun = Callable[[str, list[str], Parsed, Site], int]
 """(recipe, arguments, what they say, where the rows run) -> exit status."""
-_TakesPart = Callable[
-    [
-        ControlSocket,
-        Callable[[], Hello],
-        Parsed | None,
-        PrepareTask,
-        Callable[[], ControlSocket],
-        Callable[[], bool],
-    ],
-    int,
-]
-"""See ``launch.ranks.bench_rank.take_part``."""
 
 
 def train_on_ranks(rank: Rank, recipe: str, arguments: list[str], trained: TrainsRun) -> int:
-    """This rank's part of ``freewheel train``.
+    """This rank's part of ``freewheel train``; returns the exit status, once the training is over.
 
-    Args:
-        rank: this process.
-        recipe: name or path.
-        arguments: the options; without ``--stages`` there are as many as ranks, shared out to the replicas.
-        trained: on rank 0 runs the training and shows what came out.
-
-    Returns:
-        the exit status.
+    Without ``--stages`` there are as many as ranks, shared out to the replicas. On rank 0 ``trained`` runs the training
+    and shows what came out.
 
     Raises:
         PlanError: on rank 0: something cannot run, on whichever rank; no worker was started.
         RunFailed: on rank 0: a worker or a rank failed; everything was stopped and cleaned up.
         KeyboardInterrupt: a rank was asked to end.
-
-    Blocks:
-        until the training is over.
     """
     parse = partial(_parsed, rank, recipe, arguments)
     if rank.index:
-        return _follow(rank, parse, _train)
-    with _gathered(rank, parse, _train) as (parsed, workers, own):
-        gpus = [hello.gpus for hello in workers.hellos]
-        own.resolved = resolved = resolved_on(workers.hosts, parsed.source, parsed.plan, gpus=gpus)
+        return _follow(rank, parse, RankPart.train)
+    with _gathered(rank, parse, RankPart.train) as (parsed, workers, own):
+        own.resolved = resolved = resolved_on(workers, parsed.source, parsed.plan)
+
+        def working(source: object, resolved: object, run_dir: Path) -> contextlib.nullcontext[Working]:
+            return contextlib.nullcontext((workers.run(run_dir), workers.end_early))
+
         with workers.prepared(resolved, profile(resolved)):
-            return trained(recipe, arguments, parsed, resolved, Launcher("torchrun", working_on(workers)))
+            return trained(recipe, arguments, parsed, resolved, Launcher("torchrun", working))
 
 
 def bench_on_ranks(rank: Rank, recipe: str, arguments: list[str], benched: BenchesRun) -> int:
-    """This rank's part of ``freewheel bench``; arguments, errors and blocking as with ``train_on_ranks``.
-
-    Args:
-        rank: this process.
-        recipe: name or path.
-        arguments: the options.
-        benched: on rank 0 runs the rows and shows what came out.
-    """
+    """This rank's part of ``freewheel bench``, as with ``train_on_ranks``; ``benched`` runs the rows on rank 0."""
     parse = partial(_parsed_for_bench, rank, recipe, arguments)
     if rank.index:
         return _follow(rank, parse, take_part)
     with _gathered(rank, parse, take_part) as (parsed, workers, own):
-        gpus = [hello.gpus for hello in workers.hellos]
-        resolve = partial(resolved_on, workers.hosts, gpus=gpus)
-        return benched(recipe, arguments, parsed, Coordinator(parsed, workers, own).site("torchrun", resolve))
-
-
-def _train(
-    wire: ControlSocket,
-    hello: Callable[[], Hello],
-    parsed: Parsed | None,
-    prepare: PrepareTask,
-    call: Callable[[], ControlSocket],
-    asked: Callable[[], bool],
-) -> int:
-    """As `take_part`, in one training run."""
-    return serve(wire, hello(), prepare(parsed), asked)
+        site = Coordinator(parsed, workers, own).site("torchrun", partial(resolved_on, workers))
+        return benched(recipe, arguments, parsed, site)
 
 
 @contextlib.contextmanager
 def _gathered(
-    rank: Rank, parse: Callable[[], Parsed], takes_part: _TakesPart
+    rank: Rank, parse: Callable[[], Parsed], takes_part: TakesPart
 ) -> Iterator[tuple[Parsed, RemoteWorkers, OwnPart]]:
     """Rank 0: the agents of all ranks, that of this process included, which is a thread."""
     with rank.reception() as reception:
-        parsed, asked, own = parse(), Asked(), OwnPart()
+        parsed, asked, own = parse(), held_back_signals(), OwnPart()
         call = partial(connect_to, reception.host, reception.port, reception.key, MEET_WITHIN_S)
+        part = RankPart(rank.hello, parsed, own.prepare, call, asked)
 
         def take_own_part() -> None:
             with contextlib.suppress(DriverGone), contextlib.closing(call()) as wire:
-                takes_part(wire, rank.hello, parsed, own.prepare, call, asked)
+                takes_part(part, wire)
 
         workers = RemoteWorkers(rank.world, asked)
         atexit.register(workers.hang_up)  # no rank may exit before this one has said why
@@ -139,26 +101,15 @@ def _gathered(
             yield parsed, workers, own
 
 
-def _follow(rank: Rank, parse: Callable[[], Parsed], takes_part: _TakesPart) -> int:
+def _follow(rank: Rank, parse: Callable[[], Parsed], takes_part: TakesPart) -> int:
     """A rank other than 0: understand what rank 0 has understood, then take part."""
-    problems: list[str] = []
-    parsed: Parsed | None = None
-    said = io.StringIO()
+    parsed, problems = understood(parse)
+    asked = held_back_signals()
+    call = partial(rank.call, asked)
+    part = RankPart(partial(rank.hello, problems), parsed, partial(prepare_task, rank.index), call, asked)
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):  # rank 0 says the same
-            parsed = parse()
-    except PlanError as error:
-        problems = list(error.problems)
-    except SystemExit as ended:
-        if not ended.code:
-            return 0
-        problems = [f"it refuses the options: {' '.join(said.getvalue().split())}"]
-    asked = Asked()
-    try:
-        call = partial(rank.call, asked)
         with contextlib.closing(call()) as wire:
-            hello, prepare = partial(rank.hello, problems), partial(preparing, rank.index)
-            return takes_part(wire, hello, parsed, prepare, call, asked)
+            return takes_part(part, wire)
     except (DriverGone, TimeoutError) as gone:
         if not (asked() or problems) and getattr(gone, "told", True):
             print(f"freewheel: rank {rank.index} on {socket.gethostname()}: {gone}", file=sys.stderr)
@@ -166,17 +117,13 @@ def _follow(rank: Rank, parse: Callable[[], Parsed], takes_part: _TakesPart) -> 
 
 
 def _parsed(
-    rank: Rank,
-    recipe: str,
-    arguments: list[str],
-    options: type[RunOptions] = RunOptions,
-    prog: str = "freewheel train",
+    rank: Rank, recipe: str, arguments: list[str], options: type[RunOptions] = RunOptions, prog: str = "freewheel train"
 ) -> Parsed:
     """The options, with one stage (of one replica) per rank."""
     check_no_launcher(arguments, "torchrun starts the ranks, one per stage: leave it out, or start without torchrun.")
-    given = any(argument.partition("=")[0] == "--stages" for argument in arguments)
-    stages = [] if given else ["--stages", str(max(1, rank.world // _replicas(arguments)))]
-    parsed = parse(recipe, [*arguments, *stages], options, prog)
+    if "stages" not in map(option_name, arguments):
+        arguments = [*arguments, "--stages", str(max(1, rank.world // _replicas(arguments)))]
+    parsed = parse(recipe, arguments, options, prog)
     plan = parsed.plan
     if plan.workers != rank.world:
         times = f" times {plan.replicas} replicas" if plan.replicas > 1 else ""

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 
@@ -40,8 +38,8 @@ def layer_seconds(
 ) -> list[float]:
     """Seconds of forward and backward of each layer, with what goes into it, measured in rounds over copies of all.
 
-    ``threads`` are as many as a worker will have. ``computing``: where and how, the inputs are there already; None:
-    plainly, on the CPU. Blocks for six passes over the network, three when those take seconds.
+    ``computing``: where and how, the inputs are there already; None: plainly, on the CPU. Blocks for six passes over
+    the network, three when those take seconds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -60,11 +58,11 @@ def layer_seconds(
     finally:
         torch.set_num_threads(before)
     kinds = [_kind(layer, x) for layer, x in zip(layers, inputs, strict=True)]
-    found: dict[tuple[object, ...], list[float]] = defaultdict(list)
+    fastest: dict[tuple[object, ...], float] = {}
     for seconds in rounds[1:]:  # the first round warms up
         for kind, each in zip(kinds, seconds, strict=True):
-            found[kind].append(each)
-    return [min(found[kind]) for kind in kinds]
+            fastest[kind] = min(each, fastest.get(kind, each))
+    return [fastest[kind] for kind in kinds]
 
 
 def layer_seconds_on(source: Callable[[], Recipe], plan: Plan, device: str) -> list[float]:
@@ -76,11 +74,9 @@ def layer_seconds_on(source: Callable[[], Recipe], plan: Plan, device: str) -> l
     theirs.close()
     try:
         if not mine.poll(_WITHIN_S):
-            raise PlanError(
-                f"the layers could not be measured on {device} within {_WITHIN_S:.0f} s: give --sizes, or --balance "
-                "layers."
-            )
-        found: list[float] | str = msgspec.msgpack.decode(mine.recv_bytes(), type=list[float] | str)
+            late = f"the layers could not be measured on {device} within {_WITHIN_S:.0f} s"
+            raise PlanError(f"{late}: give --sizes, or --balance layers.")
+        found: list[float] | str = mine.recv()
     except EOFError:
         found = "its process ended without a word"
     finally:
@@ -119,19 +115,15 @@ def _main(source: Callable[[], Recipe], plan: Plan, device: str, connection: Con
     end_with_the_parent()
     try:
         prepare_device(device, plan)
-        found: list[float] | str = _measured(source(), plan, device)
+        recipe, inputs = source(), list[Any]()
+        computing, layers = ComputeContext(plan, device), layers_for(recipe, plan)
+        x: Any = as_value(computing.brought(recipe.seeded_batch(plan.seed, 0).tensors()[0]))
+        with torch.no_grad(), computing.autocast():
+            for module in copies_of(layers):
+                inputs.append(x)
+                given = tuple(None if each is None else each.clone() for each in as_bundle(x))
+                x = computing.placed(module).eval()(as_value(given))
+        found: list[float] | str = layer_seconds(layers, inputs, plan.threads, computing)
     except Exception as error:
         found = said(error)
-    connection.send_bytes(msgspec.msgpack.encode(found))
-
-
-def _measured(recipe: Recipe, plan: Plan, device: str) -> list[float]:
-    computing, layers = ComputeContext(plan, device), layers_for(recipe, plan)
-    x: Any = as_value(computing.brought(recipe.seeded_batch(plan.seed, 0).tensors()[0]))
-    inputs = []
-    with torch.no_grad(), computing.autocast():
-        for module in copies_of(layers):
-            inputs.append(x)
-            given = tuple(None if each is None else each.clone() for each in as_bundle(x))
-            x = computing.placed(module).eval()(as_value(given))
-    return layer_seconds(layers, inputs, plan.threads, computing)
+    connection.send(found)

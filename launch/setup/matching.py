@@ -1,4 +1,4 @@
-"""What the workers of a run have built, held against what this process has: a difference ends the run before a batch.
+"""What the workers of a run have built, held against what this process has.
 
 Workers make the recipe for themselves, on whatever host they are. What they begin with comes with their ``Ready``; the
 training begins once all of these are there, so nothing was trained when this refuses.

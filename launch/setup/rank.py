@@ -1,6 +1,6 @@
 """This process as one rank of many that torchrun started, and how the ranks find each other.
 
-torchrun gives every rank a number and the address of a TCPStore. Rank 0 writes there where it can be reached, and a
+torchrun gives every rank a number and the address of a TCPStore. Rank 0 writes there its host and port, and the run's
 key; from then on the ranks talk to rank 0 directly (``workers.supervision.control_socket``).
 """
 
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, Self
 
 import msgspec
@@ -30,7 +29,7 @@ from workers.channels.shm.ring import new_prefix
 from workers.supervision.control_records import Hello
 from workers.supervision.control_socket import ControlSocket, Reception, connect_to
 
-__all__ = ["MEET_WITHIN_S", "Asked", "Rank", "memory"]
+__all__ = ["MEET_WITHIN_S", "Rank", "held_back_signals", "memory"]
 
 MEET_WITHIN_S = 120.0
 """How long ranks wait for each other at the start."""
@@ -39,30 +38,15 @@ _LEAVE_WITHIN_S = 30.0
 _CONNECT_WITHIN_S = 5.0
 
 
-class _Invitation(msgspec.Struct, frozen=True):
-    """Where the driver is, and the key of the run."""
-
-    host: str
-    port: int
-    key: bytes
-
-
-class Asked:
-    """Whether somebody asked this process to end: holds SIGINT and SIGTERM back from now on, for good.
+def held_back_signals() -> Callable[[], bool]:
+    """Hold SIGINT and SIGTERM back from now on, for good; what is returned says whether one of them came.
 
     A rank gets several of them: Ctrl-C, and what torchrun sends when that, or another rank's end, reaches it.
     """
-
-    def __init__(self) -> None:
-        self._asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def __call__(self) -> bool:
-        return self._asked
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    came: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: came.append(number))
+    return lambda: bool(came)
 
 
 @dataclass(frozen=True)
@@ -82,14 +66,9 @@ class Rank:
         given = os.environ
         if "TORCHELASTIC_RUN_ID" not in given or "RANK" not in given:
             return None
-        return cls(
-            index=int(given["RANK"]),
-            world=int(given["WORLD_SIZE"]),
-            nodes=int(given.get("GROUP_WORLD_SIZE", "1")),
-            store_host=given["MASTER_ADDR"],
-            store_port=int(given["MASTER_PORT"]),
-            prefix=f"freewheel/{given.get('TORCHELASTIC_RESTART_COUNT', '0')}",
-        )
+        counts = int(given["RANK"]), int(given["WORLD_SIZE"]), int(given.get("GROUP_WORLD_SIZE", "1"))
+        prefix = f"freewheel/{given.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        return cls(*counts, given["MASTER_ADDR"], int(given["MASTER_PORT"]), prefix)
 
     def program(self) -> list[str]:
         """How the command is started again with as many ranks."""
@@ -108,16 +87,14 @@ class Rank:
         """
         store = self._store()
         reception = Reception(self._reachable_address(store))
-        invitation = _Invitation(reception.host, reception.port, reception.key)
-        store.set(f"{self.prefix}/driver", msgspec.json.encode(invitation).decode())
+        where = reception.host, reception.port, reception.key
+        store.set(f"{self.prefix}/driver", msgspec.json.encode(where).decode())
         return reception
 
     def call(self, asked: Callable[[], bool]) -> ControlSocket:
         """Every other rank: connect to rank 0. Blocks until it answers, at most 120 s.
 
-        Raises:
-            TimeoutError: there was no connection by then.
-            KeyboardInterrupt: this process was asked to end.
+        TimeoutError: there was no connection by then; KeyboardInterrupt: this process was asked to end.
         """
         store, seen = self._store(), "it has not said where it is"
         store.set(f"{self.prefix}/address/{self.index}", address_towards(self.store_host, self.store_port))
@@ -126,11 +103,11 @@ class Rank:
             if asked():
                 raise KeyboardInterrupt
             if store.check([f"{self.prefix}/driver"]):
-                driver = msgspec.json.decode(store.get(f"{self.prefix}/driver"), type=_Invitation)
+                host, port, key = msgspec.json.decode(store.get(f"{self.prefix}/driver"), type=tuple[str, int, bytes])
                 try:
-                    return connect_to(driver.host, driver.port, driver.key, _CONNECT_WITHIN_S)
+                    return connect_to(host, port, key, _CONNECT_WITHIN_S)
                 except OSError as error:  # it may have ended: torchrun then ends us; or been started anew
-                    seen = f"{driver.host}:{driver.port}: {error}"
+                    seen = f"{host}:{port}: {error}"
             time.sleep(_LOOK_EVERY_S)
         raise TimeoutError(
             f"rank {self.index} on {socket.gethostname()} could not reach rank 0 within {MEET_WITHIN_S:.0f} s "

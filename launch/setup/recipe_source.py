@@ -222,9 +222,8 @@ def _file_entry(path: Path) -> Entry:
         raise PlanError(f"plan in {path} is a {type(plan).__name__}: give a freewheel.Plan, or leave it out.")
     if hasattr(module, "recipe"):
         if not callable(module.recipe):
-            raise PlanError(
-                f"recipe in {path} is a {type(module.recipe).__name__}: define a function recipe() -> Recipe."
-            )
+            kind = type(module.recipe).__name__
+            raise PlanError(f"recipe in {path} is a {kind}: define a function recipe() -> Recipe.")
         return Entry(module.recipe, plan)
     if missing := [name for name in ("model", "batches", "loss") if not hasattr(module, name)]:
         raise PlanError(

@@ -39,8 +39,6 @@ def resolve_source(
     """Everything that can be said before a process starts.
 
     Args:
-        source: makes the recipe.
-        plan: the wish.
         hosts: of every worker, those of replica 0 first; None: all on this one.
         worker: one that is on this host.
         devices: where every worker computes; None: as the plan says, with as many GPUs on every host as here.
@@ -60,7 +58,9 @@ def resolve_source(
             f"model is a {type(recipe.model).__name__}: give the function that builds it; every worker builds its own."
         )
     devices = devices or chosen_here(plan, hosts)
-    measure = _measuring(source, plan, first_gpu(devices.devices) if devices.here else None)
+    gpu = first_gpu(devices.devices) if devices.here else None
+    on_cpu = partial(layer_seconds, threads=plan.threads)
+    measure: Measure = on_cpu if gpu is None else lambda layers, inputs: layer_seconds_on(source, plan, gpu)
     with warnings.catch_warnings(), calling():
         warnings.simplefilter("ignore")  # of the user's model, in a trial run; workers show them
         try:
@@ -88,10 +88,3 @@ def _check_labels(recipe: Recipe, plan: Plan, error: PlanError) -> None:
         return
     if (problem := label_problem(batch.labels, output.shape)) is not None:
         raise PlanError(f"batch 0: {problem}.") from error
-
-
-def _measuring(source: Callable[[], Recipe], plan: Plan, gpu: str | None) -> Measure:
-    """What measures the layers: on a GPU of this host, or on its CPU."""
-    if gpu is None:
-        return partial(layer_seconds, threads=plan.threads)
-    return lambda layers, inputs: layer_seconds_on(source, plan, gpu)
