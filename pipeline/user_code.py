@@ -32,15 +32,11 @@ _EXCERPT = 8_000  # characters of a traceback
 
 
 class RecipeFailed(PlanError):
-    """A function of the user's recipe, ``what``, raised something. The original exception is its ``__cause__``.
-
-    Attributes:
-        excerpt: the traceback through the user's files where it passes several lines of them; else empty.
-    """
+    """A function of the user's recipe, ``what``, raised something. The original exception is its ``__cause__``."""
 
     def __init__(self, what: str, error: BaseException) -> None:
         super().__init__(f"{what} raises {said(error)}{place_of(error)}: mend it there.")
-        self.excerpt = users_part(error) if len(_users_frames(error)) > 1 else ""
+        self.excerpt = users_part(error) if len(_users_frames(error)) > 1 else ""  # one line is in the sentence
 
     def __reduce__(self) -> tuple[type[PlanError], tuple[str, ...]]:
         return PlanError, self.problems  # in another process the original exception may be none
@@ -67,9 +63,9 @@ def place_of(error: BaseException) -> str:
     """Where in the user's code an error began: `` (mine.py:12, in batches)``; empty where none of it was running."""
     if not (frames := _users_frames(error)):
         return ""
-    file = os.path.relpath(frames[-1].filename)
-    file = frames[-1].filename if file.startswith("..") else file
-    return f" ({file}:{frames[-1].lineno}, in {frames[-1].name})"
+    last = frames[-1]
+    file = os.path.relpath(last.filename)
+    return f" ({last.filename if file.startswith('..') else file}:{last.lineno}, in {last.name})"
 
 
 def users_part(error: BaseException) -> str:

@@ -16,10 +16,9 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from torch.utils.module_tracker import ModuleTracker
 
 from pipeline.data.recipe import Recipe, build_model
@@ -42,18 +41,12 @@ class StageFlops:
 
     Means over batches where these differ: the target of one batch in ``dni.every`` flows, and the DNI trains on it, on
     its window of rows; and stages update with ``update_probability``.
-
-    Attributes:
-        forward: forward pass.
-        backward: backward pass of the update, with the gradient of the input where one is sent down at once.
-        dni: prediction and training of the DNI, or of the head of a local loss.
-        relay: taking the true gradient through the stage after its update.
     """
 
     forward: float = 0.0
-    backward: float = 0.0
-    dni: float = 0.0
-    relay: float = 0.0
+    backward: float = 0.0  # of the update, with the gradient of the input where one is sent down at once
+    dni: float = 0.0  # prediction and training of the DNI, or of the head of a local loss
+    relay: float = 0.0  # taking the true gradient through the stage after its update
 
     @property
     def total(self) -> float:
@@ -64,12 +57,8 @@ class StageFlops:
 def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageFlops, ...]:
     """Count what every stage of a resolved plan does for a batch, by running them, one after the other, on batch 0.
 
-    Leaves no trace: the model is built anew from the seed, and the global generator is left as it was. Takes a forward
-    and a backward pass of the whole network, two with DNIs, on as many threads as torch has. The loss is taken from the
-    recipe, not from the cuts.
-
-    Raises:
-        StageError: a layer failed.
+    The model is built anew from the seed, and the global generator is left as it was. Takes a forward and a backward
+    pass of the whole network, two with DNIs. StageError: a layer failed.
     """
     assert plan.sizes is not None, "the plan is resolved"
     assert plan.emulation is None, "a stage that sleeps computes nothing"
@@ -155,16 +144,8 @@ class _NoModules(ModuleTracker):
     def __exit__(self, *error: object) -> None: ...
 
 
-def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *others: Any, **options: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward(gradient: torch.Size, *query_key_value: Any, **options: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, *query_key_value[:3]))
-
-
 _CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
 """The operators that FlopCounterMode of torch 2.13 leaves out: it knows the attention of GPUs only."""

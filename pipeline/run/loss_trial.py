@@ -34,7 +34,6 @@ __all__ = ["Trial", "check_learns", "try_loss", "with_loss"]
 
 _Loss = Callable[[Tensor, Tensor], Tensor]
 _SAME_DIRECTION = 0.99  # cosine; weighted means over the rows differ in their scale alone
-_ALONE = "give it back alone, and count right answers in correct()."
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,7 @@ class Trial:
         return None
 
     def needs_more(self, rows: int) -> str | None:
-        """Why the gradient of ``rows`` rows is not that of the same rows in the whole batch; None: it is, but for size,
-        or the output has other rows than the labels.
-        """
+        """Why ``rows`` rows have another gradient alone than in the whole batch; None: the same, but for size."""
         if rows >= len(self.labels) or len(self.output) != len(self.labels):
             return None
         if (error := self.error(rows)) is not None:
@@ -96,9 +93,7 @@ def check_learns(layers: Sequence[Layer], inputs: Tensor, outputs: Sequence[Any]
 def try_loss(loss: _Loss, output: Tensor, labels: Tensor) -> Trial:
     """Try the loss with gradients, on copies: neither the tensors nor a loss that has a state are changed.
 
-    Raises:
-        PlanError: it does not take them, gives no number, one that is not finite, or one without a gradient; it has
-            parameters of its own, or a state that every call changes.
+    PlanError: it does not take them, gives no finite number with a gradient, or has parameters or a state of its own.
     """
     shapes = f"output {list(output.shape)} {output.dtype} and labels {list(labels.shape)} {labels.dtype}"
     if not (output.is_floating_point() or output.is_complex()):
@@ -115,16 +110,17 @@ def try_loss(loss: _Loss, output: Tensor, labels: Tensor) -> Trial:
         raise PlanError(
             f"the loss does not take {shapes}: give labels of the shape it needs ({text_of(error)})."
         ) from error
-    if (problem := _no_number(found)) is not None:
-        raise PlanError(f"the loss gives {problem.format(shapes=shapes)}")
+    if (problem := _no_number(found, shapes)) is not None:
+        raise PlanError(f"the loss gives {problem}")
     _check_own(loss, found, leaf, held)
     _check_gradient(found, leaf)
     return Trial(loss, output, labels)
 
 
 def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cut, ...], list[tuple[str, str, str]]]:
-    """The cuts, told whether the loss means whole batches only; and what is said of it. PlanError: what is asked for is
-    microbatches that it does not take, or a part of the rows for a DNI that needs whole batches.
+    """The cuts, told whether the loss means whole batches only, and what is said of it.
+
+    PlanError: it does not take microbatches, or a DNI is to train on some rows and it needs all.
     """
     says = []
     if plan.microbatches > 1:
@@ -146,20 +142,21 @@ def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cu
     return tuple(dataclasses.replace(cut, whole_batches=True) for cut in cuts), says
 
 
-def _no_number(found: Any) -> str | None:
-    """What is wrong with what a loss gave, with room for the shapes; None: it is one finite number."""
+def _no_number(found: Any, shapes: str) -> str | None:
+    """What is wrong with what a loss gave for these shapes; None: it is one finite number."""
     if found is None:
-        return "None for {shapes}: return the loss."
+        return f"None for {shapes}: return the loss."
     if isinstance(found, tuple | list | dict):
-        return f"a {type(found).__name__} of {len(found)} for {{shapes}}: {_ALONE}"
+        alone = "give it back alone, and count right answers in correct()."
+        return f"a {type(found).__name__} of {len(found)} for {shapes}: {alone}"
     if not isinstance(found, Tensor):
-        return f"a {type(found).__name__} for {{shapes}}: return the tensor itself (without .item()), or no gradient."
+        return f"a {type(found).__name__} for {shapes}: return the tensor itself (without .item()), or no gradient."
     if found.dim() != 0:
-        return f"a tensor of shape {list(found.shape)} for {{shapes}}: reduce it to one number, as .mean() does."
+        return f"a tensor of shape {list(found.shape)} for {shapes}: reduce it to one number, as .mean() does."
     if not found.is_floating_point():
-        return f"a number of {found.dtype} for {{shapes}}: only floating-point numbers can be made small by gradients."
-    if not math.isfinite(float(found.detach())):
-        return f"{float(found.detach())} for batch 0, {{shapes}}: look at the inputs and labels of this batch."
+        return f"a number of {found.dtype} for {shapes}: only floating-point numbers can be made small by gradients."
+    if not math.isfinite(value := float(found.detach())):
+        return f"{value} for batch 0, {shapes}: look at the inputs and labels of this batch."
     return None
 
 

@@ -1,12 +1,11 @@
 """The reference driver: all stages in one process on a virtual clock. Deterministic, exact, no real time.
 
-It serves three ends: the truth that runs of processes are compared with, experiments with delays that no machine here
-has, and, with phantoms in the place of tensors, the order of actions of a run that is to be repeated exactly.
+Runs of processes are compared with it; delays are tried out in it that no machine here has; and with hollow stages it
+gives the order of actions of a run that is to be repeated exactly.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,12 +36,13 @@ from pipeline.stage.evaluation import EvaluationMetrics
 from pipeline.stage.stage import Stage
 from pipeline.stage.unlock import Switch
 
-_ENDS = (Action.UPDATE, Action.BACKWARD, Action.SKIP)
+ENDS = (Action.UPDATE, Action.BACKWARD, Action.SKIP)
+"""What ends a batch, or a microbatch of it."""
 
 Sources = Callable[[int, Callable[[int], bool]], Iterator[Message]]
 """(replica, whether it is enough before a step) -> what comes into its first stage."""
 
-__all__ = ["Costs", "Event", "Reference", "run_reference", "schedule", "timeline"]
+__all__ = ["ENDS", "Costs", "Event", "Reference", "run_reference", "schedule", "timeline"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Costs:
     late: Callable[[str, int], int] = lambda channel, batch: 0
 
     def of(self, action: Action) -> int:
-        """Ticks of one action."""
+        """Of one action."""
         ticks = {Action.FORWARD: self.forward, Action.LEARN: self.learn, Action.AVERAGE: 0, Action.SKIP: 0}
         return ticks.get(action, self.backward)
 
     def hop(self, steps: float) -> int:
-        """Ticks of a hop of ``steps`` steps."""
+        """Of a hop of ``steps`` steps."""
         return round(steps * (self.forward + self.backward))
 
 
@@ -88,15 +88,12 @@ class Reference:
     """What a run of the reference driver gives.
 
     Attributes:
-        resolved: what was run.
-        stages: the trained stages of replica 0.
-        losses: training loss of every step, the mean over the replicas; fewer than planned where ``until`` ended the
-            run.
+        stages: trained, of replica 0.
+        losses: training loss of every step, the mean over the replicas; where ``until`` ended the run, fewer.
         scores: (number of updates, scores) of every pass over the held-out batches.
-        events: what every stage did when.
-        others: the trained stages of the other replicas.
         qualities: of every stage below the last: its synthetic gradients of the sampled batches against the true ones.
         switches: when a stage of replica 0 locked or unlocked, in order.
+        others: the trained stages of the other replicas.
     """
 
     resolved: Resolved
@@ -130,35 +127,23 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
 
     Uses torch's current number of threads; processes use ``plan.threads``. Device ``auto`` is the CPU here. With
     ``until``, no batch is taken once the last stage has met the goal; what is in the pipeline by then is finished.
-
-    Raises:
-        PlanError: recipe or plan cannot run.
-        StageError: the work failed.
+    PlanError: recipe or plan cannot run. StageError: the work failed.
     """
     wanted, hosts = CPU if plan.device == "auto" else plan.device, ["this host"] * plan.workers
     devices = choose_devices(wanted, hosts, {"this host": torch.cuda.device_count()}, torch.backends.cuda.is_built())
     resolved = resolve(recipe, plan, devices=devices)
     plan = resolved.plan
-    stages, *others = (
-        [
-            Stage(
-                stage_layers(recipe, plan, k),
-                k,
-                plan_of(plan, replica),
-                recipe,
-                resolved.cuts[k] if k < plan.stages - 1 else None,
-                resolved.cuts[k - 1] if k > 0 else None,
-                device=resolved.devices[worker_of(plan, replica, k)],
-            )
-            for k in range(plan.stages)
-        ]
-        for replica in range(plan.replicas)
-    )
-    result = Reference(resolved, stages, others=others)
+    cuts = (None, *resolved.cuts, None)
+
+    def stage(replica: int, k: int) -> Stage:
+        device, mine = resolved.devices[worker_of(plan, replica, k)], plan_of(plan, replica)
+        return Stage(stage_layers(recipe, plan, k), k, mine, recipe, cuts[k + 1], cuts[k], device=device)
 
     def sources(replica: int, enough: Callable[[int], bool]) -> Iterator[Message]:
         return inputs(recipe, plan, resolved.steps, enough, replica)
 
+    stages, *others = ([stage(replica, k) for k in range(plan.stages)] for replica in range(plan.replicas))
+    result = Reference(resolved, stages, others=others)
     result.events = _drive(cast(list[list[StageLike]], [stages, *others]), plan, sources, costs or Costs(), result)
     return result
 
@@ -203,13 +188,14 @@ def _drive(
             clock.effect = busy_until[k] = clock.now + costs.of(action)
             runner.perform(action)
             clock.at(busy_until[k])
-            counted = Action.UPDATE if action in _ENDS else action
+            counted = Action.UPDATE if action in ENDS else action
             batch = counts[k][counted] = counts[k].get(counted, -1) + 1
             replica, stage = divmod(k, plan.stages)
             events.append(Event(stage, action, batch, clock.now, busy_until[k], replica))
             moved = True
-        if not moved:
-            _advance(clock, runners)
+        if not (moved or clock.advance()):
+            views = "; ".join(f"stage {k} {runner.view()}" for k, runner in enumerate(runners) if not runner.done)
+            raise RuntimeError(f"deadlock at tick {clock.now}: every stage waits. {views}")
     if result is not None:
         result.losses = [sum(each) / len(each) for each in zip(*losses, strict=False)]
     return events
@@ -223,21 +209,8 @@ def _listen(runners: Sequence[Runner], plan: Plan, losses: Sequence[list[float]]
         if replica == 0:
             runner.on_switch = result.switches.append
         if runner.stage.last:
-            runner.on_loss = partial(_keep_loss, losses[replica])
+            runner.on_loss = lambda batch, loss, mine=losses[replica]: mine.append(loss)
             runner.on_scores = lambda updates, scores: result.scores.append((updates, scores))
-
-
-def _keep_loss(losses: list[float], batch: int, loss: float) -> None:
-    losses.append(loss)
-
-
-def _advance(clock: VirtualClock, runners: list[Runner]) -> None:
-    while clock.alarms and clock.alarms[0] <= clock.now:
-        heapq.heappop(clock.alarms)
-    if not clock.alarms:
-        views = "; ".join(f"stage {k} {runner.view()}" for k, runner in enumerate(runners) if not runner.done)
-        raise RuntimeError(f"deadlock at tick {clock.now}: every stage waits. {views}")
-    clock.now = heapq.heappop(clock.alarms)
 
 
 def _queues(plan: Plan, costs: Costs, clock: VirtualClock) -> dict[Edge, VirtualQueue]:
@@ -252,17 +225,16 @@ def _queues(plan: Plan, costs: Costs, clock: VirtualClock) -> dict[Edge, Virtual
             "averages": ROOM,
         }[edge.what]
         wire_dtype = None if edge.what == "averages" else plan.wire_dtype
-        late = partial(costs.late, name_of(edge, plan))
-        queues[edge] = VirtualQueue(clock, capacity, hop, wire_dtype, late)
+        queues[edge] = VirtualQueue(clock, capacity, hop, wire_dtype, partial(costs.late, name_of(edge, plan)))
     return queues
 
 
 def _connected(
     pipelines: Sequence[Sequence[StageLike]], plan: Plan, sources: Sources, costs: Costs, asked: Callable[[], bool]
 ) -> tuple[VirtualClock, list[Runner]]:
-    """A runner for every worker, with the queues between them and the data in front of them."""
+    """A runner for every worker, with queues between them and the data in front of them."""
     clock, runners = VirtualClock(), list[Runner]()
-    queues, hop = _queues(plan, costs, clock), costs.hop(plan.hop_steps)
+    queues, hop, step = _queues(plan, costs, clock), costs.hop(plan.hop_steps), costs.forward + costs.backward
     for replica, stages in enumerate(pipelines):
         for k, stage in enumerate(stages):
             worker = worker_of(plan, replica, k)
@@ -271,22 +243,8 @@ def _connected(
             averager = averager_of(plan, stage.state_tensors(), gathering(plan, k, replica, inlets, outlets), asked)
             if k == 0:
                 inlets[data_edge(plan, replica)] = VirtualSource(sources(replica, averager.enough))
-            runners.append(
-                Runner(
-                    stage=stage,
-                    policy=policy_of(plan),
-                    inlets=inlets,
-                    outlets=outlets,
-                    stages=plan.stages,
-                    microbatches=plan.microbatches,
-                    averager=averager,
-                    ahead=_round_trips(plan, k, hop, costs) if plan.in_flight == "full" else None,
-                )
-            )
+            # Batches that stage k begins while one goes up to the last stage and back: a step a stage, two hops a cut.
+            ahead = (plan.stages - 1 - k) * -(-(step + 2 * hop) // step) if plan.in_flight == "full" else None
+            runner = Runner(stage, policy_of(plan), inlets, outlets, plan.stages, plan.microbatches, ahead, averager)
+            runners.append(runner)
     return clock, runners
-
-
-def _round_trips(plan: Plan, k: int, hop: int, costs: Costs) -> int:
-    """Batches that stage k begins while one goes to the last stage and comes back: a step a stage, two hops a cut."""
-    step = costs.forward + costs.backward
-    return (plan.stages - 1 - k) * -(-(step + 2 * hop) // step)
