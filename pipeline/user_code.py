@@ -44,10 +44,9 @@ class RecipeFailed(PlanError):
 
 @contextlib.contextmanager
 def calling(what: str | None = None) -> Iterator[None]:
-    """Around a call of the user's code: an exception, SystemExit among them, becomes RecipeFailed.
+    """Around a call of the user's code: an exception but PlanError and StageError, or SystemExit, becomes RecipeFailed.
 
-    A PlanError or a StageError already says what it has to. ``what`` is called; None: whatever of the user's a
-    traceback names first, and what has nothing of theirs in it is left as it is.
+    ``what`` is called; None: what of the user's the traceback names first, and one without is left as it is.
     """
     try:
         yield

@@ -61,12 +61,12 @@ class Recipe:
 
     @cached_property
     def careful_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss; it leaves output and labels as they are, should the user's write into them."""
+        """The loss, which leaves output and labels as they are, should the user's write into them."""
         return Unwritten(self.loss)
 
     @cached_property
     def careful_correct(self) -> Callable[[Tensor, Tensor], tuple[Tensor, int]] | None:
-        """``correct``; as ``careful_loss``."""
+        """As ``careful_loss``."""
         return None if self.correct is None else Unwritten(self.correct)
 
     def batch(self, index: int) -> Batch:
@@ -77,7 +77,7 @@ class Recipe:
         return self.batches[index % len(self.batches)]
 
     def seeded_batch(self, seed: int, index: int) -> Batch:
-        """Training batch ``index`` with whatever is random in it drawn from (seed, index)."""
+        """Training batch ``index``; whatever is random in it is drawn from (seed, index)."""
         if isinstance(self.batches, list | tuple):  # nothing is random, and batches may be small
             return self.batch(index)
         with seeded(seed, "batch", index):
@@ -108,15 +108,14 @@ class ArrayBatches:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.inputs) != len(self.labels):
-            raise PlanError(
-                f"{len(self.inputs)} rows of inputs and {len(self.labels)} of labels: give a label for every row."
-            )
-        if not 1 <= self.batch_size <= len(self.inputs):
-            raise PlanError(f"batch is {self.batch_size}: give 1 to {len(self.inputs)}, the rows of the data.")
+        rows, labels = len(self.inputs), len(self.labels)
+        if rows != labels:
+            raise PlanError(f"{rows} rows of inputs and {labels} of labels: give a label for every row.")
+        if not 1 <= self.batch_size <= rows:
+            raise PlanError(f"batch is {self.batch_size}: give 1 to {rows}, the rows of the data.")
 
     def __call__(self, index: int) -> Batch:
-        """Batch ``index``: [batch_size, ...] inputs and labels."""
+        """Batch ``index``."""
         per_epoch = len(self.inputs) // self.batch_size
         epoch, position = divmod(index, per_epoch)
         order = _epoch_order(len(self.inputs), self.seed, epoch)
@@ -153,9 +152,7 @@ def correct_predictions(output: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 
 
 def check_batches(recipe: Recipe, plan: Plan) -> Batch:
-    """Check the batches before the run, and return batch 0: a sequence whole; of a function the first two batches and
-    the last one (the loader checks the rest as they come).
-    """
+    """Check a sequence of batches, or the first two and the last one of a function, and return batch 0."""
     if callable(recipe.batches):
         last = (plan.steps or recipe.steps) * plan.replicas - 1
         indices: Iterable[int] = sorted({0, min(1, last), last})
@@ -178,19 +175,24 @@ def check_batches(recipe: Recipe, plan: Plan) -> Batch:
 def check_scores(recipe: Recipe, output: Tensor, labels: Tensor) -> None:
     """Try ``correct`` and ``loss`` on what a network may give for ``labels``, both [rows, ...].
 
-    Raises:
-        PlanError: ``correct`` raises something, or gives no pair of numbers; or the loss is a sum over the rows.
+    PlanError: ``correct`` raises something, or gives no pair of numbers; or the loss is a sum over the rows.
     """
     with torch.no_grad():
         if recipe.careful_correct is not None:
             with calling("correct()"):
-                _check_pair(recipe.careful_correct(output, labels))
+                given: Any = recipe.careful_correct(output, labels)
+                try:
+                    right, answers = given
+                    float(right), float(answers)
+                except (TypeError, ValueError, RuntimeError):
+                    raise PlanError(
+                        f"correct() gives a {type(given).__name__}: give a pair, the number of right answers and how "
+                        "many there could be, as freewheel.correct_predictions does."
+                    ) from None
         rows, loss = len(labels) // 2, recipe.careful_loss
         try:
-            whole, *halves = (
-                float(loss(output[part], labels[part]))
-                for part in (slice(2 * rows), slice(rows), slice(rows, 2 * rows))
-            )
+            parts = slice(2 * rows), slice(rows), slice(rows, 2 * rows)
+            whole, *halves = (float(loss(output[part], labels[part])) for part in parts)
         except Exception:  # it only takes whole batches, or other values: nothing is known then
             return
     if math.isfinite(whole) and whole and math.isclose(whole, sum(halves), rel_tol=1e-4):
@@ -216,17 +218,6 @@ def label_problem(labels: Tensor, output_shape: Sequence[int]) -> str | None:
         f"label {int(wrong.flatten()[0])} is out of range, as the network's output has {classes} classes, 0 to "
         f"{classes - 1}: mend the labels, or give the last layer more outputs"
     )
-
-
-def _check_pair(given: Any) -> None:
-    try:
-        right, answers = given
-        float(right), float(answers)
-    except (TypeError, ValueError, RuntimeError):
-        raise PlanError(
-            f"correct() gives a {type(given).__name__}: give a pair, the number of right answers and how many there "
-            "could be, as freewheel.correct_predictions does."
-        ) from None
 
 
 def same_shape(index: int, batch: Batch, first: Batch) -> None:

@@ -32,16 +32,13 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def fingerprint(
     recipe: Recipe, resolved: Resolved, index: int, layers: Sequence[Layer], replica: int = 0
 ) -> dict[str, Sketch]:
-    """Sketches of stage ``index``, whose layers are freshly built, before training. The layers stay as they are.
-
-    Only replica 0 looks at the held-out batches.
-    """
+    """Sketches of stage ``index``, whose layers are freshly built, before training. The layers stay as they are."""
     seed = resolved.plan.seed
     found = dict(_layers(layers))
     if index == 0:
         first = recipe.seeded_batch(seed, 0)
         found |= _batch("batch 0", first)
-        if replica == 0:
+        if replica == 0:  # the only one that looks at these
             found |= _batch("held-out batch 0", next(recipe.held_out(), ()))
         rows = first[0][:_ROWS].clone()
     else:
@@ -60,7 +57,7 @@ def fingerprint(
 
 
 def first_two(labels: Tensor) -> bytes:
-    """The labels of two rows, as bytes; none where they cannot be that."""
+    """The labels of two rows, as bytes; none where that cannot be."""
     with contextlib.suppress(Exception):
         return save({"labels": labels[:_ROWS].detach().clone(memory_format=torch.contiguous_format)})
     return b""

@@ -6,8 +6,8 @@ knows of a warm-up, but not of what ``unlock auto`` decides.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,22 +16,21 @@ from pipeline.messages.bundle import Bundle, Item, Specs, TensorSpec, gradients_
 from pipeline.metrics.spans import Recorder, Span, silent
 from pipeline.plan.emulation import Emulation
 from pipeline.plan.plan import Plan
+from pipeline.stage.dni_quality import Quality
 from pipeline.stage.evaluation import EvaluationMetrics
 from pipeline.stage.gradient_flow import Flow
 from pipeline.stage.in_flight import InFlight, Kept
+from pipeline.stage.unlock import Switch
 
-__all__ = ["HollowStage", "Lasting"]
-
-Lasting = Callable[[float], contextlib.AbstractContextManager[object]]
-"""milliseconds -> a block that lasts that long."""
+__all__ = ["HollowStage"]
 
 _NOTHING = (TensorSpec("nothing", (0,), torch.float32, differentiable=True),)
 
 
 class HollowStage:
-    """See ``StageLike``. It gives ``output`` for a batch.
+    """What a Runner needs of a ``Stage``. It gives ``output`` for a batch.
 
-    With ``emulate`` the plan says how long its work takes, and ``lasting`` makes it last; else nothing takes any time.
+    With ``emulate`` the plan says how long its work takes; ``lasting`` gives a block that lasts so many milliseconds.
     A forward takes a third of ``stage_ms``, a backward two, a relay one; predicting and learning half of ``dni_ms``.
     """
 
@@ -41,7 +40,7 @@ class HollowStage:
         plan: Plan,
         output: Specs = _NOTHING,
         record: Recorder = silent,
-        lasting: Lasting = contextlib.nullcontext,
+        lasting: Callable[[float], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._flow, self._output, self._record = Flow(plan, index), output, record
         self.index, self.last, self.scores = index, self._flow.last, EvaluationMetrics()
@@ -50,7 +49,8 @@ class HollowStage:
         self._part_ms, self._dni_ms = lengths.stage_ms / plan.microbatches, lengths.dni_ms
         self._lasting, self._parts, self._sampled = lasting, plan.microbatches, False
 
-    def switched(self) -> None: ...
+    def switched(self) -> Switch | None:
+        return None
 
     def forward(self, item: Item, x: Bundle, context: Bundle, *, awaited: bool = False) -> Bundle:
         self._record(Span.FORWARD, item.batch)
@@ -60,11 +60,12 @@ class HollowStage:
             self.in_flight[item] = Kept(route, x, h, context, slice(None), [], {})
             return h
 
-    def predict(self, item: Item) -> None:
+    def predict(self, item: Item) -> Bundle | None:
         if not self.last:
             self._record(Span.DNI, item.batch)
             with self._lasting(self._dni_ms / 2):
                 pass
+        return None
 
     def backward(self, item: Item, gradient: Bundle | None) -> Bundle | None:
         self._record(Span.BACKWARD, item.batch)
@@ -99,7 +100,7 @@ class HollowStage:
     def true_gradient(self) -> Bundle | None:
         return (torch.empty(0),) if self.last and self._sampled else None
 
-    def judge(self, batch: int, gradient: Bundle) -> tuple[None, Bundle]:
+    def judge(self, batch: int, gradient: Bundle) -> tuple[Quality | None, Bundle | None]:
         return None, gradient
 
     def loss_of(self, batch: int) -> float:

@@ -8,6 +8,7 @@ loss: of fewer rows the same                                                    
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -98,7 +99,8 @@ def try_loss(loss: _Loss, output: Tensor, labels: Tensor) -> Trial:
     shapes = f"output {list(output.shape)} {output.dtype} and labels {list(labels.shape)} {labels.dtype}"
     if not (output.is_floating_point() or output.is_complex()):
         raise PlanError(f"the network gives {shapes}: only floating-point outputs have a gradient.")
-    loss = _own_copy(loss)
+    with contextlib.suppress(Exception):  # not everything can be copied; it is then tried as it is
+        loss = copy.deepcopy(loss)
     held = {name: (tensor, _version(tensor)) for name, tensor in tensors_of(loss, deep=True)}
     leaf = output.detach().clone().requires_grad_()
     try:
@@ -113,7 +115,16 @@ def try_loss(loss: _Loss, output: Tensor, labels: Tensor) -> Trial:
     if (problem := _no_number(found, shapes)) is not None:
         raise PlanError(f"the loss gives {problem}")
     _check_own(loss, found, leaf, held)
-    _check_gradient(found, leaf)
+    if not found.requires_grad:
+        raise PlanError(
+            "the loss has no gradient, so nothing would be learned: leave out detach(), no_grad() and .data in it."
+        )
+    try:
+        (gradient,) = torch.autograd.grad(found, [leaf], allow_unused=True)
+    except RuntimeError as error:
+        raise PlanError(f"the backward pass of the loss fails ({text_of(error)}): mend it there.") from error
+    if gradient is None:
+        raise PlanError("the loss does not depend on the network's output, so nothing would be learned: mend it there.")
     return Trial(loss, output, labels)
 
 
@@ -160,19 +171,6 @@ def _no_number(found: Any, shapes: str) -> str | None:
     return None
 
 
-def _check_gradient(loss: Tensor, leaf: Tensor) -> None:
-    if not loss.requires_grad:
-        raise PlanError(
-            "the loss has no gradient, so nothing would be learned: leave out detach(), no_grad() and .data in it."
-        )
-    try:
-        (gradient,) = torch.autograd.grad(loss, [leaf], allow_unused=True)
-    except RuntimeError as error:
-        raise PlanError(f"the backward pass of the loss fails ({text_of(error)}): mend it there.") from error
-    if gradient is None:
-        raise PlanError("the loss does not depend on the network's output, so nothing would be learned: mend it there.")
-
-
 def _has_gradient(module: nn.Module, x: Any, *, at_x: bool) -> bool:
     """Whether the module's output has a gradient: at its parameters, or ``at_x`` too. Where it fails, others say so."""
     given = [None if each is None else each.detach().clone() for each in as_bundle(x)]
@@ -208,13 +206,6 @@ def _check_own(loss: _Loss, found: Tensor, leaf: Tensor, held: dict[str, tuple[T
             f"the loss changes a state of its own at every call, {', '.join(changed)}, which no stage keeps: make it "
             "part of the model, or compute it from the batch."
         )
-
-
-def _own_copy(loss: _Loss) -> _Loss:
-    try:
-        return copy.deepcopy(loss)
-    except Exception:  # not everything can be copied; it is then tried as it is
-        return loss
 
 
 def _version(tensor: Tensor) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,7 +27,6 @@ from pipeline.run.hollow_stage import HollowStage
 from pipeline.run.resolve import resolve, stage_layers
 from pipeline.run.resolved import Resolved
 from pipeline.run.runner import Runner
-from pipeline.run.stage_like import StageLike
 from pipeline.run.virtual_time import VirtualClock, VirtualQueue, VirtualSource
 from pipeline.schedule.policies import Action
 from pipeline.stage.dni_quality import Quality
@@ -38,6 +36,9 @@ from pipeline.stage.unlock import Switch
 
 ENDS = (Action.UPDATE, Action.BACKWARD, Action.SKIP)
 """What ends a batch, or a microbatch of it."""
+
+Pipelines = Sequence[Sequence[Stage | HollowStage]]
+"""The stages of every replica."""
 
 Sources = Callable[[int, Callable[[int], bool]], Iterator[Message]]
 """(replica, whether it is enough before a step) -> what comes into its first stage."""
@@ -144,7 +145,7 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
 
     stages, *others = ([stage(replica, k) for k in range(plan.stages)] for replica in range(plan.replicas))
     result = Reference(resolved, stages, others=others)
-    result.events = _drive(cast(list[list[StageLike]], [stages, *others]), plan, sources, costs or Costs(), result)
+    result.events = _drive([stages, *others], plan, sources, costs or Costs(), result)
     return result
 
 
@@ -160,16 +161,14 @@ def timeline(plan: Plan, held_out_batches: int, costs: Costs) -> list[Event]:
     """What every stage does when, on the virtual clock, without computing anything; in order of begin."""
     steps = plan.steps
     assert steps is not None, "the plan is resolved"
-    phantoms: list[list[StageLike]] = [[HollowStage(k, plan) for k in range(plan.stages)] for _ in range(plan.replicas)]
-    return _drive(phantoms, plan, lambda r, enough: phantom_inputs(plan, steps, held_out_batches, r), costs, None)
+    hollow = [[HollowStage(k, plan) for k in range(plan.stages)] for _ in range(plan.replicas)]
+    return _drive(hollow, plan, lambda r, enough: phantom_inputs(plan, steps, held_out_batches, r), costs, None)
 
 
-def _drive(
-    pipelines: Sequence[Sequence[StageLike]], plan: Plan, sources: Sources, costs: Costs, result: Reference | None
-) -> list[Event]:
+def _drive(pipelines: Pipelines, plan: Plan, sources: Sources, costs: Costs, result: Reference | None) -> list[Event]:
     reached = (lambda: False) if result is None else (lambda: result.reached is not None)
     clock, runners = _connected(pipelines, plan, sources, costs, reached)
-    losses: list[list[float]] = [[] for _ in pipelines]
+    losses: list[dict[int, float]] = [{} for _ in pipelines]  # of every replica, by batch
     if result is not None:
         _listen(runners, plan, losses, result)
     busy_until = [0] * len(runners)
@@ -197,11 +196,11 @@ def _drive(
             views = "; ".join(f"stage {k} {runner.view()}" for k, runner in enumerate(runners) if not runner.done)
             raise RuntimeError(f"deadlock at tick {clock.now}: every stage waits. {views}")
     if result is not None:
-        result.losses = [sum(each) / len(each) for each in zip(*losses, strict=False)]
+        result.losses = [sum(each) / len(each) for each in zip(*(of.values() for of in losses), strict=False)]
     return events
 
 
-def _listen(runners: Sequence[Runner], plan: Plan, losses: Sequence[list[float]], result: Reference) -> None:
+def _listen(runners: Sequence[Runner], plan: Plan, losses: Sequence[dict[int, float]], result: Reference) -> None:
     """Have the runners tell what they find: losses per replica, scores from replica 0."""
     for worker, runner in enumerate(runners):
         replica, stage = divmod(worker, plan.stages)
@@ -209,7 +208,7 @@ def _listen(runners: Sequence[Runner], plan: Plan, losses: Sequence[list[float]]
         if replica == 0:
             runner.on_switch = result.switches.append
         if runner.stage.last:
-            runner.on_loss = lambda batch, loss, mine=losses[replica]: mine.append(loss)
+            runner.on_loss = losses[replica].__setitem__
             runner.on_scores = lambda updates, scores: result.scores.append((updates, scores))
 
 
@@ -230,7 +229,7 @@ def _queues(plan: Plan, costs: Costs, clock: VirtualClock) -> dict[Edge, Virtual
 
 
 def _connected(
-    pipelines: Sequence[Sequence[StageLike]], plan: Plan, sources: Sources, costs: Costs, asked: Callable[[], bool]
+    pipelines: Pipelines, plan: Plan, sources: Sources, costs: Costs, asked: Callable[[], bool]
 ) -> tuple[VirtualClock, list[Runner]]:
     """A runner for every worker, with queues between them and the data in front of them."""
     clock, runners = VirtualClock(), list[Runner]()

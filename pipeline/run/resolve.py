@@ -9,24 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.data.recipe import Batch, Recipe, build_model, check_batches
+from pipeline.data.recipe import Recipe, build_model, check_batches
 from pipeline.dni.dni import FORMS, describe_form, target_every
 from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
 from pipeline.messages.bundle import TensorSpec, as_bundle, differentiable, specs_of
+from pipeline.model import partition
 from pipeline.model.checkpointing import check_checkpointing
 from pipeline.model.cut import Cut
-from pipeline.model.partition import (
-    Layer,
-    balanced_split,
-    chosen_sizes,
-    depth_of,
-    ends_normalised,
-    evaluated_in_training,
-    layers_of,
-    places_of_cuts,
-    split,
-)
+from pipeline.model.partition import Layer
 from pipeline.model.proof import check_chain, check_ties
 from pipeline.plan.channel_choice import choose_channels
 from pipeline.plan.check import check_plan
@@ -56,22 +47,14 @@ def resolve(
     hosts: Sequence[str] | None = None,
     devices: DeviceChoice | None = None,
 ) -> Resolved:
-    """Check recipe and plan against each other and fill in what was left open.
+    """Check recipe and plan against each other and fill in what was left open. PlanError says all that cannot run.
 
     Runs the model on batch 0 in evaluation mode, and where it has a forward of its own, on four rows of it in training.
 
     Args:
-        recipe: the problem.
-        plan: the wish.
-        measure: measures layers when the plan asks for a balance by time; without it layers count alike (the
-            reference driver has no clock).
+        measure: measures layers when the plan asks for a balance by time; None: layers count alike.
         hosts: of every worker, those of replica 0 first; None: one host.
         devices: of every worker (``choose_devices``); None: the CPU.
-
-    Raises:
-        PlanError: see ``check_plan``, ``check_batches``, ``check_chain``, ``check_ties``, ``check_learns``,
-            ``try_loss``, and: a loss that does not take the rows of a microbatch or of a held-out batch, a DNI that
-            does not fit the cut or does not read an option that is given, shared memory between two hosts.
     """
     check_plan(plan)
     hosts = hosts or ["this host"] * plan.workers
@@ -79,14 +62,13 @@ def resolve(
     channels = choose_channels(plan.channels, hosts, plan.replicas, devices.devices, devices.nccl)
     plan = _filled_in(recipe, plan)
     inputs, labels = check_batches(recipe, plan)
-    if len(inputs) % plan.microbatches:
-        raise PlanError(
-            f"{plan.microbatches} microbatches for batches of {len(inputs)} rows: give a number that divides the rows."
-        )
+    if (rows := len(inputs)) % plan.microbatches:
+        wish = f"{plan.microbatches} microbatches for batches of {rows} rows"
+        raise PlanError(f"{wish}: give a number that divides the rows.")
     model = build_model(recipe, plan.seed)
-    layers = layers_of(model)
+    layers = partition.layers_of(model)
     _check_names(layers)
-    sizes = chosen_sizes(layers, plan)
+    sizes = partition.chosen_sizes(layers, plan)
     outputs = check_chain(model, layers, inputs)
     seconds: tuple[float, ...] | None = None
     why = "given" if plan.sizes or plan.cuts else "number of layers"
@@ -94,25 +76,20 @@ def resolve(
         if measure is not None and plan.stages > 1 and all(isinstance(output, Tensor) for output in outputs):
             seconds = tuple(measure(layers, [inputs, *outputs[:-1]]))
             why = "measured time per layer"
-        sizes = balanced_split(layers, seconds or [1.0] * len(layers), plan.stages)
-    stages = split(layers, sizes)
+        sizes = partition.balanced_split(layers, seconds or [1.0] * len(layers), plan.stages)
+    stages = partition.split(layers, sizes)
     check_ties(stages)
     check_checkpointing(stages, plan, inputs)
     check_learns(layers, inputs, outputs)
     trial = try_loss(recipe.loss, outputs[-1], labels)
     ends = list(accumulate(sizes[:-1]))
-    _check_cuts(layers, ends, outputs, plan)
-    cuts = tuple(
-        _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, outputs[-1], recipe, plan)
-        for k, end in enumerate(ends)
-    )
-    cuts, about_loss = with_loss(cuts, plan, trial)
+    cuts, about_loss = with_loss(tuple(_cuts(stages, outputs, labels, recipe, plan)), plan, trial)
     if problems := list(_unread_options(plan, cuts)):
         raise PlanError(*problems)
     says = (
         ("mode", plan.mode, MODES[plan.mode].says),
-        ("split", " | ".join(map(str, sizes)), why + places_of_cuts(stages)),
-        *evaluated_in_training(layers),
+        ("split", " | ".join(map(str, sizes)), why + partition.places_of_cuts(stages)),
+        *partition.evaluated_in_training(layers),
         ("device", devices.says, devices.why),
         *(reasons.of_rounding(layers, ends, outputs) if MODES[plan.mode].exact else ()),
         *reasons.as_planned(plan),
@@ -129,7 +106,7 @@ def resolve(
         cuts=cuts,
         batch_shape=tuple(inputs.shape),
         output_shape=tuple(outputs[-1].shape),
-        held_out_batches=_count_held_out(recipe, (inputs, labels), trial),
+        held_out_batches=_count_held_out(recipe, inputs, trial),
         channels=channels,
         hosts=tuple(hosts),
         devices=devices.devices,
@@ -144,17 +121,16 @@ def resolve(
 def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
     """The layers of one stage, freshly initialised from the seed; the rest of the model is dropped."""
     assert plan.sizes is not None, "the plan is resolved"
-    return split(layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
+    return partition.split(partition.layers_of(build_model(recipe, plan.seed)), plan.sizes)[index]
 
 
 def _filled_in(recipe: Recipe, plan: Plan) -> Plan:
     """The plan with its length, and where they are needed the batches between two looks and two samples."""
-    if plan.evaluate_every is not None and recipe.evaluation is None:
-        raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
+    for option, given in {"evaluate_every": plan.evaluate_every, "until": plan.until}.items():
+        if given is not None and recipe.evaluation is None:
+            raise PlanError(f"{option} has no effect without held-out batches: leave it out, or give evaluation.")
     steps, every = plan.steps or recipe.steps, plan.evaluate_every
     if plan.goal is not None:
-        if recipe.evaluation is None:
-            raise PlanError("until has no effect without held-out batches: leave it out, or give evaluation.")
         if plan.goal.metric == "accuracy" and recipe.correct is None:
             raise PlanError(f"until {plan.goal}: the recipe counts no right answers; give correct, or ask for a loss.")
         every = every or look_every(steps)
@@ -162,27 +138,37 @@ def _filled_in(recipe: Recipe, plan: Plan) -> Plan:
     return dataclasses.replace(plan, steps=steps, evaluate_every=every, quality_every=samples)
 
 
-def _cut(
-    index: int,
-    below: Sequence[Layer],
-    stage: Sequence[Layer],
-    activation: Any,
-    labels: Tensor,
-    output: Tensor,
-    recipe: Recipe,
-    plan: Plan,
-) -> Cut:
-    return Cut(
-        index=index,
-        specs=specs_of(as_bundle(activation), "activation", differentiable=True),
-        context=specs_of((labels,), "labels"),
-        output=TensorSpec("output", tuple(output.shape), output.dtype, differentiable=True),
-        loss=recipe.loss,
-        normalised=ends_normalised(below),
-        depth=depth_of(stage),
-        uppermost=index == plan.stages - 2,
-        conditioned=plan.dni.labels,
-    )
+def _cuts(
+    stages: Sequence[Sequence[Layer]], outputs: Sequence[Any], labels: Tensor, recipe: Recipe, plan: Plan
+) -> Iterator[Cut]:
+    """What crosses each cut has a gradient, else PlanError; and one tensor of it, where something predicts that."""
+    below: list[Layer] = []
+    for index, stage in enumerate(stages[:-1]):
+        below += stage
+        name, bundle = below[-1].name, as_bundle(outputs[len(below) - 1])
+        count = len(differentiable(bundle))
+        if not count:
+            dtypes = ", ".join(str(tensor.dtype) for tensor in bundle if tensor is not None)
+            raise PlanError(
+                f"layer {name} gives {dtypes}, and no gradient can cross a cut behind it: cut elsewhere (--sizes or "
+                "--cuts)."
+            )
+        if count > 1 and MODES[plan.mode].gradient != "true":
+            raise PlanError(
+                f"layer {name} gives {count} tensors that gradients come back for, and in mode {plan.mode} a cut has "
+                "one: cut elsewhere (--sizes or --cuts), or choose mode naive, gpipe, 1f1b or async-1f1b."
+            )
+        yield Cut(
+            index=index,
+            specs=specs_of(bundle, "activation", differentiable=True),
+            context=specs_of((labels,), "labels"),
+            output=TensorSpec("output", tuple(outputs[-1].shape), outputs[-1].dtype, differentiable=True),
+            loss=recipe.loss,
+            normalised=partition.ends_normalised(below),
+            depth=partition.depth_of(stage),
+            uppermost=index == plan.stages - 2,
+            conditioned=plan.dni.labels,
+        )
 
 
 def _unread_options(plan: Plan, cuts: Sequence[Cut]) -> Iterator[str]:
@@ -205,24 +191,6 @@ def _unread_options(plan: Plan, cuts: Sequence[Cut]) -> Iterator[str]:
         yield NoEffect("dni.temperature", why)
 
 
-def _check_cuts(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Any], plan: Plan) -> None:
-    """What crosses a cut has a gradient; and one tensor of it, where something predicts that."""
-    for end in ends:
-        name, bundle = layers[end - 1].name, as_bundle(outputs[end - 1])
-        count = len(differentiable(bundle))
-        if not count:
-            dtypes = ", ".join(str(tensor.dtype) for tensor in bundle if tensor is not None)
-            raise PlanError(
-                f"layer {name} gives {dtypes}, and no gradient can cross a cut behind it: cut elsewhere (--sizes or "
-                "--cuts)."
-            )
-        if count > 1 and MODES[plan.mode].gradient != "true":
-            raise PlanError(
-                f"layer {name} gives {count} tensors that gradients come back for, and in mode {plan.mode} a cut has "
-                "one: cut elsewhere (--sizes or --cuts), or choose mode naive, gpipe, 1f1b or async-1f1b."
-            )
-
-
 def _check_names(layers: Sequence[Layer]) -> None:
     """The weights are saved under these names in the end."""
     names = [name for layer in layers for name in (layer.name, *layer.module.state_dict())]
@@ -230,13 +198,21 @@ def _check_names(layers: Sequence[Layer]) -> None:
         raise PlanError(f"a layer, or a parameter of one, is called {wrong!r}, which no file can hold: rename it.")
 
 
-def _count_held_out(recipe: Recipe, first: Batch, trial: Trial) -> int:
+def _count_held_out(recipe: Recipe, x: Tensor, trial: Trial) -> int:
+    """Held-out batches, each like batch 0, or smaller. ``x`` are the inputs of batch 0."""
     if recipe.evaluation is None:
         return 0
+    y = trial.labels
     with calling("evaluation()"):
-        count, sizes = 0, {len(trial.labels)}
+        count, sizes = 0, {len(y)}
         for count, (inputs, labels) in enumerate(recipe.held_out(), start=1):
-            _check_held_out(count - 1, inputs, labels, first)
+            fits = inputs.shape[1:] == x.shape[1:] and inputs.dtype == x.dtype and labels.nbytes <= y.nbytes
+            if not fits or len(inputs) != len(labels) or not 0 < len(inputs) <= len(x):
+                raise PlanError(
+                    f"evaluation batch {count - 1} has inputs {list(inputs.shape)} {inputs.dtype} and labels "
+                    f"{list(labels.shape)} {labels.dtype}: it needs 1 to {len(x)} rows, the inputs {x.dtype} of shape "
+                    f"{list(x.shape[1:])}, the labels no larger than in training, {list(y.shape)} {y.dtype}."
+                )
             if (rows := len(labels)) not in sizes and (error := trial.error(rows)) is not None:
                 raise PlanError(
                     f"evaluation batch {count - 1} has {rows} rows, which the loss does not take ({error}): leave it "
@@ -246,14 +222,3 @@ def _count_held_out(recipe: Recipe, first: Batch, trial: Trial) -> int:
     if not count:
         raise PlanError("evaluation() gives no batch: give held-out batches (inputs, labels), or leave evaluation out.")
     return count
-
-
-def _check_held_out(index: int, inputs: Tensor, labels: Tensor, first: Batch) -> None:
-    x, y = first
-    fits = inputs.shape[1:] == x.shape[1:] and inputs.dtype == x.dtype and labels.nbytes <= y.nbytes
-    if not fits or len(inputs) != len(labels) or not 0 < len(inputs) <= len(x):
-        raise PlanError(
-            f"evaluation batch {index} has inputs {list(inputs.shape)} {inputs.dtype} and labels "
-            f"{list(labels.shape)} {labels.dtype}: it needs 1 to {len(x)} rows, the inputs {x.dtype} of shape "
-            f"{list(x.shape[1:])}, the labels no larger than in training, {list(y.shape)} {y.dtype}."
-        )

@@ -24,12 +24,13 @@ from pipeline.messages.queue_ends import Inlet, Outlet
 from pipeline.metrics.spans import Recorder, Span, silent
 from pipeline.plan.topology import Edge, What
 from pipeline.replicas.averaging import ALONE, Averager
-from pipeline.run.stage_like import StageLike
+from pipeline.run.hollow_stage import HollowStage
 from pipeline.run.uplink import Uplink
 from pipeline.schedule.policies import Action, Policy, View
 from pipeline.stage.dni_quality import Quality
 from pipeline.stage.evaluation import EvaluationMetrics
 from pipeline.stage.gradient_flow import Route
+from pipeline.stage.stage import Stage
 from pipeline.stage.unlock import Switch
 
 __all__ = ["Runner"]
@@ -45,7 +46,7 @@ class Runner:
     pass over the held-out batches), those below it the other two.
     """
 
-    stage: StageLike
+    stage: Stage | HollowStage
     policy: Policy
     inlets: Mapping[Edge, Inlet]
     outlets: Mapping[Edge, Outlet]
