@@ -4,18 +4,19 @@
                      |  record(span)                        |  every operator, seen by FlopCounterMode
                      +------------> operations by span <----+
 
-The spans that give the seconds of a run also give the operations, so that the two columns of a ledger speak of the same
-work. What is counted is what torch's FlopCounterMode counts: products of matrices, convolutions and attention, one
-multiplication and one addition being two operations; causal attention counts as full. Element by element work
-(activations, normalisation, loss, the optimizer) and fused recurrent kernels are not counted; they show in the seconds.
+The spans give both the seconds of a run and the operations, so that the two columns of a ledger speak of the same work.
+torch's FlopCounterMode counts products of matrices, convolutions and attention (causal as full), one multiplication and
+one addition being two operations. Element by element work (activations, normalisation, loss, the optimizer) and fused
+recurrent kernels are not counted; they show in the seconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
@@ -91,13 +92,24 @@ def _counted(stage: Stage, plan: Plan, x: Bundle, context: Bundle) -> tuple[dict
     _train(stage, plan, 0, x, context)
     spans: defaultdict[Span, float] = defaultdict(float)
     for batch, weight in weights.items():
-        stage.record = meter = _Meter()
-        with meter.counter:
-            output = _train(stage, plan, batch, x, context)
-        meter(Span.OTHER, batch)
-        for span, flops in meter.flops.items():
-            spans[span] += flops * weight
+        flops, output = _metered(stage, plan, batch, x, context)
+        for span, count in flops.items():
+            spans[span] += count * weight
     return spans, output
+
+
+def _metered(stage: Stage, plan: Plan, batch: int, x: Bundle, context: Bundle) -> tuple[Counter[Span], Bundle]:
+    """Operations of a stage by the span that has begun before them, and its output."""
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    counter.mod_tracker = _NoModules()
+    marks, flops = [(Span.OTHER, 0)], Counter[Span]()
+    stage.record = lambda span, batch: marks.append((span, counter.get_total_flops()))
+    with counter:
+        output = _train(stage, plan, batch, x, context)
+    stage.record(Span.OTHER, batch)
+    for (span, begin), (_, end) in pairwise(marks):
+        flops[span] += end - begin
+    return flops, output
 
 
 def _train(stage: Stage, plan: Plan, batch: int, x: Bundle, context: Bundle) -> Bundle:
@@ -118,21 +130,6 @@ def _train(stage: Stage, plan: Plan, batch: int, x: Bundle, context: Bundle) -> 
     elif learns and from_above is not None:
         stage.learn(Item(batch), from_above)
     return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs, strict=True))
-
-
-class _Meter:
-    """A ``Recorder`` that adds the operations counted so far to the span that has just ended."""
-
-    def __init__(self) -> None:
-        self.counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        self.counter.mod_tracker = _NoModules()
-        self.flops: defaultdict[Span, int] = defaultdict(int)
-        self._span, self._seen = Span.OTHER, 0
-
-    def __call__(self, span: Span, batch: int) -> None:
-        total = self.counter.get_total_flops()
-        self.flops[self._span] += total - self._seen
-        self._span, self._seen = span, total
 
 
 class _NoModules(ModuleTracker):

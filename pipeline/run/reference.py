@@ -40,15 +40,15 @@ ENDS = (Action.UPDATE, Action.BACKWARD, Action.SKIP)
 Pipelines = Sequence[Sequence[Stage | HollowStage]]
 """The stages of every replica."""
 
-Sources = Callable[[int, Callable[[int], bool]], Iterator[Message]]
-"""(replica, whether it is enough before a step) -> what comes into its first stage."""
+Sources = Callable[[Callable[[int], bool], int], Iterator[Message]]
+"""(whether it is enough before a step, replica) -> what comes into its first stage."""
 
 __all__ = ["ENDS", "Costs", "Event", "Reference", "run_reference", "schedule", "timeline"]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Ticks of the virtual clock. One step of an unlocked stage, forward and update, is ``step`` ticks.
+    """Ticks of the virtual clock; a step of an unlocked stage is ``forward`` and ``backward``.
 
     ``late(channel, batch)`` ticks more than a hop is a message under way; channels are called ``activations 0->1``,
     ``gradients 1->0``, ``averages 0->1``.
@@ -71,14 +71,11 @@ class Costs:
 
 @dataclass(frozen=True)
 class Event:
-    """Stage ``stage`` of replica ``replica`` did ``action`` from tick ``start`` to ``end``.
-
-    ``batch`` counts that action on that stage; what ends a batch, with an update or without, counts as one.
-    """
+    """Stage ``stage`` of replica ``replica`` did ``action`` from tick ``start`` to ``end``."""
 
     stage: int
     action: Action
-    batch: int
+    batch: int  # counts that action on that stage; those of ENDS as one
     start: int
     end: int
     replica: int = 0
@@ -86,33 +83,23 @@ class Event:
 
 @dataclass
 class Reference:
-    """What a run of the reference driver gives.
-
-    Attributes:
-        stages: trained, of replica 0.
-        losses: training loss of every step, the mean over the replicas; where ``until`` ended the run, fewer.
-        scores: (number of updates, scores) of every pass over the held-out batches.
-        qualities: of every stage below the last: its synthetic gradients of the sampled batches against the true ones.
-        switches: when a stage of replica 0 locked or unlocked, in order.
-        others: the trained stages of the other replicas.
-    """
+    """What a run of the reference driver gives; the stages are trained."""
 
     resolved: Resolved
-    stages: list[Stage]
-    losses: list[float] = field(default_factory=list)
-    scores: list[tuple[int, EvaluationMetrics]] = field(default_factory=list)
+    stages: list[Stage]  # of replica 0
+    losses: list[float] = field(default_factory=list)  # of every step, the mean over the replicas; ends with ``until``
+    scores: list[tuple[int, EvaluationMetrics]] = field(default_factory=list)  # after so many updates, of every pass
     events: list[Event] = field(default_factory=list)
-    qualities: dict[int, list[Quality]] = field(default_factory=dict)
-    switches: list[Switch] = field(default_factory=list)
-    others: list[list[Stage]] = field(default_factory=list)
+    qualities: dict[int, list[Quality]] = field(default_factory=dict)  # of the sampled batches, by stage
+    switches: list[Switch] = field(default_factory=list)  # of replica 0, in order
+    others: list[list[Stage]] = field(default_factory=list)  # the stages of the other replicas
 
     @property
     def reached(self) -> int | None:
         """After how many updates ``until`` was met first; None: never, or not asked for."""
         goal = self.resolved.plan.goal
-        if goal is None:
-            return None
-        return next((n for n, scores in self.scores if goal.met(scores.loss(), scores.accuracy())), None)
+        met = (n for n, scores in self.scores if goal is not None and goal.met(scores.loss(), scores.accuracy()))
+        return next(met, None)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers under the unsplit model's names."""
@@ -140,12 +127,9 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
         device, mine = resolved.devices[worker_of(plan, replica, k)], plan_of(plan, replica)
         return Stage(stage_layers(recipe, plan, k), k, mine, recipe, cuts[k + 1], cuts[k], device=device)
 
-    def sources(replica: int, enough: Callable[[int], bool]) -> Iterator[Message]:
-        return inputs(recipe, plan, resolved.steps, enough, replica)
-
-    stages, *others = ([stage(replica, k) for k in range(plan.stages)] for replica in range(plan.replicas))
-    result = Reference(resolved, stages, others=others)
-    result.events = _drive([stages, *others], plan, sources, costs or Costs(), result)
+    pipelines = [[stage(replica, k) for k in range(plan.stages)] for replica in range(plan.replicas)]
+    result = Reference(resolved, pipelines[0], others=pipelines[1:])
+    result.events = _drive(pipelines, plan, partial(inputs, recipe, plan, resolved.steps), costs or Costs(), result)
     return result
 
 
@@ -162,7 +146,7 @@ def timeline(plan: Plan, held_out_batches: int, costs: Costs) -> list[Event]:
     steps = plan.steps
     assert steps is not None, "the plan is resolved"
     hollow = [[HollowStage(k, plan) for k in range(plan.stages)] for _ in range(plan.replicas)]
-    return _drive(hollow, plan, lambda r, enough: phantom_inputs(plan, steps, held_out_batches, r), costs, None)
+    return _drive(hollow, plan, lambda enough, r: phantom_inputs(plan, steps, held_out_batches, r), costs, None)
 
 
 def _drive(pipelines: Pipelines, plan: Plan, sources: Sources, costs: Costs, result: Reference | None) -> list[Event]:
@@ -241,7 +225,7 @@ def _connected(
             outlets: dict[Edge, Outlet] = {edge: queue for edge, queue in queues.items() if edge.source == worker}
             averager = averager_of(plan, stage.state_tensors(), gathering(plan, k, replica, inlets, outlets), asked)
             if k == 0:
-                inlets[data_edge(plan, replica)] = VirtualSource(sources(replica, averager.enough))
+                inlets[data_edge(plan, replica)] = VirtualSource(sources(averager.enough, replica))
             # Batches that stage k begins while one goes up to the last stage and back: a step a stage, two hops a cut.
             ahead = (plan.stages - 1 - k) * -(-(step + 2 * hop) // step) if plan.in_flight == "full" else None
             runner = Runner(stage, policy_of(plan), inlets, outlets, plan.stages, plan.microbatches, ahead, averager)

@@ -64,7 +64,6 @@ class Runner:
     updated: int = 0  # training batches, as ``learned``; one that is left without an update counts
     learned: int = 0
     actions: int = 0
-    done: bool = False
     _activation: Message | None = None
     _gradient: Message | None = None
     _open: deque[Route] = field(default_factory=deque)  # of the batches between their forward and their update
@@ -77,6 +76,11 @@ class Runner:
         assert below is not None, "every stage has something that comes in"
         self._below, self._down = below, _only(self.outlets, "activations")
         self._up = Uplink(self.stage.index, _only(self.outlets, "gradients"), self.record)
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to do."""
+        return self._up.ended
 
     @property
     def dropped(self) -> int:
@@ -93,7 +97,6 @@ class Runner:
             self._take_in(message)
         if self._activation is None and not self._ended_below:
             self._activation = self._below.take()
-        self.done = self._up.ended
 
     def next(self) -> Action:
         """What to do now, from what lay in the queues."""
@@ -155,8 +158,8 @@ class Runner:
             self._after_training()
         elif kind is Kind.END:
             self._ended_below = True
-            if self.stage.last:
-                self._end(message.item)
+            if self.stage.last:  # echoes it up
+                self._up.send(Message(kind, message.item, self.stage.index))
         elif kind is Kind.REPORT and self.stage.last:
             self.on_scores(message.batch, self.stage.scores)
             self.stage.scores = EvaluationMetrics()
@@ -219,7 +222,7 @@ class Runner:
                 what = f"the END came from stage {message.stage} before the gradient of this batch"
                 raise StageError(what, stage=index, batch=self.updated)
             self._ended_above = True
-            self._end(item)
+            self._up.send(Message(Kind.END, item, index))
         elif message.kind is Kind.DROPPED:
             relaying = self.stage.in_flight.relaying()
             self.stage.in_flight.forget(min(item.batch, self.updated))
@@ -258,11 +261,6 @@ class Runner:
             found = f"got that of batch {message.item} from stage {message.stage}"
             raise StageError(f"expected the {what} of batch {item}, {found}", stage=self.stage.index, batch=item.batch)
         return message
-
-    def _end(self, item: Item) -> None:
-        """The END came back from above (or reached the last stage): echo it up; this stage is done."""
-        self._up.send(Message(Kind.END, item, self.stage.index))
-        self.done = self._up.ended
 
     def _send_down(self, kind: Kind, item: Item, payload: Bundle = (), context: Bundle = ()) -> None:
         if self._down is not None:

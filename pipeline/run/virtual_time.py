@@ -61,7 +61,6 @@ class VirtualQueue:
         self.clock.at(arrival)
 
     def take(self) -> Message | None:
-        """The oldest message that has arrived, or None."""
         return self.items.popleft()[1] if self.items and self.items[0][0] <= self.clock.now else None
 
 
@@ -72,5 +71,4 @@ class VirtualSource:
     messages: Iterator[Message]
 
     def take(self) -> Message | None:
-        """None at the end."""
         return next(self.messages, None)
