@@ -115,7 +115,6 @@ class ArrayBatches:
             raise PlanError(f"batch is {self.batch_size}: give 1 to {rows}, the rows of the data.")
 
     def __call__(self, index: int) -> Batch:
-        """Batch ``index``."""
         per_epoch = len(self.inputs) // self.batch_size
         epoch, position = divmod(index, per_epoch)
         order = _epoch_order(len(self.inputs), self.seed, epoch)
