@@ -20,12 +20,11 @@ def predicted_batches_per_s(plan: Plan, warmup: int) -> float | None:
     lengths, link = plan.emulation, plan.links
     if lengths is None or (link is not None and link.bandwidth_mbps) or plan.steps is None or plan.steps <= warmup:
         return None
-    stage, dni = lengths.stage_ms * _TICKS_PER_MS / plan.microbatches, lengths.dni_ms * _TICKS_PER_MS / 2
-    dni = dni if plan.unlocked else 0.0
+    stage = lengths.stage_ms * _TICKS_PER_MS / plan.microbatches
+    dni = lengths.dni_ms * _TICKS_PER_MS / 2 if plan.unlocked else 0.0
     costs = Costs(forward=round(stage / 3), backward=round(stage * 2 / 3 + dni), learn=round(dni))
     latency = link.latency_ms * _TICKS_PER_MS if link is not None else 0.0
-    step = costs.forward + costs.backward
-    if not step:
+    if not (step := costs.forward + costs.backward):
         return None
     events = timeline(replace(plan, hop_steps=latency / step), 0, costs)
     ends = [e.end for e in events if (e.replica, e.stage) == (0, plan.stages - 1) and e.action in ENDS]

@@ -24,6 +24,7 @@ from pipeline.stage.unlock import Switch
 
 __all__ = ["HollowStage"]
 
+_Block = Callable[[float], AbstractContextManager[object]]
 _NOTHING = (TensorSpec("nothing", (0,), torch.float32, differentiable=True),)
 
 
@@ -35,12 +36,7 @@ class HollowStage:
     """
 
     def __init__(
-        self,
-        index: int,
-        plan: Plan,
-        output: Specs = _NOTHING,
-        record: Recorder = silent,
-        lasting: Callable[[float], AbstractContextManager[object]] = nullcontext,
+        self, index: int, plan: Plan, output: Specs = _NOTHING, record: Recorder = silent, lasting: _Block = nullcontext
     ) -> None:
         self._flow, self._output, self._record = Flow(plan, index), output, record
         self.index, self.last, self.scores = index, self._flow.last, EvaluationMetrics()

@@ -37,9 +37,7 @@ from pipeline.stage.unlock import Switch
 ENDS = (Action.UPDATE, Action.BACKWARD, Action.SKIP)
 """What ends a batch, or a microbatch of it."""
 
-Pipelines = Sequence[Sequence[Stage | HollowStage]]
-"""The stages of every replica."""
-
+Pipelines = Sequence[Sequence[Stage | HollowStage]]  # one for every replica
 Sources = Callable[[Callable[[int], bool], int], Iterator[Message]]
 """(whether it is enough before a step, replica) -> what comes into its first stage."""
 
@@ -196,11 +194,13 @@ def _listen(runners: Sequence[Runner], plan: Plan, losses: Sequence[dict[int, fl
             runner.on_scores = lambda updates, scores: result.scores.append((updates, scores))
 
 
-def _queues(plan: Plan, costs: Costs, clock: VirtualClock) -> dict[Edge, VirtualQueue]:
-    """The queue of every edge, over which messages travel a hop."""
-    hop = costs.hop(plan.hop_steps)
-    on_the_way = -(-hop // (costs.forward + costs.backward))  # what the link itself holds
-    queues = {}
+def _connected(
+    pipelines: Pipelines, plan: Plan, sources: Sources, costs: Costs, asked: Callable[[], bool]
+) -> tuple[VirtualClock, list[Runner]]:
+    """A runner for every worker, with queues between them and the data in front of them."""
+    clock, runners, queues = VirtualClock(), list[Runner](), dict[Edge, VirtualQueue]()
+    hop, step = costs.hop(plan.hop_steps), costs.forward + costs.backward
+    on_the_way = -(-hop // step)  # what a link itself holds
     for edge in edges_of(plan):
         capacity = {
             "activations": plan.channel.slots + on_the_way,
@@ -209,15 +209,6 @@ def _queues(plan: Plan, costs: Costs, clock: VirtualClock) -> dict[Edge, Virtual
         }[edge.what]
         wire_dtype = None if edge.what == "averages" else plan.wire_dtype
         queues[edge] = VirtualQueue(clock, capacity, hop, wire_dtype, partial(costs.late, name_of(edge, plan)))
-    return queues
-
-
-def _connected(
-    pipelines: Pipelines, plan: Plan, sources: Sources, costs: Costs, asked: Callable[[], bool]
-) -> tuple[VirtualClock, list[Runner]]:
-    """A runner for every worker, with queues between them and the data in front of them."""
-    clock, runners = VirtualClock(), list[Runner]()
-    queues, hop, step = _queues(plan, costs, clock), costs.hop(plan.hop_steps), costs.forward + costs.backward
     for replica, stages in enumerate(pipelines):
         for k, stage in enumerate(stages):
             worker = worker_of(plan, replica, k)

@@ -147,8 +147,7 @@ class Runner:
     def _forward(self) -> None:
         message, self._activation = self._activation, None
         assert message is not None, "the policy took an activation that is not there"
-        kind = message.kind
-        if kind in (Kind.ACTIVATION, Kind.AWAITED):
+        if (kind := message.kind) in (Kind.ACTIVATION, Kind.AWAITED):
             self._forward_batch(message)
             return
         h = self.stage.evaluate(message.batch, message.payload, message.context) if kind is Kind.EVALUATION else ()
