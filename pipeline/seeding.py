@@ -25,10 +25,7 @@ def derived_seed(seed: int, *purpose: int | str) -> int:
 
 
 def seed_layer(seed: int, layer: int, batch: int) -> None:
-    """Seed the global generator for one layer's forward pass of one batch.
-
-    Called by every stage before each layer; call it the same way in a plain training loop to get the same dropout.
-    """
+    """Seed the global generator for one layer's forward pass of one batch; do so in a plain loop for equal dropout."""
     _seed_all(derived_seed(seed, "layer", layer, batch))
 
 
@@ -36,8 +33,7 @@ def seed_layer(seed: int, layer: int, batch: int) -> None:
 def seeded(seed: int, *purpose: int | str) -> Iterator[None]:
     """Run a block with the global generators of torch, numpy and ``random`` seeded for ``purpose``.
 
-    They are as they were after it; only the second normal number of a pair, which numpy's legacy functions keep for the
-    next call, is forgotten.
+    They are then as before, but for the second normal number of a pair, which numpy's legacy functions keep.
     """
     on_gpu = torch.cuda.is_initialized()
     on_devices = torch.random.fork_rng(devices=[torch.cuda.current_device()]) if on_gpu else nullcontext()

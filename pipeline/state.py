@@ -1,9 +1,8 @@
 """What a component remembers, as plain values that can be written and read again.
 
-``state()`` gives a tree of tensors, numbers, texts and lists; ``load_state()`` takes it up in a component that was
-built anew in the same way, which then goes on as the first one would have. A stage's state is the tree of all its
-parts (``pipeline.stage.stage``): snapshots, restarts and going on from a saved run are uses of it. Taken between two
-batches, with nothing in flight.
+``state()`` gives a tree of tensors, numbers, texts and lists, between two batches, with nothing in flight;
+``load_state()`` takes it up in a component that was built anew in the same way, which then goes on as the first one
+would have. A stage's state is the tree of all its parts (``pipeline.stage.stage``).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["State", "Stateful", "attributes", "load_module", "module_state", "plain", "set_attributes"]
@@ -47,17 +45,12 @@ def set_attributes(component: object, names: Iterable[str], state: State) -> Non
 
 def module_state(module: nn.Module) -> State:
     """Copies of a module's parameters and buffers, and of what it says besides, by name."""
-    return {name: plain(value) for name, value in module.state_dict().items()}
+    return dict(plain(module.state_dict()))
 
 
 def load_module(module: nn.Module, state: State) -> None:
-    """Put into a module what ``module_state`` gave, in place: whoever holds its tensors goes on with them.
-
-    Raises:
-        RuntimeError: other names or shapes than the module has.
-    """
-    with torch.no_grad():
-        module.load_state_dict(state, strict=True)
+    """Put into a module what ``module_state`` gave, in place; RuntimeError where names or shapes are others."""
+    module.load_state_dict(state)
 
 
 def plain(value: Any) -> Any:

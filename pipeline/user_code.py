@@ -32,15 +32,11 @@ _EXCERPT = 8_000  # characters of a traceback
 
 
 class RecipeFailed(PlanError):
-    """A function of the user's recipe, ``what``, raised something. The original exception is its ``__cause__``.
-
-    Attributes:
-        excerpt: the traceback through the user's files where it passes several lines of them; else empty.
-    """
+    """A function of the user's recipe, ``what``, raised something. The original exception is its ``__cause__``."""
 
     def __init__(self, what: str, error: BaseException) -> None:
         super().__init__(f"{what} raises {said(error)}{place_of(error)}: mend it there.")
-        self.excerpt = users_part(error) if len(_users_frames(error)) > 1 else ""
+        self.excerpt = users_part(error) if len(_users_frames(error)) > 1 else ""  # one line is in the sentence
 
     def __reduce__(self) -> tuple[type[PlanError], tuple[str, ...]]:
         return PlanError, self.problems  # in another process the original exception may be none
@@ -48,10 +44,9 @@ class RecipeFailed(PlanError):
 
 @contextlib.contextmanager
 def calling(what: str | None = None) -> Iterator[None]:
-    """Around a call of the user's code: an exception, SystemExit among them, becomes RecipeFailed.
+    """Around a call of the user's code: an exception but PlanError and StageError, or SystemExit, becomes RecipeFailed.
 
-    A PlanError or a StageError already says what it has to. ``what`` is called; None: whatever of the user's a
-    traceback names first, and what has nothing of theirs in it is left as it is.
+    ``what`` is called; None: what of the user's the traceback names first, and one without is left as it is.
     """
     try:
         yield
@@ -67,9 +62,9 @@ def place_of(error: BaseException) -> str:
     """Where in the user's code an error began: `` (mine.py:12, in batches)``; empty where none of it was running."""
     if not (frames := _users_frames(error)):
         return ""
-    file = os.path.relpath(frames[-1].filename)
-    file = frames[-1].filename if file.startswith("..") else file
-    return f" ({file}:{frames[-1].lineno}, in {frames[-1].name})"
+    last = frames[-1]
+    file = os.path.relpath(last.filename)
+    return f" ({last.filename if file.startswith('..') else file}:{last.lineno}, in {last.name})"
 
 
 def users_part(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -235,7 +236,7 @@ def test_at_least_one_batch_must_count(warmup: int) -> None:
 
 def test_figures_can_be_written_as_json() -> None:
     measured = measure([_spans(STAGE_0), _spans(STAGE_1)], warmup=1)
-    values = json.loads(json.dumps(measured.as_dict()))
+    values = json.loads(json.dumps(asdict(measured)))
     assert values["batches"] == 3
     assert values["stages"][0]["shares"].keys() == GROUPS
 

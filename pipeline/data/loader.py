@@ -22,10 +22,9 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.replica_layout import batch_of
 from pipeline.schedule.modes import MODES
 
-__all__ = ["SOURCE", "evaluation_steps", "inputs", "phantom_inputs"]
+__all__ = ["evaluation_steps", "inputs", "phantom_inputs"]
 
-SOURCE = -1
-"""The ``stage`` of messages that come from the data."""
+_SOURCE = -1  # the ``stage`` of messages that come from the data
 
 
 def evaluation_steps(plan: Plan, steps: int) -> set[int]:
@@ -39,15 +38,8 @@ def inputs(
 ) -> Iterator[Message]:
     """The messages of a whole run, for one replica.
 
-    Args:
-        recipe: gives the batches.
-        plan: says how to cut them, and how often to evaluate.
-        steps: training batches.
-        enough: asked before every training batch, with its number; once it is, no more of them come.
-        replica: which one.
-
-    Raises:
-        PlanError: a training batch of another shape than batch 0, on reaching it.
+    ``enough`` is asked before every training batch, with its number; once it is, no more of them come. PlanError: a
+    training batch has another shape than batch 0, on reaching it.
     """
     first: Minibatch | None = None
 
@@ -89,19 +81,19 @@ def _in_order(
             steps = step
             break
         for index, part in enumerate(microbatches(step)):
-            yield Message(Kind.ACTIVATION, Item(step, index), SOURCE, *part.tensors())
+            yield Message(Kind.ACTIVATION, Item(step, index), _SOURCE, *part.tensors())
         if held_out is not None and step + 1 in passes:
             yield from _pass(held_out(), step + 1)
             evaluated = step + 1
     if says_trained:
-        yield Message(Kind.TRAINED, Item(steps), SOURCE)
+        yield Message(Kind.TRAINED, Item(steps), _SOURCE)
     if held_out is not None and (evaluated < steps or says_trained):
         yield from _pass(held_out(), steps)
-    yield Message(Kind.END, Item(steps), SOURCE)
+    yield Message(Kind.END, Item(steps), _SOURCE)
 
 
 def _pass(batches: Iterable[Minibatch], updates: int) -> Iterator[Message]:
     """One pass over the held-out batches, after so many training batches."""
     for index, batch in enumerate(batches):
-        yield Message(Kind.EVALUATION, Item(index), SOURCE, *batch.tensors())
-    yield Message(Kind.REPORT, Item(updates), SOURCE)
+        yield Message(Kind.EVALUATION, Item(index), _SOURCE, *batch.tensors())
+    yield Message(Kind.REPORT, Item(updates), _SOURCE)

@@ -82,7 +82,7 @@ class Recipe:
 
     @cached_property
     def careful_correct(self) -> Callable[[Any, Any], tuple[Tensor, int]] | None:
-        """``correct``; as ``careful_loss``."""
+        """As ``careful_loss``."""
         return None if self.correct is None else Unwritten(self.correct)
 
     def batch(self, index: int, seed: int = 0) -> Minibatch:
@@ -102,7 +102,7 @@ class Recipe:
         return None if callable(self.batches) or _numbered(self.batches) else Stream(self.batches)
 
     def seeded_batch(self, seed: int, index: int) -> Minibatch:
-        """Training batch ``index`` with whatever is random in it drawn from (seed, index)."""
+        """Training batch ``index``; whatever is random in it is drawn from (seed, index)."""
         if isinstance(self.batches, list | tuple):  # nothing is random, and batches may be small
             return self.batch(index)
         with seeded(seed, "batch", index):
@@ -138,15 +138,13 @@ class ArrayBatches:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.inputs) != len(self.labels):
-            raise PlanError(
-                f"{len(self.inputs)} rows of inputs and {len(self.labels)} of labels: give a label for every row."
-            )
-        if not 1 <= self.batch_size <= len(self.inputs):
-            raise PlanError(f"batch is {self.batch_size}: give 1 to {len(self.inputs)}, the rows of the data.")
+        rows, labels = len(self.inputs), len(self.labels)
+        if rows != labels:
+            raise PlanError(f"{rows} rows of inputs and {labels} of labels: give a label for every row.")
+        if not 1 <= self.batch_size <= rows:
+            raise PlanError(f"batch is {self.batch_size}: give 1 to {rows}, the rows of the data.")
 
     def __call__(self, index: int) -> Batch:
-        """Batch ``index``: [batch_size, ...] inputs and labels."""
         per_epoch = len(self.inputs) // self.batch_size
         epoch, position = divmod(index, per_epoch)
         order = _epoch_order(len(self.inputs), self.seed, epoch)
@@ -187,9 +185,7 @@ def correct_predictions(output: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 
 
 def check_batches(recipe: Recipe, plan: Plan) -> Minibatch:
-    """Check the batches before the run, and return batch 0: a sequence whole; of a function the first two batches and
-    the last one (the loader checks the rest as they come).
-    """
+    """Check a list of batches, the first of a loader, or the first two and the last of a function; return batch 0."""
     if callable(recipe.batches):
         last = (plan.steps or recipe.steps) * plan.replicas - 1
         indices: Iterable[int] = sorted({0, min(1, last), last})
@@ -218,20 +214,24 @@ def check_batches(recipe: Recipe, plan: Plan) -> Minibatch:
 def check_scores(recipe: Recipe, output: Tensor, labels: Any) -> None:
     """Try ``correct`` and ``loss`` on what a network may give for ``labels``, both [rows, ...].
 
-    Raises:
-        PlanError: ``correct`` raises something, or gives no pair of numbers; or the loss is a sum over the rows.
+    PlanError: ``correct`` raises something, or gives no pair of numbers; or the loss is a sum over the rows.
     """
     with torch.no_grad():
         if recipe.careful_correct is not None:
             with calling("correct()"):
-                _check_pair(recipe.careful_correct(output, labels))
-        count = len(output)
-        rows, loss = count // 2, recipe.careful_loss
+                given: Any = recipe.careful_correct(output, labels)
+                try:
+                    right, answers = given
+                    float(right), float(answers)
+                except (TypeError, ValueError, RuntimeError):
+                    raise PlanError(
+                        f"correct() gives a {type(given).__name__}: give a pair, the number of right answers and how "
+                        "many there could be, as freewheel.correct_predictions does."
+                    ) from None
+        rows, loss = len(output) // 2, recipe.careful_loss
         try:
-            whole, *halves = (
-                float(loss(output[these], part(labels, these, count)))
-                for these in (slice(2 * rows), slice(rows), slice(rows, 2 * rows))
-            )
+            parts = slice(2 * rows), slice(rows), slice(rows, 2 * rows)
+            whole, *halves = (float(loss(output[these], part(labels, these, len(output)))) for these in parts)
         except Exception:  # it only takes whole batches, or other values: nothing is known then
             return
     if math.isfinite(whole) and whole and math.isclose(whole, sum(halves), rel_tol=1e-4):
@@ -257,17 +257,6 @@ def label_problem(labels: Tensor, output_shape: Sequence[int]) -> str | None:
         f"label {int(wrong.flatten()[0])} is out of range, as the network's output has {classes} classes, 0 to "
         f"{classes - 1}: mend the labels, or give the last layer more outputs"
     )
-
-
-def _check_pair(given: Any) -> None:
-    try:
-        right, answers = given
-        float(right), float(answers)
-    except (TypeError, ValueError, RuntimeError):
-        raise PlanError(
-            f"correct() gives a {type(given).__name__}: give a pair, the number of right answers and how many there "
-            "could be, as freewheel.correct_predictions does."
-        ) from None
 
 
 def same_shape(index: int, batch: Minibatch, first: Minibatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,26 +30,17 @@ GROUPS: dict[str, tuple[Span, ...]] = {
 class StageMeasured:
     """One stage over the window that counts.
 
-    Attributes:
-        shares: what the wall time went into, by group; adds up to 1.
-        update_latency_s: (p50, p99) seconds from the end of a forward to the end of its update.
-        gradient_age_updates: (p50, max) updates between a batch's forward and the arrival of its true gradient; None
-            where no gradient comes late.
-        gradient_age_s: (p50, max) the same in seconds.
-        queue_depth: (median, max) messages that wait in its activation queue when a forward begins; None for the first
-            stage. What an emulated link has on its way waits there too.
-        sent_bytes: (down, up) bytes of the tensors it sends for a training batch, a mean over the whole run; None where
-            nobody counted.
-        records: spans it recorded.
+    Latencies and ages are counted from the end of a batch's forward to the end of its update, and to the arrival of its
+    true gradient. The queue is that of activations when a forward begins, with what an emulated link has on its way.
     """
 
-    shares: dict[str, float]
-    update_latency_s: tuple[float, float] | None
-    gradient_age_updates: tuple[float, float] | None
-    gradient_age_s: tuple[float, float] | None
-    queue_depth: tuple[float, float] | None
-    records: int
-    sent_bytes: tuple[float, float] | None = None
+    shares: dict[str, float]  # what the wall time went into, by group; adds up to 1
+    update_latency_s: tuple[float, float] | None  # p50, p99
+    gradient_age_updates: tuple[float, float] | None  # p50, max; None where no gradient comes late
+    gradient_age_s: tuple[float, float] | None  # p50, max
+    queue_depth: tuple[float, float] | None  # p50, max, in messages; None for the first stage
+    records: int  # spans
+    sent_bytes: tuple[float, float] | None = None  # down, up, for a training batch of the whole run; None: not counted
 
     @property
     def busy(self) -> float:
@@ -59,18 +50,11 @@ class StageMeasured:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run.
+    """One run."""
 
-    Attributes:
-        batches: training batches in the window.
-        seconds: length of the window.
-        stages: one entry per stage; the stages of further replicas come behind those of the first.
-        replicas: of the pipeline.
-    """
-
-    batches: int
-    seconds: float
-    stages: tuple[StageMeasured, ...]
+    batches: int  # for training, in the window
+    seconds: float  # length of the window
+    stages: tuple[StageMeasured, ...]  # those of further replicas come behind those of the first
     replicas: int = 1
 
     def samples_per_s(self, batch_rows: int) -> float:
@@ -85,10 +69,7 @@ class Measured:
 
     @property
     def bytes_moved(self) -> dict[str, list[float]] | None:
-        """What every stage sends down and up: bytes per batch, and 1e6 bytes per second of the window.
-
-        None where nobody counted.
-        """
+        """What every stage sends down and up: bytes per batch, 1e6 bytes per second of the window; None: unknown."""
         sent = [stage.sent_bytes for stage in self.stages if stage.sent_bytes is not None]
         if len(sent) < len(self.stages):
             return None
@@ -98,10 +79,6 @@ class Measured:
             moved |= {f"{way}_bytes_per_batch": list(each), f"{way}_mb_per_s": [size * per_s for size in each]}
         return moved
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able values."""
-        return asdict(self)
-
 
 def measure(
     stages: Sequence[Spans],
@@ -110,23 +87,17 @@ def measure(
     window_ns: tuple[int, int] | None = None,
     replicas: int = 1,
 ) -> Measured:
-    """Measure a run.
+    """Measure a run by the spans of every stage.
 
     The window reaches from the end of the last stage's step of batch ``warmup - 1`` to the end of its last step: in
     that time exactly the batches from ``warmup`` on came out of the pipeline. No stage is ahead by more than its queue.
-    With replicas it reaches from the first such end to the last.
+    With replicas it reaches from the first such end to the last. ValueError: none of the batches counts.
 
     Args:
-        stages: the spans of every stage.
         warmup: batches that do not count, at least 1.
         sent_bytes: per stage, what it sent (down, up) over the whole run for training, in bytes.
         window_ns: the same two moments as the last stage took them itself, on the clock of the spans, so that these
-            figures and its throughput are of one window; None: the ends of the spans, in which the report of a step's
-            loss may be as well.
-        replicas: of the pipeline.
-
-    Raises:
-        ValueError: fewer than ``warmup`` + 1 batches.
+            figures and its throughput are of one window; else a span may end with the report of its step's loss.
     """
     num_stages = len(stages) // replicas
     ends = [sorted(last.last_end(Span.STEP).values()) for last in stages[num_stages - 1 :: num_stages]]
@@ -134,35 +105,26 @@ def measure(
     if min(counts) <= warmup or warmup < 1:
         raise ValueError(f"{min(counts)} batches and {warmup} of warm-up: at least one must count.")
     start_ns, end_ns = window_ns or (min(each[warmup - 1] for each in ends), max(each[-1] for each in ends))
-    sent = [
-        (down / counts[index // num_stages], up / counts[index // num_stages])
-        for index, (down, up) in enumerate(sent_bytes or ())
-    ]
-    return Measured(
-        batches=sum(counts) - replicas * warmup,
-        seconds=(end_ns - start_ns) * 1e-9,
-        stages=tuple(
-            _stage(spans, spans.within(start_ns, end_ns), warmup, sent[index] if sent else None)
-            for index, spans in enumerate(stages)
-        ),
-        replicas=replicas,
-    )
+    measured = []
+    for index, spans in enumerate(stages):
+        count = counts[index // num_stages]
+        sent = (sent_bytes[index][0] / count, sent_bytes[index][1] / count) if sent_bytes else None
+        measured.append(_stage(spans, spans.within(start_ns, end_ns), warmup, sent))
+    return Measured(sum(counts) - replicas * warmup, (end_ns - start_ns) * 1e-9, tuple(measured), replicas)
 
 
 def _stage(whole: Spans, window: Spans, warmup: int, sent: tuple[float, float] | None) -> StageMeasured:
     updates, seconds = whole.gradient_ages(first_batch=warmup)
-    latencies = whole.update_latencies_s()[warmup:]
-    queue = window.queue[(window.span == Span.FORWARD) & (window.queue >= 0)]
     return StageMeasured(
         shares={name: window.share(*kinds) for name, kinds in GROUPS.items()},
-        update_latency_s=(_at(latencies, 50), _at(latencies, 99)) if len(latencies) else None,
-        gradient_age_updates=(_at(updates, 50), float(updates.max())) if len(updates) else None,
-        gradient_age_s=(_at(seconds, 50), float(seconds.max())) if len(seconds) else None,
-        queue_depth=(_at(queue, 50), float(queue.max())) if len(queue) else None,
-        sent_bytes=sent,
+        update_latency_s=_median_and(99, whole.update_latencies_s()[warmup:]),
+        gradient_age_updates=_median_and(100, updates),
+        gradient_age_s=_median_and(100, seconds),
+        queue_depth=_median_and(100, window.queue[(window.span == Span.FORWARD) & (window.queue >= 0)]),
         records=len(window),
+        sent_bytes=sent,
     )
 
 
-def _at(values: Any, percentile: int) -> float:
-    return float(np.percentile(values, percentile))
+def _median_and(percentile: int, values: Any) -> tuple[float, float] | None:
+    return (float(np.percentile(values, 50)), float(np.percentile(values, percentile))) if len(values) else None

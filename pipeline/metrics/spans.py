@@ -1,7 +1,7 @@
 """What a worker was doing when: the one record from which every measurement comes.
 
-A worker is always in exactly one span. A record (span, batch, start) means: from ``start`` on, until the next record,
-the worker did this. So the spans of a worker add up to its wall time by construction.
+A record (span, batch, start) means: from ``start`` on, until the next record, the worker did this. So the spans of a
+worker add up to its wall time.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ class Span(enum.IntEnum):
 
 
 WAITING = (Span.WAIT, Span.HELD)
-"""Nothing to do."""
-
 
 SPAN_DTYPE = np.dtype([("span", "<i8"), ("batch", "<i8"), ("queue", "<i8"), ("start_ns", "<i8")])
 """One record: the span, the batch id or -1, the depth of the activation queue (-1: not looked at), and the start on the
@@ -53,24 +51,17 @@ def silent(span: Span, batch: int) -> None:
 
 
 class Spans:
-    """The spans of one worker, read back.
-
-    Args:
-        records: array of SPAN_DTYPE in order of time; the last record only ends the one before it.
-    """
+    """The spans of one worker: records of SPAN_DTYPE in order of time; the last one only ends the one before it."""
 
     def __init__(self, records: npt.NDArray[Any]) -> None:
-        self.span = records["span"][:-1]
-        self.batch = records["batch"][:-1]
-        self.queue = records["queue"][:-1]
-        self.start_ns = records["start_ns"][:-1]
-        self.end_ns = records["start_ns"][1:]
+        self.span, self.batch, self.queue = (records[name][:-1] for name in ("span", "batch", "queue"))
+        self.start_ns, self.end_ns = records["start_ns"][:-1], records["start_ns"][1:]
 
     def __len__(self) -> int:
         return len(self.span)
 
     def within(self, start_ns: int, end_ns: int) -> Spans:
-        """The part of these spans inside a window; spans at its edges are cut."""
+        """The part of them inside a window; spans at its edges are cut."""
         inside = (self.end_ns > start_ns) & (self.start_ns < end_ns)
         part = object.__new__(Spans)
         part.span, part.batch, part.queue = self.span[inside], self.batch[inside], self.queue[inside]
@@ -79,7 +70,7 @@ class Spans:
         return part
 
     def seconds(self, *kinds: Span) -> float:
-        """Total seconds in spans of these kinds (all kinds when none is given)."""
+        """In spans of these kinds; none: of all."""
         mask = np.isin(self.span, kinds) if kinds else np.ones(len(self.span), bool)
         return float((self.end_ns[mask] - self.start_ns[mask]).sum()) * 1e-9
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from safetensors.torch import load, save
@@ -34,22 +34,23 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def fingerprint(
     recipe: Recipe, resolved: Resolved, index: int, layers: Sequence[Layer], replica: int = 0
 ) -> dict[str, Sketch]:
-    """Sketches of stage ``index``, whose layers are freshly built, before training. The layers stay as they are.
-
-    Only replica 0 looks at the held-out batches.
-    """
+    """Sketches of stage ``index``, whose layers are freshly built, before training. The layers stay as they are."""
     seed = resolved.plan.seed
-    found = dict(_layers(layers))
+    found: dict[str, Sketch] = {}
+    for layer in layers:
+        found[f"layer {layer.name}"] = Sketch(" ".join(_ADDRESS.sub("", repr(layer.module)).split()))
+        tensors = (*layer.module.named_parameters(), *layer.module.named_buffers())
+        found |= {f"{layer.name}.{name}": sketch_of(tensor) for name, tensor in tensors}
     if index == 0:
         first = recipe.seeded_batch(seed, 0)
         found |= _batch("batch 0", first)
-        if replica == 0:
+        if replica == 0:  # the only one that looks at these
             found |= _batch("held-out batch 0", next(recipe.held_out(), ()))
         given = rows_in(tensors_of_value(first.inputs), slice(_ROWS))
         rows = as_value(tuple(present(each).clone() for each in given))
     else:
-        below = resolved.cuts[index - 1]
-        rows = _fixed(seed, below.activation.shape).to(below.activation.dtype)
+        activation = resolved.cuts[index - 1].activation
+        rows = _fixed(seed, activation.shape).to(activation.dtype)
     # What takes no two rows is left out, in every process alike.
     with contextlib.suppress(Exception), seeded(seed, "fingerprint"), torch.no_grad():
         for layer in () if layers[0].part else layers:
@@ -63,17 +64,10 @@ def fingerprint(
 
 
 def first_two(labels: Tensor) -> bytes:
-    """The labels of two rows, as bytes; none where they cannot be that."""
+    """The labels of two rows, as bytes; none where that cannot be."""
     with contextlib.suppress(Exception):
         return save({"labels": labels[:_ROWS].detach().clone(memory_format=torch.contiguous_format)})
     return b""
-
-
-def _layers(layers: Sequence[Layer]) -> Iterator[tuple[str, Sketch]]:
-    for layer in layers:
-        yield f"layer {layer.name}", Sketch(" ".join(_ADDRESS.sub("", repr(layer.module)).split()))
-        for name, tensor in (*layer.module.named_parameters(), *layer.module.named_buffers()):
-            yield layer.full(name), sketch_of(tensor)
 
 
 def _batch(name: str, batch: Minibatch | tuple[()]) -> dict[str, Sketch]:

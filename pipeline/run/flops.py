@@ -4,18 +4,19 @@
                      |  record(span)                        |  every operator, seen by FlopCounterMode
                      +------------> operations by span <----+
 
-The spans that give the seconds of a run also give the operations, so that the two columns of a ledger speak of the same
-work. What is counted is what torch's FlopCounterMode counts: products of matrices, convolutions and attention, one
-multiplication and one addition being two operations; causal attention counts as full. Element by element work
-(activations, normalisation, loss, the optimizer) and fused recurrent kernels are not counted; they show in the seconds.
+The spans give both the seconds of a run and the operations, so that the two columns of a ledger speak of the same work.
+torch's FlopCounterMode counts products of matrices, convolutions and attention (causal as full), one multiplication and
+one addition being two operations. Element by element work (activations, normalisation, loss, the optimizer) and fused
+recurrent kernels are not counted; they show in the seconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,18 +46,12 @@ class StageFlops:
 
     Means over batches where these differ: the target of one batch in ``dni.every`` flows, and the DNI trains on it, on
     its window of rows; and stages update with ``update_probability``.
-
-    Attributes:
-        forward: forward pass.
-        backward: backward pass of the update, with the gradient of the input where one is sent down at once.
-        dni: prediction and training of the DNI, or of the head of a local loss.
-        relay: taking the true gradient through the stage after its update.
     """
 
     forward: float = 0.0
-    backward: float = 0.0
-    dni: float = 0.0
-    relay: float = 0.0
+    backward: float = 0.0  # of the update, with the gradient of the input where one is sent down at once
+    dni: float = 0.0  # prediction and training of the DNI, or of the head of a local loss
+    relay: float = 0.0  # taking the true gradient through the stage after its update
 
     @property
     def total(self) -> float:
@@ -67,12 +62,8 @@ class StageFlops:
 def count_flops(recipe: Recipe, plan: Plan, cuts: Sequence[Cut]) -> tuple[StageFlops, ...]:
     """Count what every stage of a resolved plan does for a batch, by running them, one after the other, on batch 0.
 
-    Leaves no trace: the model is built anew from the seed, and the global generator is left as it was. Takes a forward
-    and a backward pass of the whole network, two with DNIs, on as many threads as torch has. The loss is taken from the
-    recipe, not from the cuts.
-
-    Raises:
-        StageError: a layer failed.
+    The model is built anew from the seed, and the global generator is left as it was. Takes a forward and a backward
+    pass of the whole network, two with DNIs. StageError: a layer failed.
     """
     assert plan.sizes is not None, "the plan is resolved"
     assert plan.emulation is None, "a stage that sleeps computes nothing"
@@ -106,13 +97,24 @@ def _counted(stage: Stage, plan: Plan, x: Bundle, context: Bundle) -> tuple[dict
     _train(stage, plan, 0, x, context)
     spans: defaultdict[Span, float] = defaultdict(float)
     for batch, weight in weights.items():
-        stage.record = meter = _Meter()
-        with meter.counter:
-            output = _train(stage, plan, batch, x, context)
-        meter(Span.OTHER, batch)
-        for span, flops in meter.flops.items():
-            spans[span] += flops * weight
+        flops, output = _metered(stage, plan, batch, x, context)
+        for span, count in flops.items():
+            spans[span] += count * weight
     return spans, output
+
+
+def _metered(stage: Stage, plan: Plan, batch: int, x: Bundle, context: Bundle) -> tuple[Counter[Span], Bundle]:
+    """Operations of a stage by the span that has begun before them, and its output."""
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    counter.mod_tracker = _NoModules()
+    marks, flops = [(Span.OTHER, 0)], Counter[Span]()
+    stage.record = lambda span, batch: marks.append((span, counter.get_total_flops()))
+    with counter:
+        output = _train(stage, plan, batch, x, context)
+    stage.record(Span.OTHER, batch)
+    for (span, begin), (_, end) in pairwise(marks):
+        flops[span] += end - begin
+    return flops, output
 
 
 def _train(stage: Stage, plan: Plan, batch: int, x: Bundle, context: Bundle) -> Bundle:
@@ -135,21 +137,6 @@ def _train(stage: Stage, plan: Plan, batch: int, x: Bundle, context: Bundle) -> 
     return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
-class _Meter:
-    """A ``Recorder`` that adds the operations counted so far to the span that has just ended."""
-
-    def __init__(self) -> None:
-        self.counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        self.counter.mod_tracker = _NoModules()
-        self.flops: defaultdict[Span, int] = defaultdict(int)
-        self._span, self._seen = Span.OTHER, 0
-
-    def __call__(self, span: Span, batch: int) -> None:
-        total = self.counter.get_total_flops()
-        self.flops[self._span] += total - self._seen
-        self._span, self._seen = span, total
-
-
 class _NoModules(ModuleTracker):
     """Counts are wanted by span, not by module: torch's tracker hooks a stage's input, which a relay then refuses."""
 
@@ -159,16 +146,9 @@ class _NoModules(ModuleTracker):
     def __exit__(self, *error: object) -> None: ...
 
 
-def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *others: Any, **options: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward(gradient: torch.Size, *query_key_value: Any, **options: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, *query_key_value[:3]))
-
-
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+_ATEN = torch.ops.aten
+_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda *gqkv, **_: sdpa_backward_flop_count(*gqkv[:4]),
 }
 """The operators that FlopCounterMode of torch 2.13 leaves out: it knows the attention of GPUs only."""

@@ -17,8 +17,7 @@ _UNSET = types.CellType()  # of a variable that is not set yet
 def tensors_of(thing: Any, *, deep: bool, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Tensors that a callable has, by name: of modules and objects, behind ``partial`` and bound methods.
 
-    ``deep``: also what functions read, their closures and globals, but for torch's own functions. ``name`` is that of
-    ``thing`` itself, and ``seen`` has the ids of what was looked at before.
+    ``deep``: also what functions read, their closures and globals, but for torch's own functions.
     """
     seen = set() if seen is None else seen
     if id(thing) in seen:
@@ -44,7 +43,7 @@ def _parts(thing: Any, *, deep: bool) -> Iterator[tuple[str, Any]]:
             yield from _values({name: cell.cell_contents for name, cell in cells if cell != _UNSET})
             yield from _values({n: thing.__globals__.get(n) for n in thing.__code__.co_names})
     elif isinstance(thing, list | tuple):
-        yield from _values({str(index): part for index, part in enumerate(thing)})
+        yield from _values(dict(enumerate(thing)))
     elif isinstance(thing, dict):
         yield from _values(thing)
     elif callable(thing) and hasattr(thing, "__dict__") and not isinstance(thing, type | Tensor):

@@ -6,8 +6,8 @@ knows of a warm-up, but not of what ``unlock auto`` decides.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,46 +16,39 @@ from pipeline.messages.bundle import Bundle, Item, Specs, TensorSpec, gradients_
 from pipeline.metrics.spans import Recorder, Span, silent
 from pipeline.plan.emulation import Emulation
 from pipeline.plan.plan import Plan
+from pipeline.stage.dni_quality import Quality
 from pipeline.stage.evaluation import EvaluationMetrics
 from pipeline.stage.gradient_flow import Flow
 from pipeline.stage.in_flight import InFlight, Kept
-from pipeline.state import State
+from pipeline.stage.unlock import Switch
 
-__all__ = ["HollowStage", "Lasting"]
+__all__ = ["HollowStage"]
 
-Lasting = Callable[[float], contextlib.AbstractContextManager[object]]
-"""milliseconds -> a block that lasts that long."""
-
+_Block = Callable[[float], AbstractContextManager[object]]
 _NOTHING = (TensorSpec("nothing", (0,), torch.float32, differentiable=True),)
 
 
 class HollowStage:
-    """See ``StageLike``. It gives ``output`` for a batch.
+    """What a Runner needs of a ``Stage``. It gives ``output`` for a batch.
 
-    With ``emulate`` the plan says how long its work takes, and ``lasting`` makes it last; None: nothing takes any time.
+    With ``emulate`` the plan says how long its work takes; ``lasting`` gives a block that lasts so many milliseconds.
+    A forward takes a third of ``stage_ms``, a backward two, a relay one; predicting and learning half of ``dni_ms``.
     """
 
     def __init__(
-        self,
-        index: int,
-        plan: Plan,
-        output: Specs = _NOTHING,
-        record: Recorder = silent,
-        lasting: Lasting | None = None,
+        self, index: int, plan: Plan, output: Specs = _NOTHING, record: Recorder = silent, lasting: _Block = nullcontext
     ) -> None:
         self._flow, self._output, self._record = Flow(plan, index), output, record
         self.index, self.last, self.scores = index, self._flow.last, EvaluationMetrics()
         self.in_flight = InFlight(index)
         lengths = plan.emulation or Emulation(stage_ms=0.0)
         self._part_ms, self._dni_ms = lengths.stage_ms / plan.microbatches, lengths.dni_ms
-        self._lasting = lasting or (lambda milliseconds: contextlib.nullcontext())
-        self._parts, self._sampled = plan.microbatches, False
+        self._lasting, self._parts, self._sampled = lasting, plan.microbatches, False
 
-    def switched(self) -> None:
-        """Nothing is measured that would lock or unlock it."""
+    def switched(self) -> Switch | None:
+        return None
 
     def forward(self, item: Item, x: Bundle, context: Bundle, *, awaited: bool = False) -> Bundle:
-        """A third of the stage's time."""
         self._record(Span.FORWARD, item.batch)
         with self._lasting(self._part_ms / 3):
             route = self._flow.route(item.batch, self._flow.warm_up(item.batch))
@@ -64,7 +57,6 @@ class HollowStage:
             return h
 
     def predict(self, item: Item) -> Bundle | None:
-        """Half of the DNI's time; nothing in the last stage."""
         if not self.last:
             self._record(Span.DNI, item.batch)
             with self._lasting(self._dni_ms / 2):
@@ -72,7 +64,6 @@ class HollowStage:
         return None
 
     def backward(self, item: Item, gradient: Bundle | None) -> Bundle | None:
-        """Two thirds of the stage's time."""
         self._record(Span.BACKWARD, item.batch)
         with self._lasting(self._part_ms * 2 / 3):
             kept = self.in_flight.of(item)
@@ -82,16 +73,13 @@ class HollowStage:
             return below
 
     def step(self, batch: int) -> None:
-        """Part of the stage's time already."""
         self._record(Span.STEP, batch)
 
     def skip(self, item: Item) -> None:
-        """No time at all."""
         self._updated(item)
         self._record(Span.STEP, item.batch)
 
     def learn(self, item: Item, gradient: Bundle) -> Bundle | None:
-        """Half of the DNI's time, and a third of the stage's for a relay."""
         self._record(Span.DNI_TRAIN, item.batch)
         kept = self.in_flight.pop(item)
         with self._lasting(self._dni_ms / 2):
@@ -102,36 +90,24 @@ class HollowStage:
             return gradients_like((None,) * len(kept.x), kept.x)
 
     def evaluate(self, batch: int, x: Bundle, context: Bundle) -> Bundle:
-        """Nothing is learned, so nothing is measured: passes on at once."""
         self._record(Span.EVALUATE, batch)
         return self._zeros(context)
 
     def true_gradient(self) -> Bundle | None:
-        """Of a sampled batch, of no rows."""
         return (torch.empty(0),) if self.last and self._sampled else None
 
-    def judge(self, batch: int, gradient: Bundle) -> tuple[None, Bundle]:
-        """Passed on."""
+    def judge(self, batch: int, gradient: Bundle) -> tuple[Quality | None, Bundle | None]:
         return None, gradient
 
     def loss_of(self, batch: int) -> float:
-        """There is none."""
         for part in range(self._parts):
             self.in_flight.pop(Item(batch, part), None)
         return 0.0
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """There are no weights."""
         return {}
 
     optimizer_tensors = state_tensors
-
-    def state(self) -> State:
-        """Nothing is remembered."""
-        return {}
-
-    def load_state(self, state: State) -> None:
-        """Nothing to take up."""
 
     def _zeros(self, context: Bundle) -> Bundle:
         rows = len(next((tensor for tensor in context if tensor is not None), ()))

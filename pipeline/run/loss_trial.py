@@ -8,6 +8,7 @@ loss: of fewer rows the same                                                    
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -36,7 +37,6 @@ __all__ = ["Trial", "check_learns", "main_output", "try_loss", "with_loss"]
 
 _Loss = Callable[[Any, Any], Tensor]
 _SAME_DIRECTION = 0.99  # cosine; weighted means over the rows differ in their scale alone
-_ALONE = "give it back alone, and count right answers in correct()."
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class Trial:
         return None
 
     def needs_more(self, rows: int) -> str | None:
-        """Why the gradient of ``rows`` rows is not that of the same rows in the whole batch; None: it is, but for size,
-        or the output has other rows than the labels.
-        """
+        """Why ``rows`` rows have another gradient alone than in the whole batch; None: the same, but for size."""
         if rows >= self.rows or len(self.output) != self.rows:
             return None
         if (error := self.error(rows)) is not None:
@@ -142,16 +140,15 @@ def main_output(loss: _Loss, given: Any, labels: Any, plan: Plan) -> tuple[MainO
 def try_loss(loss: _Loss, output: Tensor, labels: Any, *, without_labels: bool = False) -> Trial:
     """Try the loss with gradients, on copies: neither the tensors nor a loss that has a state are changed.
 
-    Raises:
-        PlanError: it does not take them, gives no number, one that is not finite, or one without a gradient; it has
-            parameters of its own, or a state that every call changes.
+    PlanError: it does not take them, gives no finite number with a gradient, or has parameters or a state of its own.
     """
     given = ", ".join(f"{list(each.shape)} {each.dtype}" for each in map(present, as_bundle(labels)))
     others = ", which are the inputs as the batch has no others," if without_labels else ""
     shapes = f"output {list(output.shape)} {output.dtype} and labels{others} {given}"
     if not (output.is_floating_point() or output.is_complex()):
         raise PlanError(f"the network gives {shapes}: only floating-point outputs have a gradient.")
-    loss = _own_copy(loss)
+    with contextlib.suppress(Exception):  # not everything can be copied; it is then tried as it is
+        loss = copy.deepcopy(loss)
     held = {name: (tensor, _version(tensor)) for name, tensor in tensors_of(loss, deep=True)}
     leaf = output.detach().clone().requires_grad_()
     try:
@@ -163,16 +160,26 @@ def try_loss(loss: _Loss, output: Tensor, labels: Any, *, without_labels: bool =
         raise PlanError(
             f"the loss does not take {shapes}: give labels of the shape it needs ({text_of(error)})."
         ) from error
-    if (problem := _no_number(found)) is not None:
-        raise PlanError(f"the loss gives {problem.format(shapes=shapes)}")
+    if (problem := _no_number(found, shapes)) is not None:
+        raise PlanError(f"the loss gives {problem}")
     _check_own(loss, found, leaf, held)
-    _check_gradient(found, leaf)
+    if not found.requires_grad:
+        raise PlanError(
+            "the loss has no gradient, so nothing would be learned: leave out detach(), no_grad() and .data in it."
+        )
+    try:
+        (gradient,) = torch.autograd.grad(found, [leaf], allow_unused=True)
+    except RuntimeError as error:
+        raise PlanError(f"the backward pass of the loss fails ({text_of(error)}): mend it there.") from error
+    if gradient is None:
+        raise PlanError("the loss does not depend on the network's output, so nothing would be learned: mend it there.")
     return Trial(loss, output, labels)
 
 
 def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cut, ...], list[tuple[str, str, str]]]:
-    """The cuts, told whether the loss means whole batches only; and what is said of it. PlanError: what is asked for is
-    microbatches that it does not take, or a part of the rows for a DNI that needs whole batches.
+    """The cuts, told whether the loss means whole batches only, and what is said of it.
+
+    PlanError: it does not take microbatches, or a DNI is to train on some rows and it needs all.
     """
     says = []
     if plan.microbatches > 1:
@@ -194,34 +201,22 @@ def with_loss(cuts: tuple[Cut, ...], plan: Plan, trial: Trial) -> tuple[tuple[Cu
     return tuple(dataclasses.replace(cut, whole_batches=True) for cut in cuts), says
 
 
-def _no_number(found: Any) -> str | None:
-    """What is wrong with what a loss gave, with room for the shapes; None: it is one finite number."""
+def _no_number(found: Any, shapes: str) -> str | None:
+    """What is wrong with what a loss gave for these shapes; None: it is one finite number."""
     if found is None:
-        return "None for {shapes}: return the loss."
+        return f"None for {shapes}: return the loss."
     if isinstance(found, tuple | list | dict):
-        return f"a {type(found).__name__} of {len(found)} for {{shapes}}: {_ALONE}"
+        alone = "give it back alone, and count right answers in correct()."
+        return f"a {type(found).__name__} of {len(found)} for {shapes}: {alone}"
     if not isinstance(found, Tensor):
-        return f"a {type(found).__name__} for {{shapes}}: return the tensor itself (without .item()), or no gradient."
+        return f"a {type(found).__name__} for {shapes}: return the tensor itself (without .item()), or no gradient."
     if found.dim() != 0:
-        return f"a tensor of shape {list(found.shape)} for {{shapes}}: reduce it to one number, as .mean() does."
+        return f"a tensor of shape {list(found.shape)} for {shapes}: reduce it to one number, as .mean() does."
     if not found.is_floating_point():
-        return f"a number of {found.dtype} for {{shapes}}: only floating-point numbers can be made small by gradients."
-    if not math.isfinite(float(found.detach())):
-        return f"{float(found.detach())} for batch 0, {{shapes}}: look at the inputs and labels of this batch."
+        return f"a number of {found.dtype} for {shapes}: only floating-point numbers can be made small by gradients."
+    if not math.isfinite(value := float(found.detach())):
+        return f"{value} for batch 0, {shapes}: look at the inputs and labels of this batch."
     return None
-
-
-def _check_gradient(loss: Tensor, leaf: Tensor) -> None:
-    if not loss.requires_grad:
-        raise PlanError(
-            "the loss has no gradient, so nothing would be learned: leave out detach(), no_grad() and .data in it."
-        )
-    try:
-        (gradient,) = torch.autograd.grad(loss, [leaf], allow_unused=True)
-    except RuntimeError as error:
-        raise PlanError(f"the backward pass of the loss fails ({text_of(error)}): mend it there.") from error
-    if gradient is None:
-        raise PlanError("the loss does not depend on the network's output, so nothing would be learned: mend it there.")
 
 
 def _has_gradient(module: nn.Module, x: Any, *, at_x: bool) -> bool:
@@ -264,13 +259,6 @@ def _check_own(loss: _Loss, found: Tensor, leaf: Tensor, held: dict[str, tuple[T
 def _copied(labels: Any, rows: int | None) -> Any:
     first = rows_in(labels, slice(rows))
     return tuple(present(each).clone() for each in first) if isinstance(first, tuple) else first.clone()
-
-
-def _own_copy(loss: _Loss) -> _Loss:
-    try:
-        return copy.deepcopy(loss)
-    except Exception:  # not everything can be copied; it is then tried as it is
-        return loss
 
 
 def _version(tensor: Tensor) -> int:

@@ -78,10 +78,6 @@ def of_updates(plan: Plan, about_loss: Sequence[Reason]) -> Iterator[Reason]:
     if plan.warmup_steps:
         yield "warm-up", f"{plan.warmup_steps:,} batches", "locked, while the DNIs learn; nothing is updated from them"
     if plan.unlock == "auto":
-        least = plan.unlock_cosine
-        yield (
-            "unlock",
-            "auto",
-            f"a stage unlocks at cosine {least:g} between its gradients, locks again below {least / 3:.2g}; "
-            f"every {plan.quality_every}th batch is looked at",
-        )
+        least, looks = plan.unlock_cosine, f"every {plan.quality_every}th batch is looked at"
+        when = f"a stage unlocks at cosine {least:g} between its gradients, locks again below {least / 3:.2g}"
+        yield "unlock", "auto", f"{when}; {looks}"

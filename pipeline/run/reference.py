@@ -1,16 +1,14 @@
 """The reference driver: all stages in one process on a virtual clock. Deterministic, exact, no real time.
 
-It serves three ends: the truth that runs of processes are compared with, experiments with delays that no machine here
-has, and, with phantoms in the place of tensors, the order of actions of a run that is to be repeated exactly.
+Runs of processes are compared with it; delays are tried out in it that no machine here has; and with hollow stages it
+gives the order of actions of a run that is to be repeated exactly.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,7 +28,6 @@ from pipeline.run.hollow_stage import HollowStage
 from pipeline.run.resolve import resolve
 from pipeline.run.resolved import Resolved
 from pipeline.run.runner import Runner
-from pipeline.run.stage_like import StageLike
 from pipeline.run.virtual_time import VirtualClock, VirtualQueue, VirtualSource
 from pipeline.schedule.policies import Action
 from pipeline.stage.dni_quality import Quality
@@ -38,17 +35,19 @@ from pipeline.stage.evaluation import EvaluationMetrics
 from pipeline.stage.stage import Stage
 from pipeline.stage.unlock import Switch
 
-_ENDS = (Action.UPDATE, Action.BACKWARD, Action.SKIP)
+ENDS = (Action.UPDATE, Action.BACKWARD, Action.SKIP)
+"""What ends a batch, or a microbatch of it."""
 
-Sources = Callable[[int, Callable[[int], bool]], Iterator[Message]]
-"""(replica, whether it is enough before a step) -> what comes into its first stage."""
+Pipelines = Sequence[Sequence[Stage | HollowStage]]  # one for every replica
+Sources = Callable[[Callable[[int], bool], int], Iterator[Message]]
+"""(whether it is enough before a step, replica) -> what comes into its first stage."""
 
-__all__ = ["Costs", "Event", "Reference", "run_reference", "schedule", "timeline"]
+__all__ = ["ENDS", "Costs", "Event", "Reference", "run_reference", "schedule", "timeline"]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Ticks of the virtual clock. One step of an unlocked stage, forward and update, is ``step`` ticks.
+    """Ticks of the virtual clock; a step of an unlocked stage is ``forward`` and ``backward``.
 
     ``late(channel, batch)`` ticks more than a hop is a message under way; channels are called ``activations 0->1``,
     ``gradients 1->0``, ``averages 0->1``.
@@ -60,25 +59,22 @@ class Costs:
     late: Callable[[str, int], int] = lambda channel, batch: 0
 
     def of(self, action: Action) -> int:
-        """Ticks of one action."""
+        """Of one action."""
         ticks = {Action.FORWARD: self.forward, Action.LEARN: self.learn, Action.AVERAGE: 0, Action.SKIP: 0}
         return ticks.get(action, self.backward)
 
     def hop(self, steps: float) -> int:
-        """Ticks of a hop of ``steps`` steps."""
+        """Of a hop of ``steps`` steps."""
         return round(steps * (self.forward + self.backward))
 
 
 @dataclass(frozen=True)
 class Event:
-    """Stage ``stage`` of replica ``replica`` did ``action`` from tick ``start`` to ``end``.
-
-    ``batch`` counts that action on that stage; what ends a batch, with an update or without, counts as one.
-    """
+    """Stage ``stage`` of replica ``replica`` did ``action`` from tick ``start`` to ``end``."""
 
     stage: int
     action: Action
-    batch: int
+    batch: int  # counts that action on that stage; those of ENDS as one
     start: int
     end: int
     replica: int = 0
@@ -86,36 +82,23 @@ class Event:
 
 @dataclass
 class Reference:
-    """What a run of the reference driver gives.
-
-    Attributes:
-        resolved: what was run.
-        stages: the trained stages of replica 0.
-        losses: training loss of every step, the mean over the replicas; fewer than planned where ``until`` ended the
-            run.
-        scores: (number of updates, scores) of every pass over the held-out batches.
-        events: what every stage did when.
-        others: the trained stages of the other replicas.
-        qualities: of every stage below the last: its synthetic gradients of the sampled batches against the true ones.
-        switches: when a stage of replica 0 locked or unlocked, in order.
-    """
+    """What a run of the reference driver gives; the stages are trained."""
 
     resolved: Resolved
-    stages: list[Stage]
-    losses: list[float] = field(default_factory=list)
-    scores: list[tuple[int, EvaluationMetrics]] = field(default_factory=list)
+    stages: list[Stage]  # of replica 0
+    losses: list[float] = field(default_factory=list)  # of every step, the mean over the replicas; ends with ``until``
+    scores: list[tuple[int, EvaluationMetrics]] = field(default_factory=list)  # after so many updates, of every pass
     events: list[Event] = field(default_factory=list)
-    qualities: dict[int, list[Quality]] = field(default_factory=dict)
-    switches: list[Switch] = field(default_factory=list)
-    others: list[list[Stage]] = field(default_factory=list)
+    qualities: dict[int, list[Quality]] = field(default_factory=dict)  # of the sampled batches, by stage
+    switches: list[Switch] = field(default_factory=list)  # of replica 0, in order
+    others: list[list[Stage]] = field(default_factory=list)  # the stages of the other replicas
 
     @property
     def reached(self) -> int | None:
         """After how many updates ``until`` was met first; None: never, or not asked for."""
         goal = self.resolved.plan.goal
-        if goal is None:
-            return None
-        return next((n for n, scores in self.scores if goal.met(scores.loss(), scores.accuracy())), None)
+        met = (n for n, scores in self.scores if goal is not None and goal.met(scores.loss(), scores.accuracy()))
+        return next(met, None)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers under the unsplit model's names."""
@@ -131,36 +114,21 @@ def run_reference(recipe: Recipe, plan: Plan, costs: Costs | None = None) -> Ref
 
     Uses torch's current number of threads; processes use ``plan.threads``. Device ``auto`` is the CPU here. With
     ``until``, no batch is taken once the last stage has met the goal; what is in the pipeline by then is finished.
-
-    Raises:
-        PlanError: recipe or plan cannot run.
-        StageError: the work failed.
+    PlanError: recipe or plan cannot run. StageError: the work failed.
     """
     wanted, hosts = CPU if plan.device == "auto" else plan.device, ["this host"] * plan.workers
     devices = choose_devices(wanted, hosts, {"this host": torch.cuda.device_count()}, torch.backends.cuda.is_built())
     resolved = resolve(recipe, plan, devices=devices)
     plan, recipe = resolved.plan, resolved.arranged(recipe)
-    stages, *others = (
-        [
-            Stage(
-                stage_layers(recipe, plan, k),
-                k,
-                plan_of(plan, replica),
-                recipe,
-                resolved.cuts[k] if k < plan.stages - 1 else None,
-                resolved.cuts[k - 1] if k > 0 else None,
-                device=resolved.devices[worker_of(plan, replica, k)],
-            )
-            for k in range(plan.stages)
-        ]
-        for replica in range(plan.replicas)
-    )
-    result = Reference(resolved, stages, others=others)
+    cuts = (None, *resolved.cuts, None)
 
-    def sources(replica: int, enough: Callable[[int], bool]) -> Iterator[Message]:
-        return inputs(recipe, plan, resolved.steps, enough, replica)
+    def stage(replica: int, k: int) -> Stage:
+        device, mine = resolved.devices[worker_of(plan, replica, k)], plan_of(plan, replica)
+        return Stage(stage_layers(recipe, plan, k), k, mine, recipe, cuts[k + 1], cuts[k], device=device)
 
-    result.events = _drive(cast(list[list[StageLike]], [stages, *others]), plan, sources, costs or Costs(), result)
+    pipelines = [[stage(replica, k) for k in range(plan.stages)] for replica in range(plan.replicas)]
+    result = Reference(resolved, pipelines[0], others=pipelines[1:])
+    result.events = _drive(pipelines, plan, partial(inputs, recipe, plan, resolved.steps), costs or Costs(), result)
     return result
 
 
@@ -176,16 +144,14 @@ def timeline(plan: Plan, held_out_batches: int, costs: Costs) -> list[Event]:
     """What every stage does when, on the virtual clock, without computing anything; in order of begin."""
     steps = plan.steps
     assert steps is not None, "the plan is resolved"
-    phantoms: list[list[StageLike]] = [[HollowStage(k, plan) for k in range(plan.stages)] for _ in range(plan.replicas)]
-    return _drive(phantoms, plan, lambda r, enough: phantom_inputs(plan, steps, held_out_batches, r), costs, None)
+    hollow = [[HollowStage(k, plan) for k in range(plan.stages)] for _ in range(plan.replicas)]
+    return _drive(hollow, plan, lambda enough, r: phantom_inputs(plan, steps, held_out_batches, r), costs, None)
 
 
-def _drive(
-    pipelines: Sequence[Sequence[StageLike]], plan: Plan, sources: Sources, costs: Costs, result: Reference | None
-) -> list[Event]:
+def _drive(pipelines: Pipelines, plan: Plan, sources: Sources, costs: Costs, result: Reference | None) -> list[Event]:
     reached = (lambda: False) if result is None else (lambda: result.reached is not None)
     clock, runners = _connected(pipelines, plan, sources, costs, reached)
-    losses: list[list[float]] = [[] for _ in pipelines]
+    losses: list[dict[int, float]] = [{} for _ in pipelines]  # of every replica, by batch
     if result is not None:
         _listen(runners, plan, losses, result)
     busy_until = [0] * len(runners)
@@ -204,19 +170,20 @@ def _drive(
             clock.effect = busy_until[k] = clock.now + costs.of(action)
             runner.perform(action)
             clock.at(busy_until[k])
-            counted = Action.UPDATE if action in _ENDS else action
+            counted = Action.UPDATE if action in ENDS else action
             batch = counts[k][counted] = counts[k].get(counted, -1) + 1
             replica, stage = divmod(k, plan.stages)
             events.append(Event(stage, action, batch, clock.now, busy_until[k], replica))
             moved = True
-        if not moved:
-            _advance(clock, runners)
+        if not (moved or clock.advance()):
+            views = "; ".join(f"stage {k} {runner.view()}" for k, runner in enumerate(runners) if not runner.done)
+            raise RuntimeError(f"deadlock at tick {clock.now}: every stage waits. {views}")
     if result is not None:
-        result.losses = [sum(each) / len(each) for each in zip(*losses, strict=False)]
+        result.losses = [sum(each) / len(each) for each in zip(*(of.values() for of in losses), strict=False)]
     return events
 
 
-def _listen(runners: Sequence[Runner], plan: Plan, losses: Sequence[list[float]], result: Reference) -> None:
+def _listen(runners: Sequence[Runner], plan: Plan, losses: Sequence[dict[int, float]], result: Reference) -> None:
     """Have the runners tell what they find: losses per replica, scores from replica 0."""
     for worker, runner in enumerate(runners):
         replica, stage = divmod(worker, plan.stages)
@@ -224,28 +191,17 @@ def _listen(runners: Sequence[Runner], plan: Plan, losses: Sequence[list[float]]
         if replica == 0:
             runner.on_switch = result.switches.append
         if runner.stage.last:
-            runner.on_loss = partial(_keep_loss, losses[replica])
+            runner.on_loss = losses[replica].__setitem__
             runner.on_scores = lambda updates, scores: result.scores.append((updates, scores))
 
 
-def _keep_loss(losses: list[float], batch: int, loss: float) -> None:
-    losses.append(loss)
-
-
-def _advance(clock: VirtualClock, runners: list[Runner]) -> None:
-    while clock.alarms and clock.alarms[0] <= clock.now:
-        heapq.heappop(clock.alarms)
-    if not clock.alarms:
-        views = "; ".join(f"stage {k} {runner.view()}" for k, runner in enumerate(runners) if not runner.done)
-        raise RuntimeError(f"deadlock at tick {clock.now}: every stage waits. {views}")
-    clock.now = heapq.heappop(clock.alarms)
-
-
-def _queues(plan: Plan, costs: Costs, clock: VirtualClock) -> dict[Edge, VirtualQueue]:
-    """The queue of every edge, over which messages travel a hop."""
-    hop = costs.hop(plan.hop_steps)
-    on_the_way = -(-hop // (costs.forward + costs.backward))  # what the link itself holds
-    queues = {}
+def _connected(
+    pipelines: Pipelines, plan: Plan, sources: Sources, costs: Costs, asked: Callable[[], bool]
+) -> tuple[VirtualClock, list[Runner]]:
+    """A runner for every worker, with queues between them and the data in front of them."""
+    clock, runners, queues = VirtualClock(), list[Runner](), dict[Edge, VirtualQueue]()
+    hop, step = costs.hop(plan.hop_steps), costs.forward + costs.backward
+    on_the_way = -(-hop // step)  # what a link itself holds
     for edge in edges_of(plan):
         capacity = {
             "activations": plan.channel.slots + on_the_way,
@@ -253,17 +209,7 @@ def _queues(plan: Plan, costs: Costs, clock: VirtualClock) -> dict[Edge, Virtual
             "averages": ROOM,
         }[edge.what]
         wire_dtype = None if edge.what == "averages" else plan.wire_dtype
-        late = partial(costs.late, name_of(edge, plan))
-        queues[edge] = VirtualQueue(clock, capacity, hop, wire_dtype, late)
-    return queues
-
-
-def _connected(
-    pipelines: Sequence[Sequence[StageLike]], plan: Plan, sources: Sources, costs: Costs, asked: Callable[[], bool]
-) -> tuple[VirtualClock, list[Runner]]:
-    """A runner for every worker, with the queues between them and the data in front of them."""
-    clock, runners = VirtualClock(), list[Runner]()
-    queues, hop = _queues(plan, costs, clock), costs.hop(plan.hop_steps)
+        queues[edge] = VirtualQueue(clock, capacity, hop, wire_dtype, partial(costs.late, name_of(edge, plan)))
     for replica, stages in enumerate(pipelines):
         for k, stage in enumerate(stages):
             worker = worker_of(plan, replica, k)
@@ -271,23 +217,9 @@ def _connected(
             outlets: dict[Edge, Outlet] = {edge: queue for edge, queue in queues.items() if edge.source == worker}
             averager = averager_of(plan, stage.state_tensors(), gathering(plan, k, replica, inlets, outlets), asked)
             if k == 0:
-                inlets[data_edge(plan, replica)] = VirtualSource(sources(replica, averager.enough))
-            runners.append(
-                Runner(
-                    stage=stage,
-                    policy=policy_of(plan),
-                    inlets=inlets,
-                    outlets=outlets,
-                    stages=plan.stages,
-                    microbatches=plan.microbatches,
-                    averager=averager,
-                    ahead=_round_trips(plan, k, hop, costs) if plan.in_flight == "full" else None,
-                )
-            )
+                inlets[data_edge(plan, replica)] = VirtualSource(sources(averager.enough, replica))
+            # Batches that stage k begins while one goes up to the last stage and back: a step a stage, two hops a cut.
+            ahead = (plan.stages - 1 - k) * -(-(step + 2 * hop) // step) if plan.in_flight == "full" else None
+            runner = Runner(stage, policy_of(plan), inlets, outlets, plan.stages, plan.microbatches, ahead, averager)
+            runners.append(runner)
     return clock, runners
-
-
-def _round_trips(plan: Plan, k: int, hop: int, costs: Costs) -> int:
-    """Batches that stage k begins while one goes to the last stage and comes back: a step a stage, two hops a cut."""
-    step = costs.forward + costs.backward
-    return (plan.stages - 1 - k) * -(-(step + 2 * hop) // step)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.data.batch import Minibatch, rows_of, tensors_of_value
+from pipeline.data.batch import Minibatch, rows_of
 from pipeline.data.network import tried
 from pipeline.data.recipe import Recipe, build_model, check_batches
 from pipeline.dni.dni import FORMS, describe_form, target_every
@@ -17,18 +17,10 @@ from pipeline.dni.loss_model import temperature_for
 from pipeline.errors import NoEffect, PlanError
 from pipeline.messages.bundle import TensorSpec, as_bundle, as_value, differentiable, present, specs_of
 from pipeline.messages.nesting import Nesting
+from pipeline.model import partition
 from pipeline.model.checkpointing import check_checkpointing
 from pipeline.model.cut import Cut, MainOutput
-from pipeline.model.partition import (
-    Layer,
-    balanced_split,
-    chosen_sizes,
-    depth_of,
-    ends_normalised,
-    evaluated_in_training,
-    places_of_cuts,
-    split,
-)
+from pipeline.model.partition import Layer
 from pipeline.model.proof import ties_of
 from pipeline.plan.channel_choice import choose_channels
 from pipeline.plan.check import check_plan
@@ -59,22 +51,14 @@ def resolve(
     hosts: Sequence[str] | None = None,
     devices: DeviceChoice | None = None,
 ) -> Resolved:
-    """Check recipe and plan against each other and fill in what was left open.
+    """Check recipe and plan against each other and fill in what was left open. PlanError says all that cannot run.
 
     Runs the model on batch 0 in evaluation mode, and where it has a forward of its own, on four rows of it in training.
 
     Args:
-        recipe: the problem.
-        plan: the wish.
-        measure: measures layers when the plan asks for a balance by time; without it layers count alike (the
-            reference driver has no clock).
+        measure: measures layers when the plan asks for a balance by time; None: layers count alike.
         hosts: of every worker, those of replica 0 first; None: one host.
         devices: of every worker (``choose_devices``); None: the CPU.
-
-    Raises:
-        PlanError: see ``check_plan``, ``check_batches``, ``check_chain``, ``check_ties``, ``check_learns``,
-            ``try_loss``, and: a loss that does not take the rows of a microbatch or of a held-out batch, a DNI that
-            does not fit the cut or does not read an option that is given, shared memory between two hosts.
     """
     check_plan(plan)
     hosts = hosts or ["this host"] * plan.workers
@@ -83,27 +67,26 @@ def resolve(
     plan = _filled_in(recipe, plan)
     batch = check_batches(recipe, plan)
     if (rows := rows_of(batch)) % plan.microbatches:
-        raise PlanError(
-            f"{plan.microbatches} microbatches for batches of {rows} rows: give a number that divides the rows."
-        )
+        wish = f"{plan.microbatches} microbatches for batches of {rows} rows"
+        raise PlanError(f"{wish}: give a number that divides the rows.")
     recipe = recipe.arranged(Nesting.of(batch.labels))
-    inputs, labels = as_value(tensors_of_value(batch.inputs)), as_value(tensors_of_value(batch.labels))
-    model = build_model(recipe, plan.seed)
-    layers, outputs, how, because = tried(model, batch.inputs, plan)
+    inputs, labels = map(as_value, batch.tensors())
+    layers, outputs, how, because = tried(build_model(recipe, plan.seed), batch.inputs, plan)
     plan = dataclasses.replace(plan, split=how)
     _check_names(layers)
-    sizes = chosen_sizes(layers, plan)
+    sizes = partition.chosen_sizes(layers, plan)
     seconds: tuple[float, ...] | None = None
     why = "given" if plan.sizes or plan.cuts else "number of layers"
     if sizes is None:
         if measure is not None and plan.stages > 1:
             seconds = tuple(measure(layers, [inputs, *outputs[:-1]]))
             why = "measured time per layer"
-        sizes = balanced_split(layers, seconds or [1.0] * len(layers), plan.stages)
-    stages = split(layers, sizes)
+        sizes = partition.balanced_split(layers, seconds or [1.0] * len(layers), plan.stages)
+    stages = partition.split(layers, sizes)
     if (ties := ties_of(stages)) is not None and plan.replicas > 1:
+        names = " and ".join(ties.names[0])
         raise PlanError(
-            f"{' and '.join(ties.names[0])} are the same tensor: stages that share weights have no replicas."
+            f"{names} are the same tensor, in several stages: choose replicas 1, or put both into one stage."
         )
     plan = dataclasses.replace(plan, ties=ties)
     check_checkpointing(stages, plan, inputs)
@@ -111,19 +94,14 @@ def resolve(
     outlet, output, loss = main_output(recipe.loss, outputs[-1], labels, plan)
     trial = try_loss(loss, output, labels, without_labels=batch.labels is batch.inputs)
     ends = list(accumulate(sizes[:-1]))
-    _check_cuts(layers, ends, outputs, plan)
-    cuts = tuple(
-        _cut(k, layers[:end], layers[end - sizes[k] : end], outputs[end - 1], labels, output, recipe, plan, outlet)
-        for k, end in enumerate(ends)
-    )
-    cuts, about_loss = with_loss(cuts, plan, trial)
+    cuts, about_loss = with_loss(tuple(_cuts(stages, outputs, labels, output, recipe, plan, outlet)), plan, trial)
     if problems := list(_unread_options(plan, cuts)):
         raise PlanError(*problems)
     says = (
         ("mode", plan.mode, MODES[plan.mode].says),
-        ("split", " | ".join(map(str, sizes)), why + places_of_cuts(stages)),
+        ("split", " | ".join(map(str, sizes)), why + partition.places_of_cuts(stages)),
         *((("forward", "the model's own", f"every stage runs a part of it: {because}"),) if how == "forward" else ()),
-        *evaluated_in_training(layers),
+        *partition.evaluated_in_training(layers),
         ("device", devices.says, devices.why),
         *(reasons.of_rounding(layers, ends, outputs) if MODES[plan.mode].exact else ()),
         *reasons.of_ties(plan),
@@ -139,7 +117,7 @@ def resolve(
         layer_bytes=tuple(sum(t.nbytes + 1 for t in layer.module.state_dict().values()) for layer in layers),
         layer_seconds=seconds,
         cuts=cuts,
-        batch_shape=tuple(present(tensors_of_value(batch.inputs)[0]).shape),
+        batch_shape=tuple(present(batch.tensors()[0][0]).shape),
         output_shape=tuple(output.shape),
         held_out_batches=_count_held_out(recipe, batch, trial),
         channels=channels,
@@ -157,12 +135,11 @@ def resolve(
 
 def _filled_in(recipe: Recipe, plan: Plan) -> Plan:
     """The plan with its length, and where they are needed the batches between two looks and two samples."""
-    if plan.evaluate_every is not None and recipe.evaluation is None:
-        raise PlanError("evaluate_every has no effect without held-out batches: leave it out, or give evaluation.")
+    for option, given in {"evaluate_every": plan.evaluate_every, "until": plan.until}.items():
+        if given is not None and recipe.evaluation is None:
+            raise PlanError(f"{option} has no effect without held-out batches: leave it out, or give evaluation.")
     steps, every = plan.steps or recipe.steps, plan.evaluate_every
     if plan.goal is not None:
-        if recipe.evaluation is None:
-            raise PlanError("until has no effect without held-out batches: leave it out, or give evaluation.")
         if plan.goal.metric == "accuracy" and recipe.correct is None:
             raise PlanError(f"until {plan.goal}: the recipe counts no right answers; give correct, or ask for a loss.")
         every = every or look_every(steps)
@@ -170,31 +147,45 @@ def _filled_in(recipe: Recipe, plan: Plan) -> Plan:
     return dataclasses.replace(plan, steps=steps, evaluate_every=every, quality_every=samples)
 
 
-def _cut(
-    index: int,
-    below: Sequence[Layer],
-    stage: Sequence[Layer],
-    activation: Any,
+def _cuts(
+    stages: Sequence[Sequence[Layer]],
+    outputs: Sequence[Any],
     labels: Any,
     output: Tensor,
     recipe: Recipe,
     plan: Plan,
     outlet: MainOutput | None,
-) -> Cut:
-    context = as_bundle(labels)
-    return Cut(
-        index=index,
-        specs=specs_of(as_bundle(activation), "activation", differentiable=True),
-        context=specs_of(context, "labels"),
-        label=_label_of(recipe.labels, len(context)),
-        outlet=outlet,
-        output=TensorSpec("output", tuple(output.shape), output.dtype, differentiable=True),
-        loss=recipe.loss if outlet is None else outlet.loss(recipe.loss),
-        normalised=ends_normalised(below),
-        depth=depth_of(stage),
-        uppermost=index == plan.stages - 2,
-        conditioned=plan.dni.labels,
-    )
+) -> Iterator[Cut]:
+    """What crosses each cut has a gradient, else PlanError; and one tensor of it, where something predicts that."""
+    below: list[Layer] = []
+    for index, stage in enumerate(stages[:-1]):
+        below += stage
+        name, bundle, context = below[-1].name, as_bundle(outputs[len(below) - 1]), as_bundle(labels)
+        count = len(differentiable(bundle))
+        if not count:
+            dtypes = ", ".join(str(tensor.dtype) for tensor in bundle if tensor is not None)
+            raise PlanError(
+                f"layer {name} gives {dtypes}, and no gradient can cross a cut behind it: cut elsewhere (--sizes or "
+                "--cuts)."
+            )
+        if count > 1 and MODES[plan.mode].gradient != "true":
+            raise PlanError(
+                f"layer {name} gives {count} tensors that gradients come back for, and in mode {plan.mode} a cut has "
+                "one: cut elsewhere (--sizes or --cuts), or choose mode naive, gpipe, 1f1b or async-1f1b."
+            )
+        yield Cut(
+            index=index,
+            specs=specs_of(bundle, "activation", differentiable=True),
+            context=specs_of(context, "labels"),
+            label=_label_of(recipe.labels, len(context)),
+            outlet=outlet,
+            output=TensorSpec("output", tuple(output.shape), output.dtype, differentiable=True),
+            loss=recipe.loss if outlet is None else outlet.loss(recipe.loss),
+            normalised=partition.ends_normalised(below),
+            depth=partition.depth_of(stage),
+            uppermost=index == plan.stages - 2,
+            conditioned=plan.dni.labels,
+        )
 
 
 def _label_of(layout: Nesting | None, count: int) -> int:
@@ -224,24 +215,6 @@ def _unread_options(plan: Plan, cuts: Sequence[Cut]) -> Iterator[str]:
         yield NoEffect("dni.temperature", why)
 
 
-def _check_cuts(layers: Sequence[Layer], ends: Sequence[int], outputs: Sequence[Any], plan: Plan) -> None:
-    """What crosses a cut has a gradient; and one tensor of it, where something predicts that."""
-    for end in ends:
-        name, bundle = layers[end - 1].name, as_bundle(outputs[end - 1])
-        count = len(differentiable(bundle))
-        if not count:
-            dtypes = ", ".join(str(tensor.dtype) for tensor in bundle if tensor is not None)
-            raise PlanError(
-                f"layer {name} gives {dtypes}, and no gradient can cross a cut behind it: cut elsewhere (--sizes or "
-                "--cuts)."
-            )
-        if count > 1 and MODES[plan.mode].gradient != "true":
-            raise PlanError(
-                f"layer {name} gives {count} tensors that gradients come back for, and in mode {plan.mode} a cut has "
-                "one: cut elsewhere (--sizes or --cuts), or choose mode naive, gpipe, 1f1b or async-1f1b."
-            )
-
-
 def _check_names(layers: Sequence[Layer]) -> None:
     """The weights are saved under these names in the end."""
     names = [name for layer in layers for name in (layer.name, *layer.module.state_dict())]
@@ -250,6 +223,7 @@ def _check_names(layers: Sequence[Layer]) -> None:
 
 
 def _count_held_out(recipe: Recipe, first: Minibatch, trial: Trial) -> int:
+    """Held-out batches, each like batch 0, or smaller."""
     if recipe.evaluation is None:
         return 0
     with calling("evaluation()"):
@@ -268,7 +242,7 @@ def _count_held_out(recipe: Recipe, first: Minibatch, trial: Trial) -> int:
 
 
 def _check_held_out(index: int, batch: Minibatch, first: Minibatch) -> None:
-    (inputs, labels), (x, y) = (tuple(map(tensors_of_value, each)) for each in (batch, first))
+    (inputs, labels), (x, y) = (each.tensors() for each in (batch, first))
     pairs = [(present(one), present(like)) for one, like in zip(inputs, x, strict=False)]
     fits = len(inputs) == len(x) and all(a.shape[1:] == b.shape[1:] and a.dtype == b.dtype for a, b in pairs)
     fits = (

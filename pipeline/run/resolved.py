@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from pipeline.data.recipe import Recipe
 from pipeline.messages.nesting import Nesting
 from pipeline.model.cut import Cut
 from pipeline.plan.channel_choice import ChannelChoice
 from pipeline.plan.plan import Plan
+from pipeline.run.reasons import Reason
 from pipeline.run.sketch import Sketch
 
 __all__ = ["Resolved"]
@@ -17,47 +19,26 @@ __all__ = ["Resolved"]
 
 @dataclass(frozen=True)
 class Resolved:
-    """A run without open questions.
+    """A run without open questions. What is of every worker, or of every cut, begins with those of replica 0."""
 
-    Attributes:
-        plan: with ``steps``, ``sizes``, ``dni.every``, and where needed ``evaluate_every`` and ``quality_every``.
-        layer_names: of the whole network, in order.
-        layer_parameters: number of parameters of each layer.
-        layer_bytes: of each layer's parameters and buffers, and one more for each of them.
-        layer_seconds: measured cost of each layer, or None when the plan fixed the sizes.
-        cuts: what is known at each cut.
-        batch_shape: shape of the inputs of a batch.
-        output_shape: shape of the network's output for it.
-        held_out_batches: batches of one evaluation pass.
-        channels: what carries each cut, those of replica 0 first.
-        hosts: of every worker, those of replica 0 first.
-        devices: of every worker.
-        nccl: whether torch has NCCL.
-        reasons: (what was decided, value, why), for the first screen.
-        two_labels: those of the first rows of batch 0, for ``fingerprint``.
-        structured: whether the network gives something else than one tensor.
-        labels: how the tensors of the context lie in what the loss takes.
-        fingerprints: of every stage as this process builds it.
-    """
-
-    plan: Plan
+    plan: Plan  # with steps, sizes, split, ties, dni.every, and where needed evaluate_every and quality_every
     layer_names: tuple[str, ...]
-    layer_parameters: tuple[int, ...]
-    layer_bytes: tuple[int, ...]
-    layer_seconds: tuple[float, ...] | None
+    layer_parameters: tuple[int, ...]  # their number
+    layer_bytes: tuple[int, ...]  # of parameters and buffers, and one more for each of them
+    layer_seconds: tuple[float, ...] | None  # None: the plan fixed the sizes
     cuts: tuple[Cut, ...]
-    batch_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
+    batch_shape: tuple[int, ...]  # of the inputs
+    output_shape: tuple[int, ...]  # of the network, for a batch
     held_out_batches: int
-    channels: tuple[ChannelChoice, ...]
-    hosts: tuple[str, ...]
+    channels: tuple[ChannelChoice, ...]  # of every cut
+    hosts: tuple[str, ...]  # of every worker
     devices: tuple[str, ...]
-    nccl: bool
-    reasons: tuple[tuple[str, str, str], ...]
-    two_labels: bytes = b""
-    structured: bool = False
-    labels: Nesting | None = None
-    fingerprints: tuple[Mapping[str, Sketch], ...] = ()
+    nccl: bool  # torch has it
+    reasons: tuple[Reason, ...]
+    two_labels: bytes = b""  # of the first rows of batch 0, for ``fingerprint``
+    structured: bool = False  # the network gives something else than one tensor
+    labels: Nesting | None = None  # how the tensors of the context lie in what the loss takes
+    fingerprints: tuple[Mapping[str, Sketch], ...] = ()  # of every stage as this process builds it
 
     def arranged(self, recipe: Recipe) -> Recipe:
         """The recipe with a loss that takes the context as it travels."""
@@ -77,9 +58,9 @@ class Resolved:
 
     @property
     def state_bytes(self) -> tuple[int, ...]:
-        """Of each stage: bytes of its parameters and buffers, and one more for each of them."""
-        starts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
-        return tuple(sum(self.layer_bytes[i : i + n]) for i, n in zip(starts, self.sizes, strict=True))
+        """``layer_bytes`` of each stage."""
+        rest = iter(self.layer_bytes)
+        return tuple(sum(islice(rest, size)) for size in self.sizes)
 
     @property
     def step_rows(self) -> int:

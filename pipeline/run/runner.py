@@ -24,12 +24,13 @@ from pipeline.messages.queue_ends import Inlet, Outlet
 from pipeline.metrics.spans import Recorder, Span, silent
 from pipeline.plan.topology import Edge, What
 from pipeline.replicas.averaging import ALONE, Averager
-from pipeline.run.stage_like import StageLike
+from pipeline.run.hollow_stage import HollowStage
 from pipeline.run.uplink import Uplink
 from pipeline.schedule.policies import Action, Policy, View
 from pipeline.stage.dni_quality import Quality
 from pipeline.stage.evaluation import EvaluationMetrics
 from pipeline.stage.gradient_flow import Route
+from pipeline.stage.stage import Stage
 from pipeline.stage.unlock import Switch
 
 __all__ = ["Runner"]
@@ -41,44 +42,28 @@ _End = TypeVar("_End")
 class Runner:
     """Drives one stage by one policy.
 
-    Attributes:
-        stage: does the work.
-        policy: says what is next.
-        inlets: where activations (from the stage below, or the data) and gradients come in, by edge.
-        outlets: where they go out, by edge.
-        ahead: how many batches async-1f1b may have open besides one; None: as many as there are stages above.
-        averager: what the stage averages with its replicas.
-        record: told what the worker turns to.
-        on_loss: last stage: called with (batch, training loss).
-        on_scores: last stage: called with (number of updates, metrics of a pass over the held-out batches).
-        on_quality: below the last stage: called with the quality of every sampled batch.
-        on_switch: below the last stage: called whenever the stage locks or unlocks.
-        stages: number of stages of the pipeline.
-        microbatches: microbatches per batch.
-        forwarded, backwarded: counts of training microbatches.
-        updated, learned: counts of training batches; one that is left without an update counts as updated.
-        done: nothing is left to do.
+    The last stage calls ``on_loss`` with (batch, training loss) and ``on_scores`` with (number of updates, metrics of a
+    pass over the held-out batches), those below it the other two.
     """
 
-    stage: StageLike
+    stage: Stage | HollowStage
     policy: Policy
     inlets: Mapping[Edge, Inlet]
     outlets: Mapping[Edge, Outlet]
-    ahead: int | None = None
-    averager: Averager = ALONE
-    record: Recorder = silent
-    on_loss: Callable[[int, float], None] = field(default=lambda batch, loss: None)
-    on_scores: Callable[[int, EvaluationMetrics], None] = field(default=lambda updates, scores: None)
-    on_quality: Callable[[Quality], None] = field(default=lambda quality: None)
-    on_switch: Callable[[Switch], None] = field(default=lambda switch: None)
     stages: int = 1
     microbatches: int = 1
-    forwarded: int = 0
+    ahead: int | None = None  # how many batches async-1f1b may have open besides one; None: as many as stages above
+    averager: Averager = ALONE
+    record: Recorder = silent
+    on_loss: Callable[[int, float], None] = lambda batch, loss: None
+    on_scores: Callable[[int, EvaluationMetrics], None] = lambda updates, scores: None
+    on_quality: Callable[[Quality], None] = lambda quality: None  # of every sampled batch
+    on_switch: Callable[[Switch], None] = lambda switch: None  # the stage locks or unlocks
+    forwarded: int = 0  # training microbatches, as ``backwarded``
     backwarded: int = 0
-    updated: int = 0
+    updated: int = 0  # training batches, as ``learned``; one that is left without an update counts
     learned: int = 0
     actions: int = 0
-    done: bool = False
     _activation: Message | None = None
     _gradient: Message | None = None
     _open: deque[Route] = field(default_factory=deque)  # of the batches between their forward and their update
@@ -93,40 +78,41 @@ class Runner:
         self._up = Uplink(self.stage.index, _only(self.outlets, "gradients"), self.record)
 
     @property
+    def done(self) -> bool:
+        """Nothing is left to do."""
+        return self._up.ended
+
+    @property
     def dropped(self) -> int:
         """Targets, for which nobody waits, that were dropped because the gradient channel was full."""
         return self._up.dropped
 
     def poll(self) -> None:
-        """Look into the queues: at most one message of each is held.
-
-        Raises:
-            StageError: what came from above has no place: it came twice, or something before it is missing.
-        """
+        """Look into the queues: at most one message of each is held. StageError: one from above has no place."""
         self._up.flush()
         self.averager.poll()
         while self._above is not None and self._gradient is None and not self._ended_above:
-            if (came := self._above.take()) is None:
+            if (message := self._above.take()) is None:
                 break
-            self._take_in(came)
+            self._take_in(message)
         if self._activation is None and not self._ended_below:
             self._activation = self._below.take()
-        self.done = self._up.ended
 
     def next(self) -> Action:
-        """What to do now. Pure: does not look into the queues again."""
+        """What to do now, from what lay in the queues."""
         return self.policy(self.view())
 
     def view(self) -> View:
         """What the policy may know."""
-        oldest = self._open[0] if self._open else None
+        oldest, came = self._open[0] if self._open else None, self._gradient
+        late = came is not None and (came.kind is Kind.SAMPLE or came.batch < self.updated)
         return View(
             stages_above=self.stages - 1 - self.stage.index,
             microbatches=self.microbatches,
             forwarded=self.forwarded,
             backwarded=self.backwarded,
             activation=self._activation is not None,
-            gradient=self._gradient is not None,
+            gradient=came is not None,
             room=self._down is None or self._down.room(),
             ended=self._ended_below or self._trained_below,
             actions=self.actions,
@@ -134,16 +120,12 @@ class Runner:
             held=self.averager.held,
             updates=oldest is None or oldest.updates,
             locked=oldest is not None and oldest.locked,
-            late=self._gradient is not None and self._is_late(self._gradient),
+            late=late,
             ahead=self.ahead,
         )
 
     def perform(self, action: Action) -> None:
-        """Do it.
-
-        Raises:
-            StageError: the work failed, or a message is not the one whose turn it is.
-        """
+        """Do it. StageError: the work failed, or a message is not the one whose turn it is."""
         self.actions += 1
         if action is Action.FORWARD:
             self._forward()
@@ -152,41 +134,37 @@ class Runner:
         elif action is Action.BACKWARD:
             self._backward()
         elif action is Action.SKIP:
-            self._skip()
+            self.stage.skip(Item(self.updated))
+            self.backwarded += 1
+            self._end_batch()
+            self._after_training()
         elif action is Action.LEARN:
             self._learn()
         elif action is Action.AVERAGE and self.averager.take():
-            self._step(self.updated)
+            self._step()
         self.record(Span.OTHER, -1)
-
-    # ------------------------------------------------------------------ what comes from below
 
     def _forward(self) -> None:
         message, self._activation = self._activation, None
         assert message is not None, "the policy took an activation that is not there"
-        kind = message.kind
-        if kind in (Kind.ACTIVATION, Kind.AWAITED):
+        if (kind := message.kind) in (Kind.ACTIVATION, Kind.AWAITED):
             self._forward_batch(message)
-        elif kind is Kind.EVALUATION:
-            h = self.stage.evaluate(message.batch, message.payload, message.context)
-            self._send_down(kind, message.item, h, message.context)
-        elif kind is Kind.REPORT:
-            self._send_down(kind, message.item)
-            if self.stage.last:
-                self.on_scores(message.batch, self.stage.scores)
-                self.stage.scores = EvaluationMetrics()
-        elif kind is Kind.TRAINED:
+            return
+        h = self.stage.evaluate(message.batch, message.payload, message.context) if kind is Kind.EVALUATION else ()
+        self._send_down(kind, message.item, h, message.context)
+        if kind is Kind.TRAINED:
             self._trained_below = True
-            self._send_down(kind, message.item)
             self._after_training()
         elif kind is Kind.END:
             self._ended_below = True
-            self._send_down(kind, message.item)
-            if self.stage.last:
-                self._end(message)
+            if self.stage.last:  # echoes it up
+                self._up.send(Message(kind, message.item, self.stage.index))
+        elif kind is Kind.REPORT and self.stage.last:
+            self.on_scores(message.batch, self.stage.scores)
+            self.stage.scores = EvaluationMetrics()
 
     def _forward_batch(self, message: Message) -> None:
-        item = self._in_turn("activation", self.forwarded, message)
+        item = self._in_turn("activation", self._item(self.forwarded), message).item
         h = self.stage.forward(item, message.payload, message.context, awaited=message.kind is Kind.AWAITED)
         route = self.stage.in_flight.of(item).route
         self._send_down(Kind.AWAITED if route.locked else Kind.ACTIVATION, item, h, message.context)
@@ -198,11 +176,9 @@ class Runner:
         if (switch := self.stage.switched()) is not None:
             self.on_switch(switch)
 
-    # ------------------------------------------------------------------ updates
-
     def _backward(self) -> None:
         item = self._item(self.backwarded)
-        gradient = None if self.stage.last else self._taken_gradient(self.backwarded).payload
+        gradient = None if self.stage.last else self._in_turn("gradient", item, self._taken_gradient()).payload
         learns = self._open[0].locked and self._open[0].wants_target
         self._update(gradient)
         if gradient is not None and learns:
@@ -214,27 +190,19 @@ class Runner:
         item, awaited = self._item(self.backwarded), self._open[0].awaited
         below = self.stage.backward(item, gradient)
         self.backwarded += 1
-        if below is not None:
-            self._send_gradient(item, below, awaited=awaited)
+        self._send_gradient(item, below, awaited=awaited)
         self._send_sample(item.batch, self.stage.true_gradient())
-        if item.microbatch < self.microbatches - 1:
-            return
-        if not self.averager.before_step():
-            self._step(item.batch)
+        if item.microbatch == self.microbatches - 1 and not self.averager.before_step():
+            self._step()
 
-    def _step(self, batch: int) -> None:
-        self.stage.step(batch)
-        self._ended_batch(batch)
+    def _step(self) -> None:
+        self.stage.step(self.updated)
+        self._end_batch()
         self.averager.after_step()
         self._after_training()
 
-    def _skip(self) -> None:
-        self.stage.skip(Item(self.updated))
-        self.backwarded += 1
-        self._ended_batch(self.updated)
-        self._after_training()
-
-    def _ended_batch(self, batch: int) -> None:
+    def _end_batch(self) -> None:
+        batch = self.updated
         self.updated += 1
         self._open.popleft()
         if self.stage.last:
@@ -245,8 +213,6 @@ class Runner:
         if self._trained_below and self.forwarded == self.backwarded:
             self.averager.after_training()
 
-    # ------------------------------------------------------------------ what comes from above
-
     def _take_in(self, message: Message) -> None:
         """Something came from above: a gradient is held until its turn, the rest takes effect at once."""
         item, index = message.item, self.stage.index
@@ -255,7 +221,7 @@ class Runner:
                 what = f"the END came from stage {message.stage} before the gradient of this batch"
                 raise StageError(what, stage=index, batch=self.updated)
             self._ended_above = True
-            self._end(message)
+            self._up.send(Message(Kind.END, item, index))
         elif message.kind is Kind.DROPPED:
             relaying = self.stage.in_flight.relaying()
             self.stage.in_flight.forget(min(item.batch, self.updated))
@@ -267,11 +233,8 @@ class Runner:
         else:
             self._gradient = message
 
-    def _is_late(self, message: Message) -> bool:
-        return message.kind is Kind.SAMPLE or message.batch < self.updated
-
     def _learn(self) -> None:
-        message = self._taken_gradient(None)
+        message = self._taken_gradient()
         if message.kind is Kind.SAMPLE:
             quality, below = self.stage.judge(message.batch, message.payload)
             if quality is not None:
@@ -280,47 +243,34 @@ class Runner:
             return
         relayed = self.stage.learn(message.item, message.payload)
         self.learned += 1
-        if relayed is not None:
-            self._send_gradient(message.item, relayed, awaited=False)
+        self._send_gradient(message.item, relayed, awaited=False)
 
-    def _taken_gradient(self, expected: int | None) -> Message:
+    def _taken_gradient(self) -> Message:
         message, self._gradient = self._gradient, None
         assert message is not None, "the policy took a gradient that is not there"
-        if expected is not None:
-            self._in_turn("gradient", expected, message)
         return message
 
     def _item(self, number: int) -> Item:
         """The piece of work that is number ``number`` of all."""
         return Item(*divmod(number, self.microbatches))
 
-    def _in_turn(self, what: str, expected: int, message: Message) -> Item:
-        """The item of a message, which must be number ``expected`` of all."""
-        item = self._item(expected)
+    def _in_turn(self, what: str, item: Item, message: Message) -> Message:
+        """The message, which must be about ``item``."""
         if message.item != item:
-            raise StageError(
-                f"expected the {what} of batch {item}, got that of batch {message.item} from stage {message.stage}",
-                stage=self.stage.index,
-                batch=item.batch,
-            )
-        return item
-
-    # ------------------------------------------------------------------ what goes out
-
-    def _end(self, message: Message) -> None:
-        """The END came back from above (or reached the last stage): echo it up; this stage is done."""
-        self._up.end(Message(Kind.END, message.item, self.stage.index))
-        self.done = self._up.ended
+            found = f"got that of batch {message.item} from stage {message.stage}"
+            raise StageError(f"expected the {what} of batch {item}, {found}", stage=self.stage.index, batch=item.batch)
+        return message
 
     def _send_down(self, kind: Kind, item: Item, payload: Bundle = (), context: Bundle = ()) -> None:
         if self._down is not None:
             self.record(Span.SEND, item.batch)
             self._down.put(Message(kind, item, self.stage.index, payload, context))
 
-    def _send_gradient(self, item: Item, gradient: Bundle, *, awaited: bool) -> None:
-        message = Message(Kind.GRADIENT, item, self.stage.index, gradient)
-        if self._up.gradient(message, awaited=awaited):
-            self._tell_dropped()
+    def _send_gradient(self, item: Item, gradient: Bundle | None, *, awaited: bool) -> None:
+        if gradient is not None:
+            message = Message(Kind.GRADIENT, item, self.stage.index, gradient)
+            if self._up.gradient(message, awaited=awaited):
+                self._tell_dropped()
 
     def _tell_dropped(self) -> None:
         """Tell the stage below that targets were dropped, so that it keeps nothing for them."""
@@ -328,11 +278,11 @@ class Runner:
 
     def _send_sample(self, batch: int, gradient: Bundle | None) -> None:
         if gradient is not None:
-            self._up.sample(Message(Kind.SAMPLE, Item(batch), self.stage.index, gradient))
+            self._up.send(Message(Kind.SAMPLE, Item(batch), self.stage.index, gradient))
 
 
 def _only(ends: Mapping[Edge, _End], what: What) -> _End | None:
     """The one end of a kind of edge; None where there is none."""
     found = [end for edge, end in ends.items() if edge.what == what]
     assert len(found) <= 1, f"a runner has one way for {what}"
-    return found[0] if found else None
+    return next(iter(found), None)

@@ -1,4 +1,4 @@
-"""A tensor as a few numbers, small enough to be sent, so that two processes can compare what they have."""
+"""A tensor, or a layer's description, as a few numbers, so that two processes can compare what they have."""
 
 from __future__ import annotations
 
@@ -19,25 +19,17 @@ _CLOSE, _CLOSE_COMPUTED = 1e-5, 1e-3  # what other threads and processors may ro
 
 @dataclass(frozen=True)
 class Sketch:
-    """A tensor, or a layer's description, small enough to be sent.
+    """Small enough to be sent."""
 
-    Attributes:
-        kind: shape and dtype; of a layer, what it prints as.
-        digest: of what has to be equal bit for bit; empty for floating point.
-        total: the sum of floating-point values, each times a fixed weight in [-1, 1].
-        size: the sum of their absolute values.
-        computed: whether the values come out of layers or the loss, and so round more.
-    """
-
-    kind: str
-    digest: str = ""
-    total: float = 0.0
-    size: float = 0.0
-    computed: bool = False
+    kind: str  # shape and dtype; of a layer, what it prints as
+    digest: str = ""  # of what has to be equal bit for bit; empty for floating point
+    total: float = 0.0  # the sum of floating-point values, each times a fixed weight in [-1, 1]
+    size: float = 0.0  # the sum of their absolute values
+    computed: bool = False  # the values come out of layers or the loss, and so round more
 
 
 def sketch_of(tensor: Tensor, computed: bool = False) -> Sketch:
-    """The sketch of a tensor; walks through it in blocks, at about 1 GB/s. ``computed``: by layers or the loss."""
+    """The sketch of a tensor, at about 1 GB/s."""
     kind = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
     bare = (tensor if tensor.layout == torch.strided else tensor.to_dense()).detach().cpu()
     flat = (torch.view_as_real(bare) if bare.is_complex() else bare).reshape(-1)
@@ -62,7 +54,8 @@ def differences(expected: Mapping[str, Sketch], built: Mapping[str, Sketch]) -> 
         if here is None or there is None or here.kind != there.kind:
             if ((here or there or Sketch("")).computed) and (told or here is None or there is None):
                 continue
-            yield f"{name} is {_kind(here)} here, {_kind(there)} in the worker"
+            mine, theirs = ("not there" if sketch is None else sketch.kind for sketch in (here, there))
+            yield f"{name} is {mine} here, {theirs} in the worker"
         elif _alike(here, there) or (here.computed and told):
             continue
         elif here.kind.startswith("[] ") and not here.digest:
@@ -70,10 +63,6 @@ def differences(expected: Mapping[str, Sketch], built: Mapping[str, Sketch]) -> 
         else:
             yield f"{name}: other values in the worker"
         told = True
-
-
-def _kind(sketch: Sketch | None) -> str:
-    return "not there" if sketch is None else sketch.kind
 
 
 def _alike(one: Sketch, other: Sketch) -> bool:

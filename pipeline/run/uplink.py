@@ -1,8 +1,8 @@
-"""What a stage sends to the stage below: gradients, samples, and the END. It never blocks the stage.
+"""What a stage sends to the stage below. It never blocks the stage.
 
 gradient somebody waits for   waits until there is room; as many as are awaited
 target                        nobody waits: of those that find no room the newest is kept, the rest are dropped
-sample                        few, and none is dropped
+sample, END                   few, and none is dropped
 DROPPED                       tells the stage below that it need not keep anything for targets that do not come
 """
 
@@ -20,21 +20,13 @@ __all__ = ["Uplink"]
 
 @dataclass
 class Uplink:
-    """The way up of one stage.
-
-    Attributes:
-        stage: index of the sender.
-        outlet: None in the first stage, which sends nothing.
-        record: told when the worker turns to sending.
-        dropped: targets that were dropped.
-        ended: the END has been sent, or there is nobody to send it to.
-    """
+    """The way up of one stage, the sender."""
 
     stage: int
-    outlet: Outlet | None
+    outlet: Outlet | None  # None in the first stage, which sends nothing
     record: Recorder
-    dropped: int = 0
-    ended: bool = False
+    dropped: int = 0  # targets
+    ended: bool = False  # the END has been sent, or there is nobody to send it to
     _unsent: list[Message] = field(default_factory=list)
     _target: Message | None = None
 
@@ -42,37 +34,28 @@ class Uplink:
         """Send a gradient that the stage below waits for (``awaited``), or a target; whether one was dropped for it."""
         if self.outlet is None:
             return False
-        self.record(Span.SEND, message.batch)
         drops = not awaited and self._target is not None
         if drops:
             self._unsent = [waiting for waiting in self._unsent if waiting is not self._target]
             self.dropped += 1
         self._target = self._target if awaited else message
-        self._unsent.append(message)
-        self.flush()
+        self.send(message)
         return drops
 
     def tell_dropped(self, oldest: int) -> None:
         """Tell that no target of a batch older than ``oldest`` follows; takes the place of an earlier one."""
-        if self.outlet is not None:
-            self._unsent = [waiting for waiting in self._unsent if waiting.kind is not Kind.DROPPED]
-            self._unsent.append(Message(Kind.DROPPED, Item(oldest), self.stage))
-            self.flush()
+        self._unsent = [waiting for waiting in self._unsent if waiting.kind is not Kind.DROPPED]
+        self.send(Message(Kind.DROPPED, Item(oldest), self.stage))
 
-    def sample(self, message: Message) -> None:
-        """Send the true gradient of a sampled batch."""
-        if self.outlet is not None:
-            self.record(Span.SEND, message.batch)
-            self._unsent.append(message)
-            self.flush()
-
-    def end(self, message: Message) -> None:
-        """Send the END, behind everything else."""
+    def send(self, message: Message) -> None:
+        """Send, behind everything that waits."""
         if self.outlet is None:
-            self.ended = True
-        else:
-            self._unsent.append(message)
-            self.flush()
+            self.ended = message.kind is Kind.END
+            return
+        if message.payload:
+            self.record(Span.SEND, message.batch)
+        self._unsent.append(message)
+        self.flush()
 
     def flush(self) -> None:
         """Send what finds room."""

@@ -17,21 +17,23 @@ __all__ = ["VirtualClock", "VirtualQueue", "VirtualSource"]
 
 @dataclass
 class VirtualClock:
-    """Virtual time in ticks.
-
-    Attributes:
-        now: the tick it is.
-        effect: when what is being done will be done.
-        alarms: ticks at which something happens, a heap.
-    """
+    """Virtual time in ticks."""
 
     now: int = 0
-    effect: int = 0
-    alarms: list[int] = field(default_factory=list)
+    effect: int = 0  # when what is being done will be done
+    _alarms: list[int] = field(default_factory=list)  # ticks at which something happens, a heap
 
     def at(self, tick: int) -> None:
         """Something happens then."""
-        heapq.heappush(self.alarms, tick)
+        heapq.heappush(self._alarms, tick)
+
+    def advance(self) -> bool:
+        """Go to the next tick at which something happens. Whether there is one."""
+        while self._alarms:
+            if (tick := heapq.heappop(self._alarms)) > self.now:
+                self.now = tick
+                return True
+        return False
 
 
 @dataclass
@@ -46,24 +48,20 @@ class VirtualQueue:
     items: deque[tuple[int, Message]] = field(default_factory=deque)
 
     def room(self) -> bool:
-        """Whether ``put`` would not block; what is on its way counts."""
+        """What is on its way counts."""
         return len(self.items) < self.capacity
 
     def put(self, message: Message) -> None:
-        """Send a copy."""
+        """Send a copy, which overtakes none."""
         sent = narrowed(message, self.wire_dtype)
         message = message if sent is message else widened(sent)
         arrival = self.clock.effect + self.hop + self.late(message.batch)
-        if self.items:  # none overtakes another
-            arrival = max(arrival, self.items[-1][0])
+        arrival = max(arrival, self.items[-1][0] if self.items else 0)
         self.items.append((arrival, message.holding(map(dense, message.tensors))))
         self.clock.at(arrival)
 
     def take(self) -> Message | None:
-        """The oldest message that has arrived, or None."""
-        if self.items and self.items[0][0] <= self.clock.now:
-            return self.items.popleft()[1]
-        return None
+        return self.items.popleft()[1] if self.items and self.items[0][0] <= self.clock.now else None
 
 
 @dataclass
@@ -73,5 +71,4 @@ class VirtualSource:
     messages: Iterator[Message]
 
     def take(self) -> Message | None:
-        """The next message, or None at the end."""
         return next(self.messages, None)
