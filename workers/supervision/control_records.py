@@ -36,8 +36,6 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
     Attributes:
         rank: its rank, which is the number of its worker.
-        pid: its process.
-        host: name of its host.
         memory: names the shared memory that it sees; agents that give the same one can share.
         prefix: a start for names in that memory that belong to this process.
         problems: why it cannot take part, one sentence each.
@@ -96,9 +94,9 @@ class Prepared(msgspec.Struct, tag=True, frozen=True):
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
-    """Driver to agent: everybody is prepared, start the worker.
+    """Driver to agent: everybody is prepared, start the worker, which writes into ``run_dir``.
 
-    ``run_dir`` is where it writes; None: into unnamed files on its own host, and the driver gets them by wire.
+    None: into unnamed files on its own host, and the driver gets them by wire.
     """
 
     run_dir: str | None
@@ -164,22 +162,6 @@ class AgentStopped(msgspec.Struct, tag=True, frozen=True):
     """The agent's worker has ended, and its memory is removed."""
 
 
-Control = (
-    Hello
-    | ReadClock
-    | Time
-    | Task
-    | Prepared
-    | Start
-    | WorkerStatus
-    | WorkerDied
-    | File
-    | Note
-    | Enough
-    | Dump
-    | Interrupted
-    | RankGone
-    | Stop
-    | AgentStopped
-    | records.Record
-)
+_FromDriver = ReadClock | Task | Start | Note | Enough | Dump | Stop
+_FromAgent = Hello | Time | Prepared | WorkerStatus | WorkerDied | File | Note | Interrupted | AgentStopped
+Control = _FromDriver | _FromAgent | RankGone | records.Record

@@ -5,18 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from multiprocessing import connection as mp_connection
-from typing import Any, cast
 
 from workers.clock import now_ns
 from workers.supervision import control_records as control
-from workers.supervision.control_socket import ControlSocket, Gone
-from workers.supervision.supervisor import LOOK_EVERY_S
+from workers.supervision.control_socket import ControlSocket, Gone, wait_for
 
 __all__ = ["DriverConnection", "DriverGone", "Stopped"]
 
 _STOP_WITHIN_S = 8.0  # torchrun kills what is there 30 s after its SIGTERM
-_UNATTENDED_S = 5.0
 
 
 class DriverGone(ConnectionError):
@@ -55,18 +51,14 @@ class DriverConnection:
         self.begun = False
         self._wire, self._asked = wire, asked
         self._interrupted_at: float | None = None
-        self._looked_at, self._heard_at = float("-inf"), 0.0
         self.send = wire.send
 
     def take_part(self, life: Callable[[], object], end: Callable[[], None]) -> int:
-        """Live until the driver stops the run.
+        """Live until the driver stops the run; gives the exit status that it gave.
 
         Args:
             life: ends with what `hear` raises.
             end: ends all that runs here and removes what was made; a second call does nothing.
-
-        Returns:
-            the exit status that the driver gave.
 
         Raises:
             DriverGone: no more word from the driver.
@@ -84,32 +76,23 @@ class DriverConnection:
         raise AssertionError("a rank ends when it is told to")
 
     def hear(self, patience_s: float, *also: object) -> list[control.Control]:
-        """What the driver says; tells it the time, and that this process was asked to end.
+        """What the driver says; tells it the time, and that this process was asked to end. Blocks 0.2 s at most.
 
         Args:
             patience_s: how long the driver may be silent, in seconds; only counts while this is called often.
             also: what else to wait for, as for ``multiprocessing.connection.wait``.
-
-        Blocks:
-            at most 0.2 s.
         """
-        if time.monotonic() - self._looked_at > _UNATTENDED_S:
-            self._heard_at = time.monotonic()
-        mp_connection.wait(cast(Any, [self._wire, *also]), LOOK_EVERY_S)
-        heard: list[control.Control] = []
-        while self._wire.poll():
-            record = self._wire.receive()
+        wait_for(self._wire, *also)
+        heard = self._wire.drain()
+        for record in heard:
             if isinstance(record, control.Stop):
                 raise Stopped(record.status)
             if isinstance(record, control.ReadClock):
                 self.send(control.Time(now_ns()))
-            heard.append(record)
-        self._looked_at = now = time.monotonic()
-        if heard:
-            self._heard_at = now
-        elif now - self._heard_at > patience_s:
+        if self._wire.silent_s() > patience_s:
             raise Gone(f"no word from it for {patience_s:.0f} s")
         if self._asked():
+            now = time.monotonic()
             if self._interrupted_at is None:
                 self._interrupted_at = now
                 self.send(control.Interrupted())
@@ -123,6 +106,5 @@ class DriverConnection:
         with contextlib.suppress(Gone):
             self.send(control.AgentStopped())
             while time.monotonic() < end:
-                mp_connection.wait(cast(Any, [self._wire]), LOOK_EVERY_S)
-                while self._wire.poll():
-                    self._wire.receive()
+                wait_for(self._wire)
+                self._wire.drain()

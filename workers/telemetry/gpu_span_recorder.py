@@ -4,9 +4,9 @@
     device   ....| forward ....| dni ....| backward ....| step | (idle: wait)
 
 Whenever the worker turns to something else, an event is recorded on the computing stream. A span begins when the device
-has come to its event: when all that was queued before is done. Where the device has nothing to do that is the moment at
-which the host turned to it, so that waiting, loading and the host's own time are there as well, and spans still add up
-to the wall time. RECEIVE is the time for which computing had to wait for a copy; copies beside the computing take none.
+has come to its event: when all that was queued before is done. An idle device is there when the host turns to it, so
+that spans hold the waiting too and still add up to the wall time. RECEIVE is the time for which computing had to wait
+for a copy; copies beside the computing take none.
 
 Nothing waits for the device on the way, but once in 16,384 spans and at the end: then the device's clock is read
 against the host's, and the times of the events since follow from it.

@@ -24,13 +24,10 @@ _STATUS = struct.Struct("<qqqq")
 
 @dataclass(frozen=True)
 class Status:
-    """One line of the board.
+    """One line of the board: what a worker does, with which batch (or -1), and since when.
 
-    Attributes:
-        span: what the worker does.
-        batch: with which batch, or -1.
-        start_ns: since when, on the common clock; 0: it has not begun.
-        progress: how often it has turned to something that is work.
+    ``start_ns`` is on the common clock, 0 where the worker has not begun; ``progress`` counts how often it has turned
+    to something that is work.
     """
 
     span: Span
@@ -73,7 +70,7 @@ class StatusTable:
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody asked."""
+        """Whether they were asked to end."""
         return self._map[0] != 0
 
     def end_early(self) -> None:
@@ -82,7 +79,7 @@ class StatusTable:
 
     @property
     def enough(self) -> bool:
-        """Whether it was asked to."""
+        """Whether it was asked to end early."""
         return self._map[1] != 0
 
     @staticmethod
