@@ -75,12 +75,8 @@ def nobody_moves(
 ) -> RunFailed:
     """Nobody did anything new: name the stage that began its work longest ago, and who waits.
 
-    Args:
-        workers: of every one: what it does, what to call its process, like ``"pid 12"``, and the process's state
-            letter.
-        stall_after_s: how long nothing happened.
-        stacks: where the stacks of the workers lie.
-        plan: says which worker runs what.
+    ``workers``: of every one what it does, what to call its process, like ``"pid 12"``, and the process's state letter.
+    ``stacks``: where their stacks lie.
     """
     names = [called(plan, *divmod(k, plan.stages)) for k in range(len(workers))]
     lines = [_line(name, *worker) for name, worker in zip(names, workers, strict=True)]

@@ -44,8 +44,7 @@ class Gone(ConnectionError):
 class ControlSocket:
     """One connection between the driver and an agent; each end belongs to one thread.
 
-    Args:
-        connection: the bytes; use `Reception.accept` and `connect_to`, or one end of a pipe inside a process.
+    From `Reception.accept` and `connect_to`; inside a process also of one end of a pipe.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -54,26 +53,19 @@ class ControlSocket:
         self._looked_at = self._heard_at = time.monotonic()
 
     def send(self, record: control.Control) -> None:
-        """Send one record; blocks while the buffers between both are full, at most 20 s.
+        """Send one record; blocks while the buffers between both are full.
 
-        Raises:
-            Gone: the other side is gone, or took nothing for 20 s.
+        Raises Gone where the other side is gone, or took nothing for 20 s.
         """
         try:
             self._connection.send_bytes(records.encoded(record))
         except OSError as error:
             raise Gone(str(error)) from error
 
-    def poll(self) -> bool:
-        """Whether something can be received, if only the end. Never blocks."""
-        return self._connection.poll()
-
     def receive(self) -> control.Control:
-        """Receive one record; poll first. Blocks until the rest of one that has begun is there, at most 20 s per piece.
+        """Wait for one record; for the rest of one that has begun 20 s at most per piece.
 
-        Raises:
-            Gone: the other side hung up, or the connection broke.
-            msgspec.DecodeError: what came is no record.
+        Raises Gone where the other side hung up or the connection broke, msgspec.DecodeError for what is no record.
         """
         try:
             content = self._connection.recv_bytes(_LARGEST_BYTES)
@@ -90,7 +82,7 @@ class ControlSocket:
             self._heard_at = time.monotonic()
         heard: list[control.Control] = []
         try:
-            while self.poll():
+            while self._connection.poll():
                 heard.append(self.receive())
         except (Gone, msgspec.DecodeError) as error:
             if not heard:
@@ -168,8 +160,7 @@ class Reception:
 def connect_to(host: str, port: int, key: bytes, within_s: float) -> ControlSocket:
     """Connect to the driver's `Reception`. Blocks ``within_s`` at most, and 20 s per message of the greeting.
 
-    Raises:
-        OSError: nobody answered there, or somebody who does not know the key.
+    Raises OSError where nobody answered, or somebody who does not know the key.
     """
     connection = _connection(socket.create_connection((host, port), within_s), _SEND_WITHIN_S)
     try:

@@ -18,9 +18,7 @@ _STOP_WITHIN_S = 8.0  # torchrun kills what is there 30 s after its SIGTERM
 class DriverGone(ConnectionError):
     """The driver hung up, or said nothing for too long, before the run was over.
 
-    Args:
-        why: what was seen.
-        told: whether the run had begun here; else the driver has said on its own console what was wrong.
+    ``told``: whether the run had begun here; else the driver has said on its own console what was wrong.
     """
 
     def __init__(self, why: str, told: bool) -> None:
@@ -37,31 +35,18 @@ class Stopped(Exception):
 
 
 class DriverConnection:
-    """A rank's end.
-
-    Args:
-        wire: to the driver.
-        asked: whether somebody asked this process to end (SIGINT, SIGTERM).
-
-    Attributes:
-        begun: whether the run has begun here.
-    """
+    """A rank's end; ``asked``: whether somebody asked this process to end (SIGINT, SIGTERM)."""
 
     def __init__(self, wire: ControlSocket, asked: Callable[[], bool]) -> None:
-        self.begun = False
+        self.begun = False  # the run, here
         self._wire, self._asked = wire, asked
         self._interrupted_at: float | None = None
         self.send = wire.send
 
     def take_part(self, life: Callable[[], object], end: Callable[[], None]) -> int:
-        """Live until the driver stops the run; gives the exit status that it gave.
+        """Live until the driver stops the run; gives its exit status, or raises DriverGone.
 
-        Args:
-            life: ends with what `hear` raises.
-            end: ends all that runs here and removes what was made; a second call does nothing.
-
-        Raises:
-            DriverGone: no more word from the driver.
+        ``life`` ends with what `hear` raises; ``end`` ends all that runs here and removes what was made.
         """
         try:
             life()
@@ -78,9 +63,7 @@ class DriverConnection:
     def hear(self, patience_s: float, *also: object) -> list[control.Control]:
         """What the driver says; tells it the time, and that this process was asked to end. Blocks 0.2 s at most.
 
-        Args:
-            patience_s: how long the driver may be silent, in seconds; only counts while this is called often.
-            also: what else to wait for, as for ``multiprocessing.connection.wait``.
+        The driver may be silent for ``patience_s``, while this is called often; ``also``: what else to wait for.
         """
         wait_for(self._wire, *also)
         heard = self._wire.drain()
@@ -92,11 +75,10 @@ class DriverConnection:
         if self._wire.silent_s() > patience_s:
             raise Gone(f"no word from it for {patience_s:.0f} s")
         if self._asked():
-            now = time.monotonic()
             if self._interrupted_at is None:
-                self._interrupted_at = now
+                self._interrupted_at = time.monotonic()
                 self.send(control.Interrupted())
-            elif now - self._interrupted_at > _STOP_WITHIN_S:
+            elif time.monotonic() - self._interrupted_at > _STOP_WITHIN_S:
                 raise Gone(f"no answer to an interrupt within {_STOP_WITHIN_S:.0f} s")
         return heard
 

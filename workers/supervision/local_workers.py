@@ -47,13 +47,10 @@ class _Child:
 
 
 class LocalWorkers(Supervisor):
-    """Workers of this host. Their shared memory is there.
+    """Workers of this host, in the order of their numbers. Their shared memory is there.
 
-    Args:
-        assignments: one per worker, in the order of their numbers.
-        asked: see `Supervisor`.
-        last: whether this process starts no other workers afterwards: then the fork server's socket is removed as soon
-            as they run, as somebody may kill this process and them together.
+    ``last``: this process starts no other workers afterwards. Then the fork server's socket is removed as soon as they
+    run, as somebody may kill this process and them together.
     """
 
     def __init__(self, assignments: Sequence[Assignment], asked: Callable[[], bool], *, last: bool = False) -> None:

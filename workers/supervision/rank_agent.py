@@ -50,8 +50,6 @@ def serve(
     """Take part in one run, until the driver stops it; gives the exit status that the driver gave.
 
     Args:
-        wire: to the driver.
-        hello: who this is.
         prepare: makes the worker's assignment from the task; what it raises goes to the driver, who reports it.
         asked: whether somebody asked this process to end (SIGINT, SIGTERM).
         observe: gets what the worker does, twice a second, before the driver does.

@@ -33,29 +33,17 @@ _Record = TypeVar("_Record", bound=control.Control)
 
 @dataclass
 class RankConnection:
-    """One agent.
-
-    Attributes:
-        wire: the connection to it.
-        hello: who it is.
-        offset_ns: its clock minus the driver's.
-        status: what its worker does, on the driver's clock.
-        state: the state letter of its worker's process.
-        pid: its worker's process, once that is ready.
-        gone: why nothing comes from it any more.
-        words: the types of the records it has sent.
-        files: where what its worker writes is to lie, by its name in ``Assignment.files``.
-    """
+    """One agent."""
 
     wire: ControlSocket
     hello: control.Hello = field(default_factory=lambda: control.Hello(-1, 0, "?", "", ""))
-    offset_ns: int = 0
-    status: Status = field(default_factory=lambda: Status(Span.OTHER, -1, now_ns(), 0))
-    state: str = ""
-    pid: int = 0
-    gone: str | None = None
-    words: set[type] = field(default_factory=set)
-    files: Mapping[str, Path] = field(default_factory=dict)
+    offset_ns: int = 0  # its clock minus the driver's
+    status: Status = field(default_factory=lambda: Status(Span.OTHER, -1, now_ns(), 0))  # on the driver's clock
+    state: str = ""  # the letter of its worker's process
+    pid: int = 0  # of its worker, once that is ready
+    gone: str | None = None  # why nothing comes from it any more
+    words: set[type] = field(default_factory=set)  # the types of the records it has sent
+    files: Mapping[str, Path] = field(default_factory=dict)  # where what its worker writes is to lie
 
     @property
     def quiet(self) -> bool:
@@ -86,9 +74,7 @@ class RankConnection:
     def answer(self, kind: type[_Record], asked: Callable[[], bool]) -> _Record:
         """The next record of a kind from it, before anything else runs; blocks 30 s at most.
 
-        Raises:
-            PlanError: it is gone, or does not answer.
-            KeyboardInterrupt: this process was ``asked`` to end.
+        Raises PlanError where it is gone or does not answer, KeyboardInterrupt where this process was asked to end.
         """
         end = time.monotonic() + _ANSWER_WITHIN_S
         while time.monotonic() < end and self.gone is None:

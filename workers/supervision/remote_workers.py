@@ -20,7 +20,6 @@ from typing import NoReturn, Self
 
 from pipeline.errors import PlanError
 from pipeline.run.resolved import Resolved
-from workers.channels.names import Names
 from workers.errors import RunFailed
 from workers.supervision import control_records as control
 from workers.supervision.control_socket import LOOK_EVERY_S, ControlSocket, Reception, wait_for
@@ -29,7 +28,7 @@ from workers.supervision.supervisor import Heard, Supervisor
 from workers.telemetry import records
 from workers.telemetry.status_table import Status
 from workers.wiring.edges import rendezvous
-from workers.worker.assignment import Assignment
+from workers.worker.assignment import files_in
 
 __all__ = ["RemoteWorkers"]
 
@@ -45,13 +44,10 @@ _STATUS_OF: dict[type, int] = {type(None): 0, PlanError: 2, KeyboardInterrupt: 1
 
 
 class RemoteWorkers(Supervisor):
-    """The agents of one run, and their workers: one of each per rank.
+    """The agents of one run, and their workers: one of each per rank, ``world`` of them.
 
-    Args:
-        world: number of ranks.
-        asked: see `Supervisor`.
-        lost: (rank, seconds to wait for an answer) -> what whoever started an agent knows about its end; None: nothing,
-            or that it lives.
+    ``lost``: (rank, seconds to wait for an answer) -> what whoever started an agent knows about its end; None: nothing,
+    or that it lives.
     """
 
     def __init__(
@@ -165,16 +161,14 @@ class RemoteWorkers(Supervisor):
     def run(self, run_dir: Path) -> Iterator[records.Record]:
         """Start the workers, then the training; see `Supervisor.trained`.
 
-        The files of all workers lie in ``run_dir`` in the end: the agent in this process, if there is one, has its
-        worker write there, the others send theirs.
+        An agent in this process has its worker write into ``run_dir``, the others send its files.
         """
         assert self.resolved is not None, "prepared comes before run"
         assert self._met is not None, "and gather before that"
         self.run_dir = run_dir
         for rank, member in enumerate(self.members):
             replica, stage = divmod(rank, self.resolved.plan.stages)
-            member.files = Assignment(stage, self.resolved, _no_recipe, Names(""), run_dir, replica=replica).files
-        for member in self.members:
+            member.files = files_in(run_dir, stage, replica)
             own = (member.hello.pid, member.hello.memory) == (os.getpid(), self._met[2])
             member.tell(control.Start(str(run_dir) if own else None))
         yield from self.trained()
@@ -228,9 +222,7 @@ class RemoteWorkers(Supervisor):
             self.hear()
 
     def end(self, error: BaseException | None = None) -> None:
-        """End all workers, and wait until their agents have cleaned up, at most 6 s. The agents exit after `hang_up`,
-        with the status that ``error`` stands for.
-        """
+        """End all workers, and wait 6 s at most until their agents have cleaned up; these exit after `hang_up`."""
         if self._stopped:
             return
         self._stopped = True
@@ -258,10 +250,7 @@ class RemoteWorkers(Supervisor):
             KeyboardInterrupt: this process, or an agent, was asked to end.
         """
         self._patience_s = patience_s
-        heard = self.hear()
-        self.raise_failure(heard)
-        self.raise_interrupt(heard)
-        return [(rank, record.content) for rank, record in heard if isinstance(record, control.Note)]
+        return [(rank, record.content) for rank, record in self.hear_or_raise() if isinstance(record, control.Note)]
 
     def interrupt(self) -> NoReturn:
         """Torchrun, because a rank died, or the user: a failure that is heard within 1 s goes before."""
@@ -285,7 +274,3 @@ class RemoteWorkers(Supervisor):
         """Tell all that can be reached."""
         for member in self.members:
             member.tell(record)
-
-
-def _no_recipe() -> NoReturn:
-    raise AssertionError("the driver makes no recipe from an assignment")

@@ -28,9 +28,7 @@ class Progress:
     def stalled(self, heard: Collection[int], awaited: Collection[int]) -> bool:
         """Whether nothing happened for too long, in the whole run or in a replica that waits for no other.
 
-        Args:
-            heard: workers that have said something since the last look.
-            awaited: workers that are not done.
+        ``heard`` are the workers that have spoken since the last look, ``awaited`` those that are not done.
         """
         now = time.monotonic()
         for index, workers in enumerate(self._replicas):

@@ -31,8 +31,7 @@ _WRONG = records.Failure, control.WorkerDied, control.RankGone
 class Supervisor(ABC):
     """Some workers of a run; ends them on the way out.
 
-    Args:
-        asked: whether somebody asked this process to end (SIGINT, SIGTERM) since the last call.
+    ``asked``: whether somebody asked this process to end (SIGINT, SIGTERM) since the last call.
     """
 
     def __init__(self, asked: Callable[[], bool]) -> None:
@@ -105,9 +104,7 @@ class Supervisor(ABC):
         awaited = set(self.workers)
         progress = Progress(self.read, self.resolved.plan, patience_s)
         while awaited:
-            heard = self.hear()
-            self.raise_failure(heard)
-            self.raise_interrupt(heard)
+            heard = self.hear_or_raise()
             for worker, record in heard:
                 if isinstance(record, last):
                     awaited.discard(worker)
@@ -118,6 +115,13 @@ class Supervisor(ABC):
                 seen = [(self.read(worker), *self.process(worker)) for worker in self.workers]
                 stacks = str(self.run_dir / "*stacks-*.txt") if self.run_dir is not None else "none"
                 raise nobody_moves(seen, patience_s, stacks, self.resolved.plan)
+
+    def hear_or_raise(self) -> list[Heard]:
+        """As `hear`; raises where something went wrong, or somebody asked to end."""
+        heard = self.hear()
+        self.raise_failure(heard)
+        self.raise_interrupt(heard)
+        return heard
 
     def raise_failure(self, heard: Sequence[Heard]) -> None:
         """Raise RunFailed for the first thing that went wrong, if any.

@@ -24,16 +24,12 @@ _STATUS = struct.Struct("<qqqq")
 
 @dataclass(frozen=True)
 class Status:
-    """One line of the board: what a worker does, with which batch (or -1), and since when.
-
-    ``start_ns`` is on the common clock, 0 where the worker has not begun; ``progress`` counts how often it has turned
-    to something that is work.
-    """
+    """One line of the board: what a worker does."""
 
     span: Span
-    batch: int
-    start_ns: int
-    progress: int
+    batch: int  # or -1
+    start_ns: int  # on the common clock; 0: it has not begun
+    progress: int  # how often it has turned to something that is work
 
     def age_s(self) -> float:
         """Seconds since it began."""

@@ -22,11 +22,7 @@ def needed_bytes(resolved: Resolved, here: Collection[int] | None = None) -> int
 
 @contextmanager
 def rings(channels: Sequence[ChannelSpec]) -> Iterator[Callable[[], None]]:
-    """Make the rings of those channels that have one; what is given removes their names, as the end does.
-
-    Raises:
-        PlanError: too little shared memory.
-    """
+    """Make the rings of the channels, or raise PlanError; gives what removes their names, as the end does."""
     sweep_stale()
     check_shared_memory(_bytes_of(channels))
 
@@ -47,13 +43,7 @@ def rings(channels: Sequence[ChannelSpec]) -> Iterator[Callable[[], None]]:
 def shared_memory(resolved: Resolved, names: Names, here: Collection[int] | None = None) -> Iterator[StatusTable]:
     """Make the channels, the bells and the board of a run; remove their names at the end, whatever happens.
 
-    Args:
-        resolved: the run.
-        names: of what is made.
-        here: the workers on this host; None: all.
-
-    Raises:
-        PlanError: too little shared memory.
+    ``here`` are the workers on this host; None: all. Raises PlanError where there is too little shared memory.
     """
     try:
         with rings(_channels(resolved, names, here)):

@@ -17,8 +17,7 @@ from workers.worker.assignment import Assignment
 
 __all__ = ["failure_of"]
 
-_MESSAGE = 3_000
-"""Most characters of the sentence; of an exception's text in it there are 2,000."""
+_MOST_CHARACTERS = 3_000  # of the sentence; of an exception's text in it there are 2,000
 
 
 def failure_of(assignment: Assignment, error: BaseException) -> records.Failure:
@@ -28,7 +27,7 @@ def failure_of(assignment: Assignment, error: BaseException) -> records.Failure:
     return records.Failure(
         stage=assignment.index,
         pid=os.getpid(),
-        message=shortened(which + _sentence(assignment, error), _MESSAGE),
+        message=shortened(which + _sentence(assignment, error), _MOST_CHARACTERS),
         traceback=traceback_of(error),
         time_ns=now_ns(),
         layer=located.layer if located else None,

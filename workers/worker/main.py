@@ -69,7 +69,7 @@ class StopAsked(Exception):
 
 
 def worker_main(assignment: Assignment, connection: Connection, listener: Path | None = None) -> None:
-    """The life of a worker process. Blocks until the run is over; exits non-zero after a failure.
+    """The life of a worker process, until the run is over; exits non-zero after a failure.
 
     ``connection`` is the control pipe to the driver, ``listener`` the socket of the fork server that it comes from.
     """
@@ -156,7 +156,7 @@ def _wait(runner: Runner, ports: Ports, board: StatusTable, record: Recorder, gi
     """Until somebody rings, or a message that an emulated link holds back is due."""
     record(Span.HELD if runner.averager.held else Span.WAIT, runner.forwarded)
     # The driver ends a stalled run first, with a better report; this is for when the driver cannot.
-    deadline_ns, progress = now_ns() + int(2 * give_up_after_s * 1e9), -1
+    deadline_ns, progress = 0, -1
     while not ports.wait(LOOK_UP_EVERY_S):
         if board.stopping:
             raise StopAsked
@@ -209,12 +209,12 @@ def _runner(
     return Runner(
         stage=stage,
         policy=policy,
-        stages=plan.stages,
-        microbatches=plan.microbatches,
         inlets=inlets,
         outlets=outlets,
         averager=averager,
         record=record,
+        stages=plan.stages,
+        microbatches=plan.microbatches,
     )
 
 

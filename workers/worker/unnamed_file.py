@@ -19,11 +19,7 @@ __all__ = ["UnnamedFile"]
 
 
 class UnnamedFile:
-    """An empty file in ``$TMPDIR`` without a name. It can be an argument of a process that is being started.
-
-    Raises:
-        PlanError: no such file can be made there.
-    """
+    """An empty file in ``$TMPDIR``, or PlanError. It can be an argument of a process that is being started."""
 
     def __init__(self, descriptor: int | None = None) -> None:
         if descriptor is None:
