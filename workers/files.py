@@ -85,7 +85,6 @@ def write_json(content: Any, path: Path, default: Callable[[Any], Any] | None = 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file, as ``write_text``, that others may read as what else is written: alone it is 0600."""
     with replacing(path) as draft:
-        draft.touch()
         mode = draft.stat().st_mode
         save_file(tensors, draft)
         draft.chmod(mode)

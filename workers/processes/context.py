@@ -39,7 +39,6 @@ __all__ = [
 
 NO_STATUS = 255
 """Exit code of a process of which multiprocessing knows no other: the fork server would have told it, and has ended."""
-_ZOMBIE_WITHIN_S = 0.5
 
 
 class _Process(ForkServerProcess):
@@ -111,10 +110,7 @@ def socket_here() -> Path | None:
 
 
 def folder_for_sockets(below_bytes: int) -> str:
-    """$TMPDIR, or a shorter place where that is too long for a socket whose path goes on for ``below_bytes``.
-
-    Raises PlanError where there is none.
-    """
+    """$TMPDIR, or a shorter place if a socket whose path goes on for ``below_bytes`` does not fit; or PlanError."""
     try:
         usual = tempfile.gettempdir()
     except OSError as error:
@@ -148,7 +144,7 @@ def end_of_fork_server() -> str | None:
     Blocks 0.5 s at most: what it had open is closed a moment before it has ended.
     """
     pid: int | None = getattr(forkserver._forkserver, "_forkserver_pid", None)
-    end = time.monotonic() + _ZOMBIE_WITHIN_S
+    end = time.monotonic() + 0.5
     while pid is not None:
         try:
             ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -175,7 +171,7 @@ def remove_listener(listener: Path | None) -> None:
 
 
 def forget_fork_server() -> None:
-    """Remove the folder with this program's fork server's socket, as Python does at exit: somebody may kill it before.
+    """Remove the fork server's socket and its folder, as Python does at exit: somebody may kill this program before.
 
     No further process comes from that server; those that have live on.
     """

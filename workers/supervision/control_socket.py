@@ -1,13 +1,12 @@
 """Connections between the driver of a run and the ranks' agents: authenticated, nothing unpickled, with deadlines.
 
 Records travel as MessagePack with a length in front. Both sides prove that they know the run's key before anything else
-is read. Nothing is encrypted: whoever can read the network can read the training.
-
-``multiprocessing.connection.Listener`` is not used: its accept and its handshake know no deadline.
+is read (``multiprocessing.connection.Listener`` does so without deadlines). Nothing is encrypted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -26,8 +25,7 @@ from workers.telemetry import records
 
 __all__ = ["LOOK_EVERY_S", "ControlSocket", "Gone", "Reception", "connect_to", "wait_for"]
 
-LOOK_EVERY_S = 0.2
-"""How long a look for records waits for one, in seconds."""
+LOOK_EVERY_S = 0.2  # a look for records waits for one
 _SEND_WITHIN_S = 20.0
 _GREET_WITHIN_S = 5.0
 _UNATTENDED_S = 5.0
@@ -132,19 +130,16 @@ class Reception:
             return None
         connection = _connection(accepted, _GREET_WITHIN_S)
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        try:
+        with contextlib.suppress(OSError, EOFError):
             connection.send_bytes(nonce)
             answer = connection.recv_bytes(2 * _NONCE_BYTES)
             theirs = answer[:_NONCE_BYTES]
-            if not hmac.compare_digest(answer[_NONCE_BYTES:], _proof(self.key, b"agent", nonce, theirs)):
-                connection.close()
-                return None
-            connection.send_bytes(_proof(self.key, b"driver", theirs, nonce))
-        except (OSError, EOFError):
-            connection.close()
-            return None
-        _bound(connection, _SEND_WITHIN_S)
-        return ControlSocket(connection)
+            if hmac.compare_digest(answer[_NONCE_BYTES:], _proof(self.key, b"agent", nonce, theirs)):
+                connection.send_bytes(_proof(self.key, b"driver", theirs, nonce))
+                _bound(connection, _SEND_WITHIN_S)
+                return ControlSocket(connection)
+        connection.close()
+        return None
 
     def close(self) -> None:
         """Take nobody any more."""

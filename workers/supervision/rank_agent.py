@@ -32,8 +32,7 @@ __all__ = ["serve"]
 
 _STATUS_EVERY_NS = 500_000_000
 _TASK_WITHIN_S = 900.0  # the driver may be measuring layers, or waiting for the last rank
-_DUMP_WITHIN_S = 1.0
-_LOOK_FOR_STACKS_EVERY_S = 0.05
+_DUMP_WITHIN_S, _LOOK_FOR_STACKS_EVERY_S = 1.0, 0.05
 _PIECE_BYTES = 4 << 20
 
 _Record = TypeVar("_Record", bound=control.Control)
@@ -133,15 +132,8 @@ class _Agent:
                 elif isinstance(word, control.Dump):
                     workers.dump()
                     if assignment.unnamed is not None:
-                        self._await_stacks(assignment.files["stacks"])
+                        _await_stacks(assignment.files["stacks"])
                         self._send_file("stacks", assignment)
-
-    def _await_stacks(self, path: Path) -> None:
-        """Until the file has grown and grows no more, or a second is over."""
-        end, size = time.monotonic() + _DUMP_WITHIN_S, 0
-        while time.monotonic() < end and (not size or path.stat().st_size > size):
-            size = path.stat().st_size
-            time.sleep(_LOOK_FOR_STACKS_EVERY_S)
 
     def _send_file(self, what: str, assignment: Assignment) -> None:
         """A file that the worker wrote, in pieces; nothing of one that it had nothing to write into."""
@@ -157,3 +149,11 @@ class _Agent:
             for record in self.driver.hear(_TASK_WITHIN_S):
                 if isinstance(record, kind):
                     return record
+
+
+def _await_stacks(path: Path) -> None:
+    """Until the file has grown and grows no more, or a second is over."""
+    end, size = time.monotonic() + _DUMP_WITHIN_S, 0
+    while time.monotonic() < end and (not size or path.stat().st_size > size):
+        size = path.stat().st_size
+        time.sleep(_LOOK_FOR_STACKS_EVERY_S)

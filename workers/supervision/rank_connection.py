@@ -61,13 +61,12 @@ class RankConnection:
 
     def drain(self) -> list[control.Control]:
         """What it has said since the last look, times on the driver's clock. Does not block."""
-        if self.gone is not None:
-            return []
-        try:
-            heard = self.wire.drain()
-        except (Gone, msgspec.DecodeError) as gone:
-            self.gone = str(gone)
-            return []
+        heard: list[control.Control] = []
+        if self.gone is None:
+            try:
+                heard = self.wire.drain()
+            except (Gone, msgspec.DecodeError) as gone:
+                self.gone = str(gone)
         self.words.update(map(type, heard))
         return [self._taken(record) for record in heard]
 

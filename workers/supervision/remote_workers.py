@@ -5,8 +5,8 @@
         with workers.prepared(resolved, ...):       every rank agrees with its task
             for record in workers.run(run_dir):     what the workers report, on the driver's clock
 
-Connections stay open behind the block, until `hang_up`: torchrun ends all ranks once one has exited, and an agent exits
-once its connection is closed, so the driver first reports what went wrong.
+Connections stay open until `hang_up`: an agent exits once its connection is closed, and torchrun ends all ranks once
+one has exited, so the driver first reports what went wrong.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from workers.telemetry.status_table import StatusTable
 __all__ = ["FIELDS", "START", "Pulse", "SpanRecorder"]
 
 _BLOCK = 1 << 14  # records per block: 512 KiB
-FIELDS, START = len(SPAN_DTYPE.names or ()), 3
-"""Numbers in a record, and which of them is the start."""
+FIELDS = len(SPAN_DTYPE.names or ())  # numbers in a record
+START = 3  # which of them is the start
 _TOLD = (Span.FORWARD, Span.BACKWARD, Span.DNI_TRAIN, Span.EVALUATE, *WAITING)
 _NO_PROGRESS = (*WAITING, Span.OTHER)
 

@@ -40,7 +40,7 @@ class StatusTable:
     """A few shared cache lines, by their name in shared memory. The driver creates them, the workers open them."""
 
     def __init__(self, name: str, workers: int, *, create: bool = False) -> None:
-        self.name, self.workers = name, workers
+        self.workers = workers
         size = _LINE_BYTES * (workers + 1)
         flags = posix_ipc.O_CREX if create else 0
         memory = posix_ipc.SharedMemory(f"/{name}", flags, size=size if create else 0)

@@ -41,12 +41,10 @@ class Assignment:
 
     @property
     def plan(self) -> Plan:
-        """The resolved plan."""
         return self.resolved.plan
 
     @property
     def last(self) -> bool:
-        """Whether this is the last stage."""
         return self.index == self.plan.stages - 1
 
     @property

@@ -192,29 +192,21 @@ def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> tuple[St
             f"model() gives this stage the layers {', '.join(names) or 'none'} in the worker, {', '.join(expected)} in "
             "the program that started it: it must build the same network whenever it is called."
         )
-    built = fingerprint(recipe, resolved, index, layers, assignment.replica)
-    mine = plan_of(plan, assignment.replica)
+    built, mine = fingerprint(recipe, resolved, index, layers, assignment.replica), plan_of(plan, assignment.replica)
     return Stage(layers, index, mine, recipe, cut, below, record, assignment.device), built
 
 
 def _runner(
     assignment: Assignment, stage: Stage | HollowStage, ports: Ports, record: Recorder, board: StatusTable
 ) -> Runner:
-    plan, inlets, outlets = assignment.plan, ports.inlets, ports.outlets
+    plan, queues = assignment.plan, (ports.inlets, ports.outlets)
     policy = policy_of(plan)
     if plan.deterministic:
         policy = scripted(schedule(plan, assignment.resolved.held_out_batches)[assignment.worker])
-    exchange = gathering(plan, assignment.index, assignment.replica, inlets, outlets)
+    exchange = gathering(plan, assignment.index, assignment.replica, *queues)
     averager = averager_of(plan, stage.state_tensors(), exchange, lambda: board.enough, record)
     return Runner(
-        stage=stage,
-        policy=policy,
-        inlets=inlets,
-        outlets=outlets,
-        averager=averager,
-        record=record,
-        stages=plan.stages,
-        microbatches=plan.microbatches,
+        stage, policy, *queues, averager=averager, record=record, stages=plan.stages, microbatches=plan.microbatches
     )
 
 

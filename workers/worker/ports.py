@@ -54,8 +54,7 @@ class Taking:
 
     def take(self) -> Message | None:
         """The next message as a copy, its slot free again, or None."""
-        message = (self.delayed or self.receiver).poll()
-        if message is None:
+        if (message := (self.delayed or self.receiver).poll()) is None:
             return None
         self.record(Span.RECEIVE, message.batch)
         owned = self.receiver.copied(message)
@@ -132,8 +131,7 @@ def attached(
             spin_s = 0.0 if rendezvous or on_gpu(assignment.device) else SPIN_S  # where threads of this process ring
             return stack.enter_context(WakeUp.attach(assignment.names.bell(worker), within_s, spin_s))
 
-        own, meeting = bell(k), None if rendezvous is None else rendezvous.join(within_s)
-        ports = Ports(own, {}, {})
+        ports, meeting = Ports(bell(k), {}, {}), None if rendezvous is None else rendezvous.join(within_s)
         if assignment.index == 0:
             open_data(recipe, plan)
             messages = inputs(recipe, plan, assignment.resolved.steps, enough, assignment.replica)

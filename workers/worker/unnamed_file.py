@@ -1,8 +1,6 @@
 """A temporary file without a name: it goes with the last process that has it open, whatever ends that process.
 
-    agent  makes it, hands it to its worker at the start, reads it at the end        worker  writes it by its path
-
-Nobody has to remove it, so nobody can be killed before he did.
+agent  makes it, hands it to its worker at the start, reads it at the end        worker  writes it by its path
 """
 
 from __future__ import annotations
