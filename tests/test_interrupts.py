@@ -150,7 +150,6 @@ def test_workers_that_cannot_start_because_of_an_interrupt_are_no_failure(
 
     monkeypatch.setattr("workers.processes.context.ForkServerProcess._Popen", staticmethod(start))
     monkeypatch.setattr("workers.processes.context.listener", lambda: None)
-    monkeypatch.setattr("workers.supervision.local_workers.listener", lambda: None)
     monkeypatch.setattr("workers.supervision.local_workers.WakeUp", mock.Mock())
     monkeypatch.setattr("workers.supervision.local_workers.StatusTable", mock.Mock())
     assignment: Any = mock.Mock(called="stage 0")

@@ -400,7 +400,7 @@ def test_a_replica_that_waits_for_another_is_not_stuck_one_that_does_not_is() ->
     with mock.patch("workers.supervision.stall.time") as clock:
         clock.monotonic.return_value = 0.0
         board = Told((Span.FORWARD, 1), (Span.FORWARD, 1), (Span.FORWARD, 1), (Span.FORWARD, 1))
-        progress = Progress(board, Plan(stages=2, replicas=2), patience_s=5.0)
+        progress = Progress(board.read, Plan(stages=2, replicas=2), patience_s=5.0)
         everybody = {0, 1, 2, 3}
 
         board.workers[0], board.workers[2] = (Span.HELD, 1), (Span.FORWARD, 2)

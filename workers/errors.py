@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from pipeline.metrics.spans import WAITING, Span
 from pipeline.plan.plan import Plan
@@ -13,7 +12,7 @@ from pipeline.plan.replica_layout import called
 from workers.telemetry.records import Failure
 from workers.telemetry.status_table import Status
 
-__all__ = ["RunFailed", "Statuses", "killed", "nobody_moves", "process_state"]
+__all__ = ["RunFailed", "killed", "nobody_moves", "process_state"]
 
 _WHERE_TO_LOOK = {-signal.SIGKILL: "look at the system's log for an out-of-memory kill"}
 _WAITING = (*WAITING, Span.OTHER)
@@ -23,9 +22,9 @@ class RunFailed(RuntimeError):
     """A worker failed, died or stalled; the run is over and everything is cleaned up.
 
     Attributes:
-        stage: the stage where it began; None: in none of them.
-        layer: the layer, if one was running.
-        batch: the batch in work, if any; the replica's own count.
+        stage: where it began; None: in none of them.
+        layer: which was running, if any.
+        batch: in work, if any; the replica's own count.
         details: the worker's traceback, or the stall report; may be empty.
         shown: of it, what tells the user more than the message: of a traceback what leads through the user's own code.
         report: the file that has all of it, once it is written.
@@ -71,46 +70,30 @@ def killed(stage: int, pid: int, exit_code: int, status: Status, host: str = "",
     )
 
 
-class Statuses(Protocol):
-    """Where to read what every worker does now."""
-
-    def read(self, worker: int) -> Status:
-        """What a worker does."""
-        ...
-
-
 def nobody_moves(
-    board: Statuses,
-    workers: Sequence[tuple[str, str]],
-    stall_after_s: float,
-    stacks: str,
-    plan: Plan,
+    workers: Sequence[tuple[Status, str, str]], stall_after_s: float, stacks: str, plan: Plan
 ) -> RunFailed:
     """Nobody did anything new: name the stage that began its work longest ago, and who waits.
 
-    Args:
-        board: what every worker does.
-        workers: of every one: what to call its process, like ``"pid 12"``, and the process's state letter.
-        stall_after_s: how long nothing happened.
-        stacks: where the stacks of the workers lie.
-        plan: says which worker runs what.
+    ``workers``: of every one what it does, what to call its process, like ``"pid 12"``, and the process's state letter.
+    ``stacks``: where their stacks lie.
     """
-    everybody = range(len(workers))
-    names = [called(plan, *divmod(k, plan.stages)) for k in everybody]
-    lines = [_line(names[k], board.read(k), *worker) for k, worker in enumerate(workers)]
-    busy = [k for k in everybody if board.read(k).span not in _WAITING]
-    suspects = [k for k in everybody if workers[k][1] == "T"] or busy or list(everybody)
-    culprit = min(suspects, key=lambda k: board.read(k).start_ns)
-    name, state = workers[culprit]
+    names = [called(plan, *divmod(k, plan.stages)) for k in range(len(workers))]
+    lines = [_line(name, *worker) for name, worker in zip(names, workers, strict=True)]
+    busy = [k for k, (status, *_) in enumerate(workers) if status.span not in _WAITING]
+    stopped = [k for k, (_, _, state) in enumerate(workers) if state == "T"]
+    culprit = min(stopped or busy or range(len(workers)), key=lambda k: workers[k][0].start_ns)
+    status, name, state = workers[culprit]
     lines[culprit] += "   <- oldest work" if culprit in busy else "   <- here"
-    message = (
-        f"no progress for {stall_after_s:.1f} s: {names[culprit]} ({name}) "
-        f"{_doing(board.read(culprit))} for {board.read(culprit).age_s():.1f} s{_stopped(state)}"
+    batch = status.batch if status.batch >= 0 else None
+    doing = status.span.name.lower() if batch is None else f"{status.span.name.lower()} batch {batch}"
+    return RunFailed(
+        f"no progress for {stall_after_s:.1f} s: {names[culprit]} ({name}) is in {doing} for {status.age_s():.1f} s"
+        f"{_stopped(state)}",
+        stage=culprit % plan.stages,
+        batch=batch,
+        details="\n".join([*lines, f"stacks of the workers: {stacks}    raise the limit: --stall-after-s"]),
     )
-    details = "\n".join([*lines, f"stacks of the workers: {stacks}    raise the limit: --stall-after-s"])
-    status = board.read(culprit)
-    stage = culprit % plan.stages
-    return RunFailed(message, stage=stage, batch=status.batch if status.batch >= 0 else None, details=details)
 
 
 def process_state(pid: int) -> str:
@@ -128,11 +111,6 @@ def _line(who: str, status: Status, name: str, state: str) -> str:
         f"  {who}  {what}  {status.span.name.lower():<10} batch {status.batch:<7} "
         f"{status.age_s():7.1f} s  {name}{_stopped(state)}"
     )
-
-
-def _doing(status: Status) -> str:
-    batch = f" batch {status.batch}" if status.batch >= 0 else ""
-    return f"is in {status.span.name.lower()}{batch}"
 
 
 def _stopped(state: str) -> str:

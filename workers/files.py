@@ -1,5 +1,4 @@
-"""Files that cannot be written, on a full disk most of all: the error names the file, which the system's own does not,
-and nothing half written has the name of a file that is whole.
+"""Writing files: errors that name the file, which the system's own do not, and no name for what is half written.
 
 with replacing(path) as draft:        with writing(path):
     draft.write_text(text)                file.write(line)        for what grows
@@ -23,24 +22,11 @@ from torch import Tensor
 from pipeline.errors import PlanError
 from pipeline.wording import escaped
 
-__all__ = [
-    "NotWritten",
-    "no_temporary_file",
-    "replacing",
-    "write_json",
-    "write_tensors",
-    "write_text",
-    "writing",
-]
+__all__ = ["NotWritten", "no_temporary_file", "replacing", "write_json", "write_tensors", "write_text", "writing"]
 
 
 class NotWritten(OSError):
-    """A file could not be written.
-
-    Attributes:
-        path: which.
-        result: what came out, where the training was over by then (``launch.Result``); else None.
-    """
+    """A file could not be written; ``result``: a ``launch.Result``, where the training was over by then, else None."""
 
     def __init__(self, path: Path, why: str) -> None:
         place = f"a temporary file in {tempfile.gettempdir()} (TMPDIR)" if _has_no_name(path) else path
@@ -56,20 +42,16 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except NotWritten:
         raise
-    except OSError as error:
-        raise NotWritten(path, error.strerror or str(error)) from error
-    except SafetensorError as error:
-        raise NotWritten(path, str(error)) from error
+    except (OSError, SafetensorError) as error:
+        raise NotWritten(path, getattr(error, "strerror", None) or str(error)) from error
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that gets its name, and takes another one's place, once it is whole and on the disk.
 
-    What is no file with a name, such as a pipe or /dev/stdout, is written as it is. A link stays one.
-
-    Raises:
-        NotWritten: it failed; whatever had the name before has it still.
+    What is no file with a name, such as a pipe or /dev/stdout, is written as it is. A link stays one. Raises
+    ``NotWritten`` where it failed; whatever had the name before has it still.
     """
     with writing(path):
         if path.exists() and (not path.is_file() or _has_no_name(path)):
@@ -103,7 +85,6 @@ def write_json(content: Any, path: Path, default: Callable[[Any], Any] | None = 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file, as ``write_text``, that others may read as what else is written: alone it is 0600."""
     with replacing(path) as draft:
-        draft.touch()
         mode = draft.stat().st_mode
         save_file(tensors, draft)
         draft.chmod(mode)

@@ -16,11 +16,9 @@ __all__ = ["claim", "finish", "peak_memory_bytes", "prepare_device"]
 def claim(device: str, *, deterministic: bool = False) -> None:
     """Make ``device`` this process's current one; initialises CUDA if it is a GPU.
 
-    ``deterministic`` chooses algorithms on the GPU that give the same bits every time; torch warns of those that have
-    none (``torch.use_deterministic_algorithms``).
+    ``deterministic``: with algorithms that give the same bits every time; torch warns where there are none.
 
-    Raises:
-        RuntimeError: the GPU cannot be had: what CUDA said, and what to do.
+    Raises RuntimeError where the GPU cannot be had: what CUDA said, and what to do.
     """
     if not on_gpu(device):
         return
@@ -39,11 +37,7 @@ def claim(device: str, *, deterministic: bool = False) -> None:
 
 
 def prepare_device(device: str, plan: Plan) -> None:
-    """``claim`` for a process that computes as the plan says; one that compiles does so without helpers of its own.
-
-    Raises:
-        RuntimeError: as ``claim``.
-    """
+    """``claim`` for a process that computes as the plan says; one that compiles does so without helpers of its own."""
     claim(device, deterministic=plan.deterministic)
     if plan.compile:
         import torch._inductor.config as inductor  # slow, and nobody else needs it

@@ -1,8 +1,8 @@
 """How processes are made: from a fork server that has imported the slow packages once.
 
 A fresh interpreter per worker spends seconds on ``import torch``; the fork server spends them once per program. It has
-one thread, has computed nothing and holds nothing of the driver's, so its children are as clean as spawned ones. Unlike
-with spawn, they do not run the program's main module again.
+one thread and has computed nothing, so its children are as clean as spawned ones, and do not run the program's main
+module again.
 """
 
 from __future__ import annotations
@@ -34,19 +34,14 @@ __all__ = [
     "listener",
     "process_context",
     "remove_listener",
+    "socket_here",
 ]
-
 
 NO_STATUS = 255
 """Exit code of a process of which multiprocessing knows no other: the fork server would have told it, and has ended."""
-_ZOMBIE_WITHIN_S = 0.5
-_SOCKET_PATH_BYTES = 107  # Linux
-_LISTENER_BYTES = len("/pymp-01234567/listener-01234567")
 
 
 class _Process(ForkServerProcess):
-    """A process whose start says what is wrong where the fork server is gone."""
-
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802  # multiprocessing's name
         listener()
@@ -79,33 +74,24 @@ class _Context(ForkServerContext):
 
 
 def process_context(*modules: str) -> ForkServerContext:
-    """The context all our processes come from.
-
-    ``modules`` is what the first caller wants imported ahead, besides the worker; later callers' processes import
-    theirs themselves.
-    """
+    """The context all our processes come from; ``modules`` are what the first caller wants imported ahead as well."""
     context = _Context()
     # freewheel comes first: the server begins in the user's folder, where files may have the names of our packages.
     # torch imports _dynamo when the first optimizer is built, which takes seconds and would be paid by every worker.
-    context.set_forkserver_preload(
-        ["freewheel", "workers.processes.fork_server", "torch._dynamo", "workers.worker.main", *modules]
-    )
+    ahead = ["freewheel", "workers.processes.fork_server", "torch._dynamo", "workers.worker.main"]
+    context.set_forkserver_preload([*ahead, *modules])
     return context
 
 
 def listener() -> Path | None:
-    """Where this program's fork server listens; starts it.
+    """The path of the socket at which this program's fork server listens; starts it. None: multiprocessing won't tell.
 
     Ctrl-C goes to all processes of a terminal, and would end the server while it imports, long before multiprocessing
     has it ignored: it starts with SIGINT blocked, and ``fork_server``, which it imports first, ignores it. SIGTERM goes
     to a whole process group as well, where torchrun ends a rank. The server, which reaps the workers, has it blocked,
     and so have its children until they unblock it; the server ends by itself, after the program and all of them.
 
-    Returns:
-        the path of the socket; None: this version of multiprocessing does not tell.
-
-    Raises:
-        PlanError: there is no folder for the socket.
+    Raises PlanError where there is no folder for the socket.
     """
     _make_room_for_sockets()
     resource_tracker.ensure_running()  # on the way it would unblock what is blocked
@@ -114,21 +100,22 @@ def listener() -> Path | None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return socket_here()
+
+
+def socket_here() -> Path | None:
+    """As `listener`, of a server that may have been started; in the server itself its own."""
     address = getattr(forkserver._forkserver, "_forkserver_address", None)
     return Path(address) if isinstance(address, str) and address.startswith("/") else None
 
 
 def folder_for_sockets(below_bytes: int) -> str:
-    """$TMPDIR, or a shorter place where that is too long for a socket whose path goes on for ``below_bytes``.
-
-    Raises:
-        PlanError: there is no such folder.
-    """
+    """$TMPDIR, or a shorter place if a socket whose path goes on for ``below_bytes`` does not fit; or PlanError."""
     try:
         usual = tempfile.gettempdir()
     except OSError as error:
         raise no_temporary_file(error) from error
-    most = _SOCKET_PATH_BYTES - below_bytes
+    most = 107 - below_bytes  # on Linux
     for place in (usual, os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp"):
         if place and len(os.fsencode(place)) <= most and os.access(place, os.W_OK | os.X_OK):
             return place
@@ -141,7 +128,7 @@ def folder_for_sockets(below_bytes: int) -> str:
 def _make_room_for_sockets() -> None:
     """Have multiprocessing's folder made, where its sockets' paths are short enough."""
     if current_process()._config.get("tempdir") is None:  # type: ignore[attr-defined]
-        place, usual = folder_for_sockets(_LISTENER_BYTES), tempfile.gettempdir()
+        place, usual = folder_for_sockets(len("/pymp-01234567/listener-01234567")), tempfile.gettempdir()
         tempfile.tempdir = place
         try:
             util.get_temp_dir()
@@ -157,7 +144,7 @@ def end_of_fork_server() -> str | None:
     Blocks 0.5 s at most: what it had open is closed a moment before it has ended.
     """
     pid: int | None = getattr(forkserver._forkserver, "_forkserver_pid", None)
-    end = time.monotonic() + _ZOMBIE_WITHIN_S
+    end = time.monotonic() + 0.5
     while pid is not None:
         try:
             ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -175,18 +162,18 @@ def end_of_fork_server() -> str | None:
     return None
 
 
-def remove_listener(listener: Path) -> None:
-    """Remove the socket of a fork server whose program was killed, and multiprocessing's folder, if nothing else is
-    in it: there may be sockets of the user's own.
-    """
+def remove_listener(listener: Path | None) -> None:
+    """Remove the socket of a fork server whose program was killed, and its folder if nothing of the user's is in it."""
     with contextlib.suppress(OSError):
-        listener.unlink(missing_ok=True)
-        listener.parent.rmdir()
+        if listener is not None:
+            listener.unlink(missing_ok=True)
+            listener.parent.rmdir()
 
 
 def forget_fork_server() -> None:
-    """Remove multiprocessing's folder with the socket of this program's fork server, as Python does at exit: for
-    programs that somebody may kill before. No further process comes from that server; those that have live on.
+    """Remove the fork server's socket and its folder, as Python does at exit: somebody may kill this program before.
+
+    No further process comes from that server; those that have live on.
     """
     for finalizer in list(getattr(util, "_finalizer_registry", {}).values()):
         if getattr(finalizer, "_callback", None) is getattr(util, "_remove_temp_dir", util):
@@ -194,9 +181,7 @@ def forget_fork_server() -> None:
 
 
 def has_own_temporary_folder(process: BaseProcess) -> None:
-    """Have multiprocessing make a folder for a process, not yet started, when that needs one: else it gets the name of
-    this process's, which `forget_fork_server` removes.
-    """
+    """Have a process, not yet started, make its own folder if it needs one: `forget_fork_server` removes this one's."""
     process._config["tempdir"] = None  # type: ignore[attr-defined]
 
 

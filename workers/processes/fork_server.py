@@ -1,8 +1,7 @@
-"""What the fork server imports first, and nobody else: it ignores Ctrl-C, which is for the program that started it, and
-so do its children; when it ends, it removes its socket and the folder of that.
+"""What the fork server imports first, and nobody else: it and its children ignore Ctrl-C, which is for their program.
 
-Python leaves this to the program that started the server, which may be killed. The server ends once that program and
-all processes that came from the server are gone.
+When it ends, once that program and all its children are gone, it removes its socket and the folder of that: Python
+leaves this to the program, which may be killed.
 """
 
 from __future__ import annotations
@@ -10,19 +9,16 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-from multiprocessing import forkserver
-from pathlib import Path
 
-from workers.processes.context import remove_listener
+from workers.processes.context import remove_listener, socket_here
 
 __all__ = ["removes_its_listener"]
 
 
 def removes_its_listener(server: int) -> None:
     """Remove the socket this process listens on if it is ``server``; children, which inherit this, remove nothing."""
-    address = getattr(forkserver._forkserver, "_forkserver_address", None)
-    if os.getpid() == server and isinstance(address, str) and address.startswith("/"):
-        remove_listener(Path(address))
+    if os.getpid() == server:
+        remove_listener(socket_here())
 
 
 atexit.register(removes_its_listener, os.getpid())

@@ -1,8 +1,7 @@
 """Ctrl-C at a safe point.
 
-Python raises KeyboardInterrupt between any two bytecodes. Raised inside a finaliser or a callback it is printed and
-lost, and a run that was to end goes on; raised while workers are being ended it leaves some behind. So the signal is
-noted, and whoever is in charge looks.
+Python raises KeyboardInterrupt between any two bytecodes: in a finaliser or a callback it is printed and lost, while
+workers are being ended it leaves some behind. So the signal is noted, and whoever is in charge looks.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from types import FrameType
 from typing import Any, Self
 
 __all__ = ["Interrupts"]
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
@@ -41,7 +38,7 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in (signal.SIGINT, signal.SIGTERM):
                 handler = signal.getsignal(number)
                 if callable(handler):
                     self._before[number] = handler

@@ -32,29 +32,17 @@ __all__ = [
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """An agent introduces itself.
+    """An agent introduces itself."""
 
-    Attributes:
-        rank: its rank, which is the number of its worker.
-        pid: its process.
-        host: name of its host.
-        memory: names the shared memory that it sees; agents that give the same one can share.
-        prefix: a start for names in that memory that belong to this process.
-        problems: why it cannot take part, one sentence each.
-        gpus: how many its host has, where the driver shares them out.
-        device: where its worker computes, where whoever started the agent has said so; empty: the driver says.
-        nccl: whether its torch has NCCL.
-    """
-
-    rank: int
+    rank: int  # the number of its worker
     pid: int
     host: str
-    memory: str
-    prefix: str
-    problems: list[str] = []
-    gpus: int = 0
-    device: str = ""
-    nccl: bool = False
+    memory: str  # names the shared memory that it sees; agents that give the same one can share
+    prefix: str  # a start for names in that memory that belong to this process
+    problems: list[str] = []  # why it cannot take part, one sentence each
+    gpus: int = 0  # how many its host has, where the driver shares them out
+    device: str = ""  # where its worker computes, if whoever started the agent has said so; else the driver says
+    nccl: bool = False  # whether its torch has NCCL
 
 
 class ReadClock(msgspec.Struct, tag=True, frozen=True):
@@ -68,25 +56,15 @@ class Time(msgspec.Struct, tag=True, frozen=True):
 
 
 class Task(msgspec.Struct, tag=True, frozen=True):
-    """Driver to agent: what is to be run.
+    """Driver to agent: what is to be run."""
 
-    Attributes:
-        sizes: layers per stage, as resolved by the driver.
-        hosts: name of the host of every worker.
-        prefix: of the names in the shared memory of the agent's host.
-        makes_memory: whether this agent makes and removes what lies there.
-        meeting: (host, port) where workers without common memory meet; None: there are none.
-        profile: what recipe and plan look like to the driver, one text per property.
-        devices: where every worker computes; empty: as the agent finds, whose plan it is.
-    """
-
-    sizes: list[int]
-    hosts: list[str]
-    prefix: str
-    makes_memory: bool
-    meeting: tuple[str, int] | None
-    profile: dict[str, str]
-    devices: list[str] = []
+    sizes: list[int]  # layers per stage, as resolved by the driver
+    hosts: list[str]  # of every worker
+    prefix: str  # of the names in the shared memory of the agent's host
+    makes_memory: bool  # whether this agent makes and removes what lies there
+    meeting: tuple[str, int] | None  # (host, port) where workers without common memory meet; None: there are none
+    profile: dict[str, str]  # what recipe and plan look like to the driver, one text per property
+    devices: list[str] = []  # where every worker computes; empty: as the agent finds, whose plan it is
 
 
 class Prepared(msgspec.Struct, tag=True, frozen=True):
@@ -96,9 +74,9 @@ class Prepared(msgspec.Struct, tag=True, frozen=True):
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
-    """Driver to agent: everybody is prepared, start the worker.
+    """Driver to agent: everybody is prepared, start the worker, which writes into ``run_dir``.
 
-    ``run_dir`` is where it writes; None: into unnamed files on its own host, and the driver gets them by wire.
+    None: into unnamed files on its own host, and the driver gets them by wire.
     """
 
     run_dir: str | None
@@ -164,22 +142,6 @@ class AgentStopped(msgspec.Struct, tag=True, frozen=True):
     """The agent's worker has ended, and its memory is removed."""
 
 
-Control = (
-    Hello
-    | ReadClock
-    | Time
-    | Task
-    | Prepared
-    | Start
-    | WorkerStatus
-    | WorkerDied
-    | File
-    | Note
-    | Enough
-    | Dump
-    | Interrupted
-    | RankGone
-    | Stop
-    | AgentStopped
-    | records.Record
-)
+_FromDriver = ReadClock | Task | Start | Note | Enough | Dump | Stop
+_FromAgent = Hello | Time | Prepared | WorkerStatus | WorkerDied | File | Note | Interrupted | AgentStopped
+Control = _FromDriver | _FromAgent | RankGone | records.Record

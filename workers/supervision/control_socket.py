@@ -1,31 +1,34 @@
 """Connections between the driver of a run and the ranks' agents: authenticated, nothing unpickled, with deadlines.
 
 Records travel as MessagePack with a length in front. Both sides prove that they know the run's key before anything else
-is read. Nothing is encrypted: whoever can read the network can read the training.
-
-``multiprocessing.connection.Listener`` is not used: its accept and its handshake know no deadline.
+is read (``multiprocessing.connection.Listener`` does so without deadlines). Nothing is encrypted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
 import secrets
 import socket
 import struct
+import time
+from multiprocessing import connection as mp_connection
 from multiprocessing.connection import Connection
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import msgspec
 
 from workers.supervision import control_records as control
 from workers.telemetry import records
 
-__all__ = ["ControlSocket", "Gone", "Reception", "connect_to"]
+__all__ = ["LOOK_EVERY_S", "ControlSocket", "Gone", "Reception", "connect_to", "wait_for"]
 
+LOOK_EVERY_S = 0.2  # a look for records waits for one
 _SEND_WITHIN_S = 20.0
 _GREET_WITHIN_S = 5.0
+_UNATTENDED_S = 5.0
 _LARGEST_BYTES = 64 << 20
 _NONCE_BYTES = 32
 
@@ -39,40 +42,28 @@ class Gone(ConnectionError):
 class ControlSocket:
     """One connection between the driver and an agent; each end belongs to one thread.
 
-    Args:
-        connection: the bytes; use `Reception.accept` and `connect_to`, or one end of a pipe inside a process.
+    From `Reception.accept` and `connect_to`; inside a process also of one end of a pipe.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._broken: Gone | msgspec.DecodeError | None = None
+        self._looked_at = self._heard_at = time.monotonic()
 
     def send(self, record: control.Control) -> None:
-        """Send one record.
+        """Send one record; blocks while the buffers between both are full.
 
-        Raises:
-            Gone: the other side is gone, or took nothing for 20 s.
-
-        Blocks:
-            while the buffers between both are full, at most 20 s.
+        Raises Gone where the other side is gone, or took nothing for 20 s.
         """
         try:
             self._connection.send_bytes(records.encoded(record))
         except OSError as error:
             raise Gone(str(error)) from error
 
-    def poll(self) -> bool:
-        """Whether something can be received, if only the end. Never blocks."""
-        return self._connection.poll()
-
     def receive(self) -> control.Control:
-        """Receive one record; poll first.
+        """Wait for one record; for the rest of one that has begun 20 s at most per piece.
 
-        Raises:
-            Gone: the other side hung up, or the connection broke.
-            msgspec.DecodeError: what came is no record.
-
-        Blocks:
-            until the rest of a record that has begun is there, at most 20 s per piece.
+        Raises Gone where the other side hung up or the connection broke, msgspec.DecodeError for what is no record.
         """
         try:
             content = self._connection.recv_bytes(_LARGEST_BYTES)
@@ -80,6 +71,29 @@ class ControlSocket:
             raise Gone(str(error) or "it hung up") from error
         record: control.Control = _decoder.decode(content)
         return record
+
+    def drain(self) -> list[control.Control]:
+        """All that has come since the last look, without waiting; raises as `receive`, after what came before."""
+        if self._broken is not None:
+            raise self._broken
+        if time.monotonic() - self._looked_at > _UNATTENDED_S:  # nobody listened, so nobody was silent
+            self._heard_at = time.monotonic()
+        heard: list[control.Control] = []
+        try:
+            while self._connection.poll():
+                heard.append(self.receive())
+        except (Gone, msgspec.DecodeError) as error:
+            if not heard:
+                raise
+            self._broken = error
+        self._looked_at = time.monotonic()
+        if heard:
+            self._heard_at = self._looked_at
+        return heard
+
+    def silent_s(self) -> float:
+        """For how long nothing has come, in seconds; only counts while `drain` is called often."""
+        return time.monotonic() - self._heard_at
 
     def fileno(self) -> int:
         """For ``multiprocessing.connection.wait``."""
@@ -90,12 +104,13 @@ class ControlSocket:
         self._connection.close()
 
 
-class Reception:
-    """Where agents come to the driver: a listening socket, on a free port, and the key of the run.
+def wait_for(*speakers: object) -> None:
+    """Wait until a connection can be read, or a process has ended (its sentinel); at most 0.2 s."""
+    mp_connection.wait(cast(Any, speakers), LOOK_EVERY_S)
 
-    Args:
-        host: address to listen at.
-    """
+
+class Reception:
+    """Where agents come to the driver: a listening socket at address ``host``, on a free port, and the run's key."""
 
     def __init__(self, host: str) -> None:
         family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
@@ -106,8 +121,7 @@ class Reception:
     def accept(self, within_s: float) -> ControlSocket | None:
         """The next agent that knows the key; None when nobody came, or somebody who does not.
 
-        Blocks:
-            at most ``within_s``, and 5 s per message of the greeting.
+        Blocks ``within_s`` at most, and 5 s per message of the greeting.
         """
         self._socket.settimeout(within_s)
         try:
@@ -116,19 +130,16 @@ class Reception:
             return None
         connection = _connection(accepted, _GREET_WITHIN_S)
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        try:
+        with contextlib.suppress(OSError, EOFError):
             connection.send_bytes(nonce)
             answer = connection.recv_bytes(2 * _NONCE_BYTES)
             theirs = answer[:_NONCE_BYTES]
-            if not hmac.compare_digest(answer[_NONCE_BYTES:], _proof(self.key, b"agent", nonce, theirs)):
-                connection.close()
-                return None
-            connection.send_bytes(_proof(self.key, b"driver", theirs, nonce))
-        except (OSError, EOFError):
-            connection.close()
-            return None
-        _bound(connection, _SEND_WITHIN_S)
-        return ControlSocket(connection)
+            if hmac.compare_digest(answer[_NONCE_BYTES:], _proof(self.key, b"agent", nonce, theirs)):
+                connection.send_bytes(_proof(self.key, b"driver", theirs, nonce))
+                _bound(connection, _SEND_WITHIN_S)
+                return ControlSocket(connection)
+        connection.close()
+        return None
 
     def close(self) -> None:
         """Take nobody any more."""
@@ -142,13 +153,9 @@ class Reception:
 
 
 def connect_to(host: str, port: int, key: bytes, within_s: float) -> ControlSocket:
-    """Connect to the driver's `Reception`.
+    """Connect to the driver's `Reception`. Blocks ``within_s`` at most, and 20 s per message of the greeting.
 
-    Raises:
-        OSError: nobody answered there, or somebody who does not know the key.
-
-    Blocks:
-        at most ``within_s`` to connect, and 20 s per message of the greeting.
+    Raises OSError where nobody answered, or somebody who does not know the key.
     """
     connection = _connection(socket.create_connection((host, port), within_s), _SEND_WITHIN_S)
     try:

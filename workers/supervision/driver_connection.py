@@ -5,26 +5,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from multiprocessing import connection as mp_connection
-from typing import Any, cast
 
 from workers.clock import now_ns
 from workers.supervision import control_records as control
-from workers.supervision.control_socket import ControlSocket, Gone
-from workers.supervision.supervisor import LOOK_EVERY_S
+from workers.supervision.control_socket import ControlSocket, Gone, wait_for
 
 __all__ = ["DriverConnection", "DriverGone", "Stopped"]
 
 _STOP_WITHIN_S = 8.0  # torchrun kills what is there 30 s after its SIGTERM
-_UNATTENDED_S = 5.0
 
 
 class DriverGone(ConnectionError):
     """The driver hung up, or said nothing for too long, before the run was over.
 
-    Args:
-        why: what was seen.
-        told: whether the run had begun here; else the driver has said on its own console what was wrong.
+    ``told``: whether the run had begun here; else the driver has said on its own console what was wrong.
     """
 
     def __init__(self, why: str, told: bool) -> None:
@@ -41,35 +35,18 @@ class Stopped(Exception):
 
 
 class DriverConnection:
-    """A rank's end.
-
-    Args:
-        wire: to the driver.
-        asked: whether somebody asked this process to end (SIGINT, SIGTERM).
-
-    Attributes:
-        begun: whether the run has begun here.
-    """
+    """A rank's end; ``asked``: whether somebody asked this process to end (SIGINT, SIGTERM)."""
 
     def __init__(self, wire: ControlSocket, asked: Callable[[], bool]) -> None:
-        self.begun = False
+        self.begun = False  # the run, here
         self._wire, self._asked = wire, asked
         self._interrupted_at: float | None = None
-        self._looked_at, self._heard_at = float("-inf"), 0.0
         self.send = wire.send
 
     def take_part(self, life: Callable[[], object], end: Callable[[], None]) -> int:
-        """Live until the driver stops the run.
+        """Live until the driver stops the run; gives its exit status, or raises DriverGone.
 
-        Args:
-            life: ends with what `hear` raises.
-            end: ends all that runs here and removes what was made; a second call does nothing.
-
-        Returns:
-            the exit status that the driver gave.
-
-        Raises:
-            DriverGone: no more word from the driver.
+        ``life`` ends with what `hear` raises; ``end`` ends all that runs here and removes what was made.
         """
         try:
             life()
@@ -84,36 +61,24 @@ class DriverConnection:
         raise AssertionError("a rank ends when it is told to")
 
     def hear(self, patience_s: float, *also: object) -> list[control.Control]:
-        """What the driver says; tells it the time, and that this process was asked to end.
+        """What the driver says; tells it the time, and that this process was asked to end. Blocks 0.2 s at most.
 
-        Args:
-            patience_s: how long the driver may be silent, in seconds; only counts while this is called often.
-            also: what else to wait for, as for ``multiprocessing.connection.wait``.
-
-        Blocks:
-            at most 0.2 s.
+        The driver may be silent for ``patience_s``, while this is called often; ``also``: what else to wait for.
         """
-        if time.monotonic() - self._looked_at > _UNATTENDED_S:
-            self._heard_at = time.monotonic()
-        mp_connection.wait(cast(Any, [self._wire, *also]), LOOK_EVERY_S)
-        heard: list[control.Control] = []
-        while self._wire.poll():
-            record = self._wire.receive()
+        wait_for(self._wire, *also)
+        heard = self._wire.drain()
+        for record in heard:
             if isinstance(record, control.Stop):
                 raise Stopped(record.status)
             if isinstance(record, control.ReadClock):
                 self.send(control.Time(now_ns()))
-            heard.append(record)
-        self._looked_at = now = time.monotonic()
-        if heard:
-            self._heard_at = now
-        elif now - self._heard_at > patience_s:
+        if self._wire.silent_s() > patience_s:
             raise Gone(f"no word from it for {patience_s:.0f} s")
         if self._asked():
             if self._interrupted_at is None:
-                self._interrupted_at = now
+                self._interrupted_at = time.monotonic()
                 self.send(control.Interrupted())
-            elif now - self._interrupted_at > _STOP_WITHIN_S:
+            elif time.monotonic() - self._interrupted_at > _STOP_WITHIN_S:
                 raise Gone(f"no answer to an interrupt within {_STOP_WITHIN_S:.0f} s")
         return heard
 
@@ -123,6 +88,5 @@ class DriverConnection:
         with contextlib.suppress(Gone):
             self.send(control.AgentStopped())
             while time.monotonic() < end:
-                mp_connection.wait(cast(Any, [self._wire]), LOOK_EVERY_S)
-                while self._wire.poll():
-                    self._wire.receive()
+                wait_for(self._wire)
+                self._wire.drain()

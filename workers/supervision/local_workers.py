@@ -14,22 +14,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection as mp_connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from workers.channels.wakeup import WakeUp
 from workers.errors import RunFailed, process_state
-from workers.processes.context import (
-    NO_STATUS,
-    end_of_fork_server,
-    forget_fork_server,
-    has_own_temporary_folder,
-    listener,
-    process_context,
-)
+from workers.processes import context
 from workers.supervision import control_records as control
-from workers.supervision.supervisor import LOOK_EVERY_S, Heard, Supervisor
+from workers.supervision.control_socket import wait_for
+from workers.supervision.supervisor import Heard, Supervisor
 from workers.telemetry import records
 from workers.telemetry.status_table import Status, StatusTable
 from workers.wiring.run_memory import unlink_all
@@ -48,15 +41,16 @@ class _Child:
     pipe: Connection
     silent: bool = False  # it has said its last word
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid or 0
+
 
 class LocalWorkers(Supervisor):
-    """Workers of this host. Their shared memory is there.
+    """Workers of this host, in the order of their numbers. Their shared memory is there.
 
-    Args:
-        assignments: one per worker, in the order of their numbers.
-        asked: see `Supervisor`.
-        last: whether this process starts no other workers afterwards: then the fork server's socket is removed as soon
-            as they run, as somebody may kill this process and them together.
+    ``last``: this process starts no other workers afterwards. Then the fork server's socket is removed as soon as they
+    run, as somebody may kill this process and them together.
     """
 
     def __init__(self, assignments: Sequence[Assignment], asked: Callable[[], bool], *, last: bool = False) -> None:
@@ -79,23 +73,19 @@ class LocalWorkers(Supervisor):
         return [item for child in speaking for item in (child.pipe, child.process.sentinel)]
 
     def start(self) -> None:
-        """Start the processes.
-
-        Raises:
-            RunFailed: the fork server is gone.
-        """
-        context, socket = process_context(type(self._assignments[0].source).__module__), listener()
+        """Start the processes, or raise RunFailed where the fork server is gone."""
+        forking, socket = context.process_context(type(self._assignments[0].source).__module__), context.listener()
         for assignment in self._assignments:
-            mine, theirs = context.Pipe()
+            mine, theirs = forking.Pipe()
             name = assignment.called.replace(", ", "-").replace(" ", "-")
-            process = context.Process(target=worker_main, args=(assignment, theirs, socket), name=name)
+            process = forking.Process(target=worker_main, args=(assignment, theirs, socket), name=name)
             if self._last:
-                has_own_temporary_folder(process)
+                context.has_own_temporary_folder(process)
             process.start()
             self._children[assignment.worker] = _Child(assignment, process, mine)
             theirs.close()
         if self._last:  # while all are there
-            forget_fork_server()
+            context.forget_fork_server()
 
     def run(self) -> Iterator[records.Record]:
         """Start the workers, then the training; see `Supervisor.trained`."""
@@ -107,30 +97,30 @@ class LocalWorkers(Supervisor):
         yield from self.trained()
 
     def hear(self) -> list[Heard]:
-        mp_connection.wait(self.watched, LOOK_EVERY_S)
+        wait_for(*self.watched)
         return self.said()
 
     def said(self) -> list[Heard]:
         """As `hear`, without waiting."""
         heard: list[Heard] = []
         for worker, child in self._children.items():
-            dead = child.process.exitcode is not None  # then it has said all it will
+            exit_code = child.process.exitcode  # once it is there, the worker has said all it will
             with contextlib.suppress(EOFError, OSError):
                 while not child.silent and child.pipe.poll():
                     record = records.receive(child.pipe)
                     child.silent = isinstance(record, records.Finished | records.Failure)
                     heard.append((worker, record))
-            if dead and not child.silent:
-                child.silent, exit_code = True, child.process.exitcode or 0
-                why = end_of_fork_server() if exit_code == NO_STATUS else None
-                heard.append((worker, control.WorkerDied(child.process.pid or 0, exit_code, why or "")))
+            if exit_code is not None and not child.silent:
+                child.silent = True
+                why = context.end_of_fork_server() if exit_code == context.NO_STATUS else None
+                heard.append((worker, control.WorkerDied(child.pid, exit_code, why or "")))
         return heard
 
     def read(self, worker: int) -> Status:
         return self._board.read(worker)
 
     def process(self, worker: int) -> tuple[str, str]:
-        pid = self._children[worker].process.pid or 0
+        pid = self._children[worker].pid
         return f"pid {pid}", process_state(pid)
 
     def go(self) -> None:
@@ -141,14 +131,13 @@ class LocalWorkers(Supervisor):
                 records.send(child.pipe, records.Go())
 
     def end_early(self) -> None:
-        """Ask the first stages to take no further training batch; all workers finish what is in the pipeline."""
         self._board.end_early()
 
     def dump(self) -> None:
         for child in self._children.values():
             if child.process.exitcode is None and child.assignment.files["stacks"].exists():
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(child.process.pid or 0, signal.SIGUSR1)  # it has opened the file, so it handles the signal
+                    os.kill(child.pid, signal.SIGUSR1)  # it has opened the file, so it handles the signal
 
     def end(self, error: BaseException | None = None) -> None:
         if self._ended:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -32,10 +32,8 @@ __all__ = ["serve"]
 
 _STATUS_EVERY_NS = 500_000_000
 _TASK_WITHIN_S = 900.0  # the driver may be measuring layers, or waiting for the last rank
-_DUMP_WITHIN_S = 1.0
-_LOOK_FOR_STACKS_EVERY_S = 0.05
+_DUMP_WITHIN_S, _LOOK_FOR_STACKS_EVERY_S = 1.0, 0.05
 _PIECE_BYTES = 4 << 20
-_RESULTS = ("spans", "model", "optimizer")
 
 _Record = TypeVar("_Record", bound=control.Control)
 
@@ -48,40 +46,28 @@ def serve(
     observe: Callable[[control.WorkerStatus], None] | None = None,
     last: bool = True,
 ) -> int:
-    """Take part in one run.
+    """Take part in one run, until the driver stops it; gives the exit status that the driver gave.
 
     Args:
-        wire: to the driver.
-        hello: who this is.
         prepare: makes the worker's assignment from the task; what it raises goes to the driver, who reports it.
         asked: whether somebody asked this process to end (SIGINT, SIGTERM).
         observe: gets what the worker does, twice a second, before the driver does.
         last: whether this process starts no other worker after this run.
 
-    Returns:
-        the exit status that the driver gave.
-
     Raises:
-        DriverGone: no more word from the driver.
-
-    Blocks:
-        until the driver stops the run or is gone; 900 s for the task.
+        DriverGone: no more word from the driver; for 900 s while there is no task.
     """
-    driver = DriverConnection(wire, asked)
-    agent = _Agent(driver, hello, observe or (lambda status: None), last)
-    return driver.take_part(lambda: agent.live(prepare), agent.end)
+    agent = _Agent(DriverConnection(wire, asked), hello, observe or (lambda status: None), last)
+    return agent.driver.take_part(lambda: agent.live(prepare), agent.stack.close)
 
 
+@dataclass
 class _Agent:
-    def __init__(
-        self,
-        driver: DriverConnection,
-        hello: control.Hello,
-        observe: Callable[[control.WorkerStatus], None],
-        last: bool,
-    ) -> None:
-        self._driver, self._hello, self._observe, self._last = driver, hello, observe, last
-        self._stack = contextlib.ExitStack()
+    driver: DriverConnection
+    hello: control.Hello
+    observe: Callable[[control.WorkerStatus], None]
+    last: bool
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # ends the worker, removes what was made
 
     def live(self, prepare: Callable[[control.Task], Assignment]) -> NoReturn:
         """What goes wrong here and not in the worker is told to the driver, who then stops the run."""
@@ -90,38 +76,35 @@ class _Agent:
         except (Stopped, Gone):
             raise
         except Exception as error:
-            rank, what = self._hello.rank, text_of(error) if isinstance(error, PlanError) else said(error)
+            rank, what = self.hello.rank, text_of(error) if isinstance(error, PlanError) else said(error)
             message = f"stage {rank}: {what}"
-            self._driver.send(records.Failure(rank, os.getpid(), message, traceback_of(error), now_ns()))
+            self.driver.send(records.Failure(rank, os.getpid(), message, traceback_of(error), now_ns()))
         self._await(control.Start)  # what comes is Stop
         raise AssertionError("the driver stops a run that cannot go on")
 
-    def end(self) -> None:
-        """End the worker and remove what this process made; a second call does nothing."""
-        self._stack.close()
-
     def _run(self, prepare: Callable[[control.Task], Assignment]) -> None:
         """The whole life; comes back if the task cannot be done."""
-        self._driver.send(self._hello)
+        self.driver.send(self.hello)
         task = self._await(control.Task)
         try:
             assignment = prepare(task)
             mine = task.hosts[assignment.worker]
             here = [worker for worker, host in enumerate(task.hosts) if host == mine]
             if task.makes_memory:
-                self._stack.enter_context(shared_memory(assignment.resolved, assignment.names, here))
+                self.stack.enter_context(shared_memory(assignment.resolved, assignment.names, here))
         except PlanError as error:
-            self._driver.send(control.Prepared([shortened(problem) for problem in error.problems]))
+            self.driver.send(control.Prepared([shortened(problem) for problem in error.problems]))
             return
-        self._driver.send(control.Prepared())
+        self.driver.send(control.Prepared())
         start = self._await(control.Start)
-        self._driver.begun = True
+        self.driver.begun = True
         if start.run_dir is None:
-            unnamed = {what: self._stack.enter_context(contextlib.closing(UnnamedFile())) for what in FILES}
+            unnamed = {what: self.stack.enter_context(contextlib.closing(UnnamedFile())) for what in FILES}
             assignment = replace(assignment, unnamed=unnamed)
         else:
             assignment = replace(assignment, run_dir=Path(start.run_dir))
-        workers = self._stack.enter_context(LocalWorkers([assignment], _not_asked, last=self._last))
+        # The driver has the verdict: an interrupt is told to it.
+        workers = self.stack.enter_context(LocalWorkers([assignment], lambda: False, last=self.last))
         workers.start()
         self._pass_on(workers, assignment)
 
@@ -129,17 +112,17 @@ class _Agent:
         """Pass words on, both ways, until the driver has heard enough."""
         told_ns, patience_s = 0, 2 * assignment.plan.stall_after_s
         while True:
-            told = self._driver.hear(patience_s, *workers.watched)
+            told = self.driver.hear(patience_s, *workers.watched)
             for _, record in workers.said():
                 if isinstance(record, records.Finished) and assignment.unnamed is not None:
-                    for what in _RESULTS:
+                    for what in ("spans", "model", "optimizer"):
                         self._send_file(what, assignment)
-                self._driver.send(record)
+                self.driver.send(record)
             if now_ns() - told_ns > _STATUS_EVERY_NS:
                 seen, (_, state) = workers.read(assignment.worker), workers.process(assignment.worker)
                 status = control.WorkerStatus(int(seen.span), seen.batch, seen.start_ns, seen.progress, state)
-                self._observe(status)
-                self._driver.send(status)
+                self.observe(status)
+                self.driver.send(status)
                 told_ns = now_ns()
             for word in told:
                 if isinstance(word, records.Go):
@@ -149,15 +132,8 @@ class _Agent:
                 elif isinstance(word, control.Dump):
                     workers.dump()
                     if assignment.unnamed is not None:
-                        self._await_stacks(assignment.files["stacks"])
+                        _await_stacks(assignment.files["stacks"])
                         self._send_file("stacks", assignment)
-
-    def _await_stacks(self, path: Path) -> None:
-        """Until the file has grown and grows no more, or a second is over."""
-        end, size = time.monotonic() + _DUMP_WITHIN_S, 0
-        while time.monotonic() < end and (not size or path.stat().st_size > size):
-            size = path.stat().st_size
-            time.sleep(_LOOK_FOR_STACKS_EVERY_S)
 
     def _send_file(self, what: str, assignment: Assignment) -> None:
         """A file that the worker wrote, in pieces; nothing of one that it had nothing to write into."""
@@ -165,15 +141,19 @@ class _Agent:
             data = file.read(_PIECE_BYTES)
             while data:
                 data, piece = file.read(_PIECE_BYTES), data
-                self._driver.send(control.File(what, piece, last=not data))
+                self.driver.send(control.File(what, piece, last=not data))
 
     def _await(self, kind: type[_Record]) -> _Record:
         """The next record of a kind."""
         while True:
-            for record in self._driver.hear(_TASK_WITHIN_S):
+            for record in self.driver.hear(_TASK_WITHIN_S):
                 if isinstance(record, kind):
                     return record
 
 
-def _not_asked() -> bool:
-    return False  # the driver is told so by the agent, and has the verdict
+def _await_stacks(path: Path) -> None:
+    """Until the file has grown and grows no more, or a second is over."""
+    end, size = time.monotonic() + _DUMP_WITHIN_S, 0
+    while time.monotonic() < end and (not size or path.stat().st_size > size):
+        size = path.stat().st_size
+        time.sleep(_LOOK_FOR_STACKS_EVERY_S)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from multiprocessing import connection as mp_connection
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -20,8 +19,7 @@ from pipeline.metrics.spans import SPAN_DTYPE, Span
 from workers.clock import now_ns
 from workers.files import writing
 from workers.supervision import control_records as control
-from workers.supervision.control_socket import ControlSocket, Gone
-from workers.supervision.supervisor import LOOK_EVERY_S
+from workers.supervision.control_socket import ControlSocket, Gone, wait_for
 from workers.telemetry import records
 from workers.telemetry.status_table import Status
 
@@ -35,43 +33,23 @@ _Record = TypeVar("_Record", bound=control.Control)
 
 @dataclass
 class RankConnection:
-    """One agent.
-
-    Attributes:
-        wire: the connection to it.
-        hello: who it is.
-        offset_ns: its clock minus the driver's.
-        status: what its worker does, on the driver's clock.
-        state: the state letter of its worker's process.
-        pid: its worker's process, once that is ready.
-        heard_at: when it last said anything, on this program's clock in seconds.
-        gone: why nothing comes from it any more.
-        words: the types of the records it has sent.
-        files: where what its worker writes is to lie, by its name in ``Assignment.files``.
-    """
+    """One agent."""
 
     wire: ControlSocket
     hello: control.Hello = field(default_factory=lambda: control.Hello(-1, 0, "?", "", ""))
-    offset_ns: int = 0
-    status: Status = field(default_factory=lambda: Status(Span.OTHER, -1, now_ns(), 0))
-    state: str = ""
-    pid: int = 0
-    heard_at: float = field(default_factory=time.monotonic)
-    gone: str | None = None
-    words: set[type] = field(default_factory=set)
-    files: Mapping[str, Path] = field(default_factory=dict)
+    offset_ns: int = 0  # its clock minus the driver's
+    status: Status = field(default_factory=lambda: Status(Span.OTHER, -1, now_ns(), 0))  # on the driver's clock
+    state: str = ""  # the letter of its worker's process
+    pid: int = 0  # of its worker, once that is ready
+    gone: str | None = None  # why nothing comes from it any more
+    words: set[type] = field(default_factory=set)  # the types of the records it has sent
+    files: Mapping[str, Path] = field(default_factory=dict)  # where what its worker writes is to lie
 
     @property
     def quiet(self) -> bool:
         """Whether no more is to be expected of it after an interrupt."""
-        return self.gone is not None or not self.words.isdisjoint(
-            {control.Interrupted, control.WorkerDied, records.Failure}
-        )
-
-    @property
-    def process(self) -> str:
-        """Its worker's process, for people: ``pid 17 on beta``."""
-        return f"pid {self.pid} on {self.hello.host}"
+        last_words = {control.Interrupted, control.WorkerDied, records.Failure}
+        return self.gone is not None or not self.words.isdisjoint(last_words)
 
     def tell(self, record: control.Control) -> None:
         """Send it a record, if it can be reached; if not, that is noted. Does not block."""
@@ -84,35 +62,24 @@ class RankConnection:
     def drain(self) -> list[control.Control]:
         """What it has said since the last look, times on the driver's clock. Does not block."""
         heard: list[control.Control] = []
-        try:
-            while self.gone is None and self.wire.poll():
-                record = self._taken(self.wire.receive())
-                self.words.add(type(record))
-                self.heard_at = time.monotonic()
-                heard.append(record)
-        except (Gone, msgspec.DecodeError) as gone:
-            self.gone = str(gone)
-        return heard
+        if self.gone is None:
+            try:
+                heard = self.wire.drain()
+            except (Gone, msgspec.DecodeError) as gone:
+                self.gone = str(gone)
+        self.words.update(map(type, heard))
+        return [self._taken(record) for record in heard]
 
     def answer(self, kind: type[_Record], asked: Callable[[], bool]) -> _Record:
-        """The next record of a kind from it, before anything else runs.
+        """The next record of a kind from it, before anything else runs; blocks 30 s at most.
 
-        Args:
-            kind: type of the record.
-            asked: whether somebody asked this process to end.
-
-        Raises:
-            PlanError: it is gone, or does not answer.
-            KeyboardInterrupt: this process was asked to end.
-
-        Blocks:
-            until the record is there, at most 30 s.
+        Raises PlanError where it is gone or does not answer, KeyboardInterrupt where this process was asked to end.
         """
         end = time.monotonic() + _ANSWER_WITHIN_S
         while time.monotonic() < end and self.gone is None:
             if asked():
                 raise KeyboardInterrupt
-            mp_connection.wait(cast(Any, [self.wire]), LOOK_EVERY_S)
+            wait_for(self.wire)
             for record in self.drain():
                 if isinstance(record, kind):
                     return record
@@ -122,7 +89,7 @@ class RankConnection:
         )
 
     def compare_clocks(self, asked: Callable[[], bool]) -> None:
-        """Find its clock minus ours, from the quickest of a few answers: right to half of what that one took.
+        """Find its clock minus ours, from the quickest of eight answers: right to half of what that one took.
 
         Raises and blocks as ``answer``, eight times.
         """

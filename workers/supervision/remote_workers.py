@@ -5,8 +5,8 @@
         with workers.prepared(resolved, ...):       every rank agrees with its task
             for record in workers.run(run_dir):     what the workers report, on the driver's clock
 
-Connections stay open behind the block, until `hang_up`: torchrun ends all ranks once one has exited, and an agent exits
-once its connection is closed, so the driver first reports what went wrong.
+Connections stay open until `hang_up`: an agent exits once its connection is closed, and torchrun ends all ranks once
+one has exited, so the driver first reports what went wrong.
 """
 
 from __future__ import annotations
@@ -15,22 +15,20 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import connection as mp_connection
 from pathlib import Path
-from typing import Any, NoReturn, Self, cast
+from typing import NoReturn, Self
 
 from pipeline.errors import PlanError
 from pipeline.run.resolved import Resolved
-from workers.channels.names import Names
 from workers.errors import RunFailed
 from workers.supervision import control_records as control
-from workers.supervision.control_socket import ControlSocket, Reception
+from workers.supervision.control_socket import LOOK_EVERY_S, ControlSocket, Reception, wait_for
 from workers.supervision.rank_connection import RankConnection
-from workers.supervision.supervisor import LOOK_EVERY_S, Heard, Supervisor
+from workers.supervision.supervisor import Heard, Supervisor
 from workers.telemetry import records
 from workers.telemetry.status_table import Status
 from workers.wiring.edges import rendezvous
-from workers.worker.assignment import Assignment
+from workers.worker.assignment import files_in
 
 __all__ = ["RemoteWorkers"]
 
@@ -42,22 +40,14 @@ _STOPPED_WITHIN_S = 6.0
 _ALIVE_EVERY_S = 5.0
 _SILENT_S = 60.0
 _STALL_FIRST_S = 0.5  # a run that stands still is a stall, whoever is silent
-_STATUS_OF: tuple[tuple[type | tuple[type, ...], int], ...] = (
-    (type(None), 0),
-    (PlanError, 2),
-    (KeyboardInterrupt, 130),
-    (object, 1),
-)
+_STATUS_OF: dict[type, int] = {type(None): 0, PlanError: 2, KeyboardInterrupt: 130, object: 1}
 
 
 class RemoteWorkers(Supervisor):
-    """The agents of one run, and their workers: one of each per rank.
+    """The agents of one run, and their workers: one of each per rank, ``world`` of them.
 
-    Args:
-        world: number of ranks.
-        asked: see `Supervisor`.
-        lost: (rank, seconds to wait for an answer) -> what whoever started an agent knows about its end; None: nothing,
-            or that it lives.
+    ``lost``: (rank, seconds to wait for an answer) -> what whoever started an agent knows about its end; None: nothing,
+    or that it lives.
     """
 
     def __init__(
@@ -69,24 +59,17 @@ class RemoteWorkers(Supervisor):
         self._met: tuple[Reception, float, str] | None = None
         self._stopped = False
         self._patience_s = _SILENT_S
-        self._alive_at = self._looked_at = float("-inf")
-
-    # ------------------------------------------------------------------ before the run
+        self._alive_at = float("-inf")
 
     def gather(self, reception: Reception, within_s: float, memory: str) -> None:
         """Wait for all agents, and compare clocks with those on other hosts.
 
-        Args:
-            reception: where they come.
-            within_s: until when they must have come, in seconds.
-            memory: names the shared memory that this process sees, as in `control_records.Hello`.
+        Blocks until all have come, ``within_s`` at most, and 30 s for the answers. ``memory`` names the shared memory
+        that this process sees, as in `control_records.Hello`.
 
         Raises:
             PlanError: somebody did not come, or says why it cannot take part.
             KeyboardInterrupt: this process was asked to end.
-
-        Blocks:
-            until all are there, at most ``within_s``, and 30 s for the answers.
         """
         end, wires = time.monotonic() + within_s, list[ControlSocket]()
         while len(wires) < self._world and time.monotonic() < end:
@@ -153,15 +136,11 @@ class RemoteWorkers(Supervisor):
     def prepared(self, resolved: Resolved, profile: Mapping[str, str]) -> Iterator[Self]:
         """Tell every agent its task, wait until all agree, and host where their workers meet, if they have to.
 
-        Args:
-            resolved: the run.
-            profile: see `control_records.Task`.
+        Blocks while the agents load the recipe and try the model once, 300 s at most. ``profile``: see
+        `control_records.Task`.
 
         Raises:
             PlanError: an agent cannot do it; what differs, and where.
-
-        Blocks:
-            while the agents load the recipe and try the model once, at most 300 s.
         """
         self.resolved, hosts = resolved, self.hosts
         makers: dict[str, RankConnection] = {}
@@ -179,21 +158,17 @@ class RemoteWorkers(Supervisor):
                 raise PlanError(*problems)
             yield self
 
-    # ------------------------------------------------------------------ the run
-
     def run(self, run_dir: Path) -> Iterator[records.Record]:
         """Start the workers, then the training; see `Supervisor.trained`.
 
-        The files of all workers lie in ``run_dir`` in the end: the agent in this process, if there is one, has its
-        worker write there, the others send theirs.
+        An agent in this process has its worker write into ``run_dir``, the others send its files.
         """
         assert self.resolved is not None, "prepared comes before run"
         assert self._met is not None, "and gather before that"
         self.run_dir = run_dir
         for rank, member in enumerate(self.members):
             replica, stage = divmod(rank, self.resolved.plan.stages)
-            member.files = Assignment(stage, self.resolved, _none, Names(""), run_dir, replica=replica).files
-        for member in self.members:
+            member.files = files_in(run_dir, stage, replica)
             own = (member.hello.pid, member.hello.memory) == (os.getpid(), self._met[2])
             member.tell(control.Start(str(run_dir) if own else None))
         yield from self.trained()
@@ -203,21 +178,15 @@ class RemoteWorkers(Supervisor):
         return range(self._world)
 
     def hear(self) -> list[Heard]:
-        now = time.monotonic()
-        reachable = [member for member in self.members if member.gone is None]
-        if now - self._looked_at > _ALIVE_EVERY_S:  # nobody listened, so nobody was asked
-            for member in reachable:
-                member.heard_at = now
-        mp_connection.wait(cast(Any, [member.wire for member in reachable]), LOOK_EVERY_S)
-        self._looked_at = now = time.monotonic()
-        if now - self._alive_at > _ALIVE_EVERY_S:
-            self._alive_at = now
+        wait_for(*(member.wire for member in self.members if member.gone is None))
+        if time.monotonic() - self._alive_at > _ALIVE_EVERY_S:
+            self._alive_at = time.monotonic()
             self._tell(control.ReadClock())
         heard: list[Heard] = []
         for rank, member in enumerate(self.members):
             why = self._lost(rank, 0.0) if member.gone is None else None  # if so, it has said all it will
             heard += [(rank, record) for record in member.drain()]
-            if now - member.heard_at > self._patience_s:
+            if member.wire.silent_s() > self._patience_s:
                 why = why or f"no word from it for {self._patience_s:.0f} s"
             member.gone = member.gone or why
             if member.gone is not None:
@@ -242,7 +211,6 @@ class RemoteWorkers(Supervisor):
         self._tell(records.Go())
 
     def end_early(self) -> None:
-        """Ask the first stages to take no further training batch; all workers finish what is in the pipeline."""
         stages = self.resolved.plan.stages if self.resolved is not None else self._world
         for member in self.members[::stages]:
             member.tell(control.Enough())
@@ -254,13 +222,11 @@ class RemoteWorkers(Supervisor):
             self.hear()
 
     def end(self, error: BaseException | None = None) -> None:
-        """End all workers, and wait until their agents have cleaned up, at most 6 s. The agents exit after `hang_up`,
-        with the status that ``error`` stands for.
-        """
+        """End all workers, and wait 6 s at most until their agents have cleaned up; these exit after `hang_up`."""
         if self._stopped:
             return
         self._stopped = True
-        self._tell(control.Stop(next(status for kinds, status in _STATUS_OF if isinstance(error, kinds))))
+        self._tell(control.Stop(next(status for kind, status in _STATUS_OF.items() if isinstance(error, kind))))
         end = time.monotonic() + _STOPPED_WITHIN_S
         while time.monotonic() < end and not all(m.gone or control.AgentStopped in m.words for m in self.members):
             self.hear()
@@ -270,35 +236,21 @@ class RemoteWorkers(Supervisor):
         for member in self.members:
             member.wire.close()
 
-    # ------------------------------------------------------------------ agents that serve more than one run
-
     def note(self, rank: int, content: bytes) -> None:
         """Tell one agent something that is not about a run of these workers (`control_records.Note`)."""
         self.members[rank].tell(control.Note(content))
 
     def attend(self, patience_s: float = _SILENT_S) -> list[tuple[int, bytes]]:
-        """Listen to agents that are not in a run of these workers; to be called often while they do anything.
+        """The notes that came, (rank, content), from agents that are not in a run of these workers.
 
-        Args:
-            patience_s: how long an agent may be silent, in seconds.
-
-        Returns:
-            the notes that came: (rank, content).
+        To be called often while they do anything; an agent may be silent for ``patience_s``. Blocks 0.2 s at most.
 
         Raises:
             RunFailed: an agent is gone, or silent for too long.
             KeyboardInterrupt: this process, or an agent, was asked to end.
-
-        Blocks:
-            at most 0.2 s where nothing comes.
         """
         self._patience_s = patience_s
-        heard = self.hear()
-        self.raise_failure(heard)
-        self.raise_interrupt(heard)
-        return [(rank, record.content) for rank, record in heard if isinstance(record, control.Note)]
-
-    # ------------------------------------------------------------------ how it ends
+        return [(rank, record.content) for rank, record in self.hear_or_raise() if isinstance(record, control.Note)]
 
     def interrupt(self) -> NoReturn:
         """Torchrun, because a rank died, or the user: a failure that is heard within 1 s goes before."""
@@ -322,7 +274,3 @@ class RemoteWorkers(Supervisor):
         """Tell all that can be reached."""
         for member in self.members:
             member.tell(record)
-
-
-def _none() -> Any:
-    raise AssertionError("the driver makes no recipe from an assignment")

@@ -7,26 +7,20 @@ nobody else and stands still is stuck, however busily the others go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from pipeline.metrics.spans import Span
 from pipeline.plan.plan import Plan
-from workers.errors import Statuses
+from workers.telemetry.status_table import Status
 
 __all__ = ["Progress"]
 
 
 class Progress:
-    """Looks at the board again and again.
+    """Looks again and again at what every worker does (``read``); nothing may happen for ``patience_s``."""
 
-    Args:
-        board: what every worker does.
-        plan: says which workers make up a replica.
-        patience_s: how long nothing may happen.
-    """
-
-    def __init__(self, board: Statuses, plan: Plan, patience_s: float) -> None:
-        self._board, self._patience_s = board, patience_s
+    def __init__(self, read: Callable[[int], Status], plan: Plan, patience_s: float) -> None:
+        self._read, self._patience_s = read, patience_s
         self._replicas = [range(r * plan.stages, (r + 1) * plan.stages) for r in range(plan.replicas)]
         self._seen = [self._count(workers) for workers in self._replicas]
         self._since = [time.monotonic()] * plan.replicas
@@ -34,9 +28,7 @@ class Progress:
     def stalled(self, heard: Collection[int], awaited: Collection[int]) -> bool:
         """Whether nothing happened for too long, in the whole run or in a replica that waits for no other.
 
-        Args:
-            heard: workers that have said something since the last look.
-            awaited: workers that are not done.
+        ``heard`` are the workers that have spoken since the last look, ``awaited`` those that are not done.
         """
         now = time.monotonic()
         for index, workers in enumerate(self._replicas):
@@ -46,13 +38,11 @@ class Progress:
         if now - max(self._since) > self._patience_s:
             return True
         return any(
-            now - since > self._patience_s and self._stuck(workers, awaited)
+            now - since > self._patience_s
+            and any(worker in awaited for worker in workers)
+            and not any(self._read(worker).span is Span.HELD for worker in workers)
             for workers, since in zip(self._replicas, self._since, strict=True)
         )
 
-    def _stuck(self, workers: range, awaited: Collection[int]) -> bool:
-        undone = any(worker in awaited for worker in workers)
-        return undone and not any(self._board.read(worker).span is Span.HELD for worker in workers)
-
     def _count(self, workers: range) -> int:
-        return sum(self._board.read(worker).progress for worker in workers)
+        return sum(self._read(worker).progress for worker in workers)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn, Self
 
 from pipeline.plan.replica_layout import called
@@ -21,10 +20,8 @@ from workers.supervision.stall import Progress
 from workers.telemetry import records
 from workers.telemetry.status_table import Status
 
-__all__ = ["LOOK_EVERY_S", "Heard", "Supervisor"]
+__all__ = ["Heard", "Supervisor"]
 
-LOOK_EVERY_S = 0.2
-"""How long a look for records waits for one, in seconds."""
 Heard = tuple[int, control.Control]
 """(number of the worker, what it or its agent said)."""
 _START_WITHIN_S = 120.0
@@ -34,17 +31,12 @@ _WRONG = records.Failure, control.WorkerDied, control.RankGone
 class Supervisor(ABC):
     """Some workers of a run; ends them on the way out.
 
-    Args:
-        asked: whether somebody asked this process to end (SIGINT, SIGTERM) since the last call.
-
-    Attributes:
-        resolved: the run; None: not known yet.
-        run_dir: its folder.
+    ``asked``: whether somebody asked this process to end (SIGINT, SIGTERM) since the last call.
     """
 
     def __init__(self, asked: Callable[[], bool]) -> None:
         self.asked = asked
-        self.resolved: Resolved | None = None
+        self.resolved: Resolved | None = None  # not known yet
         self.run_dir: Path | None = None
 
     @property
@@ -69,6 +61,10 @@ class Supervisor(ABC):
         """Tell all that everybody is ready."""
 
     @abstractmethod
+    def end_early(self) -> None:
+        """Ask the first stages to take no further training batch; all workers finish what is in the pipeline."""
+
+    @abstractmethod
     def dump(self) -> None:
         """Have all write the stacks of their threads; blocks at most 2 s."""
 
@@ -83,9 +79,7 @@ class Supervisor(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.end(error)
 
     def trained(self) -> Iterator[records.Record]:
@@ -97,25 +91,20 @@ class Supervisor(ABC):
             KeyboardInterrupt: somebody asked to end.
         """
         assert self.resolved is not None, "a run that is started is known"
-        for last, patience_s in (
-            (records.Ready, _START_WITHIN_S),
-            (records.Finished, self.resolved.plan.stall_after_s),
-        ):
-            for _, record in self.until(last, patience_s):
-                if isinstance(record, records.Record):
-                    yield record
-            if last is records.Ready:
-                self.go()
+        yield from self._reported(records.Ready, _START_WITHIN_S)
+        self.go()
+        yield from self._reported(records.Finished, self.resolved.plan.stall_after_s)
+
+    def _reported(self, last: type[records.Record], patience_s: float) -> Iterator[records.Record]:
+        return (record for _, record in self.until(last, patience_s) if isinstance(record, records.Record))
 
     def until(self, last: type[control.Control], patience_s: float) -> Iterator[Heard]:
         """Yield what is heard until every worker's last record is one of type ``last``; raises as `trained`."""
         assert self.resolved is not None, "nobody is waited for before the run is known"
         awaited = set(self.workers)
-        progress = Progress(self, self.resolved.plan, patience_s)
+        progress = Progress(self.read, self.resolved.plan, patience_s)
         while awaited:
-            heard = self.hear()
-            self.raise_failure(heard)
-            self.raise_interrupt(heard)
+            heard = self.hear_or_raise()
             for worker, record in heard:
                 if isinstance(record, last):
                     awaited.discard(worker)
@@ -123,9 +112,16 @@ class Supervisor(ABC):
             spoke = {k for k, record in heard if not isinstance(record, control.WorkerStatus | control.Time)}
             if progress.stalled(spoke, awaited):
                 self.dump()
-                processes = [self.process(worker) for worker in self.workers]
+                seen = [(self.read(worker), *self.process(worker)) for worker in self.workers]
                 stacks = str(self.run_dir / "*stacks-*.txt") if self.run_dir is not None else "none"
-                raise nobody_moves(self, processes, patience_s, stacks, self.resolved.plan)
+                raise nobody_moves(seen, patience_s, stacks, self.resolved.plan)
+
+    def hear_or_raise(self) -> list[Heard]:
+        """As `hear`; raises where something went wrong, or somebody asked to end."""
+        heard = self.hear()
+        self.raise_failure(heard)
+        self.raise_interrupt(heard)
+        return heard
 
     def raise_failure(self, heard: Sequence[Heard]) -> None:
         """Raise RunFailed for the first thing that went wrong, if any.
@@ -166,6 +162,5 @@ class Supervisor(ABC):
         """A worker's stage, and what users see the worker called."""
         if self.resolved is None:
             return worker, f"stage {worker}"
-        plan = self.resolved.plan
-        replica, stage = divmod(worker, plan.stages)
-        return stage, called(plan, replica, stage)
+        replica, stage = divmod(worker, self.resolved.plan.stages)
+        return stage, called(self.resolved.plan, replica, stage)

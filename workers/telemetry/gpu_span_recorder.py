@@ -4,9 +4,9 @@
     device   ....| forward ....| dni ....| backward ....| step | (idle: wait)
 
 Whenever the worker turns to something else, an event is recorded on the computing stream. A span begins when the device
-has come to its event: when all that was queued before is done. Where the device has nothing to do that is the moment at
-which the host turned to it, so that waiting, loading and the host's own time are there as well, and spans still add up
-to the wall time. RECEIVE is the time for which computing had to wait for a copy; copies beside the computing take none.
+has come to its event: when all that was queued before is done. An idle device is there when the host turns to it, so
+that spans hold the waiting too and still add up to the wall time. RECEIVE is the time for which computing had to wait
+for a copy; copies beside the computing take none.
 
 Nothing waits for the device on the way, but once in 16,384 spans and at the end: then the device's clock is read
 against the host's, and the times of the events since follow from it.
@@ -14,9 +14,7 @@ against the host's, and the times of the events since follow from it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -25,21 +23,11 @@ from workers.clock import now_ns
 from workers.telemetry.span_recorder import FIELDS, START, SpanRecorder
 from workers.telemetry.status_table import StatusTable
 
-__all__ = ["CudaMarks", "GpuSpanRecorder", "Marks"]
-
-
-class Marks(Protocol):
-    """Points in a device's work, and when it came there."""
-
-    def mark(self) -> None:
-        """A point behind all that is queued."""
-
-    def times_ns(self) -> Sequence[int]:
-        """When the device came to each point since the last call, on the common clock; waits for the last one."""
+__all__ = ["CudaMarks", "GpuSpanRecorder"]
 
 
 class CudaMarks:
-    """Points of the current stream of a GPU."""
+    """Points in the work of a GPU's current stream, and when it came there."""
 
     def __init__(self, device: str) -> None:
         self._stream = torch.cuda.current_stream(device)
@@ -47,14 +35,17 @@ class CudaMarks:
         self._count = 0
 
     def mark(self) -> None:
-        """Takes a microsecond or two."""
+        """A point behind all that is queued; takes a microsecond or two."""
         if self._count == len(self._events):
             self._events.append(torch.cuda.Event(enable_timing=True))
         self._events[self._count].record(self._stream)
         self._count += 1
 
     def times_ns(self) -> list[int]:
-        """Exact to some microseconds: the host learns that late of the last point."""
+        """When the GPU came to each point since the last call, on the common clock; waits for the last one.
+
+        Exact to some microseconds: the host learns that late of the last point.
+        """
         last = torch.cuda.Event(enable_timing=True)
         last.record(self._stream)
         last.synchronize()
@@ -67,7 +58,7 @@ class CudaMarks:
 class GpuSpanRecorder(SpanRecorder):
     """A ``SpanRecorder`` on the device's time; the board gets the host's."""
 
-    def __init__(self, worker: int, board: StatusTable, path: Path, marks: Marks) -> None:
+    def __init__(self, worker: int, board: StatusTable, path: Path, marks: CudaMarks) -> None:
         super().__init__(worker, board, path)
         self._marks, self._latest_ns = marks, 0
 

@@ -42,10 +42,7 @@ class Go(msgspec.Struct, tag=True, frozen=True):
 
 
 class Loss(msgspec.Struct, tag=True, frozen=True):
-    """Training losses of batches ``first_batch`` on, from the last stage of a replica.
-
-    ``time_ns`` is on the common clock.
-    """
+    """Training losses of batches ``first_batch`` on, from a replica's last stage, at a time on the common clock."""
 
     first_batch: int
     losses: list[float]
@@ -88,11 +85,10 @@ class Switched(msgspec.Struct, tag=True, frozen=True):
 
 
 class Finished(msgspec.Struct, tag=True, frozen=True):
-    """The worker did everything and wrote its files.
+    """The worker did everything and wrote its files. Times are on the common clock.
 
-    Times are on the common clock. ``window_ns``: in the last stage of a run of several batches, the ends of the last
-    batch of the warm-up and of the last batch of all. ``down_bytes`` and ``up_bytes`` are what it sent over the whole
-    run for training: tensors only.
+    ``window_ns``: in the last stage of a run of several batches, the ends of the last batch of the warm-up and of all.
+    ``down_bytes`` and ``up_bytes``: what it sent in the whole run for training, tensors only.
     """
 
     stage: int
@@ -139,20 +135,11 @@ def encoded(record: msgspec.Struct) -> bytes:
 
 
 def send(connection: Connection, record: Record) -> None:
-    """Send one record; blocks only while the pipe is full.
-
-    Raises:
-        OSError: the other side is gone.
-    """
+    """Send one record, or raise OSError where the other side is gone; blocks only while the pipe is full."""
     connection.send_bytes(encoded(record))
 
 
 def receive(connection: Connection) -> Record:
-    """Receive one record; blocks until there is one (poll the connection first).
-
-    Raises:
-        EOFError: the other side is gone.
-        msgspec.DecodeError: what came is no record.
-    """
+    """Receive one record; blocks until there is one. Raises EOFError, or msgspec.DecodeError for what is no record."""
     record: Record = _decoder.decode(connection.recv_bytes())
     return record

@@ -45,11 +45,7 @@ class SpanFile:
             self._failed = error
 
     def close(self) -> None:
-        """No more comes.
-
-        Raises:
-            NotWritten: not everything could be written.
-        """
+        """No more comes; raises ``NotWritten`` where not everything could be written."""
         try:
             with writing(self._path):
                 self._file.close()

@@ -21,10 +21,8 @@ from workers.telemetry.status_table import StatusTable
 __all__ = ["FIELDS", "START", "Pulse", "SpanRecorder"]
 
 _BLOCK = 1 << 14  # records per block: 512 KiB
-FIELDS = len(SPAN_DTYPE.names or ())
-"""Numbers in a record."""
-START = 3
-"""Which of them is the start."""
+FIELDS = len(SPAN_DTYPE.names or ())  # numbers in a record
+START = 3  # which of them is the start
 _TOLD = (Span.FORWARD, Span.BACKWARD, Span.DNI_TRAIN, Span.EVALUATE, *WAITING)
 _NO_PROGRESS = (*WAITING, Span.OTHER)
 
@@ -32,26 +30,20 @@ _NO_PROGRESS = (*WAITING, Span.OTHER)
 class SpanRecorder:
     """A ``Recorder`` (see ``pipeline.metrics.spans``) with a clock. One call costs about a microsecond.
 
-    Args:
-        worker: its number.
-        board: where its status goes.
-        path: of a .npy file of SPAN_DTYPE, in which what is recorded lies from the end of each block on.
-
-    Raises:
-        NotWritten: there can be no such file.
-
-    Attributes:
-        depth: gives the depth of the activation queue; looked at whenever a forward pass begins.
+    Its status goes to ``board``; what is recorded lies from the end of each block on in the .npy file ``path``, of
+    SPAN_DTYPE. Raises ``NotWritten`` where there can be no such file.
     """
 
     depth: Callable[[], int] | None = None
+    """Gives the depth of the activation queue, whenever a forward pass begins."""
 
     def __init__(self, worker: int, board: StatusTable, path: Path) -> None:
         self._worker, self._board = worker, board
         self._file = SpanFile(path)
         self._writer = ThreadPoolExecutor(1, "spans")
         self._writing: Future[None] | None = None
-        self._block, self._other, self._position = _empty_block(), _empty_block(), 0
+        self._block, self._other = (array("q", bytes(8 * FIELDS * _BLOCK)) for _ in range(2))
+        self._position = 0
         self._progress = 0
 
     def __call__(self, span: Span, batch: int) -> None:
@@ -61,7 +53,7 @@ class SpanRecorder:
         block[position] = span
         block[position + 1] = batch
         block[position + 2] = self.depth() if span is Span.FORWARD and self.depth is not None else -1
-        block[position + 3] = start_ns
+        block[position + START] = start_ns
         self._position = position + FIELDS
         if span not in _NO_PROGRESS:
             self._progress += 1
@@ -81,11 +73,7 @@ class SpanRecorder:
         self._block, self._other, self._position = self._other, self._block, 0
 
     def close(self) -> None:
-        """End the last span and write what is left.
-
-        Raises:
-            NotWritten: not all records could be written.
-        """
+        """End the last span and write what is left; raises ``NotWritten`` where not all could be written."""
         self(Span.OTHER, -1)
         self._hand_over()
         self._writer.shutdown()
@@ -108,7 +96,3 @@ class Pulse:
         if span in _TOLD:
             self._progress += span not in WAITING
             self._board.write(self._worker, span, batch, now_ns(), self._progress)
-
-
-def _empty_block() -> array[int]:
-    return array("q", bytes(8 * FIELDS * _BLOCK))

@@ -24,19 +24,12 @@ _STATUS = struct.Struct("<qqqq")
 
 @dataclass(frozen=True)
 class Status:
-    """One line of the board.
-
-    Attributes:
-        span: what the worker does.
-        batch: with which batch, or -1.
-        start_ns: since when, on the common clock; 0: it has not begun.
-        progress: how often it has turned to something that is work.
-    """
+    """One line of the board: what a worker does."""
 
     span: Span
-    batch: int
-    start_ns: int
-    progress: int
+    batch: int  # or -1
+    start_ns: int  # on the common clock; 0: it has not begun
+    progress: int  # how often it has turned to something that is work
 
     def age_s(self) -> float:
         """Seconds since it began."""
@@ -47,7 +40,7 @@ class StatusTable:
     """A few shared cache lines, by their name in shared memory. The driver creates them, the workers open them."""
 
     def __init__(self, name: str, workers: int, *, create: bool = False) -> None:
-        self.name, self.workers = name, workers
+        self.workers = workers
         size = _LINE_BYTES * (workers + 1)
         flags = posix_ipc.O_CREX if create else 0
         memory = posix_ipc.SharedMemory(f"/{name}", flags, size=size if create else 0)
@@ -73,7 +66,7 @@ class StatusTable:
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody asked."""
+        """Whether they were asked to end."""
         return self._map[0] != 0
 
     def end_early(self) -> None:
@@ -82,7 +75,7 @@ class StatusTable:
 
     @property
     def enough(self) -> bool:
-        """Whether it was asked to."""
+        """Whether it was asked to end early."""
         return self._map[1] != 0
 
     @staticmethod

@@ -41,7 +41,6 @@ __all__ = [
     "open_sender",
     "rendezvous",
     "ring_slot_bytes",
-    "slot_bytes",
 ]
 
 KINDS = {kind.name: kind for kind in (SHM, GLOO, CUDA_IPC, NCCL)}
@@ -58,8 +57,7 @@ def ring_slot_bytes(channel: ChannelSpec) -> int | None:
 
 def channels_of(resolved: Resolved, names: Names) -> Iterator[ChannelSpec]:
     """The channels of all edges of a run, in the one order in which every process opens its own."""
-    for edge in edges_of(resolved.plan):
-        yield _channel_of(edge, resolved, names)
+    return (_channel_of(edge, resolved, names) for edge in edges_of(resolved.plan))
 
 
 def _channel_of(edge: Edge, resolved: Resolved, names: Names) -> ChannelSpec:
@@ -73,7 +71,7 @@ def _channel_of(edge: Edge, resolved: Resolved, names: Names) -> ChannelSpec:
             None,
         )
     else:
-        replica, (down, up) = edge.source // plan.stages, slot_bytes(resolved.cuts[edge.cut], plan.wire_dtype)
+        replica, (down, up) = edge.source // plan.stages, _slot_bytes(resolved.cuts[edge.cut], plan.wire_dtype)
         kind = resolved.channels[replica * len(resolved.cuts) + edge.cut].kind
         goes_down, wire_dtype = edge.what == "activations", plan.wire_dtype
         slots, size = (plan.activation_slots, down) if goes_down else (plan.gradient_slots_at(edge.cut), up)
@@ -82,7 +80,7 @@ def _channel_of(edge: Edge, resolved: Resolved, names: Names) -> ChannelSpec:
     return ChannelSpec(edge, kind, name, label, slots, size, wire_dtype, here, there, names.generation)
 
 
-def slot_bytes(cut: Cut, wire_dtype: torch.dtype | None = None) -> tuple[int, int]:
+def _slot_bytes(cut: Cut, wire_dtype: torch.dtype | None) -> tuple[int, int]:
     """Bytes of one slot of the activation channel and of the gradient channel of a cut."""
     h, context = (tuple(None if spec is None else spec.empty() for spec in specs) for specs in (cut.specs, cut.context))
     back = tuple(spec.empty() if spec is not None and spec.differentiable else None for spec in cut.specs)
@@ -92,10 +90,7 @@ def slot_bytes(cut: Cut, wire_dtype: torch.dtype | None = None) -> tuple[int, in
 
 @contextlib.contextmanager
 def rendezvous(resolved: Resolved, host: str = "127.0.0.1") -> Iterator[Rendezvous | None]:
-    """Host, in this process, what the workers of a run need to find each other; None where shared memory does.
-
-    ``host`` is this host's address, as all workers reach it.
-    """
+    """Host, at this host's address, what workers without common memory need to find each other; None: all share it."""
     if any(ring_slot_bytes(channel) is None for channel in channels_of(resolved, Names(""))):
         with Rendezvous.hosted(host) as hosted:
             yield hosted
@@ -108,11 +103,7 @@ def open_sender(
 ) -> Sender:
     """Open the sending end of a channel (see ``Opening``). Each process does so in the order of ``channels_of``.
 
-    Raises:
-        ChannelTimeout: the other end, or the memory, was not there in time.
-
-    Blocks:
-        as the kind of end says.
+    Raises ChannelTimeout where the other end, or the memory, was not there in time; blocks as the kind of end says.
     """
     return _opened(KINDS[channel.kind].sender, channel, channel.source_device, Opening(within_s, bell, meeting))
 

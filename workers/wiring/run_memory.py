@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from pipeline.run.resolved import Resolved
 from workers.channels.names import Names
@@ -23,38 +24,23 @@ def needed_bytes(resolved: Resolved, here: Collection[int] | None = None) -> int
 
 @contextmanager
 def rings(channels: Sequence[ChannelSpec]) -> Iterator[Callable[[], None]]:
-    """Make the rings of those channels that have one; what is given removes their names, as the end does.
-
-    Raises:
-        PlanError: too little shared memory.
-    """
+    """Make the rings of the channels, or raise PlanError; gives what removes their names, as the end does."""
     sweep_stale()
     check_shared_memory(_bytes_of(channels))
-
-    def unlink() -> None:
-        for channel in channels:
-            unlink_ring(channel.name)
-
     try:
         for channel in channels:
             if (size := ring_slot_bytes(channel)) is not None:
                 create_ring(channel.name, channel.slots, size)
-        yield unlink
+        yield partial(_unlink_rings, channels)
     finally:
-        unlink()
+        _unlink_rings(channels)
 
 
 @contextmanager
 def shared_memory(resolved: Resolved, names: Names, here: Collection[int] | None = None) -> Iterator[StatusTable]:
     """Make the channels, the bells and the board of a run; remove their names at the end, whatever happens.
 
-    Args:
-        resolved: the run.
-        names: of what is made.
-        here: the workers on this host; None: all.
-
-    Raises:
-        PlanError: too little shared memory.
+    ``here`` are the workers on this host; None: all. Raises PlanError where there is too little shared memory.
     """
     try:
         with rings(_channels(resolved, names, here)):
@@ -68,11 +54,15 @@ def shared_memory(resolved: Resolved, names: Names, here: Collection[int] | None
 
 def unlink_all(resolved: Resolved, names: Names) -> None:
     """Remove all names; whoever has attached goes on. Names already removed are no error."""
-    for channel in _channels(resolved, names):
-        unlink_ring(channel.name)
+    _unlink_rings(_channels(resolved, names))
     for worker in range(resolved.plan.workers):
         unlink_semaphore(names.bell(worker))
     StatusTable.unlink_name(names.board)
+
+
+def _unlink_rings(channels: Sequence[ChannelSpec]) -> None:
+    for channel in channels:
+        unlink_ring(channel.name)
 
 
 def _channels(resolved: Resolved, names: Names, here: Collection[int] | None = None) -> list[ChannelSpec]:

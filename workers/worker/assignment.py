@@ -14,7 +14,7 @@ from workers.channels.names import Names
 from workers.channels.net.gloo import Rendezvous
 from workers.worker.unnamed_file import UnnamedFile
 
-__all__ = ["FILES", "Assignment"]
+__all__ = ["FILES", "Assignment", "files_in"]
 
 FILES = {
     "spans": "spans/stage-{}.npy",
@@ -27,38 +27,24 @@ FILES = {
 
 @dataclass(frozen=True)
 class Assignment:
-    """One worker's part of a run. Travels from the driver to its own child at the start.
+    """One worker's part of a run. Travels from the driver to its own child at the start."""
 
-    Attributes:
-        index: the stage.
-        resolved: the run; its cuts carry no loss here, the recipe gives it.
-        source: makes the recipe; every worker calls it for itself.
-        names: of the shared memory.
-        run_dir: the folder of the run.
-        rendezvous: where workers without common memory meet; None where every channel is in shared memory.
-        attach_within_s: how long to look for the others.
-        replica: of the pipeline.
-        unnamed: what the worker writes instead of files in that folder, by the names of ``FILES``; None: those.
-    """
-
-    index: int
-    resolved: Resolved
-    source: Callable[[], Recipe]
-    names: Names
+    index: int  # of the stage
+    resolved: Resolved  # its cuts carry no loss here, the recipe gives it
+    source: Callable[[], Recipe]  # every worker calls it for itself
+    names: Names  # of the shared memory
     run_dir: Path
-    rendezvous: Rendezvous | None = None
-    attach_within_s: float = 60.0
+    rendezvous: Rendezvous | None = None  # where workers without common memory meet; None: all share memory
+    attach_within_s: float = 60.0  # how long to look for the others
     replica: int = 0
-    unnamed: Mapping[str, UnnamedFile] | None = None
+    unnamed: Mapping[str, UnnamedFile] | None = None  # written instead of files in run_dir, by the names of FILES
 
     @property
     def plan(self) -> Plan:
-        """The resolved plan."""
         return self.resolved.plan
 
     @property
     def last(self) -> bool:
-        """Whether this is the last stage."""
         return self.index == self.plan.stages - 1
 
     @property
@@ -78,10 +64,13 @@ class Assignment:
 
     @property
     def files(self) -> dict[str, Path]:
-        """Where the worker writes, by the names of ``FILES``; a further replica beside the first."""
-        if self.unnamed is not None:
-            return {what: file.path for what, file in self.unnamed.items()}
-        paths = {what: self.run_dir / place.format(self.index) for what, place in FILES.items()}
-        if self.replica == 0:
-            return paths
-        return {what: path.with_name(f"replica-{self.replica}-{path.name}") for what, path in paths.items()}
+        """Where the worker writes, by the names of ``FILES``."""
+        if self.unnamed is None:
+            return files_in(self.run_dir, self.index, self.replica)
+        return {what: file.path for what, file in self.unnamed.items()}
+
+
+def files_in(run_dir: Path, stage: int, replica: int) -> dict[str, Path]:
+    """A worker's files in the folder of the run, by the names of ``FILES``; a further replica's beside the first's."""
+    paths = {what: run_dir / place.format(stage) for what, place in FILES.items()}
+    return {w: path.with_name(f"replica-{replica}-{path.name}") for w, path in paths.items()} if replica else paths

@@ -1,7 +1,4 @@
-"""Work that takes the time it was given, a channel end that holds messages back: ``--emulate`` and ``--link``.
-
-Everything else is real: processes, channels, policies, spans.
-"""
+"""Work that takes the time it was given, a channel end that holds messages back: ``--emulate`` and ``--link``."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ class DelayedReceiver:
             if self._waiting is None:
                 self.due_ns = None
                 return None
-            num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._waiting.tensors)
+            num_bytes = sum(tensor.nbytes for tensor in self._waiting.tensors)
             self.due_ns, self._free_ns = self._link.arrival_ns(self._waiting.sent_ns, self._free_ns, num_bytes)
         if self.due_ns is not None and now_ns() < self.due_ns:
             return None

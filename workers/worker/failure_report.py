@@ -17,22 +17,21 @@ from workers.worker.assignment import Assignment
 
 __all__ = ["failure_of"]
 
-_MESSAGE = 3_000
-"""Most characters of the sentence; of an exception's text in it there are 2,000."""
+_MOST_CHARACTERS = 3_000  # of the sentence; of an exception's text in it there are 2,000
 
 
 def failure_of(assignment: Assignment, error: BaseException) -> records.Failure:
     """The report of what ended a worker."""
-    located = error if isinstance(error, StageError) else None
+    layer, batch = (error.layer, error.batch) if isinstance(error, StageError) else (None, None)
     which = f"replica {assignment.replica}, " if assignment.plan.replicas > 1 else ""
     return records.Failure(
         stage=assignment.index,
         pid=os.getpid(),
-        message=shortened(which + _sentence(assignment, error), _MESSAGE),
+        message=shortened(which + _sentence(assignment, error), _MOST_CHARACTERS),
         traceback=traceback_of(error),
         time_ns=now_ns(),
-        layer=located.layer if located else None,
-        batch=located.batch if located else None,
+        layer=layer,
+        batch=batch,
         replica=assignment.replica,
         shown=users_part(error),
     )

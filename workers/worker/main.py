@@ -13,7 +13,7 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection
@@ -28,7 +28,6 @@ from pipeline.data.recipe import Recipe
 from pipeline.errors import PlanError
 from pipeline.messages.bundle import Specs, TensorSpec
 from pipeline.metrics.spans import Recorder, Span
-from pipeline.model.partition import Layer
 from pipeline.plan.device_choice import on_gpu
 from pipeline.plan.replica_layout import plan_of, policy_of
 from pipeline.replicas.all_gather import gathering
@@ -70,7 +69,7 @@ class StopAsked(Exception):
 
 
 def worker_main(assignment: Assignment, connection: Connection, listener: Path | None = None) -> None:
-    """The life of a worker process. Blocks until the run is over; exits non-zero after a failure.
+    """The life of a worker process, until the run is over; exits non-zero after a failure.
 
     ``connection`` is the control pipe to the driver, ``listener`` the socket of the fork server that it comes from.
     """
@@ -97,8 +96,11 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     plan, device = assignment.plan, assignment.device
     prepare_device(device, plan)
     recipe = assignment.resolved.arranged(assignment.source())
-    board = stack.enter_context(StatusTable(assignment.names.board, assignment.plan.workers))
-    spans = _recorder(assignment, board) if plan.spans else None
+    board = stack.enter_context(StatusTable(assignment.names.board, plan.workers))
+    spans: SpanRecorder | None = None
+    if plan.spans:
+        where = assignment.worker, board, assignment.files["spans"]
+        spans = GpuSpanRecorder(*where, CudaMarks(device)) if on_gpu(device) else SpanRecorder(*where)
     record = spans or Pulse(assignment.worker, board)
     ports = stack.enter_context(attached(assignment, recipe, record, lambda step: runner.averager.enough(step)))
     if spans is not None:
@@ -108,8 +110,8 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     report = _Reporter(connection, assignment.resolved.warmup, assignment.replica)
     runner.on_loss, runner.on_scores = report.loss, report.scores
     runner.on_quality, runner.on_switch = partial(report.quality, assignment.index), report.switch
-    ready = records.Ready(assignment.index, os.getpid(), torch.get_num_threads(), assignment.replica, built)
-    records.send(connection, ready)
+    threads = torch.get_num_threads()
+    records.send(connection, records.Ready(assignment.index, os.getpid(), threads, assignment.replica, built))
     if not connection.poll(assignment.attach_within_s):
         raise TimeoutError(f"no Go from the driver after {assignment.attach_within_s:.0f} s")
     records.receive(connection)
@@ -133,11 +135,6 @@ def _work(assignment: Assignment, connection: Connection, stack: contextlib.Exit
     records.send(connection, records.Finished(assignment.index, *told))
 
 
-def _recorder(assignment: Assignment, board: StatusTable) -> SpanRecorder:
-    where = assignment.worker, board, assignment.files["spans"]
-    return GpuSpanRecorder(*where, CudaMarks(assignment.device)) if on_gpu(assignment.device) else SpanRecorder(*where)
-
-
 def _loop(runner: Runner, ports: Ports, board: StatusTable, record: Recorder, give_up_after_s: float) -> None:
     """Until nothing is left to do: look, decide, do; when there is nothing to do, sleep on the bell."""
     record(Span.OTHER, -1)
@@ -159,7 +156,7 @@ def _wait(runner: Runner, ports: Ports, board: StatusTable, record: Recorder, gi
     """Until somebody rings, or a message that an emulated link holds back is due."""
     record(Span.HELD if runner.averager.held else Span.WAIT, runner.forwarded)
     # The driver ends a stalled run first, with a better report; this is for when the driver cannot.
-    deadline_ns, progress = now_ns() + int(2 * give_up_after_s * 1e9), -1
+    deadline_ns, progress = 0, -1
     while not ports.wait(LOOK_UP_EVERY_S):
         if board.stopping:
             raise StopAsked
@@ -181,48 +178,35 @@ def _leave_word_to_the_cause(board: StatusTable) -> None:
 
 def _build(assignment: Assignment, recipe: Recipe, record: Recorder) -> tuple[Stage | HollowStage, dict[str, Sketch]]:
     """The stage, and what it begins with, for the driver to compare."""
-    plan = assignment.plan
+    plan, resolved, index = assignment.plan, assignment.resolved, assignment.index
     if plan.emulation is not None:
-        resolved = assignment.resolved
         last: Specs = (TensorSpec("output", resolved.output_shape, torch.float32, differentiable=True),)
-        output = last if assignment.last else resolved.cuts[assignment.index].specs
-        return HollowStage(assignment.index, plan, output, record, Sleeper().lasting), {}
-    cut = None if assignment.last else assignment.resolved.cuts[assignment.index].with_loss(recipe.loss)
-    below = None if assignment.index == 0 else assignment.resolved.cuts[assignment.index - 1]
-    layers, mine = stage_layers(recipe, plan, assignment.index), plan_of(plan, assignment.replica)
-    _check_names(assignment, layers)
-    built = fingerprint(recipe, assignment.resolved, assignment.index, layers, assignment.replica)
-    return Stage(layers, assignment.index, mine, recipe, cut, below, record, assignment.device), built
-
-
-def _check_names(assignment: Assignment, layers: Sequence[Layer]) -> None:
-    """A stage of other layers cannot even be built; the driver finds all other differences."""
-    resolved, start = assignment.resolved, sum(assignment.resolved.sizes[: assignment.index])
-    expected = resolved.layer_names[start : start + resolved.sizes[assignment.index]]
-    if (names := tuple(layer.name for layer in layers)) != expected:
+        output = last if assignment.last else resolved.cuts[index].specs
+        return HollowStage(index, plan, output, record, Sleeper().lasting), {}
+    cut = None if assignment.last else resolved.cuts[index].with_loss(recipe.loss)
+    below = None if index == 0 else resolved.cuts[index - 1]
+    layers, start = stage_layers(recipe, plan, index), sum(resolved.sizes[:index])
+    names, expected = tuple(layer.name for layer in layers), resolved.layer_names[start : start + resolved.sizes[index]]
+    if names != expected:  # a stage of other layers cannot even be built; the driver finds all other differences
         raise PlanError(
             f"model() gives this stage the layers {', '.join(names) or 'none'} in the worker, {', '.join(expected)} in "
             "the program that started it: it must build the same network whenever it is called."
         )
+    built, mine = fingerprint(recipe, resolved, index, layers, assignment.replica), plan_of(plan, assignment.replica)
+    return Stage(layers, index, mine, recipe, cut, below, record, assignment.device), built
 
 
 def _runner(
     assignment: Assignment, stage: Stage | HollowStage, ports: Ports, record: Recorder, board: StatusTable
 ) -> Runner:
-    plan = assignment.plan
+    plan, queues = assignment.plan, (ports.inlets, ports.outlets)
     policy = policy_of(plan)
     if plan.deterministic:
         policy = scripted(schedule(plan, assignment.resolved.held_out_batches)[assignment.worker])
-    exchange = gathering(plan, assignment.index, assignment.replica, ports.inlets, ports.outlets)
+    exchange = gathering(plan, assignment.index, assignment.replica, *queues)
+    averager = averager_of(plan, stage.state_tensors(), exchange, lambda: board.enough, record)
     return Runner(
-        stage=stage,
-        policy=policy,
-        stages=plan.stages,
-        microbatches=plan.microbatches,
-        inlets=ports.inlets,
-        outlets=ports.outlets,
-        averager=averager_of(plan, stage.state_tensors(), exchange, lambda: board.enough, record),
-        record=record,
+        stage, policy, *queues, averager=averager, record=record, stages=plan.stages, microbatches=plan.microbatches
     )
 
 
@@ -249,12 +233,12 @@ class _Reporter:
 
     def scores(self, updates: int, scores: EvaluationMetrics) -> None:
         self.flush()
-        scored = records.Scored(updates, scores.loss(), scores.accuracy(), scores.rows, now_ns())
-        records.send(self._connection, scored)
+        found = scores.loss(), scores.accuracy(), scores.rows
+        records.send(self._connection, records.Scored(updates, *found, now_ns()))
 
     def quality(self, stage: int, quality: Quality) -> None:
-        found = quality.cosine, quality.norm_ratio, quality.error
-        records.send(self._connection, records.Judged(stage, quality.batch, *found, now_ns(), self._replica))
+        judged = records.Judged(stage, **asdict(quality), time_ns=now_ns(), replica=self._replica)
+        records.send(self._connection, judged)
 
     def switch(self, switch: Switch) -> None:
         records.send(self._connection, records.Switched(**asdict(switch), time_ns=now_ns(), replica=self._replica))

@@ -24,9 +24,8 @@ _TIDY_WITHIN_S = 10.0
 def ends_with_the_driver(assignment: Assignment, listener: Path | None) -> Iterator[None]:
     """Watch, from a thread, over the process that started this one; when it dies, end with everything started here.
 
-    What the dead one would have removed is removed first: the names in shared memory and ``listener``, the socket of
-    its fork server. On the way out, if the driver is dead, it blocks until this process is killed: others may have told
-    it to end as well, and the thread would end with it, before it has tidied up.
+    What the dead one would have removed goes first: the names in shared memory, and ``listener``, its fork server's
+    socket. On the way out, where the driver is dead, it blocks until the thread has tidied up and killed this process.
     """
     driver = parent_process()
     if driver is None:  # called directly, in a test
@@ -37,8 +36,7 @@ def ends_with_the_driver(assignment: Assignment, listener: Path | None) -> Itera
         mp_connection.wait([driver.sentinel])
         try:
             unlink_all(assignment.resolved, assignment.names)
-            if listener is not None:
-                remove_listener(listener)
+            remove_listener(listener)
         finally:
             os.killpg(os.getpgid(0), signal.SIGKILL)
 

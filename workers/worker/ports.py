@@ -25,19 +25,18 @@ __all__ = ["Ports", "attached"]
 _TRAINING = (Kind.ACTIVATION, Kind.AWAITED, Kind.GRADIENT)
 
 
+@dataclass
 class Loading:
     """The data as an inlet."""
 
-    def __init__(self, assignment: Assignment, recipe: Recipe, record: Recorder, enough: Callable[[int], bool]) -> None:
-        open_data(recipe, assignment.plan)
-        self._messages = inputs(recipe, assignment.plan, assignment.resolved.steps, enough, assignment.replica)
-        self._record = record
+    messages: Iterator[Message]
+    record: Recorder
 
     def take(self) -> Message | None:
         """The next message; makes the batch."""
-        self._record(Span.LOAD, -1)
-        message = next(self._messages, None)
-        self._record(Span.OTHER, -1)
+        self.record(Span.LOAD, -1)
+        message = next(self.messages, None)
+        self.record(Span.OTHER, -1)
         return message
 
     def depth(self) -> int:
@@ -55,8 +54,7 @@ class Taking:
 
     def take(self) -> Message | None:
         """The next message as a copy, its slot free again, or None."""
-        message = (self.delayed or self.receiver).poll()
-        if message is None:
+        if (message := (self.delayed or self.receiver).poll()) is None:
             return None
         self.record(Span.RECEIVE, message.batch)
         owned = self.receiver.copied(message)
@@ -66,10 +64,6 @@ class Taking:
     def depth(self) -> int:
         """Slots in use."""
         return self.receiver.depth()
-
-    def due_ns(self) -> int | None:
-        """When a message that is known to come will arrive."""
-        return self.delayed.due_ns if self.delayed is not None else None
 
 
 @dataclass
@@ -106,16 +100,16 @@ class Ports:
         return waiting
 
     def sent_bytes(self, what: What) -> int:
-        """Bytes sent so far for training on edges of a kind: tensors only."""
+        """Bytes of the tensors sent so far for training on edges of a kind."""
         return sum(port.sent_bytes for edge, port in self.outlets.items() if edge.what == what)
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until somebody rings or a message is due; False when neither came within ``timeout_s`` seconds."""
-        dues = [port.due_ns() for port in self.inlets.values() if isinstance(port, Taking)]
-        known = [due for due in dues if due is not None]
-        if not known:
+        delayed = [port.delayed for port in self.inlets.values() if isinstance(port, Taking) and port.delayed]
+        dues = [end.due_ns for end in delayed if end.due_ns is not None]
+        if not dues:
             return self.bell.wait(timeout_s)
-        due_s = (min(known) - now_ns()) * 1e-9
+        due_s = (min(dues) - now_ns()) * 1e-9
         return self.bell.wait(max(0.0, min(due_s, timeout_s))) or due_s <= timeout_s
 
 
@@ -125,14 +119,8 @@ def attached(
 ) -> Iterator[Ports]:
     """Attach a worker's ends of all its channels; closes them on the way out.
 
-    Args:
-        assignment: whose channels.
-        recipe: gives the data of stage 0.
-        record: told what the worker turns to.
-        enough: asked by stage 0 before every training batch, with its number: True ends the run.
-
-    Raises:
-        TimeoutError: something was not there in time.
+    ``enough`` is asked by stage 0 before every training batch, with its number: True ends the run. Raises TimeoutError
+    where something was not there in time.
     """
     k, within_s, plan = assignment.worker, assignment.attach_within_s, assignment.plan
     mine = [c for c in channels_of(assignment.resolved, assignment.names) if k in (c.edge.source, c.edge.target)]
@@ -143,10 +131,11 @@ def attached(
             spin_s = 0.0 if rendezvous or on_gpu(assignment.device) else SPIN_S  # where threads of this process ring
             return stack.enter_context(WakeUp.attach(assignment.names.bell(worker), within_s, spin_s))
 
-        own, meeting = bell(k), None if rendezvous is None else rendezvous.join(within_s)
-        ports = Ports(own, {}, {})
+        ports, meeting = Ports(bell(k), {}, {}), None if rendezvous is None else rendezvous.join(within_s)
         if assignment.index == 0:
-            ports.inlets[data_edge(plan, assignment.replica)] = Loading(assignment, recipe, record, enough)
+            open_data(recipe, plan)
+            messages = inputs(recipe, plan, assignment.resolved.steps, enough, assignment.replica)
+            ports.inlets[data_edge(plan, assignment.replica)] = Loading(messages, record)
         for channel in mine:
             if channel.edge.source == k:
                 sender = stack.enter_context(open_sender(channel, bell, meeting, within_s))

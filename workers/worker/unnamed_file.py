@@ -1,8 +1,6 @@
 """A temporary file without a name: it goes with the last process that has it open, whatever ends that process.
 
-    agent  makes it, hands it to its worker at the start, reads it at the end        worker  writes it by its path
-
-Nobody has to remove it, so nobody can be killed before he did.
+agent  makes it, hands it to its worker at the start, reads it at the end        worker  writes it by its path
 """
 
 from __future__ import annotations
@@ -19,11 +17,7 @@ __all__ = ["UnnamedFile"]
 
 
 class UnnamedFile:
-    """An empty file in ``$TMPDIR`` without a name. It can be an argument of a process that is being started.
-
-    Raises:
-        PlanError: no such file can be made there.
-    """
+    """An empty file in ``$TMPDIR``, or PlanError. It can be an argument of a process that is being started."""
 
     def __init__(self, descriptor: int | None = None) -> None:
         if descriptor is None:
