@@ -60,7 +60,7 @@ class _Alone:
         computing = ComputeContext(plan, self.device)
         layers = layers_of(build_model(recipe, plan.seed))
         modules = computing.placed(torch.nn.Sequential(*(layer.module for layer in layers)))
-        network = computing.network(modules)
+        network = computing.chain(modules) or modules
         optimizer = build_optimizer(plan.optimizer, [p for p in modules.parameters() if p.requires_grad], plan.steps)
         assert optimizer is not None, "the recipe's model has parameters"
         spent = {"forward_s": 0.0, "backward_s": 0.0}

@@ -50,9 +50,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a bundle, of a whole batch: its name in errors, its shape [batch, ...], and whether a gradient comes
-    back for it.
-    """
+    """One tensor of a bundle, of a whole batch: name in errors, shape [batch, ...], whether a gradient comes back."""
 
     name: str
     shape: tuple[int, ...]

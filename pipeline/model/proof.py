@@ -24,31 +24,20 @@ from pipeline.seeding import seeded
 from pipeline.user_code import calling
 from pipeline.wording import text_of
 
-__all__ = ["check_chain", "check_partition", "check_ties"]
+__all__ = ["check_chain", "check_ties"]
 
 _T = TypeVar("_T")
 _Model = nn.Module | Sequence[nn.Module]
 _ROWS = 4  # of the batch, for the proof in training mode; batch normalisation needs two
 
 
-def check_partition(
-    model: _Model, layers: Sequence[Layer], stages: Sequence[Sequence[Layer]], inputs: Tensor
-) -> list[Any]:
-    """``check_ties`` of the stages and ``check_chain`` of the layers, whose outputs are returned."""
-    check_ties(stages)
-    return check_chain(model, layers, inputs)
-
-
 def check_chain(model: _Model, layers: Sequence[Layer], inputs: Tensor) -> list[Any]:
     """Prove that the layers in a row are the model, and return every layer's output for ``inputs`` (evaluation mode).
 
-    Works on copies of the model, whose modules are in the modes that they train in, and on ``inputs`` [batch, ...], in
-    training mode on four rows of it. Both sides draw the same random numbers.
-
-    Raises:
-        PlanError: a parameter or buffer outside every layer, a hook on the model itself, a layer without a forward or
-            that gives neither a tensor nor a tuple of tensors, or a chain that computes something else than the
-            model's own forward: its output, its buffers or its gradients, in evaluation or in training mode.
+    Works on copies of the model and on ``inputs`` [batch, ...], in training mode on four rows; both sides draw the same
+    random numbers. PlanError: a tensor outside every layer, a hook on the model itself, a layer without a forward
+    or that gives neither a tensor nor a tuple of tensors, or a chain that computes something else than the model's own
+    forward: its output, its buffers or its gradients, in evaluation or in training mode.
     """
     if isinstance(model, nn.Module):
         _nothing_lost(model, layers)
@@ -85,7 +74,7 @@ def check_ties(stages: Sequence[Sequence[Layer]]) -> None:
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies: [start, end) in memory, by which places are sorted; and what it is."""
+    """[start, end) of a tensor in memory, by which places are sorted; and what it is."""
 
     start: int
     end: int
@@ -127,9 +116,6 @@ def _nothing_left_out(model: nn.Module) -> None:
             f"the forward of this one {kind} was replaced by a function, and a pipeline calls its layers only: write a "
             "class whose forward calls them in order."
         )
-
-
-# ---------------------------------------------------------------- in evaluation mode
 
 
 def _check_evaluation(model: _Model, inputs: Tensor) -> list[Any]:
@@ -190,9 +176,6 @@ def _same_modes(whole: nn.Module, chain: Sequence[Layer]) -> None:
         )
 
 
-# ---------------------------------------------------------------- in training mode
-
-
 def _check_training(model: _Model, inputs: Tensor) -> None:
     _, borrowed = _on_few_rows(lambda rows: list(_borrowed(model, rows)), inputs)
     if borrowed:
@@ -204,8 +187,8 @@ def _check_training(model: _Model, inputs: Tensor) -> None:
         return
     own = f"{type(model).__name__}.forward in training mode"
     with calling(own):
-        rows, theirs = _on_few_rows(lambda rows: _Step.of(model, lambda whole, x: whole(x), rows), inputs)
-    mine = _Step.of(model, lambda whole, x: _run_chain(layers_of(whole), x)[-1], rows)
+        rows, theirs = _on_few_rows(lambda rows: _stepped(model, lambda whole, x: whole(x), rows), inputs)
+    mine = _stepped(model, lambda whole, x: _run_chain(layers_of(whole), x)[-1], rows)
     if not _equal(theirs.output, mine.output):
         raise PlanError(
             f"{own} does not compute the chain of its children ({_names(layers_of(model))}), though in evaluation mode "
@@ -253,16 +236,15 @@ class _Step(NamedTuple):
     buffers: dict[str, Tensor]
     gradients: dict[str, Tensor | None]
 
-    @classmethod
-    def of(cls, model: nn.Module, run: Callable[[nn.Module, Tensor], object], x: Tensor) -> _Step:
-        """Run a copy of the model."""
-        model = copy_of(model)
-        with torch.enable_grad(), seeded(0, "proof"):
-            output = run(model, x.clone())
-        if isinstance(output, Tensor) and output.requires_grad:
-            with seeded(0, "gradient"):  # a sum would hide what a softmax or a normalisation cancels
-                output.backward(torch.randn_like(output))
-        return cls(output, dict(model.named_buffers()), {name: p.grad for name, p in model.named_parameters()})
+
+def _stepped(model: nn.Module, run: Callable[[nn.Module, Tensor], object], x: Tensor) -> _Step:
+    model = copy_of(model)
+    with torch.enable_grad(), seeded(0, "proof"):
+        output = run(model, x.clone())
+    if isinstance(output, Tensor) and output.requires_grad:
+        with seeded(0, "gradient"):  # a sum would hide what a softmax or a normalisation cancels
+            output.backward(torch.randn_like(output))
+    return _Step(output, dict(model.named_buffers()), {name: p.grad for name, p in model.named_parameters()})
 
 
 def _has_a_forward_of_its_own(model: nn.Module) -> bool:

@@ -13,11 +13,11 @@ from operator import attrgetter
 from typing import Any
 
 from pipeline.errors import NoEffect, PlanError, nearest
-from pipeline.plan.channel_choice import CHANNELS, WIRE_DTYPES
-from pipeline.plan.device_choice import AUTOCAST_DTYPES, CPU, device_problems
+from pipeline.plan.channel_choice import CHANNELS
+from pipeline.plan.device_choice import CPU, device_problems
 from pipeline.plan.emulation import Emulation, Link
 from pipeline.plan.goal import Goal
-from pipeline.plan.names import DNI_FORMS, OPTIMIZERS, SCHEDULES, TARGETS
+from pipeline.plan.names import DNI_FORMS, DTYPES, OPTIMIZERS, SCHEDULES, TARGETS
 from pipeline.plan.plan import ChannelPlan, DNIPlan, OptimizerPlan, Plan
 from pipeline.schedule.modes import MODES
 
@@ -110,8 +110,8 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
         (plan.in_flight, ("stages", "full"), "in_flight"),
         (plan.unlock, ("always", "auto"), "unlock"),
         (plan.channels, ("auto", *CHANNELS), "channels"),
-        ("bf16" if plan.channel.wire_dtype is None else plan.channel.wire_dtype, tuple(WIRE_DTYPES), "wire dtype"),
-        ("bf16" if plan.autocast is None else plan.autocast, AUTOCAST_DTYPES, "autocast dtype"),
+        ("bf16" if plan.channel.wire_dtype is None else plan.channel.wire_dtype, DTYPES, "wire dtype"),
+        ("bf16" if plan.autocast is None else plan.autocast, DTYPES, "autocast dtype"),
     ):
         if not (isinstance(value, str) and value in valid):
             yield nearest(_shown(value), valid, what)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.data.recipe import Recipe, build_model
 from pipeline.errors import PlanError, nearest
 from pipeline.model.partition import balanced_split, layers_of, split
-from pipeline.model.proof import check_partition
+from pipeline.model.proof import check_chain, check_ties
 from pipeline.run.resolved import Resolved
 
 __all__ = ["TORCH_SCHEDULES", "Boundary", "Placement", "Schedule", "check_microbatches", "place"]
@@ -140,7 +140,8 @@ def place(recipe: Recipe, resolved: Resolved, name: str, microbatches: int) -> P
         sizes = balanced_split(layers, seconds, ranks * schedule.per_rank)
     stages = split(layers, sizes)
     inputs = recipe.batch(0)[0][: resolved.batch_shape[0] // microbatches]
-    outputs = check_partition(model, layers, stages, inputs)
+    check_ties(stages)
+    outputs = check_chain(model, layers, inputs)
     if not any(p.requires_grad for layer in stages[0] for p in layer.module.parameters()):
         # torch's stages give a gradient to every activation, and without parameters there is none
         names = ", ".join(layer.name for layer in stages[0])
