@@ -20,8 +20,8 @@ _Result = TypeVar("_Result")
 
 
 class Unwritten(Generic[_Result]):
-    """A function whose tensor arguments keep their values. ``writes``: whether it writes into them, where that is known;
-    else it gets copies, after the first call only if it wrote into one then, or gave back a view of one.
+    """A function whose tensor arguments keep their values. ``writes``: whether it writes into them; if None, it gets
+    copies the first time, and from then on only if it wrote into one, or gave back a view of one.
     """
 
     def __init__(self, function: Callable[..., _Result], writes: bool | None = None) -> None:
