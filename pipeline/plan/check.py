@@ -132,7 +132,8 @@ def _out_of_range(plan: Plan) -> Iterator[str]:
         number = attrgetter(name)(plan)
         if number is None and attrgetter(name)(_DEFAULTS) is None:
             continue
-        if not (isinstance(number, kind) and _is_number(number) and fits(number)):
+        right = isinstance(number, kind) and _is_number(number) and fits(number)
+        if not right:
             yield f"{name} is {_shown(number)}: {says}"
         elif number > most:
             whole = "a whole number, " if kind is Integral else ""
