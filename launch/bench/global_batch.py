@@ -8,14 +8,18 @@ Locked replicas equal training on global batches, so a benchmark has everybody e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from launch.setup.resolve_source import resolve_source
-from pipeline import Batch, Plan, Recipe
+from pipeline import Plan, Recipe
+from pipeline.data.batch import Minibatch, tensors_of_value
+from pipeline.messages.bundle import present
+from pipeline.messages.nesting import Nesting
 from pipeline.plan.replica_layout import batch_of
 from pipeline.run.resolved import Resolved
 
@@ -39,7 +43,12 @@ def global_batch_recipe(source: RecipeSource, plan: Plan) -> Recipe:
     return replace(recipe, batches=partial(_global_batch, recipe, plan))
 
 
-def _global_batch(recipe: Recipe, plan: Plan, step: int) -> Batch:
+def _global_batch(recipe: Recipe, plan: Plan, step: int) -> Minibatch:
     numbers = (batch_of(plan, replica, step) for replica in range(plan.replicas))
-    inputs, labels = zip(*(recipe.seeded_batch(plan.seed, number) for number in numbers), strict=True)
-    return torch.cat(inputs), torch.cat(labels)
+    batches = [recipe.seeded_batch(plan.seed, number) for number in numbers]
+    return Minibatch(*(_joined([batch[part] for batch in batches]) for part in (0, 1)))
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    rows = zip(*map(tensors_of_value, values), strict=True)
+    return Nesting.of(values[0]).value([torch.cat([present(each) for each in same]) for same in rows])

@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any
 
 import msgspec
-import torch
 
 from launch.bench.rivals import HERE, RivalRun, Training
 from launch.bench.rivals.ranks import run_ranks
 from launch.bench.rivals.record import RankRun
-from pipeline.data.recipe import Recipe, build_model
+from pipeline.data.network import layers_for
+from pipeline.data.recipe import Recipe
+from pipeline.messages.bundle import as_value
+from pipeline.messages.nesting import Nesting
 from pipeline.model.compute import ComputeContext
 from pipeline.model.optimizers import build_optimizer
-from pipeline.model.partition import layers_of
+from pipeline.model.segment import network_of
 from pipeline.plan.device_choice import CPU
 from pipeline.plan.plan import Plan
 from pipeline.stage.evaluation import scores_of
@@ -49,9 +51,9 @@ def _train_alone(device: str, training: Training, rank: int) -> RankRun:
     plan, recipe = training.plan, training.source()
     prepare_device(device, plan)
     computing = ComputeContext(plan, device)
-    layers = layers_of(build_model(recipe, plan.seed))
-    modules = computing.placed(torch.nn.Sequential(*(layer.module for layer in layers)))
-    network = computing.network(modules)
+    layers = layers_for(recipe, plan)
+    modules = computing.placed(network_of(layers))
+    network = computing.chain(modules) or modules
     optimizer = build_optimizer(plan.optimizer, [p for p in modules.parameters() if p.requires_grad], plan.steps)
     assert optimizer is not None, "the recipe's model has parameters"
     spent = {"forward_s": 0.0, "backward_s": 0.0}
@@ -59,13 +61,14 @@ def _train_alone(device: str, training: Training, rank: int) -> RankRun:
     def step(index: int) -> float:
         if index == training.warmup:
             spent.update(forward_s=0.0, backward_s=0.0)
-        inputs, labels = computing.here(*recipe.seeded_batch(plan.seed, index))
+        batch = recipe.seeded_batch(plan.seed, index)
+        inputs, labels = (as_value(computing.brought(each)) for each in batch.tensors())
         loaded = time.perf_counter()
         with computing.autocast():
             output = network(inputs)
         forwarded = time.perf_counter()
         with computing.autocast():
-            loss = recipe.loss(output, labels)
+            loss = recipe.arranged(Nesting.of(batch.labels)).loss(output, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
@@ -87,10 +87,16 @@ class BenchOptions(RunOptions):
     """Compare with links of these latencies too, e.g. 0 10 50 100; links are emulated then, as with --link."""
 
     def problems(self) -> Iterator[str]:
-        """What cannot work, one sentence each."""
         yield from super().problems()
         yield from count_problems(rounds=self.rounds)
-        yield from _over_problems(self)
+        if self.over_stages and self.over_latency_ms:
+            yield "over_stages and over_latency_ms are both given: compare over one of them at a time."
+        limits = ("stages", self.over_stages, 1, _MOST), ("latency_ms", self.over_latency_ms, 0, 3.6e6)
+        for name, values, least, most in limits:
+            if wrong := [value for value in values if not value >= least]:
+                yield f"over_{name} has {wrong[0]:g}: every one must be at least {least}."
+            if wrong := [value for value in values if value > most]:
+                yield f"over_{name} has {str(wrong[0])[:40]}: every one must be at most {most:,.0f}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +113,6 @@ class ChannelOptions:
     """Also write the rows to this file."""
 
     def problems(self) -> Iterator[str]:
-        """What cannot work, one sentence each."""
         yield from count_problems(rounds=self.rounds, slots=self.slots)
         yield from device_problems(self.device)
         yield from _json_problems(self.json)
@@ -125,17 +130,10 @@ class Parsed:
 def parse(
     recipe: str, arguments: Sequence[str], run_type: type[RunOptions], prog: str, *, writes: bool = True
 ) -> Parsed:
-    """Parse the options behind a recipe's name. Exits with status 2 and one message when they are wrong.
+    """Parse what the user gave ``prog`` behind a recipe's name: options of the plan, of the recipe, and of the run.
 
-    Args:
-        recipe: name or path.
-        arguments: the options: the plan's, the recipe's, and those of ``run_type``.
-        run_type: see there.
-        prog: the command, for messages.
-        writes: whether this process writes what the run leaves; only then all values are checked.
-
-    Raises:
-        PlanError: no such recipe, or values that cannot work; all that are seen without the recipe come at once.
+    Exits with status 2 and one message when they cannot be read. PlanError: no such recipe, or values that cannot work;
+    all are checked at once, if this process writes what the run leaves.
     """
     entry = entry_of(recipe)
     given = {option_name(argument) for argument in arguments}
@@ -147,12 +145,12 @@ def parse(
     if clash := [f.name for f in dataclasses.fields(own) if f.name in taken]:
         raise PlanError(f"recipe() in {recipe} has parameters that Freewheel has too: rename {', '.join(clash)}.")
     fields: list[Any] = [
-        ("plan", _flat(Plan), dataclasses.field(default=dataclasses.replace(entry.plan, **run_type.fixed))),
-        ("run", _flat(run_type), dataclasses.field(default_factory=run_type)),
+        ("plan", _flat(Plan), field(default=dataclasses.replace(entry.plan, **run_type.fixed))),
+        ("run", _flat(run_type), field(default_factory=run_type)),
     ]
     if options_of_recipe := dataclasses.fields(own):
         required = any(f.default is dataclasses.MISSING for f in options_of_recipe)
-        fields.insert(0, ("recipe", _flat(own), *([] if required else [dataclasses.field(default_factory=own)])))
+        fields.insert(0, ("recipe", _flat(own), *([] if required else [field(default_factory=own)])))
     with _rules(run_type):
         options: Any = tyro.cli(
             dataclasses.make_dataclass("Options", fields, kw_only=True),
@@ -185,13 +183,13 @@ def option_name(argument: str) -> str | None:
 
 
 def _check(options: RunOptions | ChannelOptions, plan: Plan | None = None) -> None:
-    wrong: tuple[str, ...] = ()
+    problems: list[str] = []
     try:
         if plan is not None:
             check_plan(plan)
     except PlanError as error:
-        wrong = error.problems
-    if problems := [*wrong, *options.problems()]:
+        problems += error.problems
+    if problems := [*problems, *options.problems()]:
         raise PlanError(*problems)
 
 
@@ -216,17 +214,6 @@ def count_problems(**options: int) -> Iterator[str]:
             yield f"{name} is {str(value)[:40]}: it must be at most {_MOST:,}."
 
 
-def _over_problems(options: BenchOptions) -> Iterator[str]:
-    if options.over_stages and options.over_latency_ms:
-        yield "over_stages and over_latency_ms are both given: compare over one of them at a time."
-    limits = ("stages", options.over_stages, 1, _MOST), ("latency_ms", options.over_latency_ms, 0, 3.6e6)
-    for name, values, least, most in limits:
-        if wrong := [value for value in values if not value >= least]:
-            yield f"over_{name} has {wrong[0]:g}: every one must be at least {least}."
-        if wrong := [value for value in values if value > most]:
-            yield f"over_{name} has {str(wrong[0])[:40]}: every one must be at most {most:,.0f}."
-
-
 def _rules(run_type: type[RunOptions]) -> ConstructorRegistry:
     """How the plan and the run become options: valid names in the help, and no option for what is fixed."""
     registry, ours = ConstructorRegistry(), {*_tree(Plan), *_tree(run_type)}
@@ -237,7 +224,7 @@ def _rules(run_type: type[RunOptions]) -> ConstructorRegistry:
             return None
         hints = get_type_hints(info.type, include_extras=True)
         for name, valid in _VALID.get(info.type, {}).items():
-            hints[name] = _annotated(hints[name], tyro.conf.arg(metavar=f"{{{','.join(valid)}}}"))
+            hints[name] = Annotated[hints[name], tyro.conf.arg(metavar=f"{{{','.join(valid)}}}")]
         help_of: dict[str, str] = {}
         for kind in reversed(info.type.__mro__):  # a docstring of a field stands where the field does
             help_of |= _help_of(docstring_parser.parse_from_object(kind)) if dataclasses.is_dataclass(kind) else {}
@@ -266,9 +253,12 @@ def recipe_options(make: Callable[..., Recipe]) -> type:
     for name, parameter in inspect.signature(make, eval_str=True).parameters.items():
         if name == _SEED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        kind = _annotated(_kind(parameter), tyro.conf.arg(help=help_of.get(name)))
+        kind: Any = parameter.annotation  # or else the type of its default, or a string
         has_default = parameter.default is not inspect.Parameter.empty
-        fields.append((name, kind, *([dataclasses.field(default=parameter.default)] if has_default else [])))
+        if kind is inspect.Parameter.empty and has_default:
+            kind = str | None if parameter.default is None else type(parameter.default)
+        kind = Annotated[str if kind is inspect.Parameter.empty else kind, tyro.conf.arg(help=help_of.get(name))]
+        fields.append((name, kind, *([field(default=parameter.default)] if has_default else [])))
     return dataclasses.make_dataclass("RecipeOptions", fields, frozen=True, kw_only=True)
 
 
@@ -277,20 +267,6 @@ def _help_of(docstring: docstring_parser.Docstring) -> dict[str, str]:
     return {param.arg_name: " ".join((param.description or "").split()) for param in docstring.params}
 
 
-def _kind(parameter: inspect.Parameter) -> Any:
-    """The type of a recipe's option: as annotated, else that of its default, else a string."""
-    if parameter.annotation is not inspect.Parameter.empty:
-        return parameter.annotation
-    if parameter.default is inspect.Parameter.empty:
-        return str
-    return str | None if parameter.default is None else type(parameter.default)
-
-
 def _flat(kind: type) -> Any:
     """Options of a nested dataclass without its own name in front."""
-    return _annotated(kind, tyro.conf.arg(name=""))
-
-
-def _annotated(kind: Any, note: Any) -> Any:
-    made: Any = Annotated  # types that are only known at run time
-    return made[kind, note]
+    return Annotated[kind, tyro.conf.arg(name="")]

@@ -11,11 +11,8 @@ from typing import Literal
 from launch.options.options import BenchOptions, RunOptions
 from pipeline import PlanError
 
-__all__ = ["LAUNCHER_OPTIONS", "BenchRunOptions", "RayOptions", "TrainOptions", "check_no_launcher", "needs_of"]
+__all__ = ["BenchRunOptions", "RayOptions", "TrainOptions", "check_no_launcher", "needs_of"]
 
-LAUNCHER_OPTIONS = ("--launcher", "--address", "--ray.")
-"""The options that say who starts the workers; the last one is the beginning of several."""
-_OWN_OPTIONS = ("CPU", "GPU", "memory", "object_store_memory")
 _MOST = 10**6
 _LEAST_GPU = 1e-4  # Ray counts in ten thousandths
 
@@ -52,7 +49,7 @@ class RayOptions:
             name, _, amount = part.partition("=")
             if not name or not _is_amount(amount):
                 yield f"ray.resources has {part!r}: write NAME=AMOUNT, an amount above 0."
-            elif name in _OWN_OPTIONS:
+            elif name in ("CPU", "GPU", "memory", "object_store_memory"):
                 own = "CPUs are --ray.cpus, GPUs --ray.gpus"
                 yield f"ray.resources has {name}, which is none of a cluster's custom resources; {own}."
 
@@ -70,7 +67,6 @@ class TrainOptions(RunOptions):
     """Where Ray puts the stages; only with --launcher ray."""
 
     def problems(self) -> Iterator[str]:
-        """What cannot work, one sentence each."""
         yield from super().problems()
         if self.launcher == "ray":
             yield from _address_problems(self.address or "auto")
@@ -87,7 +83,6 @@ class BenchRunOptions(BenchOptions, TrainOptions):
     """How to compare, where the runs go, and who starts the workers."""
 
     def problems(self) -> Iterator[str]:
-        """What cannot work, one sentence each."""
         yield from super().problems()
         if self.launcher == "ray" and self.over_stages:
             yield "over_stages cannot be had with launcher ray, which reserves one place per stage: leave it out."
@@ -101,9 +96,9 @@ def needs_of(options: RayOptions, threads: int, gpus: float) -> dict[str, float]
 
 
 def check_no_launcher(arguments: Sequence[str], why: str) -> None:
-    """Refuse ``LAUNCHER_OPTIONS`` where it is settled who starts the workers; ``why`` follows the options' names."""
+    """Refuse the options that say who starts the workers, where that is settled; ``why`` follows their names."""
     names = [argument.partition("=")[0] for argument in arguments]
-    if given := [name for name in names if name.startswith("--ray.") or name in LAUNCHER_OPTIONS]:
+    if given := [name for name in names if name.startswith("--ray.") or name in ("--launcher", "--address")]:
         raise PlanError(f"{', '.join(name.removeprefix('--') for name in given)}: {why}")
 
 

@@ -1,4 +1,4 @@
-"""The built-in recipes. Each is a function whose keyword parameters are its options on the command line."""
+"""The built-in recipes."""
 
 from __future__ import annotations
 

@@ -17,9 +17,6 @@ from pipeline.seeding import derived_seed
 
 __all__ = ["chargpt"]
 
-_HELD_OUT = 0.1  # the last tenth of the text
-_NUM_HELD_OUT_BATCHES = 10
-
 
 def chargpt(
     data: Path,
@@ -50,9 +47,8 @@ def chargpt(
         raise PlanError(f"heads is {heads}: it must divide the width {width}.")
     train, held_out, vocabulary = _text(Path(data))
     if len(held_out) <= max(context * batch, context + 1):
-        raise PlanError(
-            f"{data} is too short for batches of {batch} x {context} characters: lower --context or --batch."
-        )
+        rows = f"batches of {batch} x {context} characters"
+        raise PlanError(f"{data} is too short for {rows}: lower --context or --batch.")
     return Recipe(
         name="chargpt",
         model=partial(_model, vocabulary, width, blocks, heads, context, dropout),
@@ -73,7 +69,7 @@ def _windows(text: Tensor, context: int, batch: int, seed: int, index: int) -> B
 
 
 def _held_out_batches(data: Path, context: int, batch: int) -> Iterator[Batch]:
-    return (_windows(_text(data)[1], context, batch, 0, index) for index in range(_NUM_HELD_OUT_BATCHES))
+    return (_windows(_text(data)[1], context, batch, 0, index) for index in range(10))
 
 
 @cache
@@ -85,7 +81,7 @@ def _text(path: Path) -> tuple[Tensor, Tensor, int]:
     characters = sorted(set(text))
     number = {character: index for index, character in enumerate(characters)}
     codes = torch.tensor([number[character] for character in text], dtype=torch.int64)
-    border = int(len(codes) * (1 - _HELD_OUT))
+    border = int(len(codes) * 0.9)  # the last tenth is held out
     return codes[:border], codes[border:], len(characters)
 
 
@@ -95,13 +91,9 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _model(vocabulary: int, width: int, blocks: int, heads: int, context: int, dropout: float) -> nn.Sequential:
-    model = nn.Sequential(
-        Embedding(vocabulary, width, context),
-        *(Block(width, heads, dropout) for _ in range(blocks)),
-        nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary)),
-    )
-    model.apply(_initialise)
-    return model
+    layers = [Embedding(vocabulary, width, context), *(Block(width, heads, dropout) for _ in range(blocks))]
+    head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
+    return nn.Sequential(*layers, head).apply(_initialise)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -120,7 +112,6 @@ class Embedding(nn.Module):
         self.positions = nn.Embedding(context, width)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Look both up and add them."""
         positions: Tensor = self.positions(torch.arange(codes.shape[1], device=codes.device))
         return positions + cast(Tensor, self.characters(codes))
 
@@ -137,7 +128,6 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attention and MLP, each added to the residual stream."""
         x = x + self.dropout(self._attention(self.norm1(x)))
         return x + cast(Tensor, self.dropout(self.mlp(self.norm2(x))))
 

@@ -16,9 +16,6 @@ from pipeline import Batch, Recipe
 
 __all__ = ["cnn"]
 
-_SIDE = {"digits": 8, "mnist": 28}
-_HALVED_AT_ONCE = 16  # an image of this side or more is halved by the first convolution already
-
 
 def cnn(data: Path | None = None, width: int = 16, batch: int = 128, batch_norm: bool = True, seed: int = 0) -> Recipe:
     """Four convolutions and a linear layer, on 8x8 digits or MNIST.
@@ -32,7 +29,7 @@ def cnn(data: Path | None = None, width: int = 16, batch: int = 128, batch_norm:
     """
     check_counts(width=width, batch=batch)
     flat = digits(batch=batch, seed=seed) if data is None else mnist(data, batch=batch, seed=seed)
-    side, evaluation = _SIDE[flat.name], flat.evaluation
+    side, evaluation = 8 if data is None else 28, flat.evaluation
     assert callable(evaluation), "both have held-out images"
     assert callable(flat.batches), "both are functions of the index"
     return Recipe(
@@ -52,13 +49,11 @@ def convolutions(side: int, width: int, classes: int, *, batch_norm: bool = True
     Input [batch, 1, side, side], output [batch, classes]. From side 28: 14, 7, 4, 4; from side 8: 8, 4, 2, 2.
     """
     widths = [1, width, 2 * width, 4 * width, 4 * width]
-    strides = [2 if side >= _HALVED_AT_ONCE else 1, 2, 2, 1]
+    strides = [2 if side >= 16 else 1, 2, 2, 1]
     blocks = []
     for into, out, stride in zip(widths, widths[1:], strides, strict=False):
-        parts: list[nn.Module] = [nn.Conv2d(into, out, 3, stride=stride, padding=1)]
-        if batch_norm:
-            parts.append(nn.BatchNorm2d(out))
-        blocks.append(nn.Sequential(*parts, nn.ReLU()))
+        norm = [nn.BatchNorm2d(out)] if batch_norm else []
+        blocks.append(nn.Sequential(nn.Conv2d(into, out, 3, stride=stride, padding=1), *norm, nn.ReLU()))
         side = -(-side // stride)
     return nn.Sequential(*blocks, nn.Sequential(nn.Flatten(), nn.Linear(widths[-1] * side**2, classes)))
 

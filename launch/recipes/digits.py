@@ -18,7 +18,6 @@ __all__ = ["digits"]
 
 _PIXELS = 64
 _NUM_TRAIN = 1347  # three quarters; the rest is held out
-_SPLIT_SEED = 0
 
 
 def digits(hidden: int = 512, layers: int = 6, batch: int = 128, seed: int = 0) -> Recipe:
@@ -43,7 +42,7 @@ def _part(part: str) -> Batch:
 @cache
 def _data() -> Batch:
     rows = _table()
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     inputs = torch.tensor(rows[:, :_PIXELS], dtype=torch.float32)[order] / 16.0
     return inputs, torch.tensor(rows[:, _PIXELS], dtype=torch.int64)[order]
 

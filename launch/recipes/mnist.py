@@ -17,8 +17,6 @@ from pipeline import Batch, PlanError, Recipe
 
 __all__ = ["mnist"]
 
-_IMAGE = (28, 28)
-_PIXELS = 28 * 28
 _MEAN, _STD = 0.1307, 0.3081  # of the training pixels
 
 
@@ -45,27 +43,23 @@ def mnist(
     """
     check_counts(hidden=hidden, layers=layers, batch=batch)
     check_activation(activation)
-    model = partial(perceptron, _PIXELS, hidden, layers, 10, batch_norm=batch_norm, activation=activation)
+    model = partial(perceptron, 28 * 28, hidden, layers, 10, batch_norm=batch_norm, activation=activation)
     return image_recipe("mnist", model, partial(_data, Path(data)), batch, seed, steps=2000)
 
 
 @cache
 def _data(folder: Path, part: str) -> Batch:
-    images = _idx(folder, f"{part}-images-idx3-ubyte", _IMAGE)
+    images = _idx(folder, f"{part}-images-idx3-ubyte", (28, 28))
     labels = _idx(folder, f"{part}-labels-idx1-ubyte", ())
     if len(images) != len(labels):
-        raise PlanError(
-            f"{folder} has {len(images)} {part} images and {len(labels)} labels: the files do not belong together."
-        )
+        counts = f"{len(images)} {part} images and {len(labels)} labels"
+        raise PlanError(f"{folder} has {counts}: the files do not belong together.")
     inputs = torch.from_numpy(images.reshape(len(images), -1)).float().div_(255.0).sub_(_MEAN).div_(_STD)
     return inputs, torch.from_numpy(labels.astype(np.int64))
 
 
 def _idx(folder: Path, name: str, each: tuple[int, ...]) -> np.ndarray:
-    """An IDX file of unsigned bytes: 0 0 8 ndim, then each size as a big-endian int32, then the values.
-
-    Its shape is [number, *each].
-    """
+    """An IDX file of bytes, [number, *each]: 0 0 8 ndim, then each size as a big-endian int32, then the values."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise PlanError(f"no {name} (or {name}.gz) in {folder}: give the folder of the MNIST files with --data.")

@@ -10,17 +10,14 @@ from torch import nn
 
 from pipeline import ArrayBatches, Batch, PlanError, Recipe, correct_predictions, nearest
 
-__all__ = ["ACTIVATIONS", "check_activation", "image_recipe", "perceptron"]
+__all__ = ["check_activation", "image_recipe", "perceptron"]
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
-"""By the name that an option gives."""
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 _Data = Callable[[str], Batch]
 
 
 def image_recipe(name: str, model: Callable[[], nn.Module], data: _Data, batch: int, seed: int, steps: int) -> Recipe:
-    """A classifier of images that fit in memory. ``data``: ``train`` or ``t10k``, the held-out part -> all images and
-    labels of it.
-    """
+    """A classifier of images in memory; ``data``: ``train`` or ``t10k``, the held-out part -> its images and labels."""
     return Recipe(
         name=name,
         model=model,
@@ -50,14 +47,13 @@ def perceptron(
     """
     blocks: list[nn.Module] = []
     for index in range(layers - 1):
-        parts: list[nn.Module] = [nn.Linear(inputs if index == 0 else hidden, hidden)]
-        if batch_norm:
-            parts.append(nn.BatchNorm1d(hidden))
-        blocks.append(nn.Sequential(*parts, ACTIVATIONS[activation]()))
+        norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
+        linear = nn.Linear(inputs if index == 0 else hidden, hidden)
+        blocks.append(nn.Sequential(linear, *norm, _ACTIVATIONS[activation]()))
     return nn.Sequential(*blocks, nn.Linear(hidden if layers > 1 else inputs, classes))
 
 
 def check_activation(activation: str) -> None:
     """Refuse an activation function that is not known."""
-    if activation not in ACTIVATIONS:
-        raise PlanError(nearest(activation, ACTIVATIONS, "activation"))
+    if activation not in _ACTIVATIONS:
+        raise PlanError(nearest(activation, _ACTIVATIONS, "activation"))

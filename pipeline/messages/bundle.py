@@ -39,12 +39,8 @@ Bundle = tuple[Tensor | None, ...]
 
 
 class Item(NamedTuple):
-    """The key of a piece of work.
-
-    Attributes:
-        batch: batch id, from 0.
-        microbatch: which part of the batch, in modes that cut batches.
-        session: which part of its sequence, in runs that cut time; 0 where none does.
+    """The key of a piece of work: the batch's id, from 0; its part of the batch, in modes that cut batches; its part of
+    the sequence, in runs that cut time.
     """
 
     batch: int
@@ -57,14 +53,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a bundle, of a whole batch.
-
-    Attributes:
-        name: what errors call it.
-        shape: [batch, ...].
-        dtype: its dtype.
-        differentiable: whether a gradient comes back for it.
-    """
+    """One tensor of a bundle, of a whole batch: name in errors, shape [batch, ...], whether a gradient comes back."""
 
     name: str
     shape: tuple[int, ...]
@@ -85,19 +74,12 @@ Specs = tuple[TensorSpec | None, ...]
 
 def specs_of(bundle: Bundle, name: str, *, differentiable: bool = False) -> Specs:
     """The specs of a bundle of a whole batch, called ``name``, with their number behind it where there are several.
-
-    ``differentiable``: whether gradients come back for those that hold floating-point numbers.
+    ``differentiable``: gradients come back for those that hold floating-point numbers.
     """
+    names = [name] if len(bundle) == 1 else [f"{name} {place}" for place in range(len(bundle))]
     return tuple(
-        None
-        if tensor is None
-        else TensorSpec(
-            name if len(bundle) == 1 else f"{name} {place}",
-            tuple(tensor.shape),
-            tensor.dtype,
-            differentiable and tensor.is_floating_point(),
-        )
-        for place, tensor in enumerate(bundle)
+        t if t is None else TensorSpec(called, tuple(t.shape), t.dtype, differentiable and t.is_floating_point())
+        for called, t in zip(names, bundle, strict=True)
     )
 
 

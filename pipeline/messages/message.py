@@ -3,8 +3,7 @@
     | header: kind counts stage ... sent | per tensor: dtype ndim dims order | pad | bytes | pad | bytes |
                                                                                    ^ every tensor starts on 64 bytes
 
-A tensor arrives with the order its dimensions have in memory (transposed, channels last), since kernels round by it.
-Gaps (a slice of columns) and repetitions (an expanded tensor) do not travel: it arrives dense.
+A tensor arrives dense, with the order its dimensions have in memory (transposed, channels last): kernels round by it.
 
 An activation carries the output of the stage below, and the labels as its context. A gradient carries one tensor for
 each differentiable one of the activation.
@@ -17,6 +16,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,18 +29,9 @@ ALIGNMENT_BYTES = 64
 _HEADER = struct.Struct("<BBBHIqHHq")  # kind, tensors of payload and context, stage, generation, item, sent
 _TENSOR = struct.Struct("<BB")  # dtype code, number of dimensions
 
-_DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-)
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_DTYPES = (*_FLOATS, *_INTEGERS, torch.bool)
 _CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _NOTHING = 255
 """Stands for the dtype of a place without a tensor."""
@@ -64,25 +55,15 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message.
-
-    Attributes:
-        kind: what it is.
-        item: the piece of work it belongs to.
-        stage: index of the sender.
-        payload: tensors of any shapes.
-        context: tensors that ride along.
-        generation: counts restarts; the sending end of a channel sets it, the receiving one checks it.
-        sent_ns: when it was sent, on the common clock; 0 where nobody needs to know.
-    """
+    """One message from a stage about a piece of work; what is in its context rides along."""
 
     kind: Kind
     item: Item
     stage: int
     payload: Bundle = ()
     context: Bundle = ()
-    generation: int = 0
-    sent_ns: int = 0
+    generation: int = 0  # counts restarts; the sending end of a channel sets it, the receiving one checks it
+    sent_ns: int = 0  # on the common clock; 0 where nobody needs to know
 
     @property
     def batch(self) -> int:
@@ -112,10 +93,8 @@ class Layout:
 
 
 def layout_of(message: Message) -> Layout:
-    """Plan the bytes of a message: header, then each tensor at a multiple of 64 bytes.
-
-    Raises:
-        TypeError: a tensor's dtype is not one that travels.
+    """Plan the bytes of a message: header, then each tensor at a multiple of 64 bytes. TypeError: a dtype that does not
+    travel.
     """
     m, counts = message, (len(message.payload), len(message.context))
     parts = [_HEADER.pack(m.kind, *counts, m.stage, m.generation, *m.item, m.sent_ns)]
@@ -152,24 +131,18 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def decode(buffer: memoryview) -> Message:
-    """Read a message in place: its tensors share the memory of ``buffer`` and are valid as long as that is.
-
-    Raises:
-        ValueError: the bytes are no message of ours, or are cut short.
+    """Read a message in place: its tensors share the memory of ``buffer`` and are valid as long as that is. ValueError:
+    the bytes are no message of ours, or are cut short.
     """
     try:
-        return _read(buffer, lambda start, dtype, shape, order: _view(buffer, start, dtype, shape, order))
+        return _read(buffer, partial(_view, buffer))
     except (struct.error, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"not a message, or cut short ({len(buffer)} bytes): {error}") from error
 
 
 def decode_over(header: memoryview, memory: Tensor) -> Message:
-    """A message whose header lies in one place and whose bytes in another; its tensors are in place.
-
-    ``memory`` [bytes] uint8, on any device, stands for the message's bytes from the first on, header included.
-
-    Raises:
-        ValueError: the message does not fit the memory.
+    """A message whose header lies in one place, and all its bytes in another, ``memory`` [bytes] uint8 on any device;
+    its tensors are in place. ValueError: the message does not fit the memory.
     """
 
     def view(start: int, dtype: torch.dtype, shape: tuple[int, ...], order: bytes) -> Tensor:
@@ -181,13 +154,18 @@ def decode_over(header: memoryview, memory: Tensor) -> Message:
     return _read(header, view)
 
 
-_Spec = tuple[torch.dtype, tuple[int, ...], bytes]
-
-
 def _read(header: memoryview, view: Callable[[int, torch.dtype, tuple[int, ...], bytes], Tensor]) -> Message:
     """The message of a header; ``view`` gives the tensor that begins at a byte."""
     kind, num_payload, num_context, stage, generation, *item, sent_ns = _HEADER.unpack_from(header, 0)
-    specs, end = _specs(header, num_payload + num_context)
+    specs, end = list[tuple[torch.dtype, tuple[int, ...], bytes] | None](), _HEADER.size
+    for _ in range(num_payload + num_context):
+        code, num_dims = _TENSOR.unpack_from(header, end)
+        dimensions = _dimensions(num_dims)
+        *shape, order = dimensions.unpack_from(header, end + _TENSOR.size)
+        end += _TENSOR.size + dimensions.size
+        if sorted(order) != list(range(num_dims)):
+            raise ValueError(f"{list(order)} is no order of {num_dims} dimensions")
+        specs.append(None if code == _NOTHING else (_DTYPES[code], tuple(shape), order))
     places: list[Tensor | None] = []
     for spec in specs:
         if spec is not None:
@@ -197,20 +175,6 @@ def _read(header: memoryview, view: Callable[[int, torch.dtype, tuple[int, ...],
         places.append(None if spec is None else tensor)
     payload, context = tuple(places[:num_payload]), tuple(places[num_payload:])
     return Message(Kind(kind), Item(*item), stage, payload, context, generation, sent_ns)
-
-
-def _specs(buffer: memoryview, count: int) -> tuple[list[_Spec | None], int]:
-    """Dtypes, shapes and orders of a message's tensors, and where its header ends."""
-    position, specs = _HEADER.size, list[_Spec | None]()
-    for _ in range(count):
-        code, num_dims = _TENSOR.unpack_from(buffer, position)
-        dimensions = _dimensions(num_dims)
-        *shape, order = dimensions.unpack_from(buffer, position + _TENSOR.size)
-        position += _TENSOR.size + dimensions.size
-        if sorted(order) != list(range(num_dims)):
-            raise ValueError(f"{list(order)} is no order of {num_dims} dimensions")
-        specs.append(None if code == _NOTHING else (_DTYPES[code], tuple(shape), order))
-    return specs, position
 
 
 def _dimensions(count: int) -> struct.Struct:

@@ -12,9 +12,9 @@ __all__ = ["leaves_of", "nodes_behind"]
 
 def nodes_behind(tensor: Tensor) -> Iterator[Any]:
     """The nodes of its graph, each once."""
-    nodes, seen = [tensor.grad_fn], set()
+    nodes, seen = list[Any]([tensor.grad_fn]), set()
     while nodes:
-        node: Any = nodes.pop()
+        node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
             yield node

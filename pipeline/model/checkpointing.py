@@ -4,9 +4,8 @@
     use_reentrant=True    a backward pass within the backward pass: ``Tensor.backward`` of everything at once only, and
                           its weights learn only if its input needs a gradient
 
-A stage keeps the weights of the forward pass in place while it goes backward, and has its input need a gradient where
-there is a reentrant one, so both give what the layers without checkpointing give. What a reentrant one cannot do is
-refused before anything starts.
+A stage goes backward on the weights of the forward pass, and has its input need a gradient where there is a reentrant
+one, so both give what the layers without checkpointing give.
 """
 
 from __future__ import annotations
@@ -28,20 +27,18 @@ from pipeline.seeding import seeded
 __all__ = ["check_checkpointing", "checkpoints_reentrantly"]
 
 _TORCH = os.path.dirname(torch.nn.__file__)
-_NODE = "CheckpointFunctionBackward"
-_LEARNS_NOTHING = "None of the inputs have requires_grad=True"  # torch only warns
 
 
 def checkpoints_reentrantly(h: Tensor) -> bool:
     """Whether the graph of ``h`` has a layer in it that is computed by ``checkpoint(..., use_reentrant=True)``."""
-    return any(node.name() == _NODE for node in nodes_behind(h))
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes_behind(h))
 
 
 def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: Tensor) -> None:
     """Refuse reentrant checkpointing where it would compute something else than the layers without it.
 
-    Where that could be, copies of the layers run once in training mode: where a layer's code speaks of checkpoints, and
-    where gradients are taken through a stage in parts (targets true and mixed, sampled batches).
+    Copies of the layers run once in training mode where a layer's code speaks of checkpoints, or gradients are taken
+    through a stage in parts (targets true and mixed, sampled batches).
     """
     parts = plan.unlocked and (plan.targets != "bootstrap" or plan.quality_every is not None or plan.unlock == "auto")
     parts = parts and plan.stages > 1
@@ -61,7 +58,7 @@ def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: T
                     h = copy_of(layer.module).train()(h)
                 except Exception:  # the run will say it, with the batch
                     return
-            if any(_LEARNS_NOTHING in str(warning.message) for warning in caught):
+            if any("None of the inputs have requires_grad=True" in str(warning.message) for warning in caught):
                 raise PlanError(_refusal(layer, "what comes in needs no gradient: torch then gives its weights none"))
             if parts and checkpoints_reentrantly(h):
                 why = "targets true and mixed, quality_every and unlock auto take gradients through a stage in parts"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from pipeline.messages.bundle import Bundle
 from pipeline.plan.device_choice import CPU
+from pipeline.plan.names import DTYPES
 from pipeline.plan.plan import Plan
 
 __all__ = ["ComputeContext"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
-_DTYPES = {"bf16": torch.bfloat16}
 
 
 class ComputeContext:
@@ -25,14 +25,13 @@ class ComputeContext:
     def __init__(self, plan: Plan, device: str = CPU) -> None:
         self.device = torch.device(device)
         self.autocasts = plan.autocast is not None
-        self._dtype = _DTYPES[plan.autocast] if plan.autocast is not None else None
+        self._dtype = DTYPES[plan.autocast] if plan.autocast is not None else None
         self._compiles = plan.compile
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Computing layers and the loss: matrix products in ``plan.autocast``, from weights that stay float32.
+        """Layers and the loss compute matrix products in ``plan.autocast``, from weights that stay float32.
 
-        What a stage gives is then of the dtype that its last layer gives, as it is in the unsplit model: the two have
-        the same numbers, forward and backward.
+        A stage gives the dtype that its last layer gives, so the numbers are those of the unsplit model.
         """
         if self._dtype is None:
             return contextlib.nullcontext()
@@ -48,24 +47,17 @@ class ComputeContext:
 
     def brought(self, bundle: Bundle) -> Bundle:
         """The bundle on the device, without any graph."""
-        return tuple(
-            [None if tensor is None else tensor.detach().to(self.device, non_blocking=True) for tensor in bundle]
-        )
-
-    def network(self, modules: nn.Sequential) -> Callable[[Tensor], Tensor]:
-        """The whole network as it is called in training: compiled, where that is asked for."""
-        return self.chain(list(modules)) or modules
+        return tuple([each if each is None else each.detach().to(self.device, non_blocking=True) for each in bundle])
 
     def finish(self) -> None:
-        """Wait until the device has done all that it was given: before a clock is read. Nothing on the CPU."""
+        """Wait until a GPU has done all that it was given: before a clock is read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def chain(self, modules: Sequence[nn.Module]) -> Callable[[Tensor], Tensor] | None:
-        """All modules in a row as one compiled function; None where nothing is compiled.
+    def chain(self, modules: Iterable[nn.Module]) -> Callable[[Tensor], Tensor] | None:
+        """All modules in a row as one function, compiled at its first call; None where nothing is compiled.
 
-        It is compiled at its first call. Its random numbers follow from the generator's state at the call, so they
-        repeat, but are not those of the modules one by one.
+        Its random numbers follow from the generator's state at the call, but are not those of the modules one by one.
         """
         if not self._compiles:
             return None

@@ -5,6 +5,7 @@ stage k  --h_k, labels-->  cut k  -->  stage k+1 ... --> output --loss(output, l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,18 +40,14 @@ def _of_main(loss: Callable[[Any, Any], Tensor], at: MainOutput, others: Bundle,
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """What passes through the place between stage ``index`` and the stage above it.
-
-    All shapes are those of one whole batch, batch dimension first.
+    """What passes from stage ``index`` to the stage above it. All shapes are of one whole batch, batch dimension first.
 
     Attributes:
-        index: index of the stage below the cut; its activation passes here.
         specs: of the bundle that crosses.
         context: of the bundle that rides along: the labels first.
-        output: of the whole network's output for such a batch.
+        output: of the whole network's output.
         loss: (output, labels) -> scalar, the mean over the rows: the user's own.
-        normalised: whether the stage ends in a normalisation, so that the activation has a size that no update changes
-            much.
+        normalised: whether the stage ends in a normalisation: no update changes the activation's size much.
         depth: how many weight matrices or kernels the stage learns (``depth_of``).
         uppermost: whether the stage above it is the last one.
         conditioned: whether a direct DNI here may see the labels.
@@ -84,7 +81,6 @@ class Cut:
 
     @property
     def labels(self) -> TensorSpec:
-        """The labels."""
         labels = self.context[self.label]
         assert labels is not None, "every batch has labels"
         return labels
@@ -118,16 +114,9 @@ class Cut:
     @property
     def features(self) -> int:
         """Numbers in one row of the activation."""
-        return _product(self.activation.shape[-1:] if self.per_token else self.activation.shape[1:])
+        return math.prod(self.activation.shape[-1:] if self.per_token else self.activation.shape[1:])
 
     @property
     def rows_per_sample(self) -> int:
         """Rows of the DNI in one sample of the batch: its positions, or 1."""
-        return _product(self.labels.shape[1:]) if self.per_token else 1
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+        return math.prod(self.labels.shape[1:]) if self.per_token else 1

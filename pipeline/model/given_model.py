@@ -1,8 +1,6 @@
 """The model as ``model()`` gives it: one module or a list of modules, with values, and in which mode each of them is.
 
-A plain loop over the model is what training has to equal, and there a module can be in evaluation mode on purpose: a
-frozen batch normalisation. So in training every module is in the mode that ``model()`` left it in, and those are in
-evaluation mode as well that the model's own ``train()`` puts there.
+A module may be in evaluation mode on purpose, as a frozen batch normalisation is, so it trains as it came:
 
 model() -> check_model -> model.train(), own overrides included -> what came in evaluation mode goes back there
 """
@@ -18,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from pipeline.errors import PlanError
 
-__all__ = ["ModuleModes", "check_model", "copy_of", "hooks_of", "in_training_mode", "overrides", "roots_of"]
+__all__ = ["ModuleModes", "check_model", "copy_of", "hooks_of", "in_training_mode", "overrides"]
 
 _Model = TypeVar("_Model", bound=nn.Module | Sequence[nn.Module])
 
@@ -35,21 +33,15 @@ class ModuleModes:
         if training is self._training:
             return
         self._root.train(training)
-        if training:
-            for module, was in self._given:
-                module.training = was
+        for module, was in self._given if training else ():
+            module.training = was
         self._training = training
-
-
-def roots_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    """The model itself, or the modules of a list."""
-    return [model] if isinstance(model, nn.Module) else list(model)
 
 
 def in_training_mode(model: _Model) -> _Model:
     """Put every module into the mode it trains in: as ``train()`` leaves it, unless it came in evaluation mode."""
-    given = [(module, module.training) for root in roots_of(model) for module in root.modules()]
-    for root in roots_of(model):
+    given = [(module, module.training) for root in _roots(model) for module in root.modules()]
+    for root in _roots(model):
         root.train()
     for module, was in given:
         module.training = module.training and was
@@ -69,7 +61,7 @@ def copy_of(model: _Model) -> _Model:
     """A deep copy, also of modules with the old ``torch.nn.utils.weight_norm``; PlanError where it cannot be made."""
     computed = {  # copy refuses a tensor that has a graph; a hook computes it anew before it is used
         id(value): value.detach().clone()
-        for root in roots_of(model)
+        for root in _roots(model)
         for module in root.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and value.grad_fn is not None
@@ -94,6 +86,10 @@ def hooks_of(module: nn.Module) -> list[object]:
     return [hook for kind in kinds for hook in kind.values()]
 
 
+def _roots(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    return [model] if isinstance(model, nn.Module) else list(model)
+
+
 def _wrong(given: Any) -> str:
     if isinstance(given, type):
         return f"the class {given.__name__} instead of an instance, {given.__name__}(...)"
@@ -104,7 +100,7 @@ def _wrong(given: Any) -> str:
 
 def _without_values(model: nn.Module | Sequence[nn.Module]) -> Iterator[str]:
     """Lazy modules before their first batch, and what is on the device ``meta``."""
-    for index, root in enumerate(roots_of(model)):
+    for index, root in enumerate(_roots(model)):
         for prefix, module in root.named_modules(prefix="" if root is model else str(index)):
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 full = f"{prefix}.{name}" if prefix else name

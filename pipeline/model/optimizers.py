@@ -1,9 +1,4 @@
-"""The optimizer of one stage, with its learning-rate schedule and its clip.
-
-    gradients --> clip (before every step) --> rule
-
-All three hang on the optimizer, so that a stage, the single process and the rivals of a benchmark train alike.
-"""
+"""The optimizer of one stage; its learning-rate schedule and its clip hang on it, so whoever has one trains alike."""
 
 from __future__ import annotations
 
@@ -18,8 +13,6 @@ from pipeline.plan.plan import OptimizerPlan
 
 __all__ = ["build_optimizer", "described", "lr_factor", "optimizer_tensors"]
 
-_NESTEROV = 0.99  # Ajanthan et al. 2025
-
 
 def build_optimizer(
     plan: OptimizerPlan, parameters: Sequence[nn.Parameter], steps: int | None = None
@@ -27,16 +20,14 @@ def build_optimizer(
     """The planned optimizer over ``parameters``; None when there is nothing to train.
 
     With ``clip`` = c it scales their gradient g down, in place, before each step: g <- g min(1, c / |g|), |g| the
-    Euclidean norm over all of ``parameters`` (Pascanu et al. 2013, section 3.2). Where these are a stage's, the norm is
-    the stage's, so a split model is clipped otherwise than an unsplit one. True and synthetic gradients are clipped
-    alike; a synthetic one, at the cut, is besides never larger than the running root mean square of its targets.
+    Euclidean norm over all of ``parameters`` (Pascanu et al. 2013, section 3.2), so a split model is clipped otherwise
+    than an unsplit one. True and synthetic gradients are clipped alike.
 
-    With ``warmup_steps`` or ``schedule`` the learning rate of step t is ``lr * lr_factor(plan, steps)(t)``, set after
-    the one before. t is ``num_steps`` of the parameter group, so the optimizer's ``state_dict`` holds the whole
-    schedule. The DNIs' own learning rate stays as it is.
+    With ``warmup_steps`` or ``schedule`` the learning rate of step t is ``lr * lr_factor(plan, steps)(t)``. t is
+    ``num_steps`` of the parameter group, so the optimizer's ``state_dict`` holds the whole schedule.
 
-    Rule ``nadamw``, asynchronous training's best known remedy for late gradients (Ajanthan et al. 2025, Nesterov Method
-    for Asynchronous Pipeline Parallel Optimization, arXiv 2505.01099), is torch's NAdam with decoupled weight decay:
+    Rule ``nadamw``, a remedy for late gradients (Ajanthan et al. 2025, Nesterov Method for Asynchronous Pipeline
+    Parallel Optimization, arXiv 2505.01099), is torch's NAdam with decoupled weight decay:
 
         m <- mu m + (1 - mu) g        v <- 0.999 v + 0.001 g^2
         w <- w - lr ((1 - mu_t) g / (1 - M_t) + mu_(t+1) m / (1 - M_(t+1))) / (sqrt(v / (1 - 0.999^t)) + eps)
@@ -48,9 +39,8 @@ def build_optimizer(
     """
     if not parameters:
         return None
-    kind, options = _RULES[plan.rule]
-    made: Any = kind  # torch has no common signature of its optimizers
-    optimizer: torch.optim.Optimizer = made(parameters, lr=plan.lr, weight_decay=plan.weight_decay, **options(plan))
+    make, options = _RULES[plan.rule]
+    optimizer = make(parameters, lr=plan.lr, weight_decay=plan.weight_decay, **options(plan))
     if (clip := plan.clip) is not None:
 
         def scale_down(*arguments: object) -> None:
@@ -72,11 +62,9 @@ def build_optimizer(
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of an optimizer, ``<parameter name>.<key>``, e.g. ``0.weight.exp_avg``.
+    """The state of an optimizer, if there is one, as ``<parameter name>.<key>``, e.g. ``0.weight.exp_avg``.
 
-    Args:
-        optimizer: None: nothing is trained.
-        tensors: the parameters by their names; one that is tied has the first of its names.
+    ``tensors``: the parameters by their names; one that is tied has the first of its names.
     """
     if optimizer is None:
         return {}
@@ -92,9 +80,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer | None, tensors: Mapping[
 def lr_factor(plan: OptimizerPlan, steps: int | None) -> Callable[[int], float]:
     """What the learning rate of step t = 0, 1, ... is multiplied with.
 
-    (t + 1) / W in the first W = ``warmup_steps`` steps; then, with T = ``steps`` and p = (t - W) / (T - W), 1
-    (``constant``), 1 - p (``linear``), or (1 + cos(pi p)) / 2 (``cosine``; Loshchilov and Hutter 2017, without
-    restarts).
+    (t + 1) / W in the first W = ``warmup_steps`` steps; then, with T = ``steps`` and p = (t - W) / (T - W), 1, 1 - p
+    (``linear``), or (1 + cos(pi p)) / 2 (``cosine``; Loshchilov and Hutter 2017, without restarts).
     """
     assert steps is not None or plan.schedule == "constant", "a schedule that ends needs the length of the run"
     warmup, decay = plan.warmup_steps, _DECAYS[plan.schedule]
@@ -120,10 +107,12 @@ def described(plan: OptimizerPlan) -> str:
 
 
 def _momentum(plan: OptimizerPlan) -> float:
-    return plan.momentum if plan.momentum is not None else {"nadamw": _NESTEROV}.get(plan.rule, 0.0)
+    if plan.momentum is not None:
+        return plan.momentum
+    return 0.99 if plan.rule == "nadamw" else 0.0  # Ajanthan et al. 2025
 
 
-_RULES: dict[str, tuple[type[torch.optim.Optimizer], Callable[[OptimizerPlan], dict[str, Any]]]] = {
+_RULES: dict[str, tuple[Callable[..., torch.optim.Optimizer], Callable[[OptimizerPlan], dict[str, Any]]]] = {
     "sgd": (torch.optim.SGD, lambda plan: {"momentum": _momentum(plan), "fused": True}),
     "adam": (torch.optim.Adam, lambda plan: {"fused": True}),
     "adamw": (torch.optim.AdamW, lambda plan: {"fused": True}),

@@ -54,23 +54,19 @@ class Layer:
 def layers_of(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
     """The chain of layers of a model.
 
-    An ``nn.Sequential``, an ``nn.ModuleList`` or a list of modules gives its items. Any other module gives its children
-    in the order of their registration, with Sequential children opened; ``pipeline.model.proof`` then proves on a batch
-    that this chain computes what the module's own forward computes.
+    An ``nn.Sequential``, an ``nn.ModuleList`` or a list of modules gives its items, any other module its children in
+    the order of their registration, with Sequential children opened; ``pipeline.model.proof`` compares its forward.
 
     What lies deeper is opened to any depth: every ModuleList, and every Sequential with two layers or more that have a
     weight matrix or kernel. One with a single such layer, as Linear, BatchNorm, ReLU, stays together. A container with
     a hook, a forward, a ``train()`` or a parameter of its own is a layer like any other: opened, it would never run.
     """
-    children = (
-        _children(model) if isinstance(model, nn.Module) else [(str(i), module) for i, module in enumerate(model)]
-    )
+    children = _children(model) if isinstance(model, nn.Module) else [(str(i), m) for i, m in enumerate(model)]
     pairs = isinstance(model, nn.Module) and not isinstance(model, nn.Sequential | nn.ModuleList)
     named = [item for name, child in children for item in _opened(name, child, pairs=pairs)]
     if not named:
-        raise PlanError(
-            "the model has no layers to split: give an nn.Sequential, a list of modules, or a chain of children."
-        )
+        wanted = "an nn.Sequential, a list of modules, or a chain of children"
+        raise PlanError(f"the model has no layers to split: give {wanted}.")
     return [Layer(index, name, module) for index, (name, module) in enumerate(named)]
 
 
@@ -79,7 +75,7 @@ def depth_of(layers: Sequence[Layer]) -> int:
 
     Normalisations and what scales whole units or channels have none. Tables (embeddings, positions) count.
     """
-    weights = (parameter for layer in layers for parameter in _weights(layer.module))
+    weights = (weight for layer in layers for weight in _weights(layer.module))
     return sum(weight.requires_grad and sum(size > 1 for size in weight.shape) > 1 for weight in weights)
 
 
@@ -91,20 +87,18 @@ def _weights(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def ends_normalised(layers: Sequence[Layer]) -> bool:
-    """Whether what comes out of ``layers`` is normalised: nothing with weights comes behind a layer of torch that does.
-
-    Activation functions, dropout and changes of shape may; pooling may not, nor a module of the user's.
+    """Whether what comes out of ``layers`` is normalised by a layer of torch, behind which come at most activation
+    functions, dropout and changes of shape.
     """
     for module in _from_the_end([layer.module for layer in layers]):
         if isinstance(module, _NORMALISATIONS):
             return True
-        if type(module).__module__ not in _SIZE_IS_KEPT or any(True for _ in module.parameters()):
+        if type(module).__module__ not in _SIZE_IS_KEPT or not _without_parameters(module):
             return False
     return False
 
 
 def _from_the_end(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
-    """Last one first, what is inside of an ``nn.Sequential`` instead of it."""
     for module in reversed(modules):
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             yield from _from_the_end(list(module))
@@ -115,10 +109,8 @@ def _from_the_end(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
 def chosen_sizes(layers: Sequence[Layer], plan: Plan) -> tuple[int, ...] | None:
     """The layers per stage that the plan fixes by ``sizes``, ``cuts`` or a balance by number; None: measure first."""
     if plan.stages > len(layers):
-        raise PlanError(
-            f"{plan.stages} stages for {len(layers)} layers: every stage needs a layer; "
-            f"use --stages {len(layers)} or fewer."
-        )
+        asked = f"{plan.stages} stages for {len(layers)} layers"
+        raise PlanError(f"{asked}: every stage needs a layer; use --stages {len(layers)} or fewer.")
     if plan.sizes is not None and sum(plan.sizes) != len(layers):
         raise PlanError(
             f"sizes {' '.join(map(str, plan.sizes))} add up to {sum(plan.sizes)}, but the model has {len(layers)} "
@@ -132,13 +124,11 @@ def chosen_sizes(layers: Sequence[Layer], plan: Plan) -> tuple[int, ...] | None:
 
 
 def balanced_split(layers: Sequence[Layer], costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """``balanced_sizes`` without a cut before a layer that has no parameters: it stays with the layer before it.
-
-    Between a Linear and its ReLU a DNI would learn from what the ReLU is going to cut off. Where fewer layers than
-    stages have parameters, any layer may begin a stage.
+    """``balanced_sizes`` without a cut before a layer that has no parameters: between a Linear and its ReLU a DNI would
+    learn from what the ReLU is going to cut off. Where fewer layers than stages have some, any layer may begin a stage.
     """
-    free = [index for index in range(1, len(layers)) if not _without_parameters(layers[index])]
-    if free and all(_without_parameters(layer) for layer in layers[: free[0]]):
+    free = [index for index in range(1, len(layers)) if not _without_parameters(layers[index].module)]
+    if free and all(_without_parameters(layer.module) for layer in layers[: free[0]]):
         del free[0]  # those in front have no layer before them: they stay with the first that learns
     starts = [0, *free] if len(free) >= stages - 1 else list(range(len(layers)))
     edges = [*starts, len(layers)]
@@ -146,9 +136,9 @@ def balanced_split(layers: Sequence[Layer], costs: Sequence[float], stages: int)
     return tuple(edges[end] - edges[end - size] for size, end in zip(grouped, accumulate(grouped), strict=True))
 
 
-def _without_parameters(layer: Layer) -> bool:
-    """Whether a layer has no parameters, as activation functions, dropout, pooling and Flatten have none."""
-    return not any(True for _ in layer.module.parameters())
+def _without_parameters(module: nn.Module) -> bool:
+    """As activation functions, dropout, pooling and Flatten are."""
+    return not any(True for _ in module.parameters())
 
 
 def balanced_sizes(costs: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -180,7 +170,8 @@ def split(layers: Sequence[Layer], sizes: Sequence[int]) -> list[list[Layer]]:
 
 def places_of_cuts(stages: Sequence[Sequence[Layer]]) -> str:
     """What is said of stages that begin with a layer without parameters, which had better stay below the cut."""
-    first = [f"{layer.name} ({type(layer.module).__name__})" for layer, *_ in stages[1:] if _without_parameters(layer)]
+    begin = [layer for layer, *_ in stages[1:] if _without_parameters(layer.module)]
+    first = [f"{layer.name} ({type(layer.module).__name__})" for layer in begin]
     if not first:
         return ""
     return f"; the cut is better behind {', '.join(first)}, without parameters: a DNI should see what comes out there"
@@ -209,9 +200,7 @@ def _sizes_from_cuts(layers: Sequence[Layer], cuts: Sequence[str]) -> tuple[int,
 
 
 def _opened(name: str, child: nn.Module, *, pairs: bool = False) -> list[tuple[str, nn.Module]]:
-    """What stands for a child in the chain: itself, or what is inside, to any depth. ``pairs``: open it even if no more
-    than one layer in it has a weight matrix.
-    """
+    """What stands for a child in the chain. ``pairs``: open it even if at most one layer in it has a weight matrix."""
     if not (_is_open(child) or (isinstance(child, nn.ModuleList) and not overrides(child, "forward"))):
         return [(name, child)]
     inside = _children(child)

@@ -26,32 +26,20 @@ from pipeline.seeding import seeded
 from pipeline.user_code import calling
 from pipeline.wording import text_of
 
-__all__ = ["Step", "check_chain", "check_partition", "close", "equal", "has_a_forward_of_its_own", "ties_of"]
+__all__ = ["Step", "check_chain", "close", "equal", "has_a_forward_of_its_own", "ties_of"]
 
 _T = TypeVar("_T")
 _Model = nn.Module | Sequence[nn.Module]
 _ROWS = 4  # of the batch, for the proof in training mode; batch normalisation needs two
 
 
-def check_partition(
-    model: _Model, layers: Sequence[Layer], stages: Sequence[Sequence[Layer]], inputs: Tensor
-) -> list[Any]:
-    """``check_chain`` of the layers, whose outputs are returned; PlanError: stages have weights in common."""
-    if (ties := ties_of(stages)) is not None:
-        raise PlanError(f"{' and '.join(ties.names[0])} are the same tensor: tied weights are not split by others.")
-    return check_chain(model, layers, inputs)
-
-
 def check_chain(model: _Model, layers: Sequence[Layer], inputs: Any) -> list[Any]:
     """Prove that the layers in a row are the model, and return every layer's output for ``inputs`` (evaluation mode).
 
-    Works on copies of the model, whose modules are in the modes that they train in, and on ``inputs`` [batch, ...], in
-    training mode on four rows of it. Both sides draw the same random numbers.
-
-    Raises:
-        PlanError: a parameter or buffer outside every layer, a hook on the model itself, a layer without a forward or
-            that gives neither a tensor nor a tuple of tensors, or a chain that computes something else than the
-            model's own forward: its output, its buffers or its gradients, in evaluation or in training mode.
+    Works on copies of the model and on ``inputs`` [batch, ...], in training mode on four rows; both sides draw the same
+    random numbers. PlanError: a tensor outside every layer, a hook on the model itself, a layer without a forward
+    or that gives neither a tensor nor a tuple of tensors, or a chain that computes something else than the model's own
+    forward: its output, its buffers or its gradients, in evaluation or in training mode.
     """
     if isinstance(model, nn.Module):
         _nothing_lost(model, layers)
@@ -103,7 +91,7 @@ def ties_of(stages: Sequence[Sequence[Layer]]) -> Ties | None:
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies: [start, end) in memory, by which places are sorted; and what it is."""
+    """[start, end) of a tensor in memory, by which places are sorted; and what it is."""
 
     start: int
     end: int
@@ -146,9 +134,6 @@ def _nothing_left_out(model: nn.Module) -> None:
             f"the forward of this one {kind} was replaced by a function, and a pipeline calls its layers only: write a "
             "class whose forward calls them in order."
         )
-
-
-# ---------------------------------------------------------------- in evaluation mode
 
 
 def _check_evaluation(model: _Model, inputs: Any) -> list[Any]:
@@ -213,9 +198,6 @@ def _same_modes(whole: nn.Module, chain: Sequence[Layer]) -> None:
             f"{type(whole).__name__}.eval() leaves {', '.join(apart)} in training mode, and a pipeline evaluates every "
             "layer as its own eval() leaves it: give the layer a train() of its own."
         )
-
-
-# ---------------------------------------------------------------- in training mode
 
 
 def _check_training(model: _Model, inputs: Any) -> None:

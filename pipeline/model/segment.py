@@ -27,7 +27,7 @@ from pipeline.model.recording import INPUT, Given, Recording, Ref, intercepted, 
 from pipeline.model.units import Crossing, CutPlace, boundaries, crossing, units_of
 from pipeline.seeding import seeded
 
-__all__ = ["Segment", "Trace", "copies_of", "joined", "parts_of", "trace"]
+__all__ = ["Segment", "Trace", "copies_of", "joined", "network_of", "parts_of", "trace"]
 
 _MOST_SHAPES = 64
 
@@ -224,6 +224,11 @@ def joined(layers: Sequence[Layer]) -> Segment | None:
     if not isinstance(first, Segment):
         return None
     return Segment(first._model_of[0], first._trace, layers[0].index, layers[-1].index)
+
+
+def network_of(layers: Sequence[Layer]) -> nn.Module:
+    """All layers of a model as one module, from the inputs as a bundle to what the model gives."""
+    return joined(layers) or nn.Sequential(*(layer.module for layer in layers))
 
 
 class _Placeholders(dict[Ref, Tensor]):

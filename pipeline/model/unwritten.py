@@ -3,8 +3,7 @@
     x --copy--> layers     the first call, with gradients and without: did the copy's version move on?
     x --------> layers     every later one, unless it did
 
-The inputs of a batch belong to the user's data set, and those of a stage are the leaf whose gradient the stage below
-gets: autograd refuses to have that one written to.
+The inputs of a batch belong to the user's data set, and those of a stage are a leaf, which autograd keeps from writing.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ _Result = TypeVar("_Result")
 
 
 class Unwritten(Generic[_Result]):
-    """A function whose tensor arguments keep their values, whatever it does with them.
-
-    It gets copies the first time, and from then on only if it wrote into one then, or gave back a view of one. Calls
-    with and without gradients are told apart. ``writes``: whether it does, where that is known.
+    """A function whose tensor arguments keep their values. ``writes``: whether it writes into them; if None, it gets
+    copies the first time, and from then on only if it wrote into one, or gave back a view of one.
     """
 
     def __init__(self, function: Callable[..., _Result], writes: bool | None = None) -> None:
@@ -32,7 +29,6 @@ class Unwritten(Generic[_Result]):
         self._needs_copies: dict[bool, bool] = {} if writes is None else {False: writes, True: writes}
 
     def __call__(self, *given: object) -> _Result:
-        """What the function gives."""
         needed = self._needs_copies.get(torch.is_grad_enabled())
         if needed is False:
             return self._function(*given)
@@ -54,7 +50,6 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _lies_in(result: object, tensors: list[Tensor]) -> bool:
-    """Whether writing into the result would write into one of the tensors."""
     given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     results = result if isinstance(result, list | tuple) else [result]
     return any(each.untyped_storage().data_ptr() in given for each in results if isinstance(each, Tensor))

@@ -21,33 +21,22 @@ from pipeline.errors import PlanError
 from pipeline.messages.bundle import Bundle
 from pipeline.messages.message import Message
 from pipeline.plan.device_choice import CPU, on_gpu
+from pipeline.plan.names import DTYPES
 
-__all__ = [
-    "CHANNELS",
-    "WIRE_DTYPES",
-    "ChannelChoice",
-    "choose_channels",
-    "kind_between",
-    "narrowed",
-    "obstacle",
-    "widened",
-]
+__all__ = ["CHANNELS", "ChannelChoice", "choose_channels", "kind_between", "narrowed", "obstacle", "widened"]
 
 CHANNELS = {"shm": "shared memory", "gloo": "gloo", "cuda": "CUDA peer memory", "nccl": "NCCL"}
 """What can carry messages, and how users see it called. What each reaches says ``obstacle``."""
 _FASTEST_FIRST = ("cuda", "shm", "nccl", "gloo")
-WIRE_DTYPES = {"bf16": torch.bfloat16}
-"""What float32 may be narrowed to on its way."""
+
+
+Worker = tuple[str, str]
+"""The name of its host, and where it computes."""
 
 
 @dataclass(frozen=True)
 class ChannelChoice:
-    """What carries the activations and the gradients of one cut.
-
-    Attributes:
-        kind: a key of ``CHANNELS``.
-        why: the reason, for the first screen.
-    """
+    """What carries the activations and the gradients of one cut, a key of ``CHANNELS``, and why."""
 
     kind: str
     why: str
@@ -56,33 +45,20 @@ class ChannelChoice:
 def choose_channels(
     wanted: str, hosts: Sequence[str], replicas: int = 1, devices: Sequence[str] | None = None, nccl: bool = False
 ) -> tuple[ChannelChoice, ...]:
-    """Choose what carries each cut.
+    """Choose what carries each cut: ``wanted``, or for ``auto`` the fastest that both workers can reach.
 
-    Args:
-        wanted: a key of ``CHANNELS`` for all cuts, or ``auto``: for each the fastest that both workers can reach.
-        hosts: name of the host of every worker, those of replica 0 first.
-        replicas: of the pipeline.
-        devices: where every worker computes; None: on the CPU.
-        nccl: whether torch has NCCL.
-
-    Returns:
-        one choice per cut, those of replica 0 first.
-
-    Raises:
-        PlanError: shared memory between two hosts; CUDA peer memory between two hosts, or with a worker on the CPU;
-            NCCL where torch has none, with a worker on the CPU, or between two workers on one GPU.
+    ``hosts`` and ``devices`` (None: all on the CPU) are of every worker, and the choices of every cut, those of replica
+    0 first; ``nccl``: whether torch has NCCL. PlanError: what is wanted cannot carry messages between two neighbours or
+    two replicas of a stage.
     """
     stages = len(hosts) // replicas
-    devices = devices or [CPU] * len(hosts)
-    workers = list(zip(hosts, devices, strict=True))
+    workers = list(zip(hosts, devices or [CPU] * len(hosts), strict=True))
     pipelines = [workers[start : start + stages] for start in range(0, len(hosts), stages)]
     pairs = [pair for pipeline in pipelines for pair in itertools.pairwise(pipeline)]
-    columns = [(pipelines[0][k], other[k]) for other in pipelines[1:] for k in range(stages)]
+    columns = [pair for other in pipelines[1:] for pair in zip(pipelines[0], other, strict=True)]
     if wanted == "nccl" and not nccl:
-        raise PlanError(
-            "channels nccl: this torch is built without NCCL: install a build of torch with CUDA, or choose channels "
-            "auto."
-        )
+        remedy = "install a build of torch with CUDA, or choose channels auto"
+        raise PlanError(f"channels nccl: this torch is built without NCCL: {remedy}.")
     between = [(pair, f"the workers on both sides of cut {index % (stages - 1)}") for index, pair in enumerate(pairs)]
     for pair, who in (*between, *((pair, "replicas of a stage") for pair in columns)):
         if why := obstacle(wanted, *pair):
@@ -93,32 +69,21 @@ def choose_channels(
     return tuple(_chosen(one, other, together, nccl) for one, other in pairs)
 
 
-Worker = tuple[str, str]
-"""The name of its host, and where it computes."""
-
-
 def obstacle(kind: str, one: Worker, other: Worker) -> str | None:
     """Why a kind of channel cannot carry messages between two workers, and what to do; None: it can."""
     if kind in ("shm", "cuda") and one[0] != other[0]:
         return f"are on different hosts, {one[0]} and {other[0]}, which share no memory: choose channels auto or gloo"
     if kind in ("cuda", "nccl") and not (on_gpu(one[1]) and on_gpu(other[1])):
-        return (
-            f"compute on {one[1]} and {other[1]}, and {CHANNELS[kind]} lies between GPUs: choose channels auto, or "
-            "device cuda"
-        )
+        apart = f"compute on {one[1]} and {other[1]}, and {CHANNELS[kind]} lies between GPUs"
+        return f"{apart}: choose channels auto, or device cuda"
     if kind == "nccl" and one == other:
-        return (
-            f"are both on {one[1]} of {one[0]}, and NCCL refuses two on one GPU: choose channels auto, or a device for "
-            "each"
-        )
+        together = f"are both on {one[1]} of {one[0]}, and NCCL refuses two on one GPU"
+        return f"{together}: choose channels auto, or a device for each"
     return None
 
 
 def kind_between(wanted: str, one: Worker, other: Worker, nccl: bool = False) -> str:
-    """What carries messages between two workers: ``wanted``, or for ``auto`` the fastest that reaches both.
-
-    ``nccl``: whether torch has NCCL.
-    """
+    """What carries messages between two workers: ``wanted``, or for ``auto`` the fastest that reaches both."""
     if wanted != "auto":
         return wanted
     return next(kind for kind in _FASTEST_FIRST if (kind != "nccl" or nccl) and obstacle(kind, one, other) is None)
@@ -153,7 +118,7 @@ def narrowed(message: Message, wire_dtype: torch.dtype | None) -> Message:
 def widened(message: Message) -> Message:
     """A narrowed message as it is received: its payload in float32 again, rounded to what travelled."""
     payload = message.payload
-    for dtype in WIRE_DTYPES.values():
+    for dtype in DTYPES.values():
         payload = _in_place_of(dtype, torch.float32, payload)
     return replace(message, payload=payload)
 

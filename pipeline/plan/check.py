@@ -13,52 +13,49 @@ from operator import attrgetter
 from typing import Any
 
 from pipeline.errors import NoEffect, PlanError, nearest
-from pipeline.plan.channel_choice import CHANNELS, WIRE_DTYPES
-from pipeline.plan.device_choice import AUTOCAST_DTYPES, CPU, device_problems
+from pipeline.plan.channel_choice import CHANNELS
+from pipeline.plan.device_choice import CPU, device_problems
 from pipeline.plan.emulation import Emulation, Link
 from pipeline.plan.goal import Goal
-from pipeline.plan.names import DNI_FORMS, OPTIMIZERS, SCHEDULES, TARGETS
+from pipeline.plan.names import DNI_FORMS, DTYPES, OPTIMIZERS, SCHEDULES, TARGETS
 from pipeline.plan.plan import ChannelPlan, DNIPlan, OptimizerPlan, Plan
-from pipeline.schedule.modes import MODES
+from pipeline.schedule.modes import MODES, Mode
 
 __all__ = ["check_plan"]
 
 _MANY, _MOST_WORKERS, _LONG, _LARGE = 2**31 - 1, 10_000, 10**6, 10**9
-_COUNTS = {
-    "stages": (1, _MOST_WORKERS),
-    "replicas": (1, _MOST_WORKERS),
-    "average_every": (1, _MANY),
-    "microbatches": (1, _MANY),
-    "steps": (1, 10**12),
-    "evaluate_every": (1, _MANY),
-    "quality_every": (1, _MANY),
-    "threads": (1, 1024),
-    "dni.hidden": (1, 2**20),
-    "dni.every": (1, _MANY),
-    "channel.slots": (1, 2**16),
-    "channel.gradient_slots": (1, 2**16),
-    "warmup_steps": (0, _MANY),
-    "optimizer.warmup_steps": (0, _MANY),
-    "seed": (0, 2**63 - 1),
-}
-"""Least and most of every count: beyond, something in torch or the system overflows, or takes all memory."""
-_AT_LEAST_0 = (lambda x: x >= 0), "it must be a number, at least 0."
-_POSITIVE = (lambda x: x > 0), "it must be a positive number."
-_NUMBERS: dict[str, tuple[Callable[[Any], bool], str, float]] = {
+_Range = tuple[type, Callable[[Any], bool], str, float]
+
+
+def _count(least: int, most: int) -> _Range:
+    return Integral, (lambda n: n >= least), f"it must be a whole number, at least {least}.", most
+
+
+_AT_LEAST_0 = Real, (lambda x: x >= 0), "it must be a number, at least 0."
+_POSITIVE = Real, (lambda x: x > 0), "it must be a positive number."
+_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(("stages", "replicas"), _count(1, _MOST_WORKERS)),
+    **dict.fromkeys(("average_every", "microbatches"), _count(1, _MANY)),
+    "steps": _count(1, 10**12),
+    **dict.fromkeys(("evaluate_every", "quality_every", "dni.every"), _count(1, _MANY)),
+    "threads": _count(1, 1024),
+    "dni.hidden": _count(1, 2**20),
+    **dict.fromkeys(("channel.slots", "channel.gradient_slots"), _count(1, 2**16)),
+    **dict.fromkeys(("warmup_steps", "optimizer.warmup_steps"), _count(0, _MANY)),
+    "seed": _count(0, 2**63 - 1),
     "hop_steps": (*_AT_LEAST_0, _LONG),
-    "optimizer.momentum": (*_AT_LEAST_0, _LARGE),
-    "optimizer.weight_decay": (*_AT_LEAST_0, _LARGE),
-    "optimizer.lr": (*_POSITIVE, _LARGE),
-    "dni.lr": (*_POSITIVE, _LARGE),
+    **dict.fromkeys(("optimizer.momentum", "optimizer.weight_decay"), (*_AT_LEAST_0, _LARGE)),
+    **dict.fromkeys(("optimizer.lr", "dni.lr"), (*_POSITIVE, _LARGE)),
     "stall_after_s": (*_POSITIVE, _LONG),
-    "optimizer.clip": (lambda x: x > 0, "it must be a positive number, or None.", _LARGE),
-    "dni.temperature": (lambda x: x >= 1, "give a number of at least 1.", _LARGE),
-    "dni.rows": (lambda x: 0 < x <= 1, "give the fraction of the rows to train on, in (0, 1].", 1),
-    "update_probability": (lambda x: 0 < x <= 1, "give the share of batches to update from, in (0, 1].", 1),
-    "unlock_cosine": (lambda x: 0 < x <= 1, "it must lie in (0, 1].", 1),
-    "mix": (lambda x: 0 <= x <= 1, "it weighs the true gradient and must lie in [0, 1].", 1),
+    "optimizer.clip": (Real, lambda x: x > 0, "it must be a positive number, or None.", _LARGE),
+    "dni.temperature": (Real, lambda x: x >= 1, "give a number of at least 1.", _LARGE),
+    "dni.rows": (Real, lambda x: 0 < x <= 1, "give the fraction of the rows to train on, in (0, 1].", 1),
+    "update_probability": (Real, lambda x: 0 < x <= 1, "give the share of batches to update from, in (0, 1].", 1),
+    "unlock_cosine": (Real, lambda x: 0 < x <= 1, "it must lie in (0, 1].", 1),
+    "mix": (Real, lambda x: 0 <= x <= 1, "it weighs the true gradient and must lie in [0, 1].", 1),
 }
-"""Every other number: what it has to be, the same in words, and the most it may be."""
+"""What every number has to be, the same in words, and the most: beyond, something overflows or takes all memory."""
+_DEFAULTS = Plan()
 _SHOWN = 40  # characters of a wrong value
 _LOCKING = ("warmup_steps", "unlock", "unlock_cosine")
 
@@ -110,15 +107,15 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
         (plan.in_flight, ("stages", "full"), "in_flight"),
         (plan.unlock, ("always", "auto"), "unlock"),
         (plan.channels, ("auto", *CHANNELS), "channels"),
-        ("bf16" if plan.channel.wire_dtype is None else plan.channel.wire_dtype, tuple(WIRE_DTYPES), "wire dtype"),
-        ("bf16" if plan.autocast is None else plan.autocast, AUTOCAST_DTYPES, "autocast dtype"),
+        ("bf16" if plan.channel.wire_dtype is None else plan.channel.wire_dtype, DTYPES, "wire dtype"),
+        ("bf16" if plan.autocast is None else plan.autocast, DTYPES, "autocast dtype"),
     ):
         if not (isinstance(value, str) and value in valid):
             yield nearest(_shown(value), valid, what)
 
 
 def _wrong_kinds(plan: Plan) -> Iterator[str]:
-    """Parts of the plan that are none, whose options cannot be looked at; switches that are neither on nor off."""
+    """Parts whose options cannot be looked at; switches that are neither on nor off."""
     for name, kind in (("optimizer", OptimizerPlan), ("dni", DNIPlan), ("channel", ChannelPlan)):
         if not isinstance(part := getattr(plan, name), kind):
             yield f"{name} is {_shown(part)}: give a {kind.__name__}(...)."
@@ -131,26 +128,19 @@ def _wrong_kinds(plan: Plan) -> Iterator[str]:
 
 
 def _out_of_range(plan: Plan) -> Iterator[str]:
-    defaults = Plan()
-    for name, (least, most) in _COUNTS.items():
-        value = attrgetter(name)(plan)
-        if value is None and attrgetter(name)(defaults) is None:
+    for name, (kind, fits, says, most) in _RANGES.items():
+        number = attrgetter(name)(plan)
+        if number is None and attrgetter(name)(_DEFAULTS) is None:
             continue
-        if not (isinstance(value, Integral) and int(value) >= least):
-            yield f"{name} is {_shown(value)}: it must be a whole number, at least {least}."
-        elif int(value) > most:
-            yield f"{name} is {_shown(value)}: it must be a whole number, at most {most:,}."
+        right = isinstance(number, kind) and _is_number(number) and fits(number)
+        if not right:
+            yield f"{name} is {_shown(number)}: {says}"
+        elif number > most:
+            whole = "a whole number, " if kind is Integral else ""
+            yield f"{name} is {_shown(number)}: it must be {whole}at most {most:,}."
     counts = plan.stages, plan.replicas
     if all(isinstance(n, Integral) and 1 <= n <= _MOST_WORKERS for n in counts) and plan.workers > _MOST_WORKERS:
         yield f"{plan.replicas} replicas of {plan.stages} stages: {_MOST_WORKERS:,} workers at most."
-    for name, (fits, says, largest) in _NUMBERS.items():
-        number = attrgetter(name)(plan)
-        if number is None and attrgetter(name)(defaults) is None:
-            continue
-        if not (_is_number(number) and fits(number)):
-            yield f"{name} is {_shown(number)}: {says}"
-        elif number > largest:
-            yield f"{name} is {_shown(number)}: it must be at most {largest:,}."
     momentum = plan.optimizer.momentum
     if plan.optimizer.rule == "nadamw" and isinstance(momentum, Real) and momentum >= 1:
         yield f"optimizer.momentum is {_shown(momentum)}: with nadamw it must lie in [0, 1)."
@@ -173,40 +163,29 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
+def _given(plan: Plan, *names: str) -> list[str]:
+    """Which of these options are not what they are by default."""
+    return [name for name in names if attrgetter(name)(plan) != attrgetter(name)(_DEFAULTS)]
+
+
 def _without_effect(plan: Plan) -> Iterator[str]:
     """Nothing that is accepted is ignored."""
-    defaults = Plan()
     mode = MODES.get(plan.mode) if isinstance(plan.mode, str) else None
-    if mode is not None and not mode.cuts_batches and plan.microbatches != 1:
-        yield NoEffect("microbatches", f"with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b.")
-    if plan.in_flight != defaults.in_flight and (plan.mode != "async-1f1b" or not plan.hop_steps):
+    if mode is not None:
+        yield from _without_effect_in(mode, plan)
+    if _given(plan, "in_flight") and (plan.mode != "async-1f1b" or not plan.hop_steps):
         yield NoEffect("in_flight", "but in mode async-1f1b with hop_steps: leave it out.")
-    if plan.average_every != defaults.average_every and plan.replicas == 1:
+    if _given(plan, "average_every") and plan.replicas == 1:
         yield NoEffect("average_every", "without replicas: leave it out, or add replicas.")
-    elif mode is not None and mode.averages != "weights" and plan.average_every != defaults.average_every:
-        yield NoEffect("average_every", f"with mode {plan.mode}, which averages at every step: leave it out.")
-    if plan.replicas > 1 and plan.update_probability != 1.0:
+    if plan.replicas > 1 and plan.update_probability != 1:
         yield "update_probability and replicas do not go together: replicas average after as many updates each."
-    if mode is not None and mode.gradient != "synthetic":
-        names = ["targets", "mix", *(["deterministic"] if plan.device in ("auto", CPU) else []), "quality_every"]
-        for name in (*names, *_LOCKING, *(["dni", "update_probability"] if mode.gradient == "true" else [])):
-            if getattr(plan, name) not in (getattr(defaults, name), 0):  # a warm-up of 0 batches is none
-                yield NoEffect(name, f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
-    if mode is not None and plan.unlocked:
-        yield from _locking(plan, defaults)
-    if mode is not None and plan.unlocked and plan.mix != defaults.mix and plan.targets != "mixed":
-        yield NoEffect("mix", f"with targets {plan.targets}: leave it out, or choose targets mixed.")
     if plan.optimizer.momentum and plan.optimizer.rule not in ("sgd", "nadamw"):
         yield NoEffect("optimizer.momentum", f"with {plan.optimizer.rule}: leave it out, or choose sgd or nadamw.")
-    if plan.workers == 1 and plan.channels != defaults.channels:
-        yield NoEffect("channels", "with 1 stage, which has no channels: leave it out.")
-    for name in ("wire_dtype", "slots", "gradient_slots"):
-        if plan.stages == 1 and getattr(plan.channel, name) != getattr(defaults.channel, name):
-            yield NoEffect(f"channel.{name}", "with 1 stage, which has no channels: leave it out.")
+    of_cuts = _given(plan, "channel.wire_dtype", "channel.slots", "channel.gradient_slots") if plan.stages == 1 else []
+    for name in (*(_given(plan, "channels") if plan.workers == 1 else []), *of_cuts):
+        yield NoEffect(name, "with 1 stage, which has no channels: leave it out.")
     if plan.stages != 1 and plan.mode == "local" and plan.channel.gradient_slots is not None:
         yield NoEffect("channel.gradient_slots", "with mode local, where no gradient crosses a cut: leave it out.")
-    if plan.deterministic and mode is not None and plan.unlocked and plan.channel.gradient_slots is not None:
-        yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
     if plan.deterministic and plan.until is not None:
         yield "until ends a run when word of it gets around, which no deterministic run repeats: leave one of them out."
     if plan.stages == 1 and plan.quality_every is not None:
@@ -216,11 +195,10 @@ def _without_effect(plan: Plan) -> Iterator[str]:
             "quality_every compares gradients that a stage which passes a batch over (update_probability) never has: "
             "leave one of them out."
         )
-    for name in ("quality_every", "until"):
-        if plan.emulate is not None and getattr(plan, name) is not None:
+    if plan.emulate is not None:
+        for name in _given(plan, "quality_every", "until"):
             yield f"{name} has no effect with emulate, where nothing is learned: leave one of them out."
-    for name in ("device", "autocast", "compile"):
-        if plan.emulate is not None and getattr(plan, name) not in (getattr(defaults, name), CPU):
+        for name in _given(plan, *(["device"] if plan.device != CPU else []), "autocast", "compile"):
             yield NoEffect(name, "with emulate, where nothing is computed: leave one of them out.")
     judged = plan.quality_every or plan.unlock == "auto"
     if plan.compile and ((mode is not None and mode.stashes) or plan.targets != "bootstrap" or judged):
@@ -232,15 +210,33 @@ def _without_effect(plan: Plan) -> Iterator[str]:
         yield f"both a DNI factory and the form {plan.dni.form} are given: leave one out."
 
 
-def _locking(plan: Plan, defaults: Plan) -> Iterator[str]:
+def _without_effect_in(mode: Mode, plan: Plan) -> Iterator[str]:
+    if not mode.cuts_batches and plan.microbatches != 1:
+        yield NoEffect("microbatches", f"with mode {plan.mode}: leave it out, or choose mode gpipe or 1f1b.")
+    if mode.averages != "weights" and plan.replicas != 1 and _given(plan, "average_every"):
+        yield NoEffect("average_every", f"with mode {plan.mode}, which averages at every step: leave it out.")
+    if plan.unlocked:
+        yield from _locking(plan)
+        if _given(plan, "mix") and plan.targets != "mixed":
+            yield NoEffect("mix", f"with targets {plan.targets}: leave it out, or choose targets mixed.")
+        if plan.deterministic and plan.channel.gradient_slots is not None:
+            yield "deterministic runs may not drop targets: leave channel.gradient_slots out."
+        return
+    names = ["targets", "mix", *(["deterministic"] if plan.device in ("auto", CPU) else []), "quality_every"]
+    for name in _given(plan, *names, *_LOCKING, *(["dni", "update_probability"] if mode.gradient == "true" else [])):
+        if getattr(plan, name) != 0:  # a warm-up of 0 batches is none
+            yield NoEffect(name, f"with mode {plan.mode}: leave it out, or choose mode unlocked.")
+
+
+def _locking(plan: Plan) -> Iterator[str]:
     """What the options of ``pipeline.stage.unlock`` do not go together with."""
-    given = [name for name in _LOCKING if getattr(plan, name) != getattr(defaults, name)]
+    given = _given(plan, *_LOCKING)
     for name in given:
         if plan.stages == 1:
             yield NoEffect(name, "with 1 stage, which has no DNI: leave it out.")
         elif plan.emulate is not None:
             yield f"{name} has no effect with emulate, where nothing is learned: leave one of them out."
-    if plan.unlock_cosine != defaults.unlock_cosine and plan.unlock != "auto" and plan.stages > 1:
+    if "unlock_cosine" in given and plan.unlock != "auto" and plan.stages > 1:
         yield NoEffect("unlock_cosine", "without unlock auto: leave it out, or add unlock auto.")
     if given and plan.update_probability != 1:
         yield f"{given[0]} and update_probability do not go together: a locked stage waits for every batch's gradient."

@@ -4,8 +4,8 @@
     cpu, cuda        the CPU; the GPUs of every host
     cuda:1,cuda:3    these, in the order of the workers of a host; cpu may be among them
 
-A host's devices are shared out in blocks, so that workers which talk to each other share one, and messages between GPUs
-are few. With as many workers as GPUs, or fewer, the n-th worker of a host (its local rank) has the n-th GPU.
+A host's devices are shared out in blocks, so that neighbours share one and messages between GPUs are few. With as many
+workers as GPUs, or fewer, the n-th worker of a host (its local rank) has the n-th GPU.
 
     6 workers, 4 GPUs:  0 0 1 2 2 3
 """
@@ -18,28 +18,21 @@ from dataclasses import dataclass
 
 from pipeline.errors import PlanError
 
-__all__ = ["AUTOCAST_DTYPES", "CPU", "DeviceChoice", "choose_devices", "device_problems", "first_gpu", "on_gpu"]
+__all__ = ["CPU", "DeviceChoice", "choose_devices", "device_problems", "first_gpu", "on_gpu"]
 
 CPU = "cpu"
-AUTOCAST_DTYPES = ("bf16",)
-"""What layers may compute in while the weights stay float32."""
 _LIST = re.compile(r"(cpu|cuda:\d+)(,(cpu|cuda:\d+))*")
 
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """Where the workers compute, and why.
-
-    Attributes:
-        devices: of every worker, as torch names them: ``cpu``, ``cuda:0``, ...
-        nccl: whether torch has NCCL to connect GPUs.
-        here: whether layers may be measured on the first of the GPUs; not where it is, or may be, on another host.
-    """
+    """Where every worker computes, as torch names it (``cpu``, ``cuda:0``), and why; whether torch has NCCL."""
 
     devices: tuple[str, ...]
     why: str
     nccl: bool = False
     here: bool = True
+    """Whether layers may be measured on the first of the GPUs; not where it is, or may be, on another host."""
 
     @property
     def says(self) -> str:
@@ -48,12 +41,10 @@ class DeviceChoice:
 
 
 def on_gpu(device: str) -> bool:
-    """Whether this is a GPU."""
     return device != CPU
 
 
 def first_gpu(devices: Sequence[str]) -> str | None:
-    """The first of the devices that is a GPU, if one is."""
     return next(filter(on_gpu, devices), None)
 
 
@@ -68,8 +59,7 @@ def device_problems(wanted: str) -> Iterator[str]:
 def choose_devices(wanted: str, hosts: Sequence[str], gpus: Mapping[str, int], built: bool = True) -> DeviceChoice:
     """Choose where each worker computes, or raise PlanError: there is no such device.
 
-    ``wanted`` is ``Plan.device``, ``hosts`` are the workers', ``gpus`` says how many GPUs torch can use on each, and
-    ``built`` whether torch on this host is built with CUDA.
+    ``hosts`` are the workers', ``gpus`` says how many GPUs torch can use on each; ``built``: with CUDA, on this host.
     """
     if wanted == CPU:
         return DeviceChoice((CPU,) * len(hosts), "as asked for")

@@ -2,8 +2,6 @@
 
 until accuracy=0.98    at least 98 % of the held-out answers are right
 until loss=1.9         the held-out loss is at most 1.9
-
-What it measures is the time to accuracy. It is called a goal here: a *target* is what a DNI learns from.
 """
 
 from __future__ import annotations
@@ -16,8 +14,6 @@ from pipeline.errors import PlanError, nearest
 
 __all__ = ["Goal", "Reached", "look_every"]
 
-_LEAST_APART = 10  # batches
-_LOOKS = 40  # how often one looks in a run of full length, when nobody says: each look costs a pass over the data
 _EXAMPLES = {"accuracy": "accuracy=0.98", "loss": "loss=1.9"}
 
 
@@ -56,11 +52,8 @@ class Goal:
 
 @dataclass(frozen=True)
 class Reached:
-    """The first pass over the held-out batches that met the goal, with its mean loss and share of right answers.
-
-    Attributes:
-        updates: training batches before it.
-        seconds: from the first batch on to the end of that pass, warm-up and all evaluations included.
+    """The first pass over the held-out batches that met the goal: training batches before it, seconds from the first
+    batch to its end, warm-up and all evaluations included, mean loss and share of right answers.
     """
 
     updates: int
@@ -71,4 +64,4 @@ class Reached:
 
 def look_every(steps: int) -> int:
     """After how many batches to look when nobody says: 40 times in a run of ``steps``, but at least 10 apart."""
-    return max(min(_LEAST_APART, steps), steps // _LOOKS)
+    return max(min(10, steps), steps // 40)

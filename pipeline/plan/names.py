@@ -1,9 +1,11 @@
 """The names that a plan may choose from, where no other file has a table of them."""
 
-from __future__ import annotations
+import torch
 
-__all__ = ["DNI_FORMS", "OPTIMIZERS", "SCHEDULES", "TARGETS"]
+__all__ = ["DNI_FORMS", "DTYPES", "OPTIMIZERS", "SCHEDULES", "TARGETS"]
 
+DTYPES = {"bf16": torch.bfloat16}
+"""What float32 may be narrowed to: in products of matrices (autocast), and on the way between stages."""
 TARGETS = ("bootstrap", "true", "mixed")
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadamw")
 SCHEDULES = ("constant", "linear", "cosine")

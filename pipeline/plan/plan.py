@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pipeline.plan.channel_choice import WIRE_DTYPES
 from pipeline.plan.emulation import Emulation, Link
 from pipeline.plan.goal import Goal
+from pipeline.plan.names import DTYPES
 from pipeline.schedule.modes import MODES
 
 __all__ = ["ChannelPlan", "DNIPlan", "OptimizerPlan", "Plan"]
@@ -213,7 +213,7 @@ class Plan:
     @property
     def wire_dtype(self) -> torch.dtype | None:
         """What float32 activations and gradients are rounded to on their way, if to anything."""
-        return WIRE_DTYPES[self.channel.wire_dtype] if self.channel.wire_dtype is not None else None
+        return DTYPES[self.channel.wire_dtype] if self.channel.wire_dtype is not None else None
 
     @property
     def goal(self) -> Goal | None:

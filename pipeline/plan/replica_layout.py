@@ -4,8 +4,7 @@
     replica 0   worker 0   worker 1   worker 2          step i trains on batch 2 i
     replica 1   worker 3   worker 4   worker 5          step i trains on batch 2 i + 1
 
-All replicas start from the same weights. What is random in a layer differs from replica to replica, as it does from
-batch to batch; so do the first weights of a DNI, which belongs to its replica.
+All replicas start from the same weights. What is random in a layer differs between them, and the first weights of DNIs.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def plan_of(plan: Plan, replica: int) -> Plan:
 
 
 def policy_of(plan: Plan) -> Policy:
-    """What says what a stage does next: the mode's policy, and where there are replicas when averages are taken."""
+    """The mode's policy, which where there are replicas says too when averages are taken."""
     policy = MODES[plan.mode].policy
     return averaged(policy) if plan.replicas > 1 or plan.ties is not None else policy
 

@@ -5,8 +5,6 @@ loader --> stage 0 --activations, cut 0--> stage 1 --activations, cut 1--> stage
 
 every stage of several replicas:   replica r  --averages, stage k-->  replica q         for every two, both ways
 stages that share weights:         stage k    --averages, stage k-->  stage l           likewise
-
-What a stage's driver opens, and what its runner looks into, follows from the edges that begin or end at its worker.
 """
 
 from __future__ import annotations
@@ -22,24 +20,17 @@ __all__ = ["LOADER", "Edge", "What", "data_edge", "edges_of", "name_of"]
 
 LOADER = -1
 """Stands for a worker where the data comes from."""
-
 What = Literal["activations", "gradients", "averages"]
 
 
 class Edge(NamedTuple):
-    """One direction between two workers.
-
-    Attributes:
-        source: number of the worker that sends, or ``LOADER``.
-        target: number of the worker that receives.
-        what: travels on it.
-        cut: index of the cut it crosses; of averages the stage they are of; ``LOADER`` where it comes from the data.
-    """
+    """One direction between two workers, by their numbers; the source may be ``LOADER``."""
 
     source: int
     target: int
     what: What
     cut: int
+    """Index of the cut it crosses; of averages the stage they are of; ``LOADER`` where it comes from the data."""
 
 
 def edges_of(plan: Plan) -> Iterator[Edge]:

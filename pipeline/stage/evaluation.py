@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from pipeline.data.recipe import Recipe
-from pipeline.messages.bundle import as_bundle, present
+from pipeline.messages.bundle import as_bundle, as_value, present
+from pipeline.messages.nesting import Nesting
 from pipeline.model.compute import ComputeContext
 from pipeline.model.given_model import ModuleModes
 from pipeline.plan.plan import Plan
@@ -58,8 +59,8 @@ def scores_of(
     modes = ModuleModes(network)
     modes.switch(False)
     for batch in islice(recipe.held_out(), first, None, every):
-        inputs, labels = computing.here(*batch)
+        inputs, labels = (as_value(computing.brought(each)) for each in batch.tensors())
         with computing.autocast():
-            scores.add(recipe, network(inputs), labels)
+            scores.add(recipe.arranged(Nesting.of(batch.labels)), network(inputs), labels)
     modes.switch(True)
     return scores

@@ -12,10 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from launch.bench.rivals.loop import Training, broadcast
 from launch.bench.rivals.ranks import HERE, Places, run_ranks
 from launch.bench.rivals.record import RankRun, RivalRun
-from pipeline.data.recipe import Recipe, build_model
+from pipeline.data.network import layers_for
+from pipeline.data.recipe import Recipe
 from pipeline.errors import PlanError
+from pipeline.messages.bundle import as_value, rows_in
+from pipeline.messages.nesting import Nesting
 from pipeline.model.optimizers import build_optimizer
-from pipeline.model.partition import layers_of
+from pipeline.model.segment import network_of
 from pipeline.run.resolved import Resolved
 from pipeline.seeding import derived_seed
 from pipeline.stage.evaluation import EvaluationMetrics, scores_of
@@ -59,17 +62,18 @@ class DDP(msgspec.Struct, tag=True, frozen=True):
     def __call__(self, training: Training, rank: int) -> RankRun:
         """Train, in a process group that stands."""
         recipe, plan = training.source(), training.plan
-        layers = layers_of(build_model(recipe, plan.seed))
+        layers = layers_for(recipe, plan)
         torch.manual_seed(derived_seed(plan.seed, "rank", rank))  # slices get dropout masks of their own
-        network = torch.nn.Sequential(*(layer.module for layer in layers))
+        network = network_of(layers)
         model = DistributedDataParallel(network)
         optimizer = build_optimizer(plan.optimizer, [p for p in model.parameters() if p.requires_grad], plan.steps)
         assert optimizer is not None, "DDP refuses a model without parameters"
         mine = slice(rank * self.rows, (rank + 1) * self.rows)
 
         def step(index: int) -> float:
-            inputs, labels = recipe.seeded_batch(plan.seed, index)
-            loss = recipe.loss(model(inputs[mine]), labels[mine])
+            batch = recipe.seeded_batch(plan.seed, index)
+            inputs, labels = (as_value(rows_in(each, mine)) for each in batch.tensors())
+            loss = recipe.arranged(Nesting.of(batch.labels)).loss(model(inputs), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

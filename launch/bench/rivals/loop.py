@@ -11,14 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from launch.bench.rivals.record import RankRun
 from launch.bench.rivals.timed_loop import TimedLoop
-from pipeline.data.recipe import Recipe, build_model, open_data
+from pipeline.data.network import layers_for
+from pipeline.data.recipe import Recipe, open_data
 from pipeline.errors import PlanError
 from pipeline.model.compute import ComputeContext
-from pipeline.model.partition import Layer, layers_of
+from pipeline.model.partition import Layer
+from pipeline.model.segment import network_of
 from pipeline.plan.device_choice import CPU
 from pipeline.plan.plan import Plan
 from pipeline.stage.evaluation import EvaluationMetrics, scores_of
@@ -76,7 +78,7 @@ class Training:
         if rank == 0 and self.weights is not None:
             save_file({name: tensor.clone() for layer in layers for name, tensor in _state(layer)}, self.weights)
         if rank == 0 and evaluates:
-            scores = scores_of(recipe, nn.Sequential(*(layer.module for layer in layers)), computing)
+            scores = scores_of(recipe, network_of(layers), computing)
             held_out = (scores.loss(), scores.accuracy()) if scores.rows else None
         return RankRun(loop.batches, loop.seconds, value, held_out, peak_bytes, loop.reached)
 
@@ -91,7 +93,7 @@ def assembled(recipe: Recipe, plan: Plan, mine: Sequence[Layer], owners: Sequenc
 
     ``mine`` are the layers this rank trained, ``owners`` the rank that trained each layer of the whole network.
     """
-    trained, whole = {layer.index: layer for layer in mine}, layers_of(build_model(recipe, plan.seed))
+    trained, whole = {layer.index: layer for layer in mine}, layers_for(recipe, plan)
     for layer in whole:
         source = trained.get(layer.index, layer)
         for (_, target), (_, tensor) in zip(_state(layer), _state(source), strict=True):

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pipeline.data.recipe import Recipe, build_model
 from pipeline.errors import PlanError, nearest
+from pipeline.messages.nesting import Nesting
 from pipeline.model.partition import balanced_split, layers_of, split
-from pipeline.model.proof import check_partition
+from pipeline.model.proof import check_chain, ties_of
 from pipeline.run.resolved import Resolved
 
 __all__ = ["TORCH_SCHEDULES", "Boundary", "Placement", "Schedule", "check_microbatches", "place"]
@@ -108,6 +109,8 @@ def place(recipe: Recipe, resolved: Resolved, name: str, microbatches: int) -> P
         PlanError: too few layers, weights tied across virtual stages, a first stage that has nothing to train.
     """
     schedule, ranks = TORCH_SCHEDULES[name], resolved.plan.stages
+    if resolved.plan.split == "forward" or resolved.structured or resolved.labels != Nesting.of(torch.empty(0)):
+        raise PlanError(f"{name} is compared on chains of layers from tensor to tensor only: leave that row out.")
     model = build_model(recipe, resolved.plan.seed)
     layers, sizes = layers_of(model), resolved.sizes
     if schedule.per_rank > 1:
@@ -117,8 +120,10 @@ def place(recipe: Recipe, resolved: Resolved, name: str, microbatches: int) -> P
             raise PlanError(f"{there_are}: use fewer stages, or GPipe or 1F1B.")
         sizes = balanced_split(layers, resolved.layer_seconds or [1.0] * len(layers), needed)
     stages = split(layers, sizes)
-    inputs = recipe.batch(0)[0][: resolved.batch_shape[0] // microbatches]
-    outputs = check_partition(model, layers, stages, inputs)
+    if ties_of(stages) is not None:
+        raise PlanError(f"{name} is compared without tied weights only: leave that row out.")
+    inputs = recipe.batch(0).inputs[: resolved.batch_shape[0] // microbatches]
+    outputs = check_chain(model, layers, inputs)
     if not any(p.requires_grad for layer in stages[0] for p in layer.module.parameters()):
         # torch's stages give a gradient to every activation, and without parameters there is none
         names = ", ".join(layer.name for layer in stages[0])
