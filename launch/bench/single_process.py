@@ -53,7 +53,7 @@ def _train_alone(device: str, training: Training, rank: int) -> RankRun:
     computing = ComputeContext(plan, device)
     layers = layers_for(recipe, plan)
     modules = computing.placed(network_of(layers))
-    network = computing.chain(modules) or modules
+    network = computing.chain([modules]) or modules
     optimizer = build_optimizer(plan.optimizer, [p for p in modules.parameters() if p.requires_grad], plan.steps)
     assert optimizer is not None, "the recipe's model has parameters"
     spent = {"forward_s": 0.0, "backward_s": 0.0}

@@ -280,12 +280,14 @@ def has_a_forward_of_its_own(model: nn.Module) -> bool:
 
 
 def equal(theirs: object, mine: object) -> bool:
+    """To the last bit; what is no tensor is the same object."""
     if not (isinstance(theirs, Tensor) and isinstance(mine, Tensor)):
         return theirs is mine
     return theirs.dtype == mine.dtype and torch.equal(theirs, mine)
 
 
 def close(theirs: Tensor | None, mine: Tensor | None) -> bool:
+    """Of gradients: but for the rounding of sums in another order."""
     if theirs is None or mine is None:
         return theirs is mine
     return not bool((theirs - mine).norm() > 1e-3 * theirs.norm())

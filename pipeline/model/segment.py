@@ -27,7 +27,7 @@ from pipeline.model.recording import INPUT, Given, Recording, Ref, intercepted, 
 from pipeline.model.units import Crossing, CutPlace, boundaries, crossing, units_of
 from pipeline.seeding import seeded
 
-__all__ = ["Segment", "Trace", "copies_of", "joined", "network_of", "parts_of", "trace"]
+__all__ = ["Segment", "Trace", "copies_of", "fused", "network_of", "parts_of", "trace"]
 
 _MOST_SHAPES = 64
 
@@ -218,7 +218,7 @@ def copies_of(layers: Sequence[Layer]) -> list[nn.Module]:
     return [Segment(copied, first._trace, layer.index, layer.index) for layer in layers]
 
 
-def joined(layers: Sequence[Layer]) -> Segment | None:
+def fused(layers: Sequence[Layer]) -> Segment | None:
     """Parts in a row as one; None: these are layers of a chain."""
     first = layers[0].module
     if not isinstance(first, Segment):
@@ -228,7 +228,7 @@ def joined(layers: Sequence[Layer]) -> Segment | None:
 
 def network_of(layers: Sequence[Layer]) -> nn.Module:
     """All layers of a model as one module, from the inputs as a bundle to what the model gives."""
-    return joined(layers) or nn.Sequential(*(layer.module for layer in layers))
+    return fused(layers) or nn.Sequential(*(layer.module for layer in layers))
 
 
 class _Placeholders(dict[Ref, Tensor]):

@@ -41,10 +41,12 @@ class DeviceChoice:
 
 
 def on_gpu(device: str) -> bool:
+    """Whether a device is one."""
     return device != CPU
 
 
 def first_gpu(devices: Sequence[str]) -> str | None:
+    """The first of several devices that is one; None: there is none."""
     return next(filter(on_gpu, devices), None)
 
 

@@ -16,7 +16,7 @@ from pipeline.plan.goal import Goal
 from pipeline.plan.names import DTYPES
 from pipeline.schedule.modes import MODES
 
-__all__ = ["ChannelPlan", "DNIPlan", "OptimizerPlan", "Plan"]
+__all__ = ["ChannelPlan", "DNIPlan", "OptimizerPlan", "Plan", "Ties"]
 
 _SHORT_STAGE_MS = 5.0  # an emulated link holds as many messages as stages of this length send meanwhile
 

@@ -217,7 +217,7 @@ def averager_of(
     if plan.ties is not None:
         shared = ([tensors[name] for name in names if name in tensors] for names in plan.ties.names)
         tensors = {str(place): copies[0] for place, copies in enumerate(shared) if copies}
-    if not tensors or (plan.replicas == 1 and plan.ties is None):
+    if (plan.ties is not None and not tensors) or (plan.ties is None and plan.replicas == 1):
         return Averager(asked)
     if MODES[plan.mode].averages == "gradients":
         averager = GradientAverager(tensors, exchange, asked, record)

@@ -72,6 +72,8 @@ def resolve(
     recipe = recipe.arranged(Nesting.of(batch.labels))
     inputs, labels = map(as_value, batch.tensors())
     layers, outputs, how, because = tried(build_model(recipe, plan.seed), batch.inputs, plan)
+    if plan.compile and how == "forward":
+        raise PlanError("compile needs a chain of layers, and here every stage runs a part of the model's forward.")
     plan = dataclasses.replace(plan, split=how)
     _check_names(layers)
     sizes = partition.chosen_sizes(layers, plan)
@@ -88,6 +90,8 @@ def resolve(
         raise PlanError(
             f"{names} are the same tensor, in several stages: choose replicas 1, or put both into one stage."
         )
+    if ties is not None and plan.deterministic:
+        raise PlanError("deterministic is not there where stages share weights: leave it out, or untie them.")
     plan = dataclasses.replace(plan, ties=ties)
     check_checkpointing(stages, plan, inputs)
     check_learns(layers, inputs, outputs)

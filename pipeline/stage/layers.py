@@ -23,7 +23,7 @@ from pipeline.model.checkpointing import checkpoints_reentrantly
 from pipeline.model.compute import ComputeContext
 from pipeline.model.given_model import ModuleModes
 from pipeline.model.partition import Layer
-from pipeline.model.segment import Segment, joined
+from pipeline.model.segment import Segment, fused
 from pipeline.model.unwritten import Unwritten
 from pipeline.plan.plan import Plan
 from pipeline.seeding import seed_layer
@@ -46,7 +46,7 @@ class StageLayers:
 
     def __init__(self, layers: Sequence[Layer], index: int, plan: Plan, computing: ComputeContext) -> None:
         self.layers, self._index, self._plan, self._computing = layers, index, plan, computing
-        self._whole = joined(layers)  # parts of a model's own forward are run in one call of it
+        self._whole = fused(layers)  # parts of a model's own forward are run in one call of it
         modules = [layer.module for layer in layers] if self._whole is None else [self._whole]
         self._modules = computing.placed(_Modules(modules))
         self._outlets: dict[bool, Nesting | None] = {}

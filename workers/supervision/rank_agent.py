@@ -113,17 +113,19 @@ class _Agent:
         told_ns, patience_s = 0, 2 * assignment.plan.stall_after_s
         while True:
             told = self.driver.hear(patience_s, *workers.watched)
-            for _, record in workers.said():
-                if isinstance(record, records.Finished) and assignment.unnamed is not None:
-                    for what in ("spans", "model", "optimizer"):
-                        self._send_file(what, assignment)
-                self.driver.send(record)
-            if now_ns() - told_ns > _STATUS_EVERY_NS:
+            said = [record for _, record in workers.said()]
+            died = any(isinstance(record, control.WorkerDied) for record in said)
+            if died or now_ns() - told_ns > _STATUS_EVERY_NS:  # where it was goes before that it died
                 seen, (_, state) = workers.read(assignment.worker), workers.process(assignment.worker)
                 status = control.WorkerStatus(int(seen.span), seen.batch, seen.start_ns, seen.progress, state)
                 self.observe(status)
                 self.driver.send(status)
                 told_ns = now_ns()
+            for record in said:
+                if isinstance(record, records.Finished) and assignment.unnamed is not None:
+                    for what in ("spans", "model", "optimizer"):
+                        self._send_file(what, assignment)
+                self.driver.send(record)
             for word in told:
                 if isinstance(word, records.Go):
                     workers.go()
