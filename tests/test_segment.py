@@ -217,12 +217,23 @@ def test_longer_sequences_than_the_traced_ones_pass_through() -> None:
         assert torch.equal(found["logits"], expected["logits"])
 
 
+def test_microbatches_of_as_many_rows_as_there_were_positions_pass_through() -> None:
+    """Sizes that grow with the batch are told from those that only happened to be equal to its rows."""
+    torch.manual_seed(0)
+    model, ids = Tokens().train(), torch.arange(36).reshape(6, 6) % 11
+    segments = parts(copy.deepcopy(model), trace(model, (), {"ids": ids, "mask": torch.ones_like(ids)}), 3)
+    for rows in (2, 6):
+        given = [ids[:rows], torch.ones_like(ids[:rows])]
+        found, _ = through(segments, given)
+        assert torch.equal(found["logits"], model(ids=given[0], mask=given[1])["logits"])
+
+
 def test_a_cut_is_where_the_least_crosses() -> None:
     """Behind what has no parameters; of two tensors that could cross, the smaller; constants are computed anew."""
     known = trace(Flattens().train(), (IMAGES,), {})
-    assert [[given.shape for given in crossing(known, name)] for name in ("norm", "fc")] == [[(4, 4, 6, 6)], [(4, 144)]]
+    assert [[given.shape for given in crossing(known, name)] for name in ("norm", "fc")] == [[(7, 4, 6, 6)], [(7, 144)]]
     known = trace(Tokens().train(), (), {"ids": IDS})
-    assert [given.shape for given in crossing(known, "blocks.1")] == [(4, 6), (4, 6, 8)], "the ids, for the mask"
+    assert [given.shape for given in crossing(known, "blocks.1")] == [(7, 6), (7, 6, 8)], "the ids, for the mask"
     known = trace(LongSkips().train(), (IMAGES,), {})
     assert [given.shape[2] for given in crossing(known, "middle")] == [8, 4], (
         "pooling what the skip needs is done again"

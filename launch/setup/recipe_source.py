@@ -73,7 +73,7 @@ class GivenRecipe:
     @cached_property
     def functions(self) -> bytes:
         """All but a list of batches, pickled when first asked for; PlanError: something in them cannot be copied."""
-        recipe = self.recipe if callable(self.recipe.batches) else replace(self.recipe, batches=())
+        recipe = replace(self.recipe, batches=()) if isinstance(self.recipe.batches, list | tuple) else self.recipe
         try:
             return _pickled(recipe)
         except Exception as error:

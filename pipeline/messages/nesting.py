@@ -32,6 +32,10 @@ class Nesting:
         leaves, structure = tree_flatten(value)
         return cls(tuple(_kept(leaf) for leaf in leaves), structure)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As a value without tensors: torch warns where a structure is unpickled."""
+        return _of_bare, (tree_unflatten(list(self.leaves), self.structure),)
+
     @property
     def alone(self) -> bool:
         """Whether it is one tensor and nothing else."""
@@ -46,6 +50,11 @@ class Nesting:
         """The value again, of such tensors."""
         given = iter(tensors)
         return tree_unflatten([next(given) if leaf is ... else leaf for leaf in self.leaves], self.structure)
+
+
+def _of_bare(value: Any) -> Nesting:
+    leaves, structure = tree_flatten(value)
+    return Nesting(tuple(leaves), structure)
 
 
 def _kept(leaf: Any) -> Any:

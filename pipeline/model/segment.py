@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from pipeline.errors import PlanError
 from pipeline.messages.bundle import Bundle, as_bundle, as_value
@@ -30,6 +30,7 @@ from pipeline.seeding import seeded
 __all__ = ["Segment", "Trace", "copies_of", "fused", "network_of", "parts_of", "trace"]
 
 _MOST_SHAPES = 64
+_PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Trace:
         holds: the names of the units and of the single parameters and buffers that every part computes with.
         leaves: the arguments, flattened; ... where a tensor is.
         structure: how to put (args, kwargs) together again.
+        rows: of the batch that was recorded; a size that is a multiple of it grows with the batch.
     """
 
     recordings: dict[bool, Recording]
@@ -51,6 +53,7 @@ class Trace:
     holds: Sequence[Sequence[str]]
     leaves: Sequence[Any]
     structure: TreeSpec
+    rows: int
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trace:
         """A model is copied, what is known of it is not."""
@@ -63,6 +66,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     Raises:
         PlanError: there is no place for a cut, or the two ways differ in the layers or in what crosses a cut.
     """
+    rows, (args, kwargs) = _recorded_rows(model, (args, kwargs))
     recordings: dict[bool, Recording] = {}
     found: dict[bool, dict[str, CutPlace]] = {}
     like: dict[str, Crossing] | None = None
@@ -91,7 +95,23 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     leaves, structure = tree_flatten((args, kwargs))
     bare = [... if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     holds = _holds(model, recordings[True], entries[True])
-    return Trace(recordings, entries, [first, *legal], holds, bare, structure)
+    return Trace(recordings, entries, [first, *legal], holds, bare, structure, rows)
+
+
+def _recorded_rows(model: nn.Module, inputs: Any) -> tuple[int, Any]:
+    """Inputs of so many rows that a size tells whether it grows with the batch: a prime that divides no other size.
+    The rows are those of the batch, some of them several times where it has fewer.
+    """
+    tensors = tensors_in(inputs)
+    rows = len(tensors[0])
+    others = {size for tensor in (*tensors, *model.parameters(), *model.buffers()) for size in tensor.shape} - {rows}
+    count = next((prime for prime in _PRIMES if all(size % prime for size in others)), _PRIMES[-1])
+    these = torch.arange(count) % rows
+
+    def taken(leaf: Any) -> Any:
+        return leaf[these] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == rows else leaf
+
+    return count, tree_map(taken, inputs)
 
 
 def _holds(model: nn.Module, recording: Recording, entries: Sequence[CutPlace | None]) -> list[list[str]]:
@@ -193,15 +213,16 @@ class Segment(nn.Module):
 
     def _placeholders(self, recording: Recording, refs: Sequence[Ref], bundle: Bundle) -> dict[Ref, Tensor]:
         """Placeholders for batches of this shape: what they are made as is known of a batch of another one."""
-        sizes: dict[int, int] = {}
+        rows, sizes = self._trace.rows, dict[int, int]()
         for ref, tensor in zip(refs, bundle, strict=True):
             if tensor is not None:
                 pairs = zip(recording.given(ref).shape, tensor.shape, strict=True)
-                sizes |= {was: now for was, now in pairs if was != now}
+                sizes |= {was: now for was, now in pairs if was != now or was == rows}
         device = next((str(tensor.device) for tensor in bundle if tensor is not None), "cpu")
         if len(self._dead) >= _MOST_SHAPES:
             self._dead.clear()
-        return self._dead.setdefault((self.training, device, *sizes.items()), _Placeholders(recording, sizes, device))
+        key = (self.training, device, *sizes.items())
+        return self._dead.setdefault(key, _Placeholders(recording, rows, sizes, device))
 
 
 def parts_of(model: nn.Module, known: Trace) -> list[Layer]:
@@ -234,13 +255,15 @@ def network_of(layers: Sequence[Layer]) -> nn.Module:
 class _Placeholders(dict[Ref, Tensor]):
     """Tensors of one element's memory each, made when they are asked for."""
 
-    def __init__(self, recording: Recording, sizes: dict[int, int], device: str) -> None:
+    def __init__(self, recording: Recording, rows: int, sizes: dict[int, int], device: str) -> None:
         super().__init__()
-        self._recording, self._sizes, self._device = recording, sizes, device
+        self._recording, self._rows, self._sizes, self._device = recording, rows, sizes, device
 
     def __missing__(self, ref: Ref) -> Tensor:
         given: Given = self._recording.given(ref)
-        shape = [self._sizes.get(size, size) for size in given.shape]
+        now = self._sizes.get(self._rows, self._rows)
+        grown = (size // self._rows * now if size and size % self._rows == 0 else size for size in given.shape)
+        shape = [self._sizes.get(size, new) for size, new in zip(given.shape, grown, strict=True)]
         tensor = self[ref] = torch.zeros((), dtype=given.dtype, device=self._device).expand(shape)
         return tensor
 
