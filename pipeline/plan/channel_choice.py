@@ -5,7 +5,7 @@
     workers of two hosts            gloo: TCP, by torch.distributed
     workers on GPUs of two hosts    NCCL, where torch has it: from GPU memory to GPU memory; headers over gloo
 
-A wire dtype narrows the first tensor of a message, the activation or the gradient, and only if it is float32. Labels
+A wire dtype narrows the float32 tensors of activations and gradients. Labels
 travel as they are.
 """
 
