@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import torch
+
 from launch.options.options import Parsed
 from launch.setup.recipe_source import NamedRecipe
 from launch.sweep.axes import ROW, Axis, Row, read_axes, read_rows, value_of, with_value
@@ -104,7 +106,9 @@ def grid_of(recipe: str, arguments: Sequence[str], parsed: Parsed) -> Grid:
         raise PlanError(*dict.fromkeys(problems))
     made = _recipe_of(settings[0].source)
     if (metric := options.metric) is None:  # where every position has an answer of its own, the loss says more
-        metric = "error" if made.correct is not None and made.batch(0)[1].dim() == 1 else "loss"
+        labels = made.batch(0).labels
+        by_row = isinstance(labels, torch.Tensor) and labels.dim() == 1
+        metric = "error" if made.correct is not None and by_row else "loss"
     if metric == "error" and made.correct is None:
         raise PlanError(f"metric error: recipe {made.name} counts no right answers; leave it out, or give loss.")
     return Grid(made.name, tuple(shown), seeds, tuple(settings), resolved[0], metric)

@@ -64,8 +64,9 @@ def plain_batch(value: Any) -> Any:
 
 
 def rows_of(batch: Minibatch) -> int:
-    """Its rows."""
-    return len(present(tensors_of_value(batch.inputs)[0]))
+    """Its rows, those of the first tensor; 0 if that has no dimension."""
+    first = present(tensors_of_value(batch.inputs)[0])
+    return len(first) if first.dim() else 0
 
 
 def chunks(value: Any, count: int) -> Iterator[Any]:

@@ -35,6 +35,8 @@ def tried(model: nn.Module, inputs: Any, plan: Plan) -> tuple[list[Layer], list[
             followed.
     """
     why = "the inputs have names" if isinstance(inputs, dict) else ""
+    if plan.split == "chain" and why:
+        raise PlanError("split is chain, whose layers take inputs by place, and a batch is a dict: leave split out.")
     if plan.split != "forward" and not why:
         try:
             layers = layers_of(model)
@@ -68,6 +70,6 @@ def layers_for(recipe: Recipe, plan: Plan) -> list[Layer]:
 
 
 def stage_layers(recipe: Recipe, plan: Plan, index: int) -> list[Layer]:
-    """The layers of one stage, freshly initialised from the seed; the rest of the model is dropped."""
+    """The layers of one stage, freshly initialised from the seed. Parts of a forward keep the whole model."""
     assert plan.sizes is not None, "the plan is resolved"
     return split(layers_for(recipe, plan), plan.sizes)[index]

@@ -283,9 +283,8 @@ def _checked(batch: Minibatch, index: int) -> Minibatch:
             f"batch {index} is a {type(given).__name__}{of}: give tensors or arrays, as (inputs, labels), as a dict of "
             "the model's arguments, or the inputs alone."
         )
-    if any(present(tensor).dim() == 0 or not len(present(tensor)) for tensor in inputs) or rows_of(batch) != len(
-        present((*labels, inputs[0])[0])
-    ):
+    sizes = {present(tensor).shape[:1] for tensor in (*inputs, *labels)}
+    if sizes != {torch.Size([rows_of(batch)])} or not rows_of(batch):
         raise PlanError(
             f"batch {index} has inputs {_shapes(inputs)} and labels {_shapes(labels)}: both need the same, non-zero "
             "number of rows."

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import PlanError
 from pipeline.model.autograd_graph import nodes_behind
-from pipeline.model.given_model import copy_of
 from pipeline.model.partition import Layer
+from pipeline.model.segment import copies_of
 from pipeline.plan.plan import Plan
 from pipeline.seeding import seeded
 
@@ -47,7 +47,7 @@ def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: T
         return
     h = inputs
     with seeded(plan.seed, "checkpointing"), torch.enable_grad():
-        for layer in layers:
+        for layer, module in zip(layers, copies_of(layers), strict=True):
             if not isinstance(h, Tensor):  # what is checkpointed behind a tuple the run finds out
                 return
             needs_gradient = h.requires_grad
@@ -55,7 +55,7 @@ def check_checkpointing(stages: Sequence[Sequence[Layer]], plan: Plan, inputs: T
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    h = copy_of(layer.module).train()(h)
+                    h = module.train()(h)
                 except Exception:  # the run will say it, with the batch
                     return
             if any("None of the inputs have requires_grad=True" in str(warning.message) for warning in caught):

@@ -26,7 +26,7 @@ from pipeline.seeding import seeded
 from pipeline.user_code import calling
 from pipeline.wording import text_of
 
-__all__ = ["Step", "check_chain", "close", "equal", "has_a_forward_of_its_own", "ties_of"]
+__all__ = ["Step", "check_borrowing", "check_chain", "close", "equal", "has_a_forward_of_its_own", "ties_of"]
 
 _T = TypeVar("_T")
 _Model = nn.Module | Sequence[nn.Module]
@@ -201,12 +201,7 @@ def _same_modes(whole: nn.Module, chain: Sequence[Layer]) -> None:
 
 
 def _check_training(model: _Model, inputs: Any) -> None:
-    _, borrowed = _on_few_rows(lambda rows: list(_borrowed(model, rows)), inputs)
-    if borrowed:
-        raise PlanError(
-            f"{'; '.join(borrowed)}, which it does not hold: a layer computes with parameters of its own; put both "
-            "layers into one module, or give this one the parameter as an attribute."
-        )
+    _on_few_rows(lambda rows: check_borrowing(layers_of(copy_of(model)), rows), inputs)
     if not (isinstance(model, nn.Module) and has_a_forward_of_its_own(model)):
         return
     own = f"{type(model).__name__}.forward in training mode"
@@ -239,18 +234,22 @@ def _on_few_rows(run: Callable[[Any], _T], inputs: Any) -> tuple[Any, _T]:
         return inputs, run(inputs)
 
 
-def _borrowed(model: _Model, value: Any) -> Iterator[str]:
-    """Layers that learn parameters of another one: reached by a list or a closure, they are not seen as tied."""
-    layers = layers_of(copy_of(model))
-    names = {id(p): f"{layer.name}.{name}" for layer in layers for name, p in layer.module.named_parameters()}
+def check_borrowing(layers: Sequence[Layer], value: Any) -> None:
+    """Refuse layers that learn parameters of another one: reached by a list or a closure, they are not seen as tied."""
+    names = {id(p): layer.full(name) for layer in layers for name, p in layer.module.named_parameters()}
+    borrowed = []
     for layer in layers:
         with torch.enable_grad(), seeded(0, "proof"):
             given = tuple(each if each is None else each.clone() for each in detached(as_bundle(value)))
             (value,) = _run_chain([layer], as_value(given))
         found = {id(leaf) for tensor in differentiable(as_bundle(value)) for leaf in leaves_of(tensor)}
-        for leaf in found - {id(own) for own in layer.module.parameters()}:
-            if leaf in names:
-                yield f"layer {layer.name} computes with {names[leaf]}"
+        others = found - {id(own) for own in layer.module.parameters()}
+        borrowed += [f"layer {layer.name} computes with {names[leaf]}" for leaf in others if leaf in names]
+    if borrowed:
+        raise PlanError(
+            f"{'; '.join(borrowed)}, which it does not hold: a layer computes with parameters of its own; put both "
+            "layers into one module, or give this one the parameter as an attribute."
+        )
 
 
 class Step(NamedTuple):

@@ -12,7 +12,7 @@ from pipeline.errors import PlanError
 from pipeline.messages.bundle import as_bundle, as_value
 from pipeline.model.given_model import copy_of, hooks_of
 from pipeline.model.partition import Layer
-from pipeline.model.proof import Step, close, equal
+from pipeline.model.proof import Step, check_borrowing, close, equal
 from pipeline.model.segment import Trace, parts_of
 from pipeline.seeding import seeded
 from pipeline.user_code import calling
@@ -25,7 +25,8 @@ def check_parts(model: nn.Module, known: Trace, args: tuple[Any, ...], kwargs: d
     for these arguments (evaluation mode, as ``check_chain``).
 
     Raises:
-        PlanError: the output, or in training the buffers or gradients, are other ones.
+        PlanError: the output, or in training the buffers or gradients, are other ones; or a part learns parameters of
+            another one.
     """
     kind, inputs = type(model).__name__, (args, kwargs)
     if names := [getattr(hook, "__name__", type(hook).__name__) for hook in hooks_of(model)]:
@@ -43,6 +44,7 @@ def check_parts(model: nn.Module, known: Trace, args: tuple[Any, ...], kwargs: d
         outputs = _run_parts(layers, _first(inputs))
     if not _same(expected, outputs[-1]):
         raise PlanError(f"the parts of {kind}.forward give something else than the whole: split it at other places.")
+    check_borrowing(parts_of(copy_of(model), known), _first(inputs))
     theirs = Step.of(model, lambda copied, given: copied(*given[0], **given[1]), inputs)
     mine = Step.of(model, lambda copied, given: _run_parts(parts_of(copied, known), _first(given))[-1], inputs)
     apart = [name for name, buffer in theirs.buffers.items() if not equal(buffer, mine.buffers[name])]

@@ -13,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ INPUT = -1
 
 
 class Ref(NamedTuple):
-    """A tensor: which event gave it, as its how manyth."""
+    """A tensor, by the number of the event that gave it and its place among what that gave."""
 
     event: int
     place: int
@@ -106,10 +107,10 @@ class Recording:
     random: set[Any] = field(default_factory=set)
     carried: tuple[Ref, ...] = ()
 
-    @property
-    def heavy(self) -> list[Operation]:
-        """The events that one stage computes, in order."""
-        return [event for event in self.events if not event.light]
+    @cached_property
+    def heavy(self) -> list[tuple[int, Operation]]:
+        """The events that one stage computes, with their numbers, in order; the recording is over."""
+        return [(number, event) for number, event in enumerate(self.events) if not event.light]
 
     def sources(self, ref: Ref) -> set[Ref]:
         """The inputs that a light tensor is computed from."""

@@ -53,7 +53,7 @@ class Replay(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._recording, self._given, self._dead, self._enter, self._enters = recording, given, dead, enter, enters
-        self._events = [(number, event) for number, event in enumerate(recording.events) if not event.light]
+        self._events = recording.heavy
         self._start, self._end = start.position if start else 0, end.position if end else len(recording.events)
         self._wanted = end.live if end else ()
         self._wanted_of = {ref.event for ref in self._wanted}

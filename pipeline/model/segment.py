@@ -26,6 +26,7 @@ from pipeline.model.recording import INPUT, Recording, Ref, intercepted, record,
 from pipeline.model.replay import EndOfPart, Placeholders, Replay
 from pipeline.model.units import Crossing, CutPlace, boundaries, crossing, units_of
 from pipeline.seeding import seeded
+from pipeline.user_code import calling
 
 __all__ = ["Segment", "Trace", "copies_of", "fused", "network_of", "parts_of", "trace"]
 
@@ -74,7 +75,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
         copied = copy_of(model)
         if not training:
             copied.eval()
-        with torch.set_grad_enabled(training), seeded(0, "trace"):
+        with torch.set_grad_enabled(training), seeded(0, "trace"), calling(f"{type(model).__name__}.forward"):
             recordings[training] = record(copied, units_of(copied), args, kwargs)
         found[training] = boundaries(recordings[training], like)
         like = {name: crossing(recordings[training], each) for name, each in found[training].items()}
@@ -148,7 +149,9 @@ class Segment(nn.Module):
         inside = {id(module) for unit in units.values() for module in unit.modules()}
         self._outside = [(module, module.training) for module in model.modules() if id(module) not in inside]
         self._held: list[tuple[dict[str, Any], dict[str, Any], str]] = []
-        for name in dict.fromkeys(name for holds in known.holds[first : last + 1] for name in holds):
+        names = dict.fromkeys(name for holds in known.holds[first : last + 1] for name in holds)
+        whole = tuple(f"{name}." for name in names if name in units)
+        for name in (name for name in names if not name.startswith(whole)):  # what units hold they bring along
             path, _, last_name = name.rpartition(".")
             holder, owner = self._holder(path), model.get_submodule(path)
             if name in units:
